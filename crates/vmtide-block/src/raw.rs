@@ -1,0 +1,423 @@
+//! Raw disks: plain files (sparse where the file system can) and block devices.
+//!
+//! Holes are found with `SEEK_HOLE`/`SEEK_DATA` (lseek(2)) and made with
+//! `fallocate(FALLOC_FL_PUNCH_HOLE)`, which Linux also takes on block devices, where it discards
+//! with a guarantee of zeros. A file system without either still works: everything is data, and
+//! zeros are written.
+
+use crate::{
+    BlockDevice, BlockError, ByteRange, Extent, ExtentKind, Result, WritableBlockDevice,
+    push_extent,
+};
+use std::fs::{File, OpenOptions};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// The most extents one answer holds, so that a badly fragmented file does not take memory.
+const MAX_EXTENTS: usize = 1 << 16;
+
+/// How to open a raw disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OpenMode {
+    /// An existing file or block device, for reading.
+    ReadOnly,
+    /// An existing file or block device, for reading and writing.
+    ReadWrite,
+    /// A new sparse file of this size in bytes; an error where the path exists.
+    CreateNew {
+        /// The size in bytes.
+        size_bytes: u64,
+    },
+}
+
+/// A raw file or a block device.
+#[derive(Debug)]
+pub struct RawDevice {
+    file: File,
+    path: PathBuf,
+    size_bytes: AtomicU64,
+    block_size_bytes: u32,
+    writable: bool,
+    fixed_size: bool,
+}
+
+impl RawDevice {
+    /// Opens `path`. A directory, FIFO, socket or character device is refused.
+    ///
+    /// # Errors
+    /// [`BlockError::Io`] with the path where it cannot be opened, [`BlockError::Unsupported`]
+    /// where it is no disk.
+    pub fn open(path: impl AsRef<Path>, mode: OpenMode) -> Result<Self> {
+        let path = path.as_ref().to_path_buf();
+        let mut options = OpenOptions::new();
+        options.read(true).write(mode != OpenMode::ReadOnly);
+        if matches!(mode, OpenMode::CreateNew { .. }) {
+            options.create_new(true);
+        } else {
+            check_is_disk(&path)?;
+        }
+        let file = options
+            .open(&path)
+            .map_err(|error| BlockError::io(format!("open {}", path.display()), error))?;
+        if let OpenMode::CreateNew { size_bytes } = mode {
+            file.set_len(size_bytes).map_err(|error| {
+                BlockError::io(
+                    format!("set the size of {} to {size_bytes}", path.display()),
+                    error,
+                )
+            })?;
+        }
+        Self::from_file(file, path, mode != OpenMode::ReadOnly)
+    }
+
+    /// A device over a file that is open already, e.g. an unnamed temporary one.
+    ///
+    /// # Errors
+    /// [`BlockError::Io`] where the size cannot be found.
+    pub fn from_file(mut file: File, path: PathBuf, writable: bool) -> Result<Self> {
+        use std::io::{Seek, SeekFrom};
+        let context = |what: &str| format!("{what} {}", path.display());
+        let metadata = file
+            .metadata()
+            .map_err(|error| BlockError::io(context("stat"), error))?;
+        // A block device has no length in its metadata, but one can seek to its end.
+        let size_bytes = file
+            .seek(SeekFrom::End(0))
+            .map_err(|error| BlockError::io(context("find the size of"), error))?;
+        let fixed_size = !metadata.is_file();
+        let block_size_bytes = if fixed_size {
+            logical_block_size(&file)
+        } else {
+            512
+        };
+        Ok(Self {
+            file,
+            path,
+            size_bytes: AtomicU64::new(size_bytes),
+            block_size_bytes,
+            writable,
+            fixed_size,
+        })
+    }
+
+    /// The path it was opened by.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether this is a block device and not a file.
+    pub fn is_block_device(&self) -> bool {
+        self.fixed_size
+    }
+
+    fn io(&self, what: &str, range: ByteRange, error: std::io::Error) -> BlockError {
+        BlockError::io(format!("{what} {} at {range}", self.path.display()), error)
+    }
+
+    fn check_write(&self, range: ByteRange) -> Result<()> {
+        if !self.writable {
+            return Err(BlockError::ReadOnly {
+                device: self.name(),
+            });
+        }
+        self.check_range(range)
+    }
+}
+
+fn check_is_disk(path: &Path) -> Result<()> {
+    let metadata = std::fs::metadata(path)
+        .map_err(|error| BlockError::io(format!("open {}", path.display()), error))?;
+    #[cfg(unix)]
+    let is_disk = {
+        use std::os::unix::fs::FileTypeExt;
+        metadata.is_file() || metadata.file_type().is_block_device()
+    };
+    #[cfg(not(unix))]
+    let is_disk = metadata.is_file();
+    if is_disk {
+        return Ok(());
+    }
+    let what = if metadata.is_dir() {
+        "a directory"
+    } else {
+        "neither a file nor a block device"
+    };
+    Err(BlockError::unsupported(
+        path.display().to_string(),
+        format!("is {what}; give a disk image file or a block device"),
+    ))
+}
+
+#[cfg(target_os = "linux")]
+fn logical_block_size(file: &File) -> u32 {
+    rustix::fs::ioctl_blksszget(file)
+        .ok()
+        .filter(|size| *size >= 512)
+        .unwrap_or(512)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn logical_block_size(_file: &File) -> u32 {
+    512
+}
+
+impl BlockDevice for RawDevice {
+    fn name(&self) -> String {
+        self.path.display().to_string()
+    }
+
+    fn size_bytes(&self) -> u64 {
+        self.size_bytes.load(Ordering::Acquire)
+    }
+
+    fn block_size_bytes(&self) -> u32 {
+        self.block_size_bytes
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        let range = ByteRange::new(offset, buffer.len() as u64);
+        self.check_range(range)?;
+        read_exact_at(&self.file, buffer, offset).map_err(|error| self.io("read", range, error))
+    }
+
+    fn extents(&self, range: ByteRange) -> Result<Vec<Extent>> {
+        self.check_range(range)?;
+        let mut extents = Vec::new();
+        if self.fixed_size {
+            push_extent(
+                &mut extents,
+                Extent {
+                    range,
+                    kind: ExtentKind::Data,
+                },
+            );
+        } else {
+            file_extents(&self.file, range, &mut extents)
+                .map_err(|error| self.io("find the holes of", range, error))?;
+        }
+        Ok(extents)
+    }
+}
+
+impl WritableBlockDevice for RawDevice {
+    fn write_at(&self, data: &[u8], offset: u64) -> Result<()> {
+        let range = ByteRange::new(offset, data.len() as u64);
+        self.check_write(range)?;
+        write_all_at(&self.file, data, offset).map_err(|error| self.io("write", range, error))
+    }
+
+    fn write_zeroes(&self, range: ByteRange) -> Result<()> {
+        self.check_write(range)?;
+        if range.is_empty() || punch_hole(&self.file, range) {
+            return Ok(());
+        }
+        let zeros = vec![0u8; 1 << 20];
+        let mut at = range.offset;
+        while at < range.end() {
+            let length = zeros
+                .len()
+                .min(usize::try_from(range.end() - at).unwrap_or(usize::MAX));
+            self.write_at(&zeros[..length], at)?;
+            at += length as u64;
+        }
+        Ok(())
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.file
+            .sync_data()
+            .map_err(|error| BlockError::io(format!("flush {}", self.path.display()), error))
+    }
+
+    fn resize(&self, size_bytes: u64) -> Result<()> {
+        if !self.writable {
+            return Err(BlockError::ReadOnly {
+                device: self.name(),
+            });
+        }
+        if self.fixed_size {
+            return Err(BlockError::unsupported(
+                self.name(),
+                "a block device has a fixed size",
+            ));
+        }
+        self.file.set_len(size_bytes).map_err(|error| {
+            BlockError::io(
+                format!("resize {} to {size_bytes} bytes", self.path.display()),
+                error,
+            )
+        })?;
+        self.size_bytes.store(size_bytes, Ordering::Release);
+        Ok(())
+    }
+}
+
+#[cfg(unix)]
+fn read_exact_at(file: &File, buffer: &mut [u8], offset: u64) -> std::io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, buffer, offset)
+}
+
+#[cfg(unix)]
+fn write_all_at(file: &File, data: &[u8], offset: u64) -> std::io::Result<()> {
+    std::os::unix::fs::FileExt::write_all_at(file, data, offset)
+}
+
+#[cfg(windows)]
+fn read_exact_at(file: &File, mut buffer: &mut [u8], mut offset: u64) -> std::io::Result<()> {
+    use std::os::windows::fs::FileExt;
+    while !buffer.is_empty() {
+        match file.seek_read(buffer, offset)? {
+            0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+            count => {
+                buffer = &mut buffer[count..];
+                offset += count as u64;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(windows)]
+fn write_all_at(file: &File, mut data: &[u8], mut offset: u64) -> std::io::Result<()> {
+    use std::os::windows::fs::FileExt;
+    while !data.is_empty() {
+        let count = file.seek_write(data, offset)?;
+        if count == 0 {
+            return Err(std::io::ErrorKind::WriteZero.into());
+        }
+        data = &data[count..];
+        offset += count as u64;
+    }
+    Ok(())
+}
+
+/// Whether the range was turned into a hole that reads as zeros.
+#[cfg(target_os = "linux")]
+fn punch_hole(file: &File, range: ByteRange) -> bool {
+    use rustix::fs::{FallocateFlags, fallocate};
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    fallocate(file, flags, range.offset, range.length).is_ok()
+}
+
+#[cfg(not(target_os = "linux"))]
+fn punch_hole(_file: &File, _range: ByteRange) -> bool {
+    false
+}
+
+/// Walks data and holes with lseek(2). The kernel's file position is shared, but `SEEK_DATA` and
+/// `SEEK_HOLE` take absolute offsets and nothing here reads by position, so callers do not mix.
+#[cfg(target_os = "linux")]
+fn file_extents(file: &File, range: ByteRange, out: &mut Vec<Extent>) -> std::io::Result<()> {
+    use rustix::fs::{SeekFrom, seek};
+    use rustix::io::Errno;
+    let mut at = range.offset;
+    while at < range.end() && out.len() < MAX_EXTENTS {
+        let data = match seek(file, SeekFrom::Data(at)) {
+            Ok(data) => data.clamp(at, range.end()),
+            // No data after here: a hole up to the end of the file.
+            Err(Errno::NXIO) => range.end(),
+            // The file system cannot tell: all data.
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => at,
+            Err(error) => return Err(error.into()),
+        };
+        push_extent(out, Extent::new(at, data - at, ExtentKind::Unallocated));
+        at = data;
+        if at >= range.end() {
+            break;
+        }
+        let hole = match seek(file, SeekFrom::Hole(at)) {
+            // A file that was cut or punched in between answers with `at` itself.
+            Ok(hole) if hole > at => hole.min(range.end()),
+            Ok(_) | Err(Errno::NXIO | Errno::INVAL | Errno::OPNOTSUPP) => range.end(),
+            Err(error) => return Err(error.into()),
+        };
+        push_extent(out, Extent::new(at, hole - at, ExtentKind::Data));
+        at = hole;
+    }
+    Ok(())
+}
+
+#[cfg(not(target_os = "linux"))]
+fn file_extents(_file: &File, range: ByteRange, out: &mut Vec<Extent>) -> std::io::Result<()> {
+    push_extent(
+        out,
+        Extent {
+            range,
+            kind: ExtentKind::Data,
+        },
+    );
+    debug_assert!(out.len() <= MAX_EXTENTS);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::all_extents;
+
+    #[test]
+    fn holes_of_a_sparse_file_are_found_and_made() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk.raw");
+        let disk = RawDevice::open(
+            &path,
+            OpenMode::CreateNew {
+                size_bytes: 8 << 20,
+            },
+        )
+        .unwrap();
+        disk.write_at(&[7; 1 << 20], 2 << 20).unwrap();
+        disk.flush().unwrap();
+        let kinds: Vec<_> = all_extents(&disk).unwrap();
+        assert_eq!(
+            kinds,
+            [
+                Extent::new(0, 2 << 20, ExtentKind::Unallocated),
+                Extent::new(2 << 20, 1 << 20, ExtentKind::Data),
+                Extent::new(3 << 20, 5 << 20, ExtentKind::Unallocated),
+            ]
+        );
+        disk.write_zeroes(ByteRange::new(2 << 20, 1 << 20)).unwrap();
+        assert_eq!(
+            all_extents(&disk).unwrap(),
+            [Extent::new(0, 8 << 20, ExtentKind::Unallocated)]
+        );
+        let mut block = [1; 4096];
+        disk.read_at(&mut block, 2 << 20).unwrap();
+        assert_eq!(block, [0; 4096]);
+    }
+
+    #[test]
+    fn what_is_no_disk_is_refused_with_its_path() {
+        let directory = tempfile::tempdir().unwrap();
+        let error = RawDevice::open(directory.path(), OpenMode::ReadOnly).unwrap_err();
+        assert!(matches!(error, BlockError::Unsupported { .. }), "{error}");
+        let missing = directory.path().join("missing.raw");
+        let error = RawDevice::open(&missing, OpenMode::ReadOnly).unwrap_err();
+        assert_eq!(error.io_kind(), Some(std::io::ErrorKind::NotFound));
+        assert!(error.to_string().contains("missing.raw"));
+    }
+
+    #[test]
+    fn read_only_is_read_only_and_bounds_are_kept() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk.raw");
+        std::fs::write(&path, [5; 1000]).unwrap();
+        let disk = RawDevice::open(&path, OpenMode::ReadOnly).unwrap();
+        assert!(matches!(
+            disk.write_at(&[1], 0),
+            Err(BlockError::ReadOnly { .. })
+        ));
+        let mut buffer = [0; 16];
+        assert!(matches!(
+            disk.read_at(&mut buffer, 990),
+            Err(BlockError::OutOfRange { .. })
+        ));
+        assert!(matches!(
+            disk.read_at(&mut buffer, u64::MAX),
+            Err(BlockError::OutOfRange { .. })
+        ));
+        disk.read_at(&mut buffer, 984).unwrap();
+        assert_eq!(buffer, [5; 16]);
+    }
+}
