@@ -1,0 +1,142 @@
+//! The traits a platform implements.
+
+use crate::{Changes, Consistency, DiskId, JobId, Result, TrackingId, VmConfig};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use vmtide_block::{BlockDevice, CancelToken};
+
+/// A virtualisation platform, or a part of one, as a source of backups.
+pub trait Hypervisor: Send + Sync {
+    /// The VMs it knows.
+    ///
+    /// # Errors
+    /// Where the platform cannot be reached or denies it.
+    fn list(&self) -> Result<Vec<VmSummary>>;
+
+    /// The configuration of one VM, by name or by the platform's own id.
+    ///
+    /// # Errors
+    /// [`NotFound`](crate::HypervisorError::NotFound), or as [`list`](Self::list).
+    fn describe(&self, vm: &str) -> Result<VmConfig>;
+
+    /// Brings the VM to the consistency asked for, fixes the moment on all disks at once, starts
+    /// tracking from it, and lets the VM run on. Removes first what an earlier job of ours left.
+    ///
+    /// # Errors
+    /// Everything made so far is undone before an error is returned.
+    /// [`Busy`](crate::HypervisorError::Busy) while another job of ours works on the VM;
+    /// [`ConsistencyNotReached`](crate::HypervisorError::ConsistencyNotReached) where a downgrade
+    /// would be needed and is not allowed.
+    fn freeze(&self, request: &FreezeRequest) -> Result<Box<dyn FrozenVm>>;
+
+    /// Removes what killed jobs of ours left on the platform, by our journal and by our names.
+    /// What is not ours is never touched, nor what a living job uses.
+    ///
+    /// # Errors
+    /// Where something of ours is there but could not be removed.
+    fn reap(&self) -> Result<ReapReport>;
+}
+
+/// One line of a list of VMs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmSummary {
+    /// The name people use.
+    pub name: String,
+    /// The platform's own id, where it has one.
+    pub id: Option<String>,
+    /// Running, paused, shut off, … in the platform's word.
+    pub state: String,
+    /// The number of disks a backup would hold.
+    pub disks: usize,
+}
+
+/// What a backup wants of a frozen VM.
+#[derive(Clone, Debug)]
+pub struct FreezeRequest {
+    /// The VM, by name or the platform's id; platforms with one VM per connection take any.
+    pub vm: String,
+    /// The job; everything made on the platform carries it.
+    pub job: JobId,
+    /// Names the lineage (one repository, one VM) that tracking belongs to, so that two
+    /// repositories never use each other's tracking. Lower-case hexadecimal, 16 digits.
+    pub lineage: String,
+    /// The consistency wanted.
+    pub consistency: Consistency,
+    /// Whether less is acceptable when it cannot be reached.
+    pub allow_downgrade: bool,
+    /// Per disk, the tracking id and size of the restore point to compare with. A disk that is not
+    /// here is read in full.
+    pub bases: BTreeMap<DiskId, Base>,
+    /// Disks to leave out.
+    pub exclude: Vec<DiskId>,
+    /// Stops waiting for the platform.
+    pub cancel: CancelToken,
+}
+
+/// The earlier moment of one disk that changes are asked since.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Base {
+    /// The tracking id, where the earlier restore point has one.
+    pub tracking: Option<TrackingId>,
+    /// The size of the disk then, in bytes.
+    pub size_bytes: u64,
+}
+
+/// All disks of a VM at one moment, readable until [`commit`](Self::commit) or
+/// [`abort`](Self::abort). Dropping it without either aborts as well as can be done silently.
+pub trait FrozenVm: Send {
+    /// The configuration at that moment.
+    fn config(&self) -> &VmConfig;
+
+    /// The consistency reached.
+    fn consistency(&self) -> Consistency;
+
+    /// Why [`consistency`](Self::consistency) is less than was asked for; none where it is not.
+    fn downgrade_reason(&self) -> Option<&str> {
+        None
+    }
+
+    /// What else the user should know, e.g. a disk that was left out; one line each.
+    fn warnings(&self) -> &[String];
+
+    /// The disks, in the order of the configuration.
+    fn disks(&self) -> &[FrozenDisk];
+
+    /// The restore point is committed: keep the new tracking, release the old, remove the rest.
+    /// Answers with what could not be removed now and is left to [`Hypervisor::reap`].
+    ///
+    /// # Errors
+    /// Where the new tracking could not be kept: the next backup will read in full. The restore
+    /// point stands in any case.
+    fn commit(self: Box<Self>) -> Result<Vec<String>>;
+
+    /// No restore point came of it: go back to the old tracking with nothing lost, remove all
+    /// else.
+    ///
+    /// # Errors
+    /// What could not be undone; the journal keeps it for [`Hypervisor::reap`].
+    fn abort(self: Box<Self>) -> Result<()>;
+}
+
+/// One disk of a frozen VM.
+#[derive(Clone)]
+pub struct FrozenDisk {
+    /// Which disk.
+    pub id: DiskId,
+    /// Its content at the moment, unchanging.
+    pub device: Arc<dyn BlockDevice>,
+    /// What may differ from the base.
+    pub changes: Changes,
+    /// The tracking id of this moment, for the next backup; none where the source has no tracking.
+    pub tracking: Option<TrackingId>,
+}
+
+/// What [`Hypervisor::reap`] did.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReapReport {
+    /// What was removed, one line each.
+    pub removed: Vec<String>,
+    /// What belongs to a job that is still alive and was left alone.
+    pub in_use: Vec<String>,
+}
