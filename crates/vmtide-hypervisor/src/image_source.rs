@@ -112,8 +112,10 @@ impl Hypervisor for ImageSource {
             changes: self.changes_since(request),
             tracking: self.tracking.clone(),
         };
+        let downgraded = request.consistency > Consistency::Crash;
         Ok(Box::new(FrozenImage {
             config: self.config(),
+            downgraded,
             disks: vec![disk],
         }))
     }
