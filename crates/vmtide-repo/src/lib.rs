@@ -1,1 +1,16 @@
-//! x
+//! The repository: restore points of virtual disks, deduplicated, compressed, encrypted.
+//!
+//! The format is `docs/repository-format.md`, to the byte. In short: a disk is cut into chunks;
+//! new chunks are compressed in frames, sealed and appended to packs; a disk map, kept as a few immutable
+//! segments, says where each chunk of the disk is; a restore point names the maps and is the
+//! commit. An index segment answers "is this content known?" and nothing else.
+
+mod crypto;
+mod envelope;
+mod error;
+mod id;
+mod store;
+
+pub use error::{RepoError, Result};
+pub use id::{ChunkId, Location, ObjectId};
+pub use store::{LocalStore, ObjectEntry, ObjectReader, ObjectStore, ObjectWriter, StoreLock};

@@ -1,0 +1,73 @@
+//! The master key and what is derived from it.
+
+use crate::envelope::ObjectKind;
+use crate::{ChunkId, ObjectId, RepoError, Result};
+use zeroize::{Zeroize, ZeroizeOnDrop};
+
+/// The repository's secret: 32 random bytes, kept only sealed in key slots.
+#[derive(Clone, Zeroize, ZeroizeOnDrop)]
+pub struct MasterKey([u8; 32]);
+
+impl std::fmt::Debug for MasterKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("MasterKey(secret)")
+    }
+}
+
+impl MasterKey {
+    /// A new key from the operating system's random source.
+    ///
+    /// # Errors
+    /// [`RepoError::Io`] where there is no randomness.
+    pub fn random() -> Result<Self> {
+        let mut bytes = [0; 32];
+        getrandom::fill(&mut bytes)
+            .map_err(|error| RepoError::io("get random bytes", std::io::Error::other(error)))?;
+        Ok(Self(bytes))
+    }
+
+    /// The key with these bytes.
+    pub const fn from_bytes(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+
+    /// The bytes, for sealing them in a key slot.
+    pub const fn as_bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+
+    /// The keys that work with data.
+    pub fn subkeys(&self) -> Subkeys {
+        Subkeys {
+            chunk_id: blake3::derive_key("vmtide v1 chunk id", &self.0),
+            object_root: blake3::derive_key("vmtide v1 object key", &self.0),
+        }
+    }
+}
+
+/// The keys derived from the master key.
+#[derive(Clone, Zeroize, ZeroizeOnDrop)]
+pub struct Subkeys {
+    chunk_id: [u8; 32],
+    object_root: [u8; 32],
+}
+
+impl std::fmt::Debug for Subkeys {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Subkeys(secret)")
+    }
+}
+
+impl Subkeys {
+    /// The id of a chunk's content, which is exactly one chunk long.
+    pub fn chunk_id(&self, content: &[u8]) -> ChunkId {
+        ChunkId(*blake3::keyed_hash(&self.chunk_id, content).as_bytes())
+    }
+
+    /// The key of one object.
+    pub(super) fn object_key(&self, kind: ObjectKind, id: ObjectId) -> [u8; 32] {
+        let mut hasher = blake3::Hasher::new_keyed(&self.object_root);
+        hasher.update(kind.magic()).update(&id.0);
+        *hasher.finalize().as_bytes()
+    }
+}

@@ -1,0 +1,236 @@
+//! The header and trailer that every binary object has (format §3).
+
+use crate::{ObjectId, RepoError, Result};
+
+/// The length of a header.
+pub const HEADER_BYTES: usize = 64;
+
+/// The length of a trailer.
+pub const TRAILER_BYTES: usize = 64;
+
+/// The format version that this code writes. A reader refuses any other.
+pub const VERSION: u16 = 1;
+
+/// The largest directory a reader takes into memory. Packs and segments of this code stay far
+/// below; a hostile trailer may name anything.
+pub const MAX_DIRECTORY_BYTES: u64 = 256 << 20;
+
+const TRAILER_MAGIC: &[u8; 8] = b"VMTIDEND";
+const FLAG_SEALED: u16 = 1;
+
+/// The kinds of binary objects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ObjectKind {
+    /// Chunks.
+    Pack,
+    /// A part of a disk map.
+    MapSegment,
+    /// Chunk ids to places.
+    IndexSegment,
+    /// A restore point.
+    Point,
+    /// Where the chunks of a removed pack went.
+    Forward,
+}
+
+impl ObjectKind {
+    /// The first eight bytes of the object.
+    pub const fn magic(self) -> &'static [u8; 8] {
+        match self {
+            Self::Pack => b"VMTIDEPK",
+            Self::MapSegment => b"VMTIDEMP",
+            Self::IndexSegment => b"VMTIDEIX",
+            Self::Point => b"VMTIDEPT",
+            Self::Forward => b"VMTIDEFW",
+        }
+    }
+
+    /// The object's name in the store (format §2).
+    pub fn object_name(self, id: ObjectId) -> String {
+        match self {
+            Self::Pack => format!("packs/{:02x}/{id}", id.0[0]),
+            Self::MapSegment => format!("maps/{id}"),
+            Self::IndexSegment => format!("index/{id}"),
+            Self::Point => format!("points/{id}"),
+            Self::Forward => format!("forward/{id}"),
+        }
+    }
+
+    /// The prefix under which all objects of the kind lie.
+    pub const fn prefix(self) -> &'static str {
+        match self {
+            Self::Pack => "packs/",
+            Self::MapSegment => "maps/",
+            Self::IndexSegment => "index/",
+            Self::Point => "points/",
+            Self::Forward => "forward/",
+        }
+    }
+}
+
+/// The first 64 bytes of a binary object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Header {
+    /// What it is.
+    pub kind: ObjectKind,
+    /// Whether its sections are sealed.
+    pub sealed: bool,
+    /// The chunk size in bytes.
+    pub chunk_size_bytes: u32,
+    /// Its id.
+    pub id: ObjectId,
+    /// The repository it belongs to.
+    pub repository: ObjectId,
+}
+
+impl Header {
+    /// The object's name in the store.
+    pub fn object_name(&self) -> String {
+        self.kind.object_name(self.id)
+    }
+
+    /// The bytes.
+    pub fn encode(&self) -> [u8; HEADER_BYTES] {
+        let mut bytes = [0; HEADER_BYTES];
+        bytes[..8].copy_from_slice(self.kind.magic());
+        bytes[8..10].copy_from_slice(&VERSION.to_le_bytes());
+        bytes[10..12].copy_from_slice(&if self.sealed { FLAG_SEALED } else { 0 }.to_le_bytes());
+        bytes[12..16].copy_from_slice(&self.chunk_size_bytes.to_le_bytes());
+        bytes[16..32].copy_from_slice(&self.id.0);
+        bytes[32..48].copy_from_slice(&self.repository.0);
+        bytes
+    }
+
+    /// Checks that `bytes` begin with exactly this header, as they must: everything in it is known
+    /// from the object's name and the repository's configuration.
+    ///
+    /// # Errors
+    /// [`RepoError::Unsupported`] for another version, [`RepoError::Damaged`] for anything else.
+    pub fn verify(&self, bytes: &[u8]) -> Result<()> {
+        let Some(found) = bytes.get(..HEADER_BYTES) else {
+            return Err(RepoError::damaged(
+                self.object_name(),
+                format!("only {} bytes long, shorter than a header", bytes.len()),
+            ));
+        };
+        if found[..8] == *self.kind.magic() && found[8..10] != VERSION.to_le_bytes() {
+            let version = u16::from_le_bytes([found[8], found[9]]);
+            return Err(RepoError::Unsupported {
+                object: self.object_name(),
+                what: format!("format version {version}"),
+            });
+        }
+        if *found != self.encode() {
+            return Err(RepoError::damaged(
+                self.object_name(),
+                "its header (bytes 0 to 63) is not the one written under this name",
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// The last 64 bytes of a binary object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Trailer {
+    /// Where the directory begins in the object.
+    pub directory_offset: u64,
+    /// The directory's length in bytes.
+    pub directory_length: u64,
+    /// What the kind counts first.
+    pub first_count: u32,
+    /// What the kind counts second.
+    pub second_count: u32,
+}
+
+impl Trailer {
+    /// The bytes, with the hash over header, directory and trailer.
+    pub fn encode(&self, header: &Header, directory: &[u8]) -> [u8; TRAILER_BYTES] {
+        let mut bytes = [0; TRAILER_BYTES];
+        bytes[..8].copy_from_slice(TRAILER_MAGIC);
+        bytes[8..16].copy_from_slice(&self.directory_offset.to_le_bytes());
+        bytes[16..24].copy_from_slice(&self.directory_length.to_le_bytes());
+        bytes[24..28].copy_from_slice(&self.first_count.to_le_bytes());
+        bytes[28..32].copy_from_slice(&self.second_count.to_le_bytes());
+        let hash = hash_of(&header.encode(), directory, &bytes[..32]);
+        bytes[32..].copy_from_slice(hash.as_bytes());
+        bytes
+    }
+
+    /// Reads the trailer from the last 64 bytes of an object of `object_length` bytes, and checks
+    /// that the directory it names lies between header and trailer and is of a sane size. The hash
+    /// is checked by [`verify`](Self::verify) once the directory is there.
+    ///
+    /// # Errors
+    /// [`RepoError::Damaged`].
+    pub fn decode(object: &str, bytes: &[u8; TRAILER_BYTES], object_length: u64) -> Result<Self> {
+        let damaged = |detail: String| Err(RepoError::damaged(object, detail));
+        if bytes[..8] != *TRAILER_MAGIC {
+            return damaged(format!(
+                "no trailer at byte {}: the object was cut or overwritten",
+                object_length.saturating_sub(TRAILER_BYTES as u64)
+            ));
+        }
+        let u64_at = |at: usize| {
+            let mut field = [0; 8];
+            field.copy_from_slice(&bytes[at..at + 8]);
+            u64::from_le_bytes(field)
+        };
+        let counts = u64_at(24);
+        let trailer = Self {
+            directory_offset: u64_at(8),
+            directory_length: u64_at(16),
+            #[allow(clippy::cast_possible_truncation, reason = "the low half")]
+            first_count: counts as u32,
+            #[allow(
+                clippy::cast_possible_truncation,
+                reason = "the high half, shifted down"
+            )]
+            second_count: (counts >> 32) as u32,
+        };
+        let end = trailer
+            .directory_offset
+            .checked_add(trailer.directory_length)
+            .and_then(|end| end.checked_add(TRAILER_BYTES as u64));
+        if trailer.directory_offset < HEADER_BYTES as u64
+            || end != Some(object_length)
+            || trailer.directory_length > MAX_DIRECTORY_BYTES
+        {
+            return damaged(format!(
+                "directory at {}+{} does not fit an object of {object_length} bytes",
+                trailer.directory_offset, trailer.directory_length
+            ));
+        }
+        Ok(trailer)
+    }
+
+    /// Checks the hash over header, directory and this trailer.
+    ///
+    /// # Errors
+    /// [`RepoError::Damaged`].
+    pub fn verify(
+        &self,
+        header: &Header,
+        directory: &[u8],
+        trailer_bytes: &[u8; TRAILER_BYTES],
+    ) -> Result<()> {
+        if hash_of(&header.encode(), directory, &trailer_bytes[..32]).as_bytes()[..]
+            == trailer_bytes[32..]
+        {
+            return Ok(());
+        }
+        Err(RepoError::damaged(
+            header.object_name(),
+            format!(
+                "the hash of its directory at byte {} does not match",
+                self.directory_offset
+            ),
+        ))
+    }
+}
+
+fn hash_of(header: &[u8], directory: &[u8], trailer: &[u8]) -> blake3::Hash {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(header).update(directory).update(trailer);
+    hasher.finalize()
+}

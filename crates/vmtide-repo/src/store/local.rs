@@ -1,0 +1,2 @@
+//! Objects as files of a local directory.
+pub struct LocalStore;

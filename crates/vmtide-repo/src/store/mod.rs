@@ -1,0 +1,107 @@
+//! Where objects are kept: a narrow trait, so that faults, latency and simulation fit in.
+//!
+//! Objects are written once under a name nobody else uses and never changed (format §2). A store
+//! must make an object appear whole or not at all, and durable before `finish` returns; nothing
+//! else is asked of it.
+
+mod local;
+
+pub use local::LocalStore;
+
+use crate::Result;
+use std::any::Any;
+
+/// One object in a listing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ObjectEntry {
+    /// The full name, `packs/ab/…`.
+    pub name: String,
+    /// The length in bytes.
+    pub length_bytes: u64,
+}
+
+/// A store of immutable objects. Shared by threads and by processes.
+pub trait ObjectStore: Send + Sync {
+    /// The store as a person knows it, a path or a URL without secrets.
+    fn location(&self) -> String;
+
+    /// Begins an object. It becomes visible, whole and durable, when
+    /// [`finish`](ObjectWriter::finish) returns; dropped without that, it never was.
+    ///
+    /// # Errors
+    /// [`RepoError`](crate::RepoError)`::{Io, Denied}`.
+    fn create(&self, name: &str) -> Result<Box<dyn ObjectWriter>>;
+
+    /// Writes a small object in one go.
+    ///
+    /// # Errors
+    /// As [`create`](Self::create) and [`ObjectWriter::finish`].
+    fn put(&self, name: &str, content: &[u8]) -> Result<()> {
+        let mut writer = self.create(name)?;
+        writer.write(content)?;
+        writer.finish()
+    }
+
+    /// Opens an object for reading at any place.
+    ///
+    /// # Errors
+    /// [`RepoError::NotFound`](crate::RepoError::NotFound), `Io`, `Denied`.
+    fn open(&self, name: &str) -> Result<Box<dyn ObjectReader>>;
+
+    /// Calls `visit` for every object whose name begins with `prefix` (which ends in `/`), in no
+    /// order. Objects that appear or vanish meanwhile may or may not be seen.
+    ///
+    /// # Errors
+    /// Those of the store and of `visit`.
+    fn list(&self, prefix: &str, visit: &mut dyn FnMut(ObjectEntry) -> Result<()>) -> Result<()>;
+
+    /// Removes an object; no error where there is none.
+    ///
+    /// # Errors
+    /// `Io`, `Denied`.
+    fn remove(&self, name: &str) -> Result<()>;
+
+    /// Excludes garbage collection (`exclusive` false) or everybody else (`exclusive` true) until
+    /// the guard is dropped or the process ends, without waiting.
+    ///
+    /// # Errors
+    /// [`RepoError::Busy`](crate::RepoError::Busy) where another process holds it the other way.
+    fn lock(&self, exclusive: bool) -> Result<Box<dyn StoreLock>>;
+
+    /// Removes what unfinished writers left. Only with the exclusive lock held. Answers with the
+    /// number of bytes freed.
+    ///
+    /// # Errors
+    /// `Io`, `Denied`.
+    fn remove_unfinished(&self) -> Result<u64>;
+}
+
+/// Holds a lock of the store until dropped.
+pub trait StoreLock: Send + Sync + Any {}
+
+/// An object being written.
+pub trait ObjectWriter: Send {
+    /// Appends bytes.
+    ///
+    /// # Errors
+    /// `Io`; the object must then be dropped.
+    fn write(&mut self, bytes: &[u8]) -> Result<()>;
+
+    /// Makes the object visible and durable.
+    ///
+    /// # Errors
+    /// [`RepoError::AlreadyExists`](crate::RepoError::AlreadyExists) where the name is taken; `Io`.
+    fn finish(self: Box<Self>) -> Result<()>;
+}
+
+/// An object open for reading. Shared by threads.
+pub trait ObjectReader: Send + Sync {
+    /// The length in bytes.
+    fn length_bytes(&self) -> u64;
+
+    /// Fills `buffer` from `offset`, all of it.
+    ///
+    /// # Errors
+    /// [`RepoError::Damaged`](crate::RepoError::Damaged) where the object ends before; `Io`.
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()>;
+}
