@@ -1,1 +1,22 @@
-//! x
+//! QEMU as a source of backups, through its own interfaces: the machine monitor (QMP), dirty
+//! bitmaps, the guest agent and QEMU's NBD server.
+//!
+//! [`QemuVm`] is one running VM. Freezing it takes, in this order: the guest agent's file system
+//! freeze, a pause of milliseconds where several disks must share one moment, new dirty bitmaps
+//! and a copy-before-write view of every disk, and the release of the guest; everything slower is
+//! done before or after. The disks are then read over NBD while the guest runs on. What is made
+//! in QEMU carries our name and the job's id, is written to the journal before, and is removed by
+//! [`commit`](vmtide_hypervisor::FrozenVm::commit), [`abort`](vmtide_hypervisor::FrozenVm::abort)
+//! or the next job's [`reap`](vmtide_hypervisor::Hypervisor::reap). Only the tracking bitmaps stay.
+
+pub mod agent;
+mod channel;
+mod describe;
+mod inventory;
+pub mod qmp;
+mod target;
+mod vm;
+
+pub use channel::Address;
+pub use target::{FreezeMethod, QemuTarget};
+pub use vm::QemuVm;

@@ -1,0 +1,73 @@
+//! One running VM.
+
+use crate::inventory::Inventory;
+use crate::qmp::QmpClient;
+use crate::{QemuTarget, describe, inventory};
+use std::time::Duration;
+use vmtide_hypervisor::{Result, VmConfig, VmSummary};
+
+/// How long to wait for the monitor to greet. Longer only delays the news that another program
+/// holds it.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The VM of one QEMU process.
+#[derive(Clone, Debug)]
+pub struct QemuVm {
+    target: QemuTarget,
+}
+
+impl QemuVm {
+    /// The VM at `target`. Nothing is connected yet.
+    pub fn new(target: QemuTarget) -> Self {
+        Self { target }
+    }
+
+    /// What it was made from.
+    pub fn target(&self) -> &QemuTarget {
+        &self.target
+    }
+
+    pub(crate) fn connect(&self) -> Result<QmpClient> {
+        Ok(QmpClient::connect(&self.target.qmp, CONNECT_TIMEOUT)?)
+    }
+
+    /// The name this VM goes by: as configured, as QEMU says, else after its socket.
+    pub(crate) fn name(&self, qmp: &QmpClient) -> Result<String> {
+        if let Some(name) = &self.target.name {
+            return Ok(name.clone());
+        }
+        if let Some(name) = describe::name_of(qmp)? {
+            return Ok(name);
+        }
+        Ok(match &self.target.qmp {
+            crate::Address::Unix(path) => path
+                .file_stem()
+                .map_or_else(|| "qemu".into(), |stem| stem.to_string_lossy().into_owned()),
+            crate::Address::Tcp(address) => address.clone(),
+        })
+    }
+
+    /// The VM as a list of one.
+    ///
+    /// # Errors
+    /// Where the monitor cannot be used.
+    pub fn summary(&self) -> Result<VmSummary> {
+        let qmp = self.connect()?;
+        Ok(VmSummary {
+            name: self.name(&qmp)?,
+            id: describe::uuid_of(&qmp)?,
+            state: describe::state_of(&qmp)?,
+            disks: inventory::take(&qmp)?.drives.len(),
+        })
+    }
+
+    /// Its configuration.
+    ///
+    /// # Errors
+    /// Where the monitor cannot be used.
+    pub fn configuration(&self) -> Result<VmConfig> {
+        let qmp = self.connect()?;
+        let inventory: Inventory = inventory::take(&qmp)?;
+        Ok(describe::describe(&qmp, self.name(&qmp)?, &inventory)?)
+    }
+}
