@@ -1,0 +1,199 @@
+#!/usr/bin/env bash
+# Checks everything; installs what it needs and says so.
+#
+#   scripts/test.sh              all parts
+#   scripts/test.sh PART…        some: lint deny rust e2e fuzz
+#
+# lint   format of the code, clippy without warnings, shellcheck, Python that compiles
+# deny   licences, sources and known weaknesses of what vmtide depends on
+# rust   all tests of the workspace
+# e2e    real QEMU machines: a Linux guest backed up, restored and booted; cycles of writes, backups and kill -9
+# fuzz   a minute over the fuzz targets
+#
+# VMTIDE_CYCLES (8) says how many cycles; VMTIDE_FUZZ_SECONDS (60) how long to fuzz in all.
+# Every part runs, also after a failure; the last line counts, and the exit code is 1 when anything failed.
+set -euo pipefail
+
+# shellcheck source=scripts/lib/common.sh
+. "$(dirname "$0")/lib/common.sh"
+# shellcheck source=scripts/lib/packages.sh
+. "$REPO_ROOT/scripts/lib/packages.sh"
+# shellcheck source=scripts/lib/rust.sh
+. "$REPO_ROOT/scripts/lib/rust.sh"
+
+ALL_PARTS="lint deny rust e2e fuzz"
+CYCLES="${VMTIDE_CYCLES:-8}"
+FUZZ_SECONDS="${VMTIDE_FUZZ_SECONDS:-60}"
+# Longer than everything in it takes on two slow cores; a hang ends as a failure, not as a machine blocked for ever.
+LIMIT_RUST_S=1500
+LIMIT_E2E_S=900
+LIMIT_FUZZ_BUILD_S=900
+
+PASSED=0
+FAILED=0
+FAILURES=()
+
+passed() {
+    PASSED=$((PASSED + $1))
+}
+
+failed() {
+    FAILED=$((FAILED + $1))
+    FAILURES+=("$2")
+    say "    FAILED: $2"
+}
+
+# check NAME COMMAND…: one check that counts as one test.
+check() {
+    local name="$1"
+    shift
+    step "$name"
+    if "$@"; then
+        passed 1
+    else
+        failed 1 "$name"
+    fi
+}
+
+# counted NAME COMMAND…: runs what prints lines `test result: … N passed; M failed …`, and adds them up.
+counted() {
+    local name="$1" log status=0 good bad
+    shift
+    step "$name"
+    log="$(mktemp "$LOGS/counted.XXXXXX")"
+    "$@" 2>&1 | tee "$log" || status=$?
+    good="$(sum_of passed "$log")"
+    bad="$(sum_of failed "$log")"
+    passed "$good"
+    if [ "$bad" -gt 0 ]; then
+        failed "$bad" "$name"
+    elif [ "$status" -ne 0 ]; then
+        # It did not compile, crashed, or took longer than its limit.
+        failed 1 "$name (ended with $status)"
+    elif [ "$good" -eq 0 ]; then
+        failed 1 "$name (no test ran)"
+    fi
+}
+
+# sum_of WORD LOG: the sum of N over all `N WORD` in the result lines of LOG.
+sum_of() {
+    sed -n "s/^test result: .*[^0-9]\([0-9][0-9]*\) $1.*/\1/p" "$2" | awk '{ sum += $1 } END { print sum + 0 }'
+}
+
+install_tools() {
+    step "installing what is missing"
+    ensure_rust
+    ensure_qemu
+    # libnbd's tools, the file system tools and openssl are independent implementations the tests compare with.
+    ensure_packages "the tests" libnbd-bin e2fsprogs fdisk openssl python3 python3-cryptography python3-zstandard
+    ensure_packages "checking the scripts" shellcheck
+}
+
+check_scripts() {
+    local -a scripts
+    mapfile -t scripts < <(cd "$REPO_ROOT" && git ls-files --cached --others --exclude-standard |
+        grep -E '^(scripts|bench|tests|\.ci)/' | while IFS= read -r file; do
+        [ -f "$file" ] && head -n 1 "$file" | grep -qE '^#!.*\b(ba)?sh' && printf '%s\n' "$file"
+    done)
+    (cd "$REPO_ROOT" && shellcheck -x -P . -e SC1091 "${scripts[@]}" scripts/lib/*.sh && shellcheck -s sh scripts/guest/files.sh)
+}
+
+check_python() {
+    PYTHONPYCACHEPREFIX="$LOGS/pycache" python3 -m compileall -q "$REPO_ROOT/tests/e2e"
+}
+
+part_lint() {
+    ensure_cargo_component rustfmt rustfmt
+    ensure_cargo_component cargo-clippy clippy
+    check "format (cargo fmt)" cargo fmt --all --check
+    check "clippy without warnings" cargo clippy --quiet --workspace --all-targets --locked -- -D warnings
+    check "shellcheck" check_scripts
+    check "Python compiles" check_python
+}
+
+part_deny() {
+    ensure_cargo_tool cargo-deny "checking licences and sources of dependencies" || { failed 1 "cargo-deny cannot be installed"; return; }
+    check "licences, sources, bans (cargo deny)" cargo deny --log-level error check bans licenses sources
+    step "known weaknesses (cargo deny check advisories)"
+    if timeout 120 cargo deny fetch db >"$LOGS/advisories" 2>&1; then
+        check "no known weakness" cargo deny --log-level error check advisories
+    else
+        say "    left out: the database of known weaknesses cannot be fetched from here: $(grep -m 1 -i -E 'error|fatal' "$LOGS/advisories" || tail -n 1 "$LOGS/advisories")"
+    fi
+}
+
+part_rust() {
+    counted "tests of the workspace (cargo test)" \
+        timeout --kill-after=30 "$LIMIT_RUST_S" cargo test --quiet --workspace --locked --no-fail-fast
+}
+
+part_e2e() {
+    step "building vmtide for the end-to-end tests"
+    # The development profile: the tests above have built nearly all of it, and its checks for overflow are on.
+    if ! cargo build --quiet --locked -p vmtide; then
+        failed 1 "vmtide does not build"
+        return
+    fi
+    VMTIDE_BIN="$(target_directory)/debug/vmtide"
+    export VMTIDE_BIN
+    counted "a Linux guest, backed up, restored, booted" \
+        timeout --kill-after=30 "$LIMIT_E2E_S" python3 "$REPO_ROOT/tests/e2e/guest_test.py"
+    counted "$CYCLES cycles of writes, backups, kill -9" \
+        timeout --kill-after=30 $((LIMIT_E2E_S + CYCLES * 60)) python3 "$REPO_ROOT/tests/e2e/cycles.py" --cycles "$CYCLES"
+}
+
+target_directory() {
+    cargo metadata --format-version 1 --no-deps --offline | python3 -c 'import json, sys; print(json.load(sys.stdin)["target_directory"])'
+}
+
+part_fuzz() {
+    local target seconds
+    local -a targets
+    ensure_cargo_tool cargo-fuzz "fuzzing the parsers" || { failed 1 "cargo-fuzz cannot be installed"; return; }
+    # libFuzzer itself is C++; its options need what stable Rust keeps for the nightly compiler.
+    have c++ || ensure_packages "fuzzing (libFuzzer is C++)" g++
+    export RUSTC_BOOTSTRAP=1
+    mapfile -t targets < <(cd "$REPO_ROOT" && cargo fuzz list)
+    [ "${#targets[@]}" -gt 0 ] || { failed 1 "there are no fuzz targets"; return; }
+    # No address sanitizer: unsafe code is forbidden here; what is looked for are panics, hangs and huge allocations.
+    check "building ${#targets[@]} fuzz targets" \
+        timeout --kill-after=30 "$LIMIT_FUZZ_BUILD_S" cargo fuzz build --sanitizer none
+    seconds=$(((FUZZ_SECONDS + ${#targets[@]} - 1) / ${#targets[@]}))
+    for target in "${targets[@]}"; do
+        check "fuzz $target for $seconds s" fuzz_one "$target" "$seconds"
+    done
+    unset RUSTC_BOOTSTRAP
+}
+
+fuzz_one() {
+    timeout --kill-after=30 $(($2 + 120)) cargo fuzz run --sanitizer none "$1" -- \
+        -max_total_time="$2" -timeout=20 -rss_limit_mb=1024 -print_final_stats=1 >"$LOGS/fuzz-$1" 2>&1 || {
+        tail -n 40 "$LOGS/fuzz-$1" >&2
+        return 1
+    }
+    say "    $(grep -E 'number_of_executed_units' "$LOGS/fuzz-$1" | tail -n 1 | sed 's/^stat:://')"
+}
+
+cd "$REPO_ROOT"
+for part in "$@"; do
+    case " $ALL_PARTS " in
+        *" $part "*) ;;
+        *) sed -n '2,/^set /s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+    esac
+done
+LOGS="$(mktemp -d "${TMPDIR:-/tmp}/vmtide-test.XXXXXX")"
+trap 'rm -rf "$LOGS"' EXIT
+export CARGO_TERM_COLOR=never
+
+install_tools
+read -ra parts <<<"${*:-$ALL_PARTS}"
+for part in "${parts[@]}"; do
+    "part_$part"
+done
+
+step "done"
+for failure in "${FAILURES[@]}"; do
+    say "    failed: $failure"
+done
+printf '%d passed, %d failed\n' "$PASSED" "$FAILED"
+[ "$FAILED" -eq 0 ]
