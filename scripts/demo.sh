@@ -93,12 +93,6 @@ guest() {
     say "        $(python3 "$REPO_ROOT/tests/e2e/lab/control.py" "$WORK/run/control.sock" "$@")" || die "the guest failed at: $*"
 }
 
-power_off() {
-    guest poweroff
-    wait "$QEMU_PID" || true
-    QEMU_PID=""
-}
-
 step "installing what is missing"
 ensure_rust
 ensure_qemu

@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 
 from lab.machine import Machine, dirty_granules, is_a_moment_of, make_disks
-from lab.processes import TestFailure, Workspace, need_tools, run
+from lab.processes import Tally, TestFailure, Workspace, need_tools, run
 from lab.vmtide import Vmtide
 
 # Every way occurs in the first cycles, so that a short run sees them all; after these it is chance.
@@ -39,7 +39,8 @@ FINAL_RESTORES = 25
 
 
 class Cycles:
-    def __init__(self, directory, seed):
+    def __init__(self, directory, seed, tally):
+        self.tally = tally
         self.directory = directory
         self.random = random.Random(seed)
         self.disks = make_disks(directory)
@@ -54,11 +55,6 @@ class Cycles:
         # A killed vmtide may have committed, and so begun the tracking that was expected to be missing.
         self.unsure_after_kill = False
         self.durations_s = [1.0]
-        self.counts = {}
-        self.done = 0
-
-    def count(self, what):
-        self.counts[what] = self.counts.get(what, 0) + 1
 
     def run(self, cycles):
         with self.machine:
@@ -66,8 +62,8 @@ class Cycles:
                 way = FIRST_CYCLES[number] if number < len(FIRST_CYCLES) else self._choose()
                 started = time.monotonic()
                 self.cycle(way)
-                self.count(way)
-                self.done += 1
+                self.tally.passed += 1
+                self.tally.count(way)
                 print(f"cycle {number + 1:3} {way:11} {len(self.known):3} restore points, "
                       f"{time.monotonic() - started:.1f} s", flush=True)
             self.cycle("quiet")
@@ -107,7 +103,7 @@ class Cycles:
             self.write_like_a_guest()
         finished = running.finish()
         during = self.machine.writes[begun_at:]
-        self.count_of("writes during backups", len(during))
+        self.tally.count("writes during backups", len(during))
         summary = self.ended_well(finished, before + during, exact=False)
         # What was written during the backup may belong to the next one.
         self.writes_at_base = begun_at
@@ -122,7 +118,7 @@ class Cycles:
                 self.write_like_a_guest()
             else:
                 time.sleep(0.002)
-        self.count("vmtide killed in the act" if running.kill() else "vmtide was faster than the kill")
+        self.tally.count("vmtide killed in the act" if running.kill() else "vmtide was faster than the kill")
         self.unsure_after_kill = True
         # The guest must be able to go on.
         self.machine.wait_running()
@@ -140,7 +136,7 @@ class Cycles:
         during = self.machine.writes[begun_at:]
         self.machine.stop("kill")
         finished = running.finish(timeout_s=120)
-        self.count("vmtide was faster than the kill" if faster else "QEMU killed in the act")
+        self.tally.count("vmtide was faster than the kill" if faster else "QEMU killed in the act")
         if not faster:
             finished.must_end_with(0, 1, 3)
         if finished.code == 1 and not finished.stderr.strip() and not finished.stdout.strip():
@@ -163,9 +159,6 @@ class Cycles:
     def typical_duration_s(self):
         return sorted(self.durations_s)[len(self.durations_s) // 2]
 
-    def count_of(self, what, number):
-        self.counts[what] = self.counts.get(what, 0) + number
-
     def ended_well(self, finished, writes, exact=True):
         """The backup succeeded, says the truth about tracking, read no more than it had to, and left nothing."""
         expect_full = {name: reason for name, reason in self.full_expected.items() if reason}
@@ -184,9 +177,9 @@ class Cycles:
                     raise TestFailure(f"{name} was read in full without a reason shown")
                 if not expect_full.get(name):
                     raise TestFailure(f"{name} was read in full without need: {tracking['reason']}")
-                self.count("disks read in full")
+                self.tally.count("disks read in full")
                 continue
-            self.count("disks read by changes")
+            self.tally.count("disks read by changes")
             limit = dirty_granules(since_base, name)
             if entry["read_bytes"] > 1.1 * limit:
                 raise TestFailure(f"{name}: {entry['read_bytes']} bytes read where {limit} were dirty")
@@ -225,6 +218,7 @@ class Cycles:
             found = {name: Path(path).read_bytes() for name, path in files.items()}
             if not is_right(found):
                 raise TestFailure(f"the restore point {point} is not what the disks held at any moment of its backup")
+            self.tally.count("restore points restored exactly")
             self.known[point] = {name: hashlib.sha256(data).hexdigest() for name, data in found.items()}
 
     def final_check(self):
@@ -250,17 +244,10 @@ def main():
     need_tools("qemu-system-x86_64", "qemu-img")
     print(f"cycles: {options.cycles}, seed {seed}")
     with Workspace("cycles", options.keep) as directory:
-        cycles = Cycles(directory, seed)
-        try:
-            cycles.run(options.cycles)
-        except TestFailure as failure:
-            print(f"FAILED (repeat with --seed {seed}): {failure}", file=sys.stderr)
-            print(f"test result: FAILED. {cycles.done} passed; 1 failed")
-            return 1
-        finally:
-            print(", ".join(f"{what}: {number}" for what, number in sorted(cycles.counts.items())))
-    print(f"test result: ok. {options.cycles} passed; 0 failed ({len(cycles.known)} restore points restored exactly)")
-    return 0
+        tally = Tally(f"repeat with --seed {seed}")
+        with tally:
+            Cycles(directory, seed, tally).run(options.cycles)
+    return tally.exit_code()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import sys
 import time
 
 from lab.guest import BOOT_TIMEOUT_S, Guest, Verdict, boot_and_check, make_guest
-from lab.processes import TestFailure, Workspace, need_tools, run
+from lab.processes import Tally, TestFailure, Workspace, need_tools, run
 from lab.qmp import BlockState, QmpError, assert_same_but_bitmaps
 from lab.vmtide import Vmtide
 
@@ -31,14 +31,14 @@ EXT4_NEEDS_RECOVERY = 0x4
 
 
 class Scenario:
-    def __init__(self, directory):
+    def __init__(self, directory, tally):
         self.directory = directory
         self.vmtide = Vmtide(directory)
-        self.passed = 0
+        self.tally = tally
 
     def ok(self, what):
-        self.passed += 1
-        print(f"ok {self.passed}: {what}", flush=True)
+        self.tally.passed += 1
+        print(f"ok {self.tally.passed}: {what}", flush=True)
 
     def run(self):
         make_guest(self.directory)
@@ -197,15 +197,10 @@ def main():
     options = parser.parse_args()
     need_tools("qemu-system-x86_64", "qemu-img", "e2fsck")
     with Workspace("guest", options.keep) as directory:
-        scenario = Scenario(directory)
-        try:
-            scenario.run()
-        except TestFailure as failure:
-            print(f"FAILED: {failure}", file=sys.stderr)
-            print(f"test result: FAILED. {scenario.passed} passed; 1 failed")
-            return 1
-    print(f"test result: ok. {scenario.passed} passed; 0 failed")
-    return 0
+        tally = Tally("keep what it made with --keep")
+        with tally:
+            Scenario(directory, tally).run()
+    return tally.exit_code()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 REPO_ROOT = Path(__file__).resolve().parents[3]
@@ -87,6 +88,40 @@ class Workspace:
             print(f"kept: {self.path}", file=sys.stderr)
         else:
             shutil.rmtree(self.path, ignore_errors=True)
+
+
+class Tally:
+    """Counts what passed; a failure inside its `with` block is told, with a hint, and counted. The last line it
+    prints has the form of cargo test's, for whoever adds up."""
+
+    def __init__(self, hint):
+        self.hint = hint
+        self.passed = 0
+        self.failed = 0
+        self.counts = {}
+
+    def count(self, what, number=1):
+        self.counts[what] = self.counts.get(what, 0) + number
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if self.counts:
+            print(", ".join(f"{what}: {number}" for what, number in sorted(self.counts.items())))
+        if kind is not None and issubclass(kind, Exception):
+            self.failed = 1
+            if not isinstance(error, TestFailure):
+                traceback.print_exception(error)
+            print(f"FAILED ({self.hint}): {error}", file=sys.stderr)
+            print(f"test result: FAILED. {self.passed} passed; 1 failed", flush=True)
+            return True
+        if kind is None:
+            print(f"test result: ok. {self.passed} passed; 0 failed", flush=True)
+        return False
+
+    def exit_code(self):
+        return 1 if self.failed else 0
 
 
 def need_tools(*names):
