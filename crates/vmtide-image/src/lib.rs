@@ -1,1 +1,24 @@
-//! x
+//! Virtual disk images as block devices.
+//!
+//! A disk image is a file in a format: here the bytes of a virtual disk are found in it and put
+//! behind [`vmtide_block::BlockDevice`], so that backup, restore, conversion and the network
+//! servers never learn about formats. **Raw** (files and block devices) and **qcow2** are read and
+//! written; VHDX, VHD and VMDK are recognised and refused by name.
+//!
+//! Images are hostile input. Every offset is checked against the file before it is followed, every
+//! table has a size limit, and what an image says about *other* files (its backing file, its
+//! external data file) is followed only as far as [`BackingPolicy`] allows: a guest that can write
+//! an image header could otherwise have the host read any file into its disk.
+//!
+//! All devices may be read by any number of threads at once and no lock is held while data is
+//! read; see [`qcow2::Qcow2Writer`] for what concurrent writers may expect.
+
+mod bytes;
+mod format;
+mod info;
+mod open;
+pub mod qcow2;
+
+pub use format::{Format, probe, probe_device};
+pub use info::{BackingInfo, BitmapInfo, BitmapState, ImageInfo, SnapshotInfo, image_info};
+pub use open::{BackingPolicy, MAX_CHAIN_DEPTH, OpenOptions, open_read_only, open_writable};
