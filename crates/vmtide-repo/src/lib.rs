@@ -13,4 +13,7 @@ mod store;
 
 pub use error::{RepoError, Result};
 pub use id::{ChunkId, Location, ObjectId};
-pub use store::{LocalStore, ObjectEntry, ObjectReader, ObjectStore, ObjectWriter, StoreLock};
+pub use store::{
+    LocalStore, MemoryStore, ObjectEntry, ObjectReader, ObjectStore, ObjectWriter, StoreLock,
+    read_small,
+};

@@ -5,10 +5,13 @@
 //! else is asked of it.
 
 mod local;
+mod memory;
+mod name;
 
 pub use local::LocalStore;
+pub use memory::MemoryStore;
 
-use crate::Result;
+use crate::{RepoError, Result};
 use std::any::Any;
 
 /// One object in a listing.
@@ -74,6 +77,27 @@ pub trait ObjectStore: Send + Sync {
     /// # Errors
     /// `Io`, `Denied`.
     fn remove_unfinished(&self) -> Result<u64>;
+}
+
+/// Reads a small object whole.
+///
+/// # Errors
+/// [`RepoError::Damaged`] where it is longer than `limit_bytes`, which bounds what is allocated;
+/// those of [`ObjectStore::open`] and [`ObjectReader::read_at`].
+pub fn read_small(store: &dyn ObjectStore, name: &str, limit_bytes: usize) -> Result<Vec<u8>> {
+    let reader = store.open(name)?;
+    let length_bytes = reader.length_bytes();
+    match usize::try_from(length_bytes) {
+        Ok(length) if length <= limit_bytes => {
+            let mut content = vec![0; length];
+            reader.read_at(&mut content, 0)?;
+            Ok(content)
+        }
+        _ => Err(RepoError::damaged(
+            name,
+            format!("{length_bytes} bytes long; {limit_bytes} is the most it may have"),
+        )),
+    }
 }
 
 /// Holds a lock of the store until dropped.

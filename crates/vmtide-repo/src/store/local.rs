@@ -1,2 +1,0 @@
-//! Objects as files of a local directory.
-pub struct LocalStore;

@@ -1,0 +1,110 @@
+//! An object of a local store being written: a file in `tmp/` until it is whole and durable.
+
+use super::Root;
+use super::files;
+use crate::store::ObjectWriter;
+use crate::{ObjectId, RepoError, Result};
+use std::fs::File;
+use std::io::{self, BufWriter, ErrorKind, Write};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// How much is gathered before it is written. Frames of a pack are larger and go straight through;
+/// this spares a call for every header and table.
+const BUFFER_BYTES: usize = 128 << 10;
+
+/// A file in `tmp/` that becomes the object `name` in [`finish`](ObjectWriter::finish), and is
+/// removed when it is dropped before.
+pub(super) struct LocalWriter {
+    root: Arc<Root>,
+    name: String,
+    temporary: PathBuf,
+    /// None once finished.
+    file: Option<BufWriter<File>>,
+}
+
+impl LocalWriter {
+    /// Begins the object `name`, whose form is checked already.
+    pub(super) fn begin(root: Arc<Root>, name: &str) -> Result<Self> {
+        let directory = root.path.join(super::TEMPORARY);
+        let temporary = directory.join(ObjectId::random()?.to_string());
+        let file = files::create_new(&temporary)
+            .or_else(|error| match error.kind() {
+                ErrorKind::NotFound => {
+                    files::create_directory(&directory).and_then(|()| files::create_new(&temporary))
+                }
+                _ => Err(error),
+            })
+            .map_err(|error| not_written(&root, name, error))?;
+        Ok(Self {
+            root,
+            name: name.to_owned(),
+            temporary,
+            file: Some(BufWriter::with_capacity(BUFFER_BYTES, file)),
+        })
+    }
+
+    /// Everything in the file and on the disk, under the temporary name still.
+    fn sync(&mut self) -> io::Result<()> {
+        if let Some(mut file) = self.file.take() {
+            let synced = file.flush().and_then(|()| file.get_ref().sync_all());
+            // A buffer that could not be written must not be tried once more by its drop.
+            drop(file.into_parts());
+            synced?;
+        }
+        Ok(())
+    }
+
+    fn publish(&self) -> Result<()> {
+        let io = |error| not_written(&self.root, &self.name, error);
+        let path = self.root.path.join(&self.name);
+        let directory = self.root.parent_of(&self.name)?;
+        files::rename_new(&self.temporary, &path).map_err(|error| match error.kind() {
+            ErrorKind::AlreadyExists => RepoError::AlreadyExists {
+                what: format!("{} in {}", self.name, self.root.path.display()),
+                hint: String::new(),
+            },
+            _ => io(error),
+        })?;
+        files::sync_directory(&directory).map_err(|error| {
+            // Whoever gets an error may rely on there being no such object.
+            let _ = std::fs::remove_file(&path);
+            io(error)
+        })
+    }
+}
+
+impl ObjectWriter for LocalWriter {
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        let file = self.file.as_mut().ok_or_else(|| {
+            RepoError::Invalid(format!("{} is finished and takes no more", self.name))
+        })?;
+        file.write_all(bytes)
+            .map_err(|error| not_written(&self.root, &self.name, error))
+    }
+
+    fn finish(mut self: Box<Self>) -> Result<()> {
+        self.sync()
+            .map_err(|error| not_written(&self.root, &self.name, error))?;
+        self.publish()
+    }
+}
+
+impl Drop for LocalWriter {
+    fn drop(&mut self) {
+        if let Some(file) = self.file.take() {
+            drop(file.into_parts());
+        }
+        // After success there is nothing under this name; otherwise prune gets what stays.
+        let _ = std::fs::remove_file(&self.temporary);
+    }
+}
+
+/// The error of an object that could not be written, with what a person needs to know first.
+fn not_written(root: &Root, name: &str, error: io::Error) -> RepoError {
+    let kept = "nothing of it is kept, every finished restore point is untouched";
+    RepoError::io(
+        format!("write {name} in {} ({kept})", root.path.display()),
+        error,
+    )
+}

@@ -1,0 +1,214 @@
+//! Objects in memory, for tests, simulation and fuzzing.
+
+use super::{ObjectEntry, ObjectReader, ObjectStore, ObjectWriter, StoreLock, name};
+use crate::{RepoError, Result};
+use parking_lot::Mutex;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// A store in memory that keeps every promise of [`ObjectStore`]. Clones are the same store, as two
+/// processes on one directory are; [`snapshot`](Self::snapshot) makes another.
+#[derive(Clone, Debug, Default)]
+pub struct MemoryStore {
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    objects: BTreeMap<String, Arc<[u8]>>,
+    /// Bytes of writers that ended without `finish` and did not clean up.
+    unfinished_bytes: u64,
+    shared: usize,
+    exclusive: bool,
+}
+
+impl MemoryStore {
+    /// An empty store.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The content of an object, None where there is none.
+    pub fn bytes(&self, name: &str) -> Option<Arc<[u8]>> {
+        self.state.lock().objects.get(name).cloned()
+    }
+
+    /// Puts an object in place of whatever is there, which no real store does: this is how a test
+    /// makes damage.
+    pub fn replace(&self, name: &str, content: &[u8]) {
+        self.state
+            .lock()
+            .objects
+            .insert(name.into(), content.into());
+    }
+
+    /// The names of all objects, sorted.
+    pub fn names(&self) -> Vec<String> {
+        self.state.lock().objects.keys().cloned().collect()
+    }
+
+    /// Another store with the same objects and no locks: what is found after a crash now.
+    pub fn snapshot(&self) -> Self {
+        let state = State {
+            objects: self.state.lock().objects.clone(),
+            ..State::default()
+        };
+        Self {
+            state: Arc::new(Mutex::new(state)),
+        }
+    }
+
+    /// Makes as if a crashed writer had left that many bytes, for
+    /// [`remove_unfinished`](ObjectStore::remove_unfinished) to find.
+    pub fn leave_unfinished(&self, length_bytes: u64) {
+        let mut state = self.state.lock();
+        state.unfinished_bytes = state.unfinished_bytes.saturating_add(length_bytes);
+    }
+}
+
+struct MemoryWriter {
+    state: Arc<Mutex<State>>,
+    name: String,
+    content: Vec<u8>,
+}
+
+impl ObjectWriter for MemoryWriter {
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.content.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    fn finish(self: Box<Self>) -> Result<()> {
+        let mut state = self.state.lock();
+        if state.objects.contains_key(&self.name) {
+            return Err(RepoError::AlreadyExists {
+                what: format!("{} in memory", self.name),
+                hint: String::new(),
+            });
+        }
+        state.objects.insert(self.name, self.content.into());
+        Ok(())
+    }
+}
+
+struct MemoryReader {
+    name: String,
+    content: Arc<[u8]>,
+}
+
+impl ObjectReader for MemoryReader {
+    fn length_bytes(&self) -> u64 {
+        self.content.len() as u64
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        let part = usize::try_from(offset)
+            .ok()
+            .and_then(|from| self.content.get(from..from.checked_add(buffer.len())?))
+            .ok_or_else(|| {
+                RepoError::damaged(
+                    &self.name,
+                    format!(
+                        "{} bytes long, but {} bytes at {offset} are needed: it was cut",
+                        self.content.len(),
+                        buffer.len()
+                    ),
+                )
+            })?;
+        buffer.copy_from_slice(part);
+        Ok(())
+    }
+}
+
+struct MemoryLock {
+    state: Arc<Mutex<State>>,
+    exclusive: bool,
+}
+
+impl StoreLock for MemoryLock {}
+
+impl Drop for MemoryLock {
+    fn drop(&mut self) {
+        let mut state = self.state.lock();
+        if self.exclusive {
+            state.exclusive = false;
+        } else {
+            state.shared -= 1;
+        }
+    }
+}
+
+impl ObjectStore for MemoryStore {
+    fn location(&self) -> String {
+        "memory".into()
+    }
+
+    fn create(&self, name: &str) -> Result<Box<dyn ObjectWriter>> {
+        name::check_object(name)?;
+        Ok(Box::new(MemoryWriter {
+            state: Arc::clone(&self.state),
+            name: name.into(),
+            content: Vec::new(),
+        }))
+    }
+
+    fn open(&self, name: &str) -> Result<Box<dyn ObjectReader>> {
+        name::check_object(name)?;
+        match self.bytes(name) {
+            Some(content) => Ok(Box::new(MemoryReader {
+                name: name.into(),
+                content,
+            })),
+            None => Err(RepoError::NotFound {
+                what: format!("{name} in memory"),
+                hint: String::new(),
+            }),
+        }
+    }
+
+    fn list(&self, prefix: &str, visit: &mut dyn FnMut(ObjectEntry) -> Result<()>) -> Result<()> {
+        name::check_prefix(prefix)?;
+        // Gathered first: the visitor may use the store.
+        let found: Vec<ObjectEntry> = self
+            .state
+            .lock()
+            .objects
+            .range(prefix.to_owned()..)
+            .take_while(|(name, _)| name.starts_with(prefix))
+            .map(|(name, content)| ObjectEntry {
+                name: name.clone(),
+                length_bytes: content.len() as u64,
+            })
+            .collect();
+        found.into_iter().try_for_each(visit)
+    }
+
+    fn remove(&self, name: &str) -> Result<()> {
+        name::check_object(name)?;
+        self.state.lock().objects.remove(name);
+        Ok(())
+    }
+
+    fn lock(&self, exclusive: bool) -> Result<Box<dyn StoreLock>> {
+        let mut state = self.state.lock();
+        if state.exclusive || (exclusive && state.shared > 0) {
+            let others = if exclusive { "another" } else { "prune" };
+            return Err(RepoError::Busy {
+                detail: format!("{others} is at work on memory"),
+            });
+        }
+        if exclusive {
+            state.exclusive = true;
+        } else {
+            state.shared += 1;
+        }
+        Ok(Box::new(MemoryLock {
+            state: Arc::clone(&self.state),
+            exclusive,
+        }))
+    }
+
+    fn remove_unfinished(&self) -> Result<u64> {
+        Ok(std::mem::take(&mut self.state.lock().unfinished_bytes))
+    }
+}
