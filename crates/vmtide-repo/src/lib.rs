@@ -5,10 +5,14 @@
 //! segments, says where each chunk of the disk is; a restore point names the maps and is the
 //! commit. An index segment answers "is this content known?" and nothing else.
 
+mod context;
 mod crypto;
 mod envelope;
 mod error;
 mod id;
+mod leb128;
+mod map;
+mod page_cache;
 mod store;
 
 pub use error::{RepoError, Result};

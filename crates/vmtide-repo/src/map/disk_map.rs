@@ -1,0 +1,158 @@
+//! The map of one disk at one restore point: its segments as one.
+
+use super::covering::Covering;
+use super::overlay::{Overlay, RunSource, SliceSource};
+use super::segment::{MapCache, MapSegment, SegmentCursor};
+use super::{CACHED_PAGES, MAX_CHUNKS, MAX_SEGMENTS, MapRun};
+use crate::context::RepoContext;
+use crate::{ObjectId, RepoError, Result};
+use std::ops::Range;
+
+/// A disk map. Shared by threads; a lookup takes no lock but one shard of the page cache.
+#[derive(Debug)]
+pub(crate) struct DiskMap {
+    segments: Vec<MapSegment>,
+    /// Beyond this the segments do not speak for the disk.
+    mapped_chunks: u64,
+    chunks: u64,
+    cache: MapCache,
+}
+
+impl DiskMap {
+    /// Opens the map of a disk of `chunks` chunks from its segments, newest first. What segments
+    /// hold beyond the disk's end is ignored: the disk was larger once.
+    ///
+    /// # Errors
+    /// [`RepoError::Damaged`] for a missing or damaged segment; [`RepoError::Invalid`] for more
+    /// than [`MAX_SEGMENTS`] segments or 2⁴⁸ chunks; `Io`.
+    pub fn open(ctx: &RepoContext, segments: &[ObjectId], chunks: u64) -> Result<Self> {
+        if segments.len() > MAX_SEGMENTS || chunks > MAX_CHUNKS {
+            return Err(RepoError::Invalid(format!(
+                "a disk map of {} segments for {chunks} chunks: the limits are {MAX_SEGMENTS} and \
+                 {MAX_CHUNKS}",
+                segments.len()
+            )));
+        }
+        let open = |&id: &ObjectId| MapSegment::open(ctx, id);
+        Ok(Self {
+            segments: segments.iter().map(open).collect::<Result<_>>()?,
+            mapped_chunks: chunks,
+            chunks,
+            cache: MapCache::new(CACHED_PAGES),
+        })
+    }
+
+    /// The same map for the disk at another size: cut, or grown by zeros. A disk that grew must be
+    /// compared with its base in this way, because segments may still hold what the base lost
+    /// when it shrank once.
+    #[must_use]
+    pub fn resized(mut self, chunks: u64) -> Self {
+        self.mapped_chunks = self.mapped_chunks.min(chunks);
+        self.chunks = chunks;
+        self
+    }
+
+    /// The disk's length in chunks.
+    pub const fn chunks(&self) -> u64 {
+        self.chunks
+    }
+
+    /// The segments, newest first.
+    pub fn segments(&self) -> &[MapSegment] {
+        &self.segments
+    }
+
+    /// The runs that cover `chunks` exactly, in order, chunks without content as zero. The answer
+    /// has at most one run per chunk asked for; use [`for_each_run`](Self::for_each_run) for
+    /// ranges that are not small.
+    ///
+    /// # Errors
+    /// [`RepoError::Invalid`] for a range beyond the disk's end; [`RepoError::Damaged`], `Io`.
+    pub fn lookup(&self, chunks: Range<u64>) -> Result<Vec<MapRun>> {
+        let mut found = Vec::new();
+        self.for_each_run(chunks, &mut |run| {
+            found.push(run);
+            Ok(())
+        })?;
+        Ok(found)
+    }
+
+    /// Calls `visit` for the runs that cover `chunks` exactly, in order, chunks without content as
+    /// zero, neighbours joined. Holds one page per segment, at most 96 KiB each, beside the cache.
+    ///
+    /// # Errors
+    /// As [`lookup`](Self::lookup), and those of `visit`.
+    pub fn for_each_run(
+        &self,
+        chunks: Range<u64>,
+        visit: &mut dyn FnMut(MapRun) -> Result<()>,
+    ) -> Result<()> {
+        if chunks.end > self.chunks || chunks.start > chunks.end {
+            return Err(RepoError::Invalid(format!(
+                "chunks {} to {} are not on a disk of {} chunks",
+                chunks.start, chunks.end, self.chunks
+            )));
+        }
+        self.covering(chunks.clone()).for_each(chunks.start, visit)
+    }
+
+    /// Calls `visit` for the ranges of chunks whose target in `newer` is not that in `older`, in
+    /// order, neighbours joined, within the newer disk; beyond its end the older disk is zero.
+    /// Segments that both share at the old end of their lists are not read except below what
+    /// the others cover. A chunk that `prune` moved, or that was stored twice, is reported though
+    /// its content is the same.
+    ///
+    /// # Errors
+    /// [`RepoError::Damaged`], `Io`, those of `visit`.
+    pub fn diff(
+        older: &Self,
+        newer: &Self,
+        visit: &mut dyn FnMut(Range<u64>) -> Result<()>,
+    ) -> Result<()> {
+        let pairs = older.segments.iter().rev().zip(newer.segments.iter().rev());
+        let shared = pairs.take_while(|(a, b)| a.id() == b.id()).count();
+        let own = |map: &Self| map.segments.len() - shared;
+        let resized =
+            [MapRun::zero(older.chunks.min(newer.chunks)..older.chunks.max(newer.chunks))];
+        let resized = if older.chunks == newer.chunks { &[] } else { &resized[..] };
+        let candidates = older.segments[..own(older)]
+            .iter()
+            .chain(&newer.segments[..own(newer)])
+            .map(|segment| Box::new(SegmentCursor::new(segment, None)) as Box<dyn RunSource>)
+            .chain([Box::new(SliceSource::new(resized)) as Box<dyn RunSource>])
+            .collect();
+        let mut candidates = Overlay::new(candidates, 0..newer.chunks);
+        let mut before = older.covering(0..newer.chunks);
+        let mut after = newer.covering(0..newer.chunks);
+        let mut pending: Option<Range<u64>> = None;
+        while let Some(candidate) = candidates.next_run()? {
+            let mut position = candidate.first_chunk;
+            while position < candidate.end() {
+                let (old, new) = (before.run_at(position)?, after.run_at(position)?);
+                let end = candidate.end().min(old.end()).min(new.end());
+                if old.target != new.target {
+                    match &mut pending {
+                        Some(range) if range.end == position => range.end = end,
+                        _ => {
+                            if let Some(range) = pending.replace(position..end) {
+                                visit(range)?;
+                            }
+                        }
+                    }
+                }
+                position = end;
+            }
+        }
+        pending.map_or(Ok(()), visit)
+    }
+
+    fn covering(&self, chunks: Range<u64>) -> Covering<'_> {
+        let cursor = |(segment, number)| {
+            Box::new(SegmentCursor::new(segment, Some((&self.cache, number)))) as Box<dyn RunSource>
+        };
+        let end = chunks.end;
+        let mapped = chunks.start..end.min(self.mapped_chunks);
+        let layers = self.segments.iter().zip(0..).map(cursor).collect();
+        Covering::new(Overlay::new(layers, mapped), end)
+    }
+}
