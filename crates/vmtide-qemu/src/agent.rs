@@ -88,15 +88,9 @@ impl GuestAgent {
                 ChannelError::Timeout => "it is held by another program".into(),
                 other => other.to_string(),
             };
-            AgentError::Connection {
-                address: address.to_string(),
-                detail,
-            }
+            AgentError::Connection { address: address.to_string(), detail }
         })?;
-        let mut agent = Self {
-            address: address.clone(),
-            channel,
-        };
+        let mut agent = Self { address: address.clone(), channel };
         agent.synchronise(deadline, timeout)?;
         Ok(agent)
     }
@@ -108,9 +102,7 @@ impl GuestAgent {
         let id = now.map_or(7, |now| u64::from(now.subsec_nanos())) + 1;
         let mut request = vec![0xff];
         request.extend_from_slice(
-            json!({"execute": SYNC, "arguments": {"id": id}})
-                .to_string()
-                .as_bytes(),
+            json!({"execute": SYNC, "arguments": {"id": id}}).to_string().as_bytes(),
         );
         request.push(b'\n');
         let fail = |error| channel_failure(&self.address, SYNC, timeout, error);
@@ -200,10 +192,7 @@ fn channel_failure(
             command: command.into(),
             timeout_ms: milliseconds(timeout),
         },
-        other => AgentError::Connection {
-            address: address.to_string(),
-            detail: other.to_string(),
-        },
+        other => AgentError::Connection { address: address.to_string(), detail: other.to_string() },
     }
 }
 

@@ -102,11 +102,7 @@ impl LineChannel {
             Address::Unix(path) => Stream::Unix(connect_unix(path, deadline)?),
             Address::Tcp(address) => Stream::Tcp(connect_tcp(address, deadline)?),
         };
-        Ok(Self {
-            stream,
-            pending: Vec::new(),
-            searched: 0,
-        })
+        Ok(Self { stream, pending: Vec::new(), searched: 0 })
     }
 
     /// The socket, where it is a Unix one; for asking who listens there.
@@ -134,9 +130,7 @@ impl LineChannel {
     /// The next line without its end, received before `deadline`.
     pub fn read_line(&mut self, deadline: Instant) -> Result<Vec<u8>, ChannelError> {
         loop {
-            let found = self.pending[self.searched..]
-                .iter()
-                .position(|byte| *byte == b'\n');
+            let found = self.pending[self.searched..].iter().position(|byte| *byte == b'\n');
             if let Some(at) = found.map(|at| at + self.searched) {
                 let rest = self.pending.split_off(at + 1);
                 let mut line = std::mem::replace(&mut self.pending, rest);

@@ -74,11 +74,7 @@ pub(crate) fn describe(
         .as_u64()
         .map(|base| base.saturating_add(memory["plugged-memory"].as_u64().unwrap_or(0)));
     let processors = answer("query-cpus-fast").as_array().map(Vec::len);
-    let machine = ask(
-        qmp,
-        "qom-get",
-        &json!({"path": "/machine", "property": "type"}),
-    )?;
+    let machine = ask(qmp, "qom-get", &json!({"path": "/machine", "property": "type"}))?;
     let mut disks = Vec::new();
     for drive in &inventory.drives {
         disks.push(disk_config(qmp, drive)?);
@@ -88,9 +84,7 @@ pub(crate) fn describe(
         id: uuid_of(qmp)?,
         platform: "qemu".into(),
         platform_version: Some(qmp.version().to_string()),
-        machine: machine
-            .as_str()
-            .map(|name| name.trim_end_matches("-machine").to_owned()),
+        machine: machine.as_str().map(|name| name.trim_end_matches("-machine").to_owned()),
         processors: processors.and_then(|count| u32::try_from(count).ok()),
         memory_bytes,
         firmware: Some(firmware(qmp, inventory)?),
@@ -125,11 +119,7 @@ fn native_file(query: &str, answer: &Value) -> NativeFile {
 fn firmware(qmp: &QmpClient, inventory: &Inventory) -> Result<Firmware, QmpError> {
     let flash = property(qmp, "/machine", "pflash0")?;
     let configured = flash.as_str().is_some_and(|node| !node.is_empty());
-    Ok(if inventory.flash || configured {
-        Firmware::Uefi
-    } else {
-        Firmware::Bios
-    })
+    Ok(if inventory.flash || configured { Firmware::Uefi } else { Firmware::Bios })
 }
 
 fn disk_config(qmp: &QmpClient, drive: &Drive) -> Result<DiskConfig, QmpError> {
@@ -147,10 +137,7 @@ fn disk_config(qmp: &QmpClient, drive: &Drive) -> Result<DiskConfig, QmpError> {
     };
     config.bus = bus_of(qmp, path)?;
     let serial = property(qmp, path, "serial")?;
-    config.serial = serial
-        .as_str()
-        .filter(|serial| !serial.is_empty())
-        .map(str::to_owned);
+    config.serial = serial.as_str().filter(|serial| !serial.is_empty()).map(str::to_owned);
     // The backend half of a virtio device has no boot index of its own.
     let device = path.strip_suffix("/virtio-backend").unwrap_or(path);
     let boot = property(qmp, device, "bootindex")?.as_i64();
@@ -213,10 +200,7 @@ fn network_adapters(qmp: &QmpClient) -> Result<Vec<NetworkAdapterConfig>, QmpErr
 
 /// `T` of an object-tree entry of type `child<T>`.
 fn child_type(entry: &Value) -> Option<&str> {
-    entry["type"]
-        .as_str()?
-        .strip_prefix("child<")?
-        .strip_suffix('>')
+    entry["type"].as_str()?.strip_prefix("child<")?.strip_suffix('>')
 }
 
 /// The socket of the guest agent, where QEMU was given the usual serial port for one.

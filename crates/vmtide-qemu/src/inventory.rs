@@ -81,6 +81,8 @@ fn read(raw: Value) -> Inventory {
             )),
         }
     }
+    // QEMU's order depends on how the drives were given to it; ids do not.
+    inventory.drives.sort_by(|a, b| a.id.cmp(&b.id));
     inventory.raw = raw;
     inventory
 }
@@ -113,11 +115,7 @@ impl<'a> Naming<'a> {
     }
 
     fn preferred(&self) -> &'a str {
-        self.qdev_id()
-            .or(self.device)
-            .or(self.qdev)
-            .or(self.node)
-            .unwrap_or_default()
+        self.qdev_id().or(self.device).or(self.qdev).or(self.node).unwrap_or_default()
     }
 
     fn qom_path(&self) -> Option<String> {
@@ -154,10 +152,7 @@ fn why_left_out(entry: &Value, name: &Naming<'_>) -> Verdict {
             Verdict::Silently
         };
     }
-    if inserted["drv"]
-        .as_str()
-        .is_some_and(|driver| NO_DISK_DRIVERS.contains(&driver))
-    {
+    if inserted["drv"].as_str().is_some_and(|driver| NO_DISK_DRIVERS.contains(&driver)) {
         return Verdict::Warn("it is a test or directory driver and no disk");
     }
     match (entry["removable"] == true, writable) {
@@ -239,23 +234,15 @@ mod tests {
         let none = json!({});
         let inventory = read(json!([
             entry("", "/machine/peripheral/vda/virtio-backend", "n0", &none),
-            entry(
-                "drv1",
-                "/machine/peripheral-anon/device[0]",
-                "#block1",
-                &none
-            ),
+            entry("drv1", "/machine/peripheral-anon/device[0]", "#block1", &none),
             entry("", "sd0", "n2", &none),
             entry("", "/machine/unattached/device[9]", "n3", &none),
             entry("x", "sd0", "n4", &none),
         ]));
         let ids: Vec<_> = inventory.drives.iter().map(|d| d.id.0.as_str()).collect();
         let place = "/machine/unattached/device[9]";
-        assert_eq!(ids, ["vda", "drv1", "sd0", place, "n4"]);
-        assert_eq!(
-            inventory.drives[2].qom_path.as_deref(),
-            Some("/machine/peripheral/sd0")
-        );
+        assert_eq!(ids, [place, "drv1", "n4", "sd0", "vda"]);
+        assert_eq!(inventory.drives[2].qom_path.as_deref(), Some("/machine/peripheral/sd0"));
     }
 
     #[test]

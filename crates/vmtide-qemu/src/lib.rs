@@ -11,11 +11,24 @@
 
 pub mod agent;
 mod channel;
+mod cleanup;
 mod describe;
+mod export;
+mod freeze;
+mod frozen;
+pub mod guardian;
+mod hold;
 mod inventory;
+mod moment;
+mod names;
+mod plan;
 pub mod qmp;
+mod scratch;
+mod session;
+mod steps;
 mod target;
 mod vm;
+mod watch;
 
 pub use channel::Address;
 pub use target::{FreezeMethod, QemuTarget};

@@ -171,15 +171,11 @@ impl QmpClient {
     pub fn connect(address: &Address, timeout: Duration) -> Result<Self, QmpError> {
         let deadline = Instant::now() + timeout;
         let mut channel = LineChannel::connect(address, deadline).map_err(|error| match error {
-            ChannelError::Io(source) => QmpError::Connect {
-                address: address.to_string(),
-                source,
-            },
+            ChannelError::Io(source) => QmpError::Connect { address: address.to_string(), source },
             other => busy_or(address, timeout, other),
         })?;
-        let greeting = channel
-            .read_line(deadline)
-            .map_err(|error| busy_or(address, timeout, error))?;
+        let greeting =
+            channel.read_line(deadline).map_err(|error| busy_or(address, timeout, error))?;
         let greeting = parse(address, &greeting)?;
         let version = version_of(&greeting).ok_or_else(|| QmpError::Protocol {
             address: address.to_string(),
@@ -312,9 +308,7 @@ impl QmpClient {
     }
 
     fn lock(&self) -> MutexGuard<'_, Connection> {
-        self.connection
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.connection.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn protocol(&self, message: &Value) -> QmpError {
@@ -325,10 +319,7 @@ impl QmpClient {
     }
 
     fn closed(&self, command: &str) -> QmpError {
-        QmpError::Closed {
-            address: self.address.to_string(),
-            command: command.into(),
-        }
+        QmpError::Closed { address: self.address.to_string(), command: command.into() }
     }
 
     fn channel_error(&self, command: &str, timeout: Duration, error: ChannelError) -> QmpError {
@@ -338,10 +329,9 @@ impl QmpClient {
                 command: command.into(),
                 timeout_ms: milliseconds(timeout),
             },
-            ChannelError::LineTooLong => QmpError::Protocol {
-                address: self.address.to_string(),
-                detail: error.to_string(),
-            },
+            ChannelError::LineTooLong => {
+                QmpError::Protocol { address: self.address.to_string(), detail: error.to_string() }
+            }
             ChannelError::Closed | ChannelError::Io(_) => self.closed(command),
         }
     }

@@ -121,18 +121,15 @@ impl QemuTarget {
 
     /// Where scratch files go.
     pub fn scratch(&self) -> &Path {
-        self.scratch_directory
-            .as_deref()
-            .unwrap_or(&self.state_directory)
+        self.scratch_directory.as_deref().unwrap_or(&self.state_directory)
     }
 
     /// What locks and journals call this VM: the same for every way to write its socket's path.
     pub(crate) fn key(&self) -> String {
         match &self.qmp {
-            Address::Unix(path) => std::fs::canonicalize(path)
-                .unwrap_or_else(|_| path.clone())
-                .display()
-                .to_string(),
+            Address::Unix(path) => {
+                std::fs::canonicalize(path).unwrap_or_else(|_| path.clone()).display().to_string()
+            }
             Address::Tcp(address) => address.clone(),
         }
     }

@@ -1,10 +1,12 @@
 //! One running VM.
 
-use crate::inventory::Inventory;
 use crate::qmp::QmpClient;
 use crate::{QemuTarget, describe, inventory};
 use std::time::Duration;
-use vmtide_hypervisor::{Result, VmConfig, VmSummary};
+use vmtide_hypervisor::{
+    FreezeRequest, FrozenVm, Hypervisor, HypervisorError, JobId, ReapReport, Result, VmConfig,
+    VmSummary,
+};
 
 /// How long to wait for the monitor to greet. Longer only delays the news that another program
 /// holds it.
@@ -47,11 +49,7 @@ impl QemuVm {
         })
     }
 
-    /// The VM as a list of one.
-    ///
-    /// # Errors
-    /// Where the monitor cannot be used.
-    pub fn summary(&self) -> Result<VmSummary> {
+    fn summary(&self) -> Result<VmSummary> {
         let qmp = self.connect()?;
         Ok(VmSummary {
             name: self.name(&qmp)?,
@@ -60,14 +58,31 @@ impl QemuVm {
             disks: inventory::take(&qmp)?.drives.len(),
         })
     }
+}
 
-    /// Its configuration.
-    ///
-    /// # Errors
-    /// Where the monitor cannot be used.
-    pub fn configuration(&self) -> Result<VmConfig> {
+impl Hypervisor for QemuVm {
+    fn list(&self) -> Result<Vec<VmSummary>> {
+        Ok(vec![self.summary()?])
+    }
+
+    /// The one VM, by any name.
+    fn describe(&self, _vm: &str) -> Result<VmConfig> {
         let qmp = self.connect()?;
-        let inventory: Inventory = inventory::take(&qmp)?;
+        let inventory = inventory::take(&qmp)?;
         Ok(describe::describe(&qmp, self.name(&qmp)?, &inventory)?)
+    }
+
+    fn freeze(&self, request: &FreezeRequest) -> Result<Box<dyn FrozenVm>> {
+        self.freeze_vm(request)
+    }
+
+    fn reap(&self) -> Result<ReapReport> {
+        match self.lock(&JobId::random()) {
+            Ok(_lock) => self.reap_locked(&self.connect()?),
+            Err(HypervisorError::Busy { vm, detail }) => {
+                Ok(ReapReport { removed: Vec::new(), in_use: vec![format!("{vm}: {detail}")] })
+            }
+            Err(error) => Err(error),
+        }
     }
 }

@@ -1,0 +1,150 @@
+//! Decides, per disk and before anything is touched, which bitmap answers what changed, or why
+//! none does.
+//!
+//! The request names the base: the tracking id of the last *committed* restore point. That also
+//! settles what a killed job left: of two bitmaps of one lineage the one the base names is the
+//! right one, whichever is older, because every bitmap keeps recording from its own moment until
+//! it is removed.
+
+use crate::inventory::{Bitmap, Drive};
+use crate::names::{self, GRANULARITY_BYTES, Mark};
+use vmtide_hypervisor::{Base, FreezeRequest, FullReason, TrackingId};
+
+/// Bitmaps of one lineage kept on one disk while no base says which is right. More can only come
+/// from as many killed full backups in a row; then they go, and the next backup reads in full.
+const MAX_UNDECIDED: usize = 4;
+
+/// What is to be done with one disk.
+#[derive(Clone, Debug)]
+pub(crate) struct DiskPlan {
+    /// Its number in this job, part of the names of what is made for it.
+    pub index: usize,
+    pub drive: Drive,
+    /// The bitmap that holds what changed since the base, or why none does.
+    pub base: Result<String, FullReason>,
+    /// Bitmaps of this lineage that can be of no use any more.
+    pub useless: Vec<String>,
+    /// The bitmap that starts at this moment.
+    pub mark: Mark,
+}
+
+impl DiskPlan {
+    /// The tracking id of this moment.
+    pub fn tracking(&self) -> TrackingId {
+        self.mark.to_id()
+    }
+}
+
+/// Plans all disks that are not excluded.
+pub(crate) fn plan(drives: &[Drive], request: &FreezeRequest) -> Vec<DiskPlan> {
+    drives
+        .iter()
+        .filter(|drive| !request.exclude.contains(&drive.id))
+        .enumerate()
+        .map(|(index, drive)| {
+            let base = find_base(drive, request);
+            DiskPlan {
+                index,
+                useless: useless(drive, &base, &request.lineage),
+                mark: Mark {
+                    bitmap: names::tracking(&request.lineage, &request.job),
+                    granularity: GRANULARITY_BYTES,
+                    persistent: drive.keeps_bitmaps,
+                    driver: drive.driver.clone(),
+                },
+                drive: drive.clone(),
+                base,
+            }
+        })
+        .collect()
+}
+
+fn find_base(drive: &Drive, request: &FreezeRequest) -> Result<String, FullReason> {
+    let Some(base) = request.bases.get(&drive.id) else {
+        return Err(FullReason::FirstBackup);
+    };
+    let mark = mark_of(base, &request.lineage)?;
+    if base.size_bytes != drive.size_bytes {
+        return Err(FullReason::Resized {
+            from_bytes: base.size_bytes,
+            to_bytes: drive.size_bytes,
+        });
+    }
+    let Some(bitmap) = drive.bitmaps.iter().find(|b| b.name == mark.bitmap) else {
+        return Err(missing(&mark, drive));
+    };
+    check(bitmap, &mark, drive)?;
+    Ok(mark.bitmap)
+}
+
+/// Reads the base's tracking id.
+pub(crate) fn mark_of(base: &Base, lineage: &str) -> Result<Mark, FullReason> {
+    let Some(id) = &base.tracking else {
+        return Err(FullReason::NoTrackingId);
+    };
+    let mark = Mark::parse(id)
+        .ok_or_else(|| FullReason::TrackingLost(format!("{id} names no bitmap of QEMU")))?;
+    if names::parse_tracking(&mark.bitmap).is_none_or(|(owner, _)| owner != lineage) {
+        return Err(FullReason::TrackingLost(format!(
+            "bitmap {} belongs to another repository or VM",
+            mark.bitmap
+        )));
+    }
+    Ok(mark)
+}
+
+fn missing(mark: &Mark, drive: &Drive) -> FullReason {
+    let hint = if mark.persistent {
+        "the disk was replaced, restored from a copy, or put on an external snapshot"
+    } else {
+        "it was kept in QEMU's memory only, and QEMU was restarted or the disk plugged anew"
+    };
+    FullReason::TrackingLost(format!(
+        "bitmap {} is not on node {}: {hint}",
+        mark.bitmap, drive.node
+    ))
+}
+
+/// Whether a bitmap that was found can be believed.
+pub(crate) fn check(bitmap: &Bitmap, mark: &Mark, drive: &Drive) -> Result<(), FullReason> {
+    let name = &bitmap.name;
+    if bitmap.inconsistent {
+        return Err(FullReason::TrackingInconsistent(format!(
+            "bitmap {name} was not saved when QEMU or the host ended without warning"
+        )));
+    }
+    if mark.driver != drive.driver {
+        return Err(FullReason::DiskReplaced(format!(
+            "the image was {} and is {} now",
+            mark.driver, drive.driver
+        )));
+    }
+    if bitmap.granularity_bytes != mark.granularity || bitmap.persistent != mark.persistent {
+        return Err(FullReason::TrackingLost(format!(
+            "bitmap {name} was made anew by somebody else"
+        )));
+    }
+    if !bitmap.recording {
+        return Err(FullReason::TrackingLost(format!(
+            "bitmap {name} was switched off and has missed writes"
+        )));
+    }
+    Ok(())
+}
+
+fn useless(drive: &Drive, base: &Result<String, FullReason>, lineage: &str) -> Vec<String> {
+    let of_lineage: Vec<&Bitmap> = drive
+        .bitmaps
+        .iter()
+        .filter(|b| names::parse_tracking(&b.name).is_some_and(|(owner, _)| owner == lineage))
+        .collect();
+    let undecided = of_lineage.len();
+    of_lineage
+        .into_iter()
+        .filter(|bitmap| match base {
+            Ok(base) => bitmap.name != *base,
+            Err(_) => bitmap.inconsistent || undecided >= MAX_UNDECIDED,
+        })
+        .map(|bitmap| bitmap.name.clone())
+        .collect()
+}
