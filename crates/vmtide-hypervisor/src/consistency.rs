@@ -44,9 +44,7 @@ impl FromStr for Consistency {
             "crash" => Ok(Self::Crash),
             "fs" | "file-system" => Ok(Self::FileSystem),
             "app" | "application" => Ok(Self::Application),
-            other => Err(format!(
-                "unknown consistency {other:?}: use app, fs or crash"
-            )),
+            other => Err(format!("unknown consistency {other:?}: use app, fs or crash")),
         }
     }
 }

@@ -98,25 +98,16 @@ pub enum HypervisorError {
 impl HypervisorError {
     /// An [`Io`](Self::Io) error with its context.
     pub fn io(context: impl Into<String>, source: impl Into<std::io::Error>) -> Self {
-        Self::Io {
-            context: context.into(),
-            source: source.into(),
-        }
+        Self::Io { context: context.into(), source: source.into() }
     }
 
     /// A [`Failed`](Self::Failed) error.
     pub fn failed(action: impl Into<String>, detail: impl Into<String>) -> Self {
-        Self::Failed {
-            action: action.into(),
-            detail: detail.into(),
-        }
+        Self::Failed { action: action.into(), detail: detail.into() }
     }
 
     /// A [`Protocol`](Self::Protocol) error.
     pub fn protocol(peer: impl Into<String>, detail: impl Into<String>) -> Self {
-        Self::Protocol {
-            peer: peer.into(),
-            detail: detail.into(),
-        }
+        Self::Protocol { peer: peer.into(), detail: detail.into() }
     }
 }

@@ -27,13 +27,7 @@ impl ImageSource {
 
     /// The disk `device` of the image format `format` as the VM `name`.
     pub fn new(name: String, format: String, device: Arc<dyn BlockDevice>) -> Self {
-        Self {
-            name,
-            format,
-            device,
-            changes: None,
-            tracking: None,
-        }
+        Self { name, format, device, changes: None, tracking: None }
     }
 
     /// Trusts that only these ranges differ from the previous restore point.
@@ -87,12 +81,7 @@ impl ImageSource {
 
 impl Hypervisor for ImageSource {
     fn list(&self) -> Result<Vec<VmSummary>> {
-        Ok(vec![VmSummary {
-            name: self.name.clone(),
-            id: None,
-            state: "image".into(),
-            disks: 1,
-        }])
+        Ok(vec![VmSummary { name: self.name.clone(), id: None, state: "image".into(), disks: 1 }])
     }
 
     fn describe(&self, _vm: &str) -> Result<VmConfig> {
@@ -113,11 +102,7 @@ impl Hypervisor for ImageSource {
             tracking: self.tracking.clone(),
         };
         let downgraded = request.consistency > Consistency::Crash;
-        Ok(Box::new(FrozenImage {
-            config: self.config(),
-            downgraded,
-            disks: vec![disk],
-        }))
+        Ok(Box::new(FrozenImage { config: self.config(), downgraded, disks: vec![disk] }))
     }
 
     fn reap(&self) -> Result<ReapReport> {

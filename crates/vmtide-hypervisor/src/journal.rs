@@ -71,11 +71,7 @@ impl Journal {
             HypervisorError::io(format!("create the journal {}", directory.display()), error)
         })?;
         let path = directory.join(format!("{job}.json"));
-        let entry = JournalEntry {
-            job,
-            target: target.into(),
-            steps: Vec::new(),
-        };
+        let entry = JournalEntry { job, target: target.into(), steps: Vec::new() };
         let journal = Self { path, entry };
         journal.save()?;
         Ok(journal)
@@ -104,10 +100,7 @@ impl Journal {
             let text = std::fs::read_to_string(&path).map_err(io)?;
             match serde_json::from_str::<JournalEntry>(&text) {
                 Ok(entry) if entry.target == target => {
-                    let modified = item
-                        .metadata()
-                        .and_then(|metadata| metadata.modified())
-                        .ok();
+                    let modified = item.metadata().and_then(|metadata| metadata.modified()).ok();
                     found.push((modified, Self { path, entry }));
                 }
                 Ok(_) => {}
@@ -185,27 +178,16 @@ mod tests {
         let left = Journal::leftovers(state.path(), "a.qmp").unwrap();
         assert_eq!(left.len(), 1);
         assert_eq!(left[0].entry(), first.entry());
-        assert_eq!(
-            left[0].entry().steps,
-            [json!({"node": "n1"}), json!({"export": "e1"})]
-        );
+        assert_eq!(left[0].entry().steps, [json!({"node": "n1"}), json!({"export": "e1"})]);
 
         other.finish().unwrap();
-        assert!(
-            Journal::leftovers(state.path(), "b.qmp")
-                .unwrap()
-                .is_empty()
-        );
+        assert!(Journal::leftovers(state.path(), "b.qmp").unwrap().is_empty());
         assert_eq!(Journal::leftovers(state.path(), "a.qmp").unwrap().len(), 1);
     }
 
     #[test]
     fn no_state_directory_means_no_leftovers() {
         let state = tempfile::tempdir().unwrap();
-        assert!(
-            Journal::leftovers(&state.path().join("none"), "x")
-                .unwrap()
-                .is_empty()
-        );
+        assert!(Journal::leftovers(&state.path().join("none"), "x").unwrap().is_empty());
     }
 }

@@ -11,7 +11,16 @@ use std::path::Path;
 /// Holds a VM for one job until dropped.
 #[derive(Debug)]
 pub struct VmLock {
-    _file: File,
+    file: File,
+}
+
+impl Drop for VmLock {
+    /// Unlocks by name: closing the file alone would leave the lock with a child process that
+    /// another thread is just starting.
+    fn drop(&mut self) {
+        // Closing the file comes next and unlocks it in all other cases.
+        let _ = self.file.unlock();
+    }
 }
 
 impl VmLock {
@@ -41,18 +50,14 @@ impl VmLock {
                 let mut holder = String::new();
                 // The holder is a courtesy to the reader; the lock itself is what counts.
                 let _ = file.read_to_string(&mut holder);
-                return Err(HypervisorError::Busy {
-                    vm: vm.into(),
-                    detail: holder.trim().into(),
-                });
+                return Err(HypervisorError::Busy { vm: vm.into(), detail: holder.trim().into() });
             }
             Err(std::fs::TryLockError::Error(error)) => return Err(io("lock a file in", error)),
         }
-        file.set_len(0)
-            .map_err(|error| io("write a lock in", error))?;
+        file.set_len(0).map_err(|error| io("write a lock in", error))?;
         writeln!(file, "job {job}, process {}", std::process::id())
             .map_err(|error| io("write a lock in", error))?;
-        Ok(Self { _file: file })
+        Ok(Self { file })
     }
 }
 
@@ -68,10 +73,7 @@ fn file_name_of(key: &str) -> String {
         .take(48)
         .map(|c| if c.is_ascii_alphanumeric() { c } else { '-' })
         .collect();
-    format!(
-        "{}-{hash:016x}",
-        tail.chars().rev().collect::<String>().trim_matches('-')
-    )
+    format!("{}-{hash:016x}", tail.chars().rev().collect::<String>().trim_matches('-'))
 }
 
 #[cfg(test)]
@@ -84,10 +86,7 @@ mod tests {
         let take = || VmLock::acquire(directory.path(), "vm1", "/run/vm1.qmp", &JobId::random());
         let held = take().unwrap();
         let error = take().unwrap_err().to_string();
-        assert!(
-            error.contains("vm1") && error.contains("process"),
-            "{error}"
-        );
+        assert!(error.contains("vm1") && error.contains("process"), "{error}");
         assert!(VmLock::acquire(directory.path(), "vm2", "/run/vm2.qmp", &JobId::random()).is_ok());
         drop(held);
         assert!(take().is_ok());

@@ -76,10 +76,7 @@ impl fmt::Display for FullReason {
             Self::NoTrackingId => write!(f, "the previous restore point has no tracking id"),
             Self::TrackingLost(what) => write!(f, "change tracking lost: {what}"),
             Self::TrackingInconsistent(what) => write!(f, "change tracking inconsistent: {what}"),
-            Self::Resized {
-                from_bytes,
-                to_bytes,
-            } => {
+            Self::Resized { from_bytes, to_bytes } => {
                 write!(f, "disk resized from {from_bytes} to {to_bytes} bytes")
             }
             Self::DiskReplaced(what) => write!(f, "another disk: {what}"),
