@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 
 from lab.machine import Machine, dirty_granules, is_a_moment_of, make_disks
-from lab.processes import Tally, TestFailure, Workspace, need_tools, run
+from lab.processes import Tally, TestFailure, Workspace, need_tools, run, wait_until
 from lab.vmtide import Vmtide
 
 # Every way occurs in the first cycles, so that a short run sees them all; after these it is chance.
@@ -222,7 +222,8 @@ class Cycles:
             self.known[point] = {name: hashlib.sha256(data).hexdigest() for name, data in found.items()}
 
     def final_check(self):
-        """Nothing that happened later may have hurt an earlier restore point."""
+        """Nothing that happened later may have hurt an earlier restore point; nothing of vmtide still runs."""
+        wait_until("all processes of vmtide end", lambda: not self.vmtide.processes(), 60)
         listed = {point["id"] for point in self.vmtide.points()}
         if listed != set(self.known):
             raise TestFailure(f"restore points came or went by themselves: {listed ^ set(self.known)}")

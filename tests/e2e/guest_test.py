@@ -19,7 +19,7 @@ import sys
 import time
 
 from lab.guest import BOOT_TIMEOUT_S, Guest, Verdict, boot_and_check, make_guest
-from lab.processes import Tally, TestFailure, Workspace, need_tools, run
+from lab.processes import Tally, TestFailure, Workspace, need_tools, run, wait_until
 from lab.qmp import BlockState, QmpError, assert_same_but_bitmaps
 from lab.vmtide import Vmtide
 
@@ -51,6 +51,7 @@ class Scenario:
             writing = self.incremental_while_writing(guest)
             guest.ask("poweroff")
             guest.wait_off()
+        wait_until("all processes of vmtide end", lambda: not self.vmtide.processes(), 60)
         self.lose_originals()
         for point, judge in (full, quiet, writing):
             judge(*self.restore(point, "raw"))

@@ -96,6 +96,18 @@ class Vmtide:
     def run(self, *arguments, codes=(0,), timeout_s=300):
         return self.start(*arguments).finish(timeout_s).must_end_with(*codes)
 
+    def processes(self):
+        """The processes of this vmtide that still run, also such as were started by one that is gone."""
+        mark = f"XDG_STATE_HOME={self.environment['XDG_STATE_HOME']}".encode()
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and mark in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+            except OSError:
+                continue  # ended meanwhile, or is somebody else's
+        return found
+
     def start_backup(self, source, *options):
         return self.start("backup", source, "-r", self.repository, *options)
 
