@@ -35,6 +35,7 @@
 mod client;
 mod options;
 mod proto;
+mod server;
 mod transport;
 mod url;
 
@@ -48,5 +49,6 @@ pub use proto::export_info::{BlockSizes, ExportInfo, TransmissionFlags};
 pub use proto::option::ListedExport;
 pub use proto::request::HeaderStyle;
 pub use proto::status::StatusExtent;
+pub use server::{ContextSource, Export, NbdServer, ServerHandle, ServerOptions};
 pub use transport::{TlsClientOptions, TlsServerOptions};
 pub use url::{DEFAULT_PORT, NbdAddress, NbdUrl};

@@ -93,23 +93,12 @@ pub struct NbdUrl {
 impl NbdUrl {
     /// The export `export` on a Unix socket.
     pub fn unix(socket: impl Into<String>, export: impl Into<String>) -> Self {
-        Self::at(
-            NbdAddress::Unix {
-                socket: socket.into(),
-            },
-            export.into(),
-        )
+        Self::at(NbdAddress::Unix { socket: socket.into() }, export.into())
     }
 
     /// The export `export` on a TCP port.
     pub fn tcp(host: impl Into<String>, port: u16, export: impl Into<String>) -> Self {
-        Self::at(
-            NbdAddress::Tcp {
-                host: host.into(),
-                port,
-            },
-            export.into(),
-        )
+        Self::at(NbdAddress::Tcp { host: host.into(), port }, export.into())
     }
 
     fn at(address: NbdAddress, export: String) -> Self {
@@ -132,10 +121,7 @@ impl NbdUrl {
 
     /// The same server, another export.
     pub fn with_export(&self, export: impl Into<String>) -> Self {
-        Self {
-            export: export.into(),
-            ..self.clone()
-        }
+        Self { export: export.into(), ..self.clone() }
     }
 }
 
@@ -152,10 +138,7 @@ fn decode(text: &str, part: &str) -> Result<String, BlockError> {
 
 fn parse_authority(text: &str, authority: &str) -> Result<(String, u16), BlockError> {
     if authority.contains('@') {
-        return Err(invalid(
-            text,
-            "has a user, which NBD uses for pre-shared keys only",
-        ));
+        return Err(invalid(text, "has a user, which NBD uses for pre-shared keys only"));
     }
     let (host, port) = match authority.strip_prefix('[') {
         Some(rest) => {
@@ -172,16 +155,10 @@ fn parse_authority(text: &str, authority: &str) -> Result<(String, u16), BlockEr
     let port = match port.strip_prefix(':') {
         None if port.is_empty() => DEFAULT_PORT,
         Some("") => DEFAULT_PORT,
-        Some(number) => number
-            .parse()
-            .map_err(|_| invalid(text, "has an invalid port"))?,
+        Some(number) => number.parse().map_err(|_| invalid(text, "has an invalid port"))?,
         None => return Err(invalid(text, "has an invalid host")),
     };
-    let host = if host.is_empty() {
-        "localhost".to_owned()
-    } else {
-        host
-    };
+    let host = if host.is_empty() { "localhost".to_owned() } else { host };
     Ok((host, port))
 }
 
@@ -214,9 +191,7 @@ impl FromStr for NbdUrl {
     /// # Errors
     /// [`BlockError::Unsupported`] with the URL and what is wrong with it.
     fn from_str(text: &str) -> Result<Self, BlockError> {
-        let (scheme, rest) = text
-            .split_once(':')
-            .ok_or_else(|| invalid(text, "has no scheme"))?;
+        let (scheme, rest) = text.split_once(':').ok_or_else(|| invalid(text, "has no scheme"))?;
         let (tls, unix) = match scheme {
             "nbd" => (false, false),
             "nbds" => (true, false),
@@ -261,11 +236,7 @@ impl fmt::Display for NbdUrl {
         let mut parameters = Vec::new();
         match &self.address {
             NbdAddress::Tcp { host, port } => {
-                let host = if host.contains(':') {
-                    format!("[{host}]")
-                } else {
-                    escape(host)
-                };
+                let host = if host.contains(':') { format!("[{host}]") } else { escape(host) };
                 write!(f, "nbd{secure}://{host}")?;
                 if *port != DEFAULT_PORT {
                     write!(f, ":{port}")?;

@@ -1,5 +1,7 @@
 //! Our client against QEMU's servers.
 
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
 mod support;
 
 use support::{Lab, noise, run, tool};
@@ -35,13 +37,7 @@ fn every_byte_of_a_raw_image_is_read() {
     let mut got = vec![1; bytes.len()];
     disk.read_at(&mut got, 0).unwrap();
     assert!(got == bytes);
-    for (offset, length) in [
-        (0, 1),
-        (511, 2),
-        (4095, 70_000),
-        (bytes.len() - 7, 7),
-        (5, 0),
-    ] {
+    for (offset, length) in [(0, 1), (511, 2), (4095, 70_000), (bytes.len() - 7, 7), (5, 0)] {
         let mut got = vec![1; length];
         disk.read_at(&mut got, offset as u64).unwrap();
         assert!(got == bytes[offset..offset + length], "{offset}+{length}");
@@ -53,15 +49,11 @@ fn older_header_styles_read_the_same() {
     let lab = Lab::new();
     let bytes = raw_image(&lab);
     let _server = lab.qemu_nbd("disk.raw", "raw", &["-r"]);
-    for (structured_replies, style) in [
-        (true, HeaderStyle::Structured),
-        (false, HeaderStyle::Simple),
-    ] {
-        let options = NbdOptions {
-            structured_replies,
-            extended_headers: false,
-            ..NbdOptions::default()
-        };
+    for (structured_replies, style) in
+        [(true, HeaderStyle::Structured), (false, HeaderStyle::Simple)]
+    {
+        let options =
+            NbdOptions { structured_replies, extended_headers: false, ..NbdOptions::default() };
         let disk = NbdDevice::connect(&lab.url(""), &options).unwrap();
         assert_eq!(disk.header_style(), style);
         let mut got = vec![1; bytes.len()];
@@ -81,10 +73,7 @@ fn holes_are_reported() {
         Extent::new(15 * MIB, MIB, ExtentKind::Data),
     ];
     assert_eq!(all_extents(&lab.connect("")).unwrap(), expected);
-    let options = NbdOptions {
-        extended_headers: false,
-        ..NbdOptions::default()
-    };
+    let options = NbdOptions { extended_headers: false, ..NbdOptions::default() };
     let disk = NbdDevice::connect(&lab.url(""), &options).unwrap();
     assert_eq!(all_extents(&disk).unwrap(), expected);
 }
@@ -95,11 +84,7 @@ fn many_threads_share_the_connections() {
     let bytes = raw_image(&lab);
     let _server = lab.qemu_nbd("disk.raw", "raw", &["-r"]);
     for connections in [1, 4] {
-        let options = NbdOptions {
-            connections,
-            request_bytes: 64 << 10,
-            ..NbdOptions::default()
-        };
+        let options = NbdOptions { connections, request_bytes: 64 << 10, ..NbdOptions::default() };
         let disk = NbdDevice::connect(&lab.url(""), &options).unwrap();
         assert_eq!(disk.connections(), connections);
         std::thread::scope(|scope| {
@@ -125,10 +110,7 @@ fn readers_and_writers_on_one_connection_do_not_block_each_other() {
     let lab = Lab::new();
     raw_image(&lab);
     let _server = lab.qemu_nbd("disk.raw", "raw", &[]);
-    let options = NbdOptions {
-        connections: 1,
-        ..NbdOptions::default()
-    };
+    let options = NbdOptions { connections: 1, ..NbdOptions::default() };
     let disk = NbdDevice::connect(&lab.url(""), &options).unwrap();
     std::thread::scope(|scope| {
         for thread in 0..6u64 {
@@ -156,8 +138,7 @@ fn writes_zeroes_and_trims_arrive() {
     let data = noise(3_000_001, 9);
     disk.write_at(&data, 777).unwrap();
     bytes[777..777 + data.len()].copy_from_slice(&data);
-    disk.write_zeroes(ByteRange::new(4 * MIB + 5, 100_000))
-        .unwrap();
+    disk.write_zeroes(ByteRange::new(4 * MIB + 5, 100_000)).unwrap();
     bytes[(4 << 20) + 5..][..100_000].fill(0);
     disk.write_with(b"durable", 15 * MIB, true).unwrap();
     bytes[15 << 20..][..7].copy_from_slice(b"durable");
@@ -188,20 +169,13 @@ fn exports_are_listed_and_probed() {
     let _server = lab.qemu_nbd("disk.raw", "raw", &["-r", "-x", "vda", "-D", "the disk"]);
     let listed = list_exports(&lab.url(""), &NbdOptions::default()).unwrap();
     assert_eq!(listed.len(), 1);
-    assert_eq!(
-        (listed[0].name.as_str(), listed[0].description.as_str()),
-        ("vda", "the disk")
-    );
+    assert_eq!((listed[0].name.as_str(), listed[0].description.as_str()), ("vda", "the disk"));
     let probed = probe_export(&lab.url("vda"), &NbdOptions::default()).unwrap();
     assert_eq!(probed.info.size_bytes, 16 * MIB);
     assert_eq!(probed.info.description.as_deref(), Some("the disk"));
     assert_eq!(probed.contexts, ["base:allocation"]);
     let error = NbdDevice::connect(&lab.url("vdb"), &NbdOptions::default()).unwrap_err();
-    assert_eq!(
-        error.io_kind(),
-        Some(std::io::ErrorKind::NotFound),
-        "{error}"
-    );
+    assert_eq!(error.io_kind(), Some(std::io::ErrorKind::NotFound), "{error}");
 }
 
 #[test]
@@ -211,17 +185,11 @@ fn dirty_bitmaps_are_read_to_their_end() {
     run(tool("qemu-img").args(["create", "-q", "-f", "qcow2", &image, "64M"]));
     for bitmap in ["b0", "b1"] {
         run(tool("qemu-img").args(["bitmap", "--add", "-g", "64k", &image, bitmap]));
-        let write = if bitmap == "b0" {
-            "write 1M 128k"
-        } else {
-            "write -z -u 40M 2M"
-        };
+        let write = if bitmap == "b0" { "write 1M 128k" } else { "write -z -u 40M 2M" };
         run(tool("qemu-io").args(["-f", "qcow2", "-c", write, &image]));
     }
     let _server = lab.qemu_nbd("disk.qcow2", "qcow2", &["-r", "-B", "b0", "-B", "b1"]);
-    let options = NbdOptions::default()
-        .with_dirty_bitmap("b0")
-        .with_dirty_bitmap("b1");
+    let options = NbdOptions::default().with_dirty_bitmap("b0").with_dirty_bitmap("b1");
     let disk = NbdDevice::connect(&lab.url(""), &options).unwrap();
     let whole = ByteRange::new(0, disk.size_bytes());
     let cancel = CancelToken::new();
@@ -231,9 +199,7 @@ fn dirty_bitmaps_are_read_to_their_end() {
     assert_eq!(dirty.as_slice(), [first, second]);
     let dirty = disk.dirty_ranges("b1", whole, &cancel).unwrap();
     assert_eq!(dirty.as_slice(), [second]);
-    let all = disk
-        .dirty_ranges_of_all(&["b1", "b0"], whole, &cancel)
-        .unwrap();
+    let all = disk.dirty_ranges_of_all(&["b1", "b0"], whole, &cancel).unwrap();
     assert_eq!(all.as_slice(), [first, second]);
     let mut zero = Vec::new();
     disk.for_each_changed_extent(&all, &cancel, |extent| {

@@ -24,10 +24,7 @@ struct Greeted {
 fn tls_options(url: &NbdUrl, options: &NbdOptions) -> TlsClientOptions {
     let given = &options.tls;
     TlsClientOptions {
-        certificates: url
-            .tls_certificates
-            .clone()
-            .or_else(|| given.certificates.clone()),
+        certificates: url.tls_certificates.clone().or_else(|| given.certificates.clone()),
         hostname: url.tls_hostname.clone().or_else(|| given.hostname.clone()),
         accept_any_certificate: given.accept_any_certificate || !url.tls_verify_peer,
     }
@@ -50,11 +47,7 @@ fn greet(url: &NbdUrl, options: &NbdOptions) -> Result<Greeted> {
     } else {
         None
     };
-    Ok(Greeted {
-        stream,
-        tls,
-        greeting,
-    })
+    Ok(Greeted { stream, tls, greeting })
 }
 
 /// Goes on with the handshake through whatever layers there are.
@@ -101,9 +94,7 @@ pub(super) fn connect(url: &NbdUrl, options: &NbdOptions) -> Result<(Connection,
 /// What connecting to it says, or [`BlockError::Unsupported`] where the server does not list.
 pub fn list_exports(url: &NbdUrl, options: &NbdOptions) -> Result<Vec<ListedExport>> {
     let mut greeted = greet(url, options)?;
-    talk(&mut greeted, url, options, |mut wire, greeting| {
-        handshake::list(&mut wire, greeting)
-    })
+    talk(&mut greeted, url, options, |mut wire, greeting| handshake::list(&mut wire, greeting))
 }
 
 /// An export as a server describes it to one who only asks.

@@ -62,10 +62,7 @@ pub(super) struct Failure {
 
 impl Failure {
     pub(super) fn lost(detail: impl Into<String>) -> Self {
-        Self {
-            damaged: false,
-            detail: detail.into(),
-        }
+        Self { damaged: false, detail: detail.into() }
     }
 
     pub(super) fn into_block_error(self, context: String) -> BlockError {
@@ -79,10 +76,7 @@ impl Failure {
 
 impl From<crate::proto::ProtocolError> for Failure {
     fn from(error: crate::proto::ProtocolError) -> Self {
-        Self {
-            damaged: true,
-            detail: error.to_string(),
-        }
+        Self { damaged: true, detail: error.to_string() }
     }
 }
 
@@ -173,13 +167,9 @@ impl Connection {
             active: AtomicUsize::new(0),
         });
         let pump = Arc::clone(&shared);
-        let pump = std::thread::Builder::new()
-            .name("nbd-pump".to_owned())
-            .spawn(move || pump.pump())?;
-        Ok(Self {
-            shared,
-            pump: Some(pump),
-        })
+        let pump =
+            std::thread::Builder::new().name("nbd-pump".to_owned()).spawn(move || pump.pump())?;
+        Ok(Self { shared, pump: Some(pump) })
     }
 
     /// The calls under way, for choosing the least busy connection.
@@ -222,16 +212,9 @@ impl Drop for Connection {
         if alive {
             // A polite goodbye lets the server close files at once; it has no reply, and no
             // connection is worth waiting for longer than this.
-            let _ = shared
-                .stream
-                .set_write_timeout(Some(Duration::from_secs(1)));
-            let goodbye = RequestHeader {
-                flags: 0,
-                command: cmd::DISC,
-                cookie: 0,
-                offset: 0,
-                length: 0,
-            };
+            let _ = shared.stream.set_write_timeout(Some(Duration::from_secs(1)));
+            let goodbye =
+                RequestHeader { flags: 0, command: cmd::DISC, cookie: 0, offset: 0, length: 0 };
             let mut bytes = Vec::new();
             if goodbye.encode(shared.style, &mut bytes).is_ok() {
                 let _ = shared.writer.lock().send(&bytes, &[]);
@@ -275,11 +258,8 @@ impl Shared {
         let slow = pieces
             .iter()
             .any(|piece| matches!(piece.command, cmd::FLUSH | cmd::TRIM | cmd::WRITE_ZEROES));
-        let patience = if slow {
-            self.patience.saturating_mul(SLOW_REQUEST_FACTOR)
-        } else {
-            self.patience
-        };
+        let patience =
+            if slow { self.patience.saturating_mul(SLOW_REQUEST_FACTOR) } else { self.patience };
         let mut state = self.state.lock();
         if let Some(failure) = &state.failure {
             return Err(failure.clone().after());
@@ -288,11 +268,7 @@ impl Shared {
         state.next_id += 1 + pieces.len() as u64;
         for ((piece, wanted), cookie) in pieces.iter().enumerate().zip(first_cookie..) {
             let assembly = Assembly::new(wanted.range, wanted.expected.clone());
-            let pending = Pending {
-                call: id,
-                piece,
-                assembly,
-            };
+            let pending = Pending { call: id, piece, assembly };
             state.pending.insert(cookie, pending);
         }
         let call = Call {
@@ -335,11 +311,7 @@ impl Shared {
                 command: piece.command,
                 cookie,
                 offset: piece.range.offset,
-                length: if with_payload {
-                    piece.payload.len() as u64
-                } else {
-                    piece.range.length
-                },
+                length: if with_payload { piece.payload.len() as u64 } else { piece.range.length },
             };
             header.encode(self.style, &mut bytes)?;
             if with_payload {
@@ -445,10 +417,7 @@ impl Shared {
                 }
             };
             let baton = Baton { half, header: None };
-            let mut nowhere = Place {
-                into: &mut [],
-                base: 0,
-            };
+            let mut nowhere = Place { into: &mut [], base: 0 };
             if let Err(failure) = self.receive(None, baton, &mut nowhere) {
                 self.fail(&failure);
                 return;
@@ -495,10 +464,7 @@ impl Shared {
 impl Failure {
     /// What a caller sees that did not find the failure itself.
     fn after(self) -> Self {
-        Self {
-            damaged: false,
-            ..self
-        }
+        Self { damaged: false, ..self }
     }
 }
 

@@ -94,10 +94,7 @@ impl NbdDevice {
         }
         let name = url.to_string();
         let maximum = info.block_sizes.maximum_payload;
-        let request_bytes = options
-            .request_bytes
-            .min(maximum)
-            .max(info.block_sizes.minimum);
+        let request_bytes = options.request_bytes.min(maximum).max(info.block_sizes.minimum);
         let request_bytes = request_bytes - request_bytes % info.block_sizes.minimum;
         Ok(Self {
             name,
@@ -162,9 +159,7 @@ impl NbdDevice {
         let mut outcomes = connection
             .call(std::slice::from_ref(&piece), &mut [], 0)
             .map_err(|failure| failure.into_block_error(context()))?;
-        outcomes
-            .pop()
-            .ok_or_else(|| BlockError::damaged(context(), "there is no answer"))
+        outcomes.pop().ok_or_else(|| BlockError::damaged(context(), "there is no answer"))
     }
 
     fn ask_plain(&self, what: &str, command: u16, flags: u16, range: ByteRange) -> Result<()> {
@@ -217,10 +212,7 @@ impl NbdDevice {
 
     fn write_aligned(&self, data: &[u8], offset: u64, flags: u16) -> Result<()> {
         let round_bytes = self.request_bytes * REQUESTS_PER_CALL;
-        for (data, at) in data
-            .chunks(round_bytes)
-            .zip((offset..).step_by(round_bytes))
-        {
+        for (data, at) in data.chunks(round_bytes).zip((offset..).step_by(round_bytes)) {
             let range = ByteRange::new(at, data.len() as u64);
             let pieces: Vec<_> = cut(range, self.request_bytes)
                 .zip(data.chunks(self.request_bytes))
@@ -256,9 +248,7 @@ impl NbdDevice {
 
     fn check_write(&self, range: ByteRange) -> Result<()> {
         if self.read_only {
-            return Err(BlockError::ReadOnly {
-                device: self.name(),
-            });
+            return Err(BlockError::ReadOnly { device: self.name() });
         }
         self.check_range(range)
     }
@@ -319,10 +309,7 @@ impl NbdDevice {
         self.check_write(range)?;
         let flags = self.flags();
         if mode.fast_only && !(flags.can_write_zeroes() && flags.can_fast_zero()) {
-            return Err(BlockError::unsupported(
-                self.name(),
-                "the server has no fast zeroes",
-            ));
+            return Err(BlockError::unsupported(self.name(), "the server has no fast zeroes"));
         }
         let mut request_flags = 0;
         if mode.allocate {
@@ -378,10 +365,7 @@ impl NbdDevice {
         let block = u64::from(self.info.block_sizes.minimum);
         let start = range.offset.next_multiple_of(block);
         let end = range.end() - range.end() % block;
-        for piece in cut(
-            ByteRange::from_bounds(start, end),
-            to_usize(MAX_EFFECT_BYTES),
-        ) {
+        for piece in cut(ByteRange::from_bounds(start, end), to_usize(MAX_EFFECT_BYTES)) {
             self.ask_plain("trim", cmd::TRIM, 0, piece)?;
         }
         Ok(())
@@ -389,13 +373,7 @@ impl NbdDevice {
 }
 
 fn plain(command: u16, flags: u16, range: ByteRange, payload: &[u8]) -> Piece<'_> {
-    Piece {
-        command,
-        flags,
-        range,
-        payload,
-        expected: Expected::Nothing,
-    }
+    Piece { command, flags, range, payload, expected: Expected::Nothing }
 }
 
 /// The range in pieces of at most `size` bytes.

@@ -86,11 +86,7 @@ pub(crate) fn greet(stream: &mut (impl Read + Write)) -> Result<Greeting> {
     stream.read_exact(&mut bytes[..16])?;
     let mut fields = Fields::new("the greeting", &bytes[..16]);
     let (init, kind) = (fields.u64()?, fields.u64()?);
-    let magic = |found, expected| ProtocolError::Magic {
-        what: "the greeting",
-        found,
-        expected,
-    };
+    let magic = |found, expected| ProtocolError::Magic { what: "the greeting", found, expected };
     if init != INIT_MAGIC {
         return Err(magic(init, INIT_MAGIC).into());
     }
@@ -131,18 +127,11 @@ pub(crate) fn negotiate(
 ) -> Result<Agreement> {
     if !greeting.fixed {
         let info = choose_by_name(stream, greeting, wishes.export)?;
-        return Ok(Agreement {
-            info,
-            style: HeaderStyle::Simple,
-            contexts: Vec::new(),
-        });
+        return Ok(Agreement { info, style: HeaderStyle::Simple, contexts: Vec::new() });
     }
     let style = agree_on_style(stream, wishes)?;
-    let contexts = if style == HeaderStyle::Simple {
-        Vec::new()
-    } else {
-        set_contexts(stream, wishes)?
-    };
+    let contexts =
+        if style == HeaderStyle::Simple { Vec::new() } else { set_contexts(stream, wishes)? };
     let info = match go(stream, "NBD_OPT_GO", opt::GO, wishes.export) {
         Err(HandshakeError::Refused(refusal))
             if refusal.code == rep::ERR_UNSUP && style != HeaderStyle::Extended =>
@@ -151,11 +140,7 @@ pub(crate) fn negotiate(
         }
         other => other?,
     };
-    Ok(Agreement {
-        info,
-        style,
-        contexts,
-    })
+    Ok(Agreement { info, style, contexts })
 }
 
 /// What an export is, without entering the transmission phase.
@@ -289,11 +274,7 @@ fn choose_by_name(
     let mut fields = Fields::new("the export's description", &bytes[..10]);
     let size_bytes = fields.u64()?;
     check_size(size_bytes)?;
-    Ok(ExportInfo {
-        size_bytes,
-        flags: TransmissionFlags(fields.u16()?),
-        ..ExportInfo::default()
-    })
+    Ok(ExportInfo { size_bytes, flags: TransmissionFlags(fields.u16()?), ..ExportInfo::default() })
 }
 
 /// Sends an option and collects its replies up to the acknowledgement.

@@ -50,9 +50,9 @@ impl Place<'_> {
 
     pub(super) fn put(&mut self, owned: &Owned) -> Result<(), Failure> {
         match owned {
-            Owned::Data(offset, bytes) => self
-                .slice(ByteRange::new(*offset, bytes.len() as u64))?
-                .copy_from_slice(bytes),
+            Owned::Data(offset, bytes) => {
+                self.slice(ByteRange::new(*offset, bytes.len() as u64))?.copy_from_slice(bytes)
+            }
             Owned::Zero(range) => self.slice(*range)?.fill(0),
         }
         Ok(())
@@ -74,10 +74,7 @@ impl Shared {
         baton: Baton,
         place: &mut Place<'_>,
     ) -> Result<(), Failure> {
-        let Baton {
-            mut half,
-            mut header,
-        } = baton;
+        let Baton { mut half, mut header } = baton;
         let mut checked = Instant::now();
         loop {
             let header = match header.take() {
@@ -138,21 +135,13 @@ impl Shared {
         next: Next,
         kept: Vec<Owned>,
     ) -> Result<bool, Failure> {
-        let Pending {
-            call: owner,
-            piece,
-            assembly,
-        } = pending;
+        let Pending { call: owner, piece, assembly } = pending;
         let mut state = self.state.lock();
         let mut outcome: Option<Outcome> = None;
         if next == Next::Reply {
             outcome = Some(assembly.finish()?);
         } else {
-            let pending = Pending {
-                call: owner,
-                piece,
-                assembly,
-            };
+            let pending = Pending { call: owner, piece, assembly };
             state.pending.insert(cookie, pending);
         }
         if let Some(call) = state.calls.get_mut(&owner) {

@@ -69,11 +69,8 @@ impl NbdDevice {
         let filter = self.style == HeaderStyle::Extended
             && self.flags().can_filter_status()
             && self.contexts.len() > 1;
-        let payload = if filter {
-            encode_status_filter(asked.length, &[id.id])
-        } else {
-            Vec::new()
-        };
+        let payload =
+            if filter { encode_status_filter(asked.length, &[id.id]) } else { Vec::new() };
         let wanted = if filter {
             vec![id.id]
         } else {
@@ -86,9 +83,8 @@ impl NbdDevice {
             payload: &payload,
             expected: Expected::Status(wanted),
         };
-        let statuses = self
-            .ask("block status", piece)?
-            .map_err(|error| error.into_block_error(what()))?;
+        let statuses =
+            self.ask("block status", piece)?.map_err(|error| error.into_block_error(what()))?;
         let mut extents: Vec<_> = statuses
             .into_iter()
             .filter(|(answered, _)| *answered == id.id)
@@ -99,14 +95,8 @@ impl NbdDevice {
             extent.range = extent.range.intersect(&range);
         }
         extents.retain(|extent| !extent.range.is_empty());
-        if extents
-            .first()
-            .is_none_or(|extent| extent.range.offset != range.offset)
-        {
-            return Err(BlockError::damaged(
-                what(),
-                "the answer does not cover the first byte",
-            ));
+        if extents.first().is_none_or(|extent| extent.range.offset != range.offset) {
+            return Err(BlockError::damaged(what(), "the answer does not cover the first byte"));
         }
         Ok(extents)
     }
@@ -178,11 +168,7 @@ impl NbdDevice {
                 }
                 Ok(())
             })?;
-            all = if all.is_empty() {
-                dirty
-            } else {
-                all.union(&dirty)
-            };
+            all = if all.is_empty() { dirty } else { all.union(&dirty) };
         }
         Ok(all)
     }
@@ -214,13 +200,7 @@ impl NbdDevice {
         }
         for status in self.block_status(CONTEXT_ALLOCATION, range)? {
             let kind = status.allocation();
-            push_extent(
-                &mut extents,
-                Extent {
-                    range: status.range,
-                    kind,
-                },
-            );
+            push_extent(&mut extents, Extent { range: status.range, kind });
             if extents.len() >= MAX_EXTENTS {
                 break;
             }

@@ -89,21 +89,11 @@ impl Assembly {
     pub(crate) fn begin(&mut self, header: &ReplyHeader) -> Result<Next, ProtocolError> {
         let chunk = match *header {
             ReplyHeader::Simple { error, .. } => return self.begin_simple(error),
-            ReplyHeader::Chunk {
-                kind,
-                offset,
-                length,
-                ..
-            } => {
+            ReplyHeader::Chunk { kind, offset, length, .. } => {
                 if offset.is_some_and(|offset| offset != self.range.offset) {
                     return Err(violation("a reply names another offset than its request"));
                 }
-                Chunk {
-                    kind,
-                    length,
-                    extended: offset.is_some(),
-                    last: header.is_last(),
-                }
+                Chunk { kind, length, extended: offset.is_some(), last: header.is_last() }
             }
         };
         self.chunks += 1;
@@ -138,9 +128,9 @@ impl Assembly {
                 }
                 payload_of(chunk.length)
             }
-            kind => Err(violation(format!(
-                "a chunk of type {kind} does not answer what was asked"
-            ))),
+            kind => {
+                Err(violation(format!("a chunk of type {kind} does not answer what was asked")))
+            }
         }
     }
 
@@ -149,10 +139,7 @@ impl Assembly {
             return Err(violation("a simple reply follows chunks"));
         }
         if error != 0 {
-            self.error = Some(ServerError {
-                code: error,
-                message: String::new(),
-            });
+            self.error = Some(ServerError { code: error, message: String::new() });
             return Ok(Next::Reply);
         }
         match self.expected {
@@ -236,9 +223,7 @@ impl Assembly {
             )));
         }
         if self.statuses.iter().any(|(known, _)| *known == context) {
-            return Err(violation(format!(
-                "two status chunks for the context {context}"
-            )));
+            return Err(violation(format!("two status chunks for the context {context}")));
         }
         self.statuses.push((context, extents));
         Ok(())
@@ -285,16 +270,10 @@ impl Assembly {
 }
 
 fn bad_length(what: &'static str, found: u64) -> ProtocolError {
-    ProtocolError::Length {
-        what,
-        found,
-        rule: "which its request does not allow",
-    }
+    ProtocolError::Length { what, found, rule: "which its request does not allow" }
 }
 
 /// A payload whose length was checked against its limit.
 fn payload_of(length: u64) -> Result<Next, ProtocolError> {
-    usize::try_from(length)
-        .map(Next::Payload)
-        .map_err(|_| bad_length("a chunk", length))
+    usize::try_from(length).map(Next::Payload).map_err(|_| bad_length("a chunk", length))
 }

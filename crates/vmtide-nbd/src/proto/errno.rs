@@ -38,11 +38,7 @@ impl ServerError {
     }
 
     fn words(&self) -> String {
-        if self.message.is_empty() {
-            String::new()
-        } else {
-            format!(": {}", self.message)
-        }
+        if self.message.is_empty() { String::new() } else { format!(": {}", self.message) }
     }
 
     /// The error as that of a block device. `context` says what was done where.

@@ -64,11 +64,7 @@ pub struct BlockSizes {
 impl Default for BlockSizes {
     /// What holds where a server says nothing (`doc/proto.md`, section "Size constraints").
     fn default() -> Self {
-        Self {
-            minimum: 1,
-            preferred: 4096,
-            maximum_payload: DEFAULT_MAX_PAYLOAD_BYTES,
-        }
+        Self { minimum: 1, preferred: 4096, maximum_payload: DEFAULT_MAX_PAYLOAD_BYTES }
     }
 }
 
@@ -153,17 +149,11 @@ pub(crate) fn check_size(size_bytes: u64) -> Result<(), ProtocolError> {
     if i64::try_from(size_bytes).is_ok() {
         return Ok(());
     }
-    Err(violation(format!(
-        "the export claims an impossible size of {size_bytes} bytes"
-    )))
+    Err(violation(format!("the export claims an impossible size of {size_bytes} bytes")))
 }
 
 fn check_block_sizes(sizes: BlockSizes) -> Result<BlockSizes, ProtocolError> {
-    let BlockSizes {
-        minimum,
-        preferred,
-        maximum_payload,
-    } = sizes;
+    let BlockSizes { minimum, preferred, maximum_payload } = sizes;
     let valid = minimum.is_power_of_two()
         && minimum <= 65536
         && preferred.is_power_of_two()

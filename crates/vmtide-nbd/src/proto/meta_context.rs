@@ -47,14 +47,9 @@ pub(crate) fn decode_queries(data: &[u8]) -> Result<(String, Vec<String>), Proto
     let count = fields.u32()?;
     // Every query takes at least its length field, so this bounds the loop and the memory.
     if u64::from(count) * 4 > data.len() as u64 {
-        return Err(violation(format!(
-            "{count} metadata queries do not fit {} bytes",
-            data.len()
-        )));
+        return Err(violation(format!("{count} metadata queries do not fit {} bytes", data.len())));
     }
-    let queries = (0..count)
-        .map(|_| fields.counted_string())
-        .collect::<Result<_, _>>()?;
+    let queries = (0..count).map(|_| fields.counted_string()).collect::<Result<_, _>>()?;
     fields.end()?;
     Ok((export, queries))
 }
@@ -72,14 +67,10 @@ pub(crate) fn decode_status_filter(payload: &[u8]) -> Result<(u64, Vec<u32>), Pr
     let mut fields = Fields::new("a block status payload", payload);
     let length = fields.u64()?;
     let rest = fields.rest();
-    if rest.len() % 4 != 0 {
-        return Err(violation(
-            "a block status payload has a torn context number",
-        ));
+    if !rest.len().is_multiple_of(4) {
+        return Err(violation("a block status payload has a torn context number"));
     }
     let mut ids = Fields::new("a block status payload", rest);
-    let contexts = (0..rest.len() / 4)
-        .map(|_| ids.u32())
-        .collect::<Result<_, _>>()?;
+    let contexts = (0..rest.len() / 4).map(|_| ids.u32()).collect::<Result<_, _>>()?;
     Ok((length, contexts))
 }

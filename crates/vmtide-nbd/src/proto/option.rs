@@ -24,11 +24,7 @@ pub(crate) fn decode_option_header(bytes: &[u8]) -> Result<(u32, u32), ProtocolE
     let mut fields = Fields::new("an option", bytes);
     let found = fields.u64()?;
     if found != OPTION_MAGIC {
-        return Err(ProtocolError::Magic {
-            what: "an option",
-            found,
-            expected: OPTION_MAGIC,
-        });
+        return Err(ProtocolError::Magic { what: "an option", found, expected: OPTION_MAGIC });
     }
     let (option, length) = (fields.u32()?, fields.u32()?);
     check_length("an option", length)?;
@@ -39,11 +35,7 @@ fn check_length(what: &'static str, length: u32) -> Result<(), ProtocolError> {
     if length <= MAX_OPTION_BYTES {
         return Ok(());
     }
-    Err(ProtocolError::Length {
-        what,
-        found: length.into(),
-        rule: "more than 64 KiB",
-    })
+    Err(ProtocolError::Length { what, found: length.into(), rule: "more than 64 KiB" })
 }
 
 /// A reply to an option.
@@ -81,11 +73,7 @@ impl OptionReply {
         out.extend(OPTION_REPLY_MAGIC.to_be_bytes());
         out.extend(self.option.to_be_bytes());
         out.extend(self.kind.to_be_bytes());
-        out.extend(
-            u32::try_from(self.data.len())
-                .unwrap_or(u32::MAX)
-                .to_be_bytes(),
-        );
+        out.extend(u32::try_from(self.data.len()).unwrap_or(u32::MAX).to_be_bytes());
         out.extend(&self.data);
         out
     }
@@ -131,12 +119,7 @@ impl Refusal {
         } else {
             format!(": {}", printable(&reply.data))
         };
-        Self {
-            option,
-            code: reply.kind,
-            reason,
-            message,
-        }
+        Self { option, code: reply.kind, reason, message }
     }
 }
 

@@ -64,26 +64,13 @@ impl ReplyHeader {
         let magic = fields.u32()?;
         Self::length_by_magic(style, magic)?;
         let header = if magic == SIMPLE_REPLY_MAGIC {
-            Self::Simple {
-                error: fields.u32()?,
-                cookie: fields.u64()?,
-            }
+            Self::Simple { error: fields.u32()?, cookie: fields.u64()? }
         } else {
             let (flags, kind, cookie) = (fields.u16()?, fields.u16()?, fields.u64()?);
             let extended = magic == EXTENDED_REPLY_MAGIC;
             let offset = if extended { Some(fields.u64()?) } else { None };
-            let length = if extended {
-                fields.u64()?
-            } else {
-                fields.u32()?.into()
-            };
-            Self::Chunk {
-                flags,
-                kind,
-                cookie,
-                offset,
-                length,
-            }
+            let length = if extended { fields.u64()? } else { fields.u32()?.into() };
+            Self::Chunk { flags, kind, cookie, offset, length }
         };
         fields.end()?;
         Ok(header)
@@ -101,13 +88,7 @@ impl ReplyHeader {
                 out.extend(error.to_be_bytes());
                 out.extend(cookie.to_be_bytes());
             }
-            Self::Chunk {
-                flags,
-                kind,
-                cookie,
-                offset,
-                length,
-            } => {
+            Self::Chunk { flags, kind, cookie, offset, length } => {
                 let magic = match offset {
                     Some(_) => EXTENDED_REPLY_MAGIC,
                     None => STRUCTURED_REPLY_MAGIC,

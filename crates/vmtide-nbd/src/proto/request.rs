@@ -1,8 +1,8 @@
 //! Requests of the transmission phase: the compact header of 28 bytes and the extended one of 32.
 
+use super::ProtocolError;
 use super::constants::{EXTENDED_REQUEST_MAGIC, REQUEST_MAGIC};
 use super::wire::Fields;
-use super::{ProtocolError, violation};
 
 /// Which headers both sides agreed on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,11 +51,7 @@ impl RequestHeader {
         out: &mut Vec<u8>,
     ) -> Result<(), ProtocolError> {
         let extended = style == HeaderStyle::Extended;
-        let magic = if extended {
-            EXTENDED_REQUEST_MAGIC
-        } else {
-            REQUEST_MAGIC
-        };
+        let magic = if extended { EXTENDED_REQUEST_MAGIC } else { REQUEST_MAGIC };
         out.extend(magic.to_be_bytes());
         out.extend(self.flags.to_be_bytes());
         out.extend(self.command.to_be_bytes());
@@ -78,11 +74,7 @@ impl RequestHeader {
     pub(crate) fn decode(style: HeaderStyle, bytes: &[u8]) -> Result<Self, ProtocolError> {
         let extended = style == HeaderStyle::Extended;
         let mut fields = Fields::new("a request", bytes);
-        let expected = if extended {
-            EXTENDED_REQUEST_MAGIC
-        } else {
-            REQUEST_MAGIC
-        };
+        let expected = if extended { EXTENDED_REQUEST_MAGIC } else { REQUEST_MAGIC };
         let found = fields.u32()?;
         if found != expected {
             return Err(ProtocolError::Magic {
@@ -93,25 +85,8 @@ impl RequestHeader {
         }
         let (flags, command) = (fields.u16()?, fields.u16()?);
         let (cookie, offset) = (fields.u64()?, fields.u64()?);
-        let length = if extended {
-            fields.u64()?
-        } else {
-            fields.u32()?.into()
-        };
+        let length = if extended { fields.u64()? } else { fields.u32()?.into() };
         fields.end()?;
-        Ok(Self {
-            flags,
-            command,
-            cookie,
-            offset,
-            length,
-        })
-    }
-
-    /// The end of the range it names.
-    pub(crate) fn checked_end(&self) -> Result<u64, ProtocolError> {
-        self.offset
-            .checked_add(self.length)
-            .ok_or_else(|| violation("a request's range passes the end of 64 bits"))
+        Ok(Self { flags, command, cookie, offset, length })
     }
 }

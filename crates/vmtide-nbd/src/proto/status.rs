@@ -1,6 +1,6 @@
 //! Status descriptors: the answer of `NBD_CMD_BLOCK_STATUS` in one context.
 
-use super::constants::{CONTEXT_ALLOCATION, MAX_STATUS_EXTENTS};
+use super::constants::MAX_STATUS_EXTENTS;
 use super::wire::Fields;
 use super::{ProtocolError, violation};
 use vmtide_block::{ByteRange, ExtentKind};
@@ -87,9 +87,7 @@ pub(crate) fn decode_chunk(
             (fields.u32()?.into(), fields.u32()?.into())
         };
         if length == 0 {
-            return Err(violation(format!(
-                "a block status descriptor at byte {at} has no length"
-            )));
+            return Err(violation(format!("a block status descriptor at byte {at} has no length")));
         }
         let end = at.saturating_add(length).min(range.end());
         let piece = ByteRange::from_bounds(at, end);
@@ -99,10 +97,7 @@ pub(crate) fn decode_chunk(
         }
         match extents.last_mut() {
             Some(last) if last.flags == flags => last.range.length += piece.length,
-            _ => extents.push(StatusExtent {
-                range: piece,
-                flags,
-            }),
+            _ => extents.push(StatusExtent { range: piece, flags }),
         }
     }
     Ok((context, extents))
@@ -128,19 +123,10 @@ pub(crate) fn encode_chunk(extended: bool, context: u32, extents: &[StatusExtent
         let length = extent.range.length.min(MAX_COMPACT_BYTES);
         // Both fit: the length was cut, and 64-bit contexts are not offered in compact style.
         out.extend(u32::try_from(length).unwrap_or(u32::MAX).to_be_bytes());
-        out.extend(
-            u32::try_from(extent.flags)
-                .unwrap_or(u32::MAX)
-                .to_be_bytes(),
-        );
+        out.extend(u32::try_from(extent.flags).unwrap_or(u32::MAX).to_be_bytes());
         if length < extent.range.length {
             break;
         }
     }
     out
-}
-
-/// Whether the context's flags are those of allocation.
-pub(crate) fn is_allocation(context: &str) -> bool {
-    context == CONTEXT_ALLOCATION
 }

@@ -74,11 +74,7 @@ impl<'a> Fields<'a> {
         if self.rest.is_empty() {
             return Ok(());
         }
-        Err(violation(format!(
-            "{} has {} bytes too many",
-            self.what,
-            self.rest.len()
-        )))
+        Err(violation(format!("{} has {} bytes too many", self.what, self.rest.len())))
     }
 }
 
@@ -86,9 +82,7 @@ impl<'a> Fields<'a> {
 pub(crate) fn string(what: &'static str, bytes: &[u8]) -> Result<String, ProtocolError> {
     match std::str::from_utf8(bytes) {
         Ok(text) if bytes.len() <= MAX_STRING_BYTES && !text.contains('\0') => Ok(text.to_owned()),
-        _ => Err(violation(format!(
-            "{what} holds a string that is not valid"
-        ))),
+        _ => Err(violation(format!("{what} holds a string that is not valid"))),
     }
 }
 

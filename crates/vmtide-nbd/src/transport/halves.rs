@@ -54,11 +54,7 @@ pub(crate) fn split(stream: Arc<Stream>, tls: Option<rustls::Connection>) -> (Re
         start: 0,
         end: 0,
     };
-    let write = WriteHalf {
-        stream,
-        tls,
-        sealed: Vec::new(),
-    };
+    let write = WriteHalf { stream, tls, sealed: Vec::new() };
     (read, write)
 }
 

@@ -7,7 +7,7 @@ mod timed;
 mod tls;
 
 pub(crate) use halves::{ReadHalf, WriteHalf, split};
-pub(crate) use stream::{Stream};
+pub(crate) use stream::{Listener, Stream};
 pub(crate) use timed::TimedStream;
 pub use tls::{TlsClientOptions, TlsServerOptions};
-pub(crate) use tls::client_handshake;
+pub(crate) use tls::{client_handshake, server_handshake};

@@ -42,19 +42,16 @@ impl Stream {
         }
     }
 
-    /// A second handle on the same socket.
-    pub(crate) fn try_clone(&self) -> io::Result<Self> {
-        Ok(match self {
-            Self::Tcp(stream) => Self::Tcp(stream.try_clone()?),
-            #[cfg(unix)]
-            Self::Unix(stream) => Self::Unix(stream.try_clone()?),
-        })
-    }
-
     /// Ends both directions; blocked readers and writers wake up.
     pub(crate) fn shutdown(&self) {
         // It may be closed already; either way nothing more can be done with it.
         let _ = each!(self, stream => stream.shutdown(Shutdown::Both));
+    }
+
+    /// Ends the direction towards us; a blocked reader wakes up.
+    pub(crate) fn shutdown_reading(&self) {
+        // It may be closed already.
+        let _ = each!(self, stream => stream.shutdown(Shutdown::Read));
     }
 
     /// The longest one read may wait.

@@ -27,10 +27,7 @@ impl<'a> TimedStream<'a> {
 }
 
 fn timed_out() -> io::Error {
-    io::Error::new(
-        io::ErrorKind::TimedOut,
-        "the peer did not finish the handshake in time",
-    )
+    io::Error::new(io::ErrorKind::TimedOut, "the peer did not finish the handshake in time")
 }
 
 /// A socket's own timeout arrives as either kind, depending on the system.

@@ -67,9 +67,7 @@ fn authorities(directory: &Path) -> Result<RootCertStore> {
     let path = directory.join("ca-cert.pem");
     let mut store = RootCertStore::empty();
     for certificate in certificates(&path)? {
-        store
-            .add(certificate)
-            .map_err(|error| unusable(&path, error))?;
+        store.add(certificate).map_err(|error| unusable(&path, error))?;
     }
     Ok(store)
 }
@@ -109,12 +107,7 @@ impl ServerCertVerifier for AnyCertificate {
         cert: &CertificateDer<'_>,
         dss: &rustls::DigitallySignedStruct,
     ) -> std::result::Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(
-            message,
-            cert,
-            dss,
-            &self.0.signature_verification_algorithms,
-        )
+        verify_tls12_signature(message, cert, dss, &self.0.signature_verification_algorithms)
     }
 
     fn verify_tls13_signature(
@@ -123,12 +116,7 @@ impl ServerCertVerifier for AnyCertificate {
         cert: &CertificateDer<'_>,
         dss: &rustls::DigitallySignedStruct,
     ) -> std::result::Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(
-            message,
-            cert,
-            dss,
-            &self.0.signature_verification_algorithms,
-        )
+        verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
     }
 
     fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
@@ -143,9 +131,7 @@ impl TlsClientOptions {
             .with_safe_default_protocol_versions()
             .map_err(|error| BlockError::unsupported("set up TLS", error.to_string()))?;
         let builder = if self.accept_any_certificate {
-            builder
-                .dangerous()
-                .with_custom_certificate_verifier(Arc::new(AnyCertificate(provider)))
+            builder.dangerous().with_custom_certificate_verifier(Arc::new(AnyCertificate(provider)))
         } else {
             builder.with_root_certificates(match &self.certificates {
                 Some(directory) => authorities(directory)?,

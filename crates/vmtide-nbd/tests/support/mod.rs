@@ -2,7 +2,8 @@
 
 #![allow(
     dead_code,
-    reason = "each test program uses some of these, none uses all"
+    clippy::unwrap_used,
+    reason = "each test program uses some of these, and a failed unwrap is a failed test"
 )]
 
 use std::path::{Path, PathBuf};
@@ -64,9 +65,7 @@ pub struct Lab {
 
 impl Lab {
     pub fn new() -> Self {
-        Self {
-            directory: tempfile::tempdir().unwrap(),
-        }
+        Self { directory: tempfile::tempdir().unwrap() }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -79,11 +78,7 @@ impl Lab {
 
     /// Starts a server that listens on the socket `name`.
     pub fn serve(&self, command: &mut Command, socket: &str) -> Running {
-        let mut child = command
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
         wait_for_socket(&self.path(socket), &mut child);
         Running(child)
     }
