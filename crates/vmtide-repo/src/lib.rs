@@ -5,18 +5,25 @@
 //! segments, says where each chunk of the disk is; a restore point names the maps and is the
 //! commit. An index segment answers "is this content known?" and nothing else.
 
+mod config;
 mod context;
 mod crypto;
+mod document;
 mod envelope;
 mod error;
 mod id;
+mod keys;
 mod leb128;
 mod map;
 mod page_cache;
+mod password;
 mod store;
 
+pub use config::{Encryption, RepositoryConfig};
 pub use error::{RepoError, Result};
 pub use id::{ChunkId, Location, ObjectId};
+pub use keys::{KdfParameters, KeySlotInfo};
+pub use password::Password;
 pub use store::{
     LocalStore, MemoryStore, ObjectEntry, ObjectReader, ObjectStore, ObjectWriter, StoreLock,
     read_small,

@@ -52,7 +52,11 @@ fn create_makes_missing_directories_and_takes_an_empty_one() {
     LocalStore::create(directory.path().join("a/b/c")).unwrap();
     fs::create_dir(directory.path().join("a/b/c/lost+found")).unwrap();
     fs::write(directory.path().join("a/b/c/.snapshot"), b"").unwrap();
+    fs::create_dir(directory.path().join("a/b/c/keys")).unwrap();
+    fs::write(directory.path().join("a/b/c/keys/0123"), b"").unwrap();
     LocalStore::create(directory.path().join("a/b/c")).unwrap();
+    fs::create_dir(directory.path().join("a/b/c/packs")).unwrap();
+    LocalStore::create(directory.path().join("a/b/c")).unwrap_err();
 }
 
 #[test]

@@ -32,9 +32,9 @@ const LOCKS: &str = "locks";
 /// The lock file.
 const LOCK: &str = "locks/gc";
 
-/// What may be in a directory that `init` takes for an empty one: our own directories without
-/// content, and what a fresh file system has.
-const HARMLESS: [&str; 3] = [TEMPORARY, LOCKS, "lost+found"];
+/// What may be in a directory that `init` takes for an empty one: what an interrupted `init` leaves
+/// (key slots of a repository that never was open nothing), and what a fresh file system has.
+const HARMLESS: [&str; 4] = [TEMPORARY, LOCKS, "keys", "lost+found"];
 
 /// A store in a local directory, which may be a mounted network share. Shared by threads; any
 /// number of processes may use one directory.
@@ -300,9 +300,7 @@ fn must_be_empty(path: &Path) -> Result<()> {
         if !file_name.starts_with('.') && !HARMLESS.contains(&file_name.as_ref()) {
             return Err(RepoError::AlreadyExists {
                 what: format!("{file_name} in {}", path.display()),
-                hint: "a new repository needs an empty directory; what an interrupted init left \
-                       can be deleted"
-                    .into(),
+                hint: "a new repository needs an empty directory".into(),
             });
         }
     }

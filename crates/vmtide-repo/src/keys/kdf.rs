@@ -1,0 +1,141 @@
+//! From a password to a slot key: Argon2id (format §5, RFC 9106).
+
+use crate::password::Password;
+use crate::{RepoError, Result};
+use argon2::{Algorithm, Argon2, Block, Params, Version};
+use serde::{Deserialize, Serialize};
+use std::io::{Error, ErrorKind};
+use zeroize::Zeroizing;
+
+/// The most a reader takes from a slot. A hostile slot could otherwise ask for any memory and time;
+/// at these limits one attempt takes minutes on one core, and slots are tried cheapest first.
+const MAX_MEMORY_KIB: u32 = 4 << 20;
+const MAX_ITERATIONS: u32 = 64;
+const MAX_LANES: u32 = 16;
+
+/// What Argon2 needs at least, per lane (RFC 9106 §3.1).
+const MIN_MEMORY_KIB_PER_LANE: u32 = 8;
+
+/// What one guess of a password costs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KdfParameters {
+    /// Memory in KiB: 8 per lane to 4 GiB.
+    pub memory_kib: u32,
+    /// Passes over the memory: 1 to 64.
+    pub iterations: u32,
+    /// Lanes that can be computed in parallel: 1 to 16. We compute them one after the other.
+    pub lanes: u32,
+}
+
+impl Default for KdfParameters {
+    /// The second recommendation of RFC 9106 §4 with one lane: 64 MiB, 3 passes. Some 0.2 s, and
+    /// little enough memory for the smallest backup host.
+    fn default() -> Self {
+        Self { memory_kib: 64 << 10, iterations: 3, lanes: 1 }
+    }
+}
+
+impl KdfParameters {
+    /// What is wrong with them, in words, or nothing.
+    pub(super) fn check(&self) -> Result<(), String> {
+        let Self { memory_kib, iterations, lanes } = *self;
+        if !(1..=MAX_LANES).contains(&lanes) {
+            return Err(format!("{lanes} lanes; 1 to {MAX_LANES} are possible"));
+        }
+        let min_memory_kib = MIN_MEMORY_KIB_PER_LANE * lanes;
+        if !(min_memory_kib..=MAX_MEMORY_KIB).contains(&memory_kib) {
+            return Err(format!(
+                "{memory_kib} KiB of memory; {min_memory_kib} to {MAX_MEMORY_KIB} are possible"
+            ));
+        }
+        if !(1..=MAX_ITERATIONS).contains(&iterations) {
+            return Err(format!("{iterations} iterations; 1 to {MAX_ITERATIONS} are possible"));
+        }
+        Ok(())
+    }
+
+    /// What deriving a key takes, to compare.
+    pub(super) fn cost(&self) -> u64 {
+        u64::from(self.memory_kib) * u64::from(self.iterations)
+    }
+
+    /// The slot key of a password.
+    ///
+    /// # Errors
+    /// `Io` where the memory is not to be had; [`RepoError::Invalid`] for parameters out of range.
+    pub(super) fn derive(
+        &self,
+        password: &Password,
+        salt: &[u8; 16],
+    ) -> Result<Zeroizing<[u8; 32]>> {
+        let invalid = |error: argon2::Error| RepoError::Invalid(format!("key derivation: {error}"));
+        self.check().map_err(|detail| RepoError::Invalid(format!("key derivation: {detail}")))?;
+        let params =
+            Params::new(self.memory_kib, self.iterations, self.lanes, Some(32)).map_err(invalid)?;
+        // Reserved by hand: what the library would do where there is too little is to abort.
+        let mut blocks: Vec<Block> = Vec::new();
+        blocks.try_reserve_exact(params.block_count()).map_err(|_| {
+            RepoError::io(
+                format!("derive a key with {} KiB of memory", self.memory_kib),
+                Error::from(ErrorKind::OutOfMemory),
+            )
+        })?;
+        blocks.resize(params.block_count(), Block::default());
+        let mut key = Zeroizing::new([0; 32]);
+        Argon2::new(Algorithm::Argon2id, Version::V0x13, params)
+            .hash_password_into_with_memory(
+                password.as_bytes(),
+                salt,
+                &mut key[..],
+                &mut blocks[..],
+            )
+            .map_err(invalid)?;
+        Ok(key)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Expected values from the reference implementation in C, by way of Python's `argon2-cffi`.
+    #[test]
+    fn the_key_is_that_of_the_reference_implementation() {
+        for (parameters, expected) in [
+            (
+                KdfParameters::default(),
+                "92599c67f23f1d9dce9b6f0cfb5a9b18ce110336de00799947472465edd9e49a",
+            ),
+            (
+                KdfParameters { memory_kib: 256, iterations: 2, lanes: 4 },
+                "dc838a133d1ebc38ee7e6aed18636036e7db76e5486472a3c7300f0f0c48d25e",
+            ),
+        ] {
+            let key =
+                parameters.derive(&Password::new("correct horse"), b"0123456789abcdef").unwrap();
+            assert_eq!(crate::id::to_hex(&key[..]), expected);
+        }
+    }
+
+    #[test]
+    fn parameters_out_of_range_are_refused() {
+        let good = KdfParameters { memory_kib: 64, iterations: 1, lanes: 1 };
+        assert_eq!(good.check(), Ok(()));
+        for bad in [
+            KdfParameters { memory_kib: 7, ..good },
+            KdfParameters { memory_kib: (4 << 20) + 1, ..good },
+            KdfParameters { memory_kib: u32::MAX, ..good },
+            KdfParameters { iterations: 0, ..good },
+            KdfParameters { iterations: 65, ..good },
+            KdfParameters { iterations: u32::MAX, ..good },
+            KdfParameters { lanes: 0, ..good },
+            KdfParameters { lanes: 9, ..good },
+            KdfParameters { memory_kib: 1 << 20, lanes: 17, ..good },
+            KdfParameters { memory_kib: 0, iterations: 0, lanes: u32::MAX },
+        ] {
+            assert!(bad.check().is_err(), "{bad:?}");
+            let derived = bad.derive(&Password::new("x"), &[0; 16]);
+            assert!(matches!(derived, Err(RepoError::Invalid(_))), "{bad:?}");
+        }
+    }
+}

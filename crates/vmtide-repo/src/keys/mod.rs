@@ -1,0 +1,175 @@
+//! Key slots (format §5): several passwords, any of which opens the master key.
+//!
+//! A slot is bound to the bytes of the configuration, so that nobody who can write to the store can
+//! change these behind the owner's back: no slot would open then.
+
+mod kdf;
+mod slot;
+
+pub use kdf::KdfParameters;
+pub use slot::KeySlotInfo;
+
+use crate::config::{self, RepositoryConfig};
+use crate::crypto::MasterKey;
+use crate::document;
+use crate::password::Password;
+use crate::store::ObjectStore;
+use crate::{ObjectId, RepoError, Result};
+use slot::Slot;
+
+const PREFIX: &str = "keys/";
+
+/// The most slots that are read. People have a handful; somebody who can write to the store could
+/// have readers look through any number.
+const MAX_SLOTS: usize = 1024;
+
+fn object_name(id: ObjectId) -> String {
+    format!("{PREFIX}{id}")
+}
+
+/// Adds a slot that opens with `password`. `config_bytes` are those of `vmtide.repo`, which need not
+/// be in the store yet.
+///
+/// # Errors
+/// [`RepoError::Invalid`] for an empty password, or parameters or a label that cannot be; those of
+/// the store.
+pub(crate) fn create_slot(
+    store: &dyn ObjectStore,
+    config_bytes: &[u8],
+    master: &MasterKey,
+    label: &str,
+    password: &Password,
+    kdf: &KdfParameters,
+) -> Result<KeySlotInfo> {
+    let repository = RepositoryConfig::decode(config_bytes)?.id;
+    let slot = Slot::seal(repository, config_bytes, master, label, password, kdf)?;
+    store.put(&object_name(slot.info.id), &slot.encode()?)?;
+    Ok(slot.info)
+}
+
+/// The master key, from the first slot that opens with `password`; the cheapest is tried first.
+///
+/// # Errors
+/// [`RepoError::WrongPassword`] where no slot opens; [`RepoError::Damaged`] where there is none that
+/// could be tried; those of the store.
+pub(crate) fn unlock(
+    store: &dyn ObjectStore,
+    config_bytes: &[u8],
+    password: &Password,
+) -> Result<MasterKey> {
+    let Slots { mut readable, unreadable } =
+        read_slots(store, RepositoryConfig::decode(config_bytes)?.id)?;
+    // A hostile slot that takes minutes must not stand before an honest one.
+    readable.sort_by_key(|slot| slot.info.kdf.cost());
+    for slot in &readable {
+        if let Some(master) = slot.open(config_bytes, password)? {
+            return Ok(master);
+        }
+    }
+    let mut repository = store.location();
+    match unreadable.into_iter().next() {
+        Some((_, error)) if readable.is_empty() => return Err(error),
+        None if readable.is_empty() => return Err(no_slot()),
+        Some((id, _)) => {
+            repository
+                .push_str(&format!(" ({} cannot be read and was not tried)", object_name(id)));
+        }
+        None => {}
+    }
+    Err(RepoError::WrongPassword { repository })
+}
+
+/// The slots, oldest first.
+///
+/// # Errors
+/// [`RepoError::Damaged`] or [`RepoError::Unsupported`] where one cannot be read; those of the store.
+pub(crate) fn list(store: &dyn ObjectStore) -> Result<Vec<KeySlotInfo>> {
+    let slots = read_slots(store, repository_of(store)?)?;
+    if let Some((_, error)) = slots.unreadable.into_iter().next() {
+        return Err(error);
+    }
+    let mut infos: Vec<KeySlotInfo> = slots.readable.into_iter().map(|slot| slot.info).collect();
+    infos.sort_by_key(|info| (info.created, info.id));
+    Ok(infos)
+}
+
+/// Removes a slot, readable or not, while another is left that can be read. Its password opens
+/// nothing any more; who has the master key from before keeps it.
+///
+/// Two processes that remove the last two slots at the same moment are not kept from it.
+///
+/// # Errors
+/// [`RepoError::NotFound`] where there is no such slot, [`RepoError::Invalid`] for the last; those of
+/// the store.
+pub(crate) fn remove(store: &dyn ObjectStore, id: ObjectId) -> Result<()> {
+    let name = object_name(id);
+    // Only whether it is there: a damaged one can be removed too.
+    match store.open(&name) {
+        Err(RepoError::NotFound { .. }) => {
+            return Err(RepoError::NotFound {
+                what: format!("key {id} in {}", store.location()),
+                hint: "`vmtide key list` shows those there are".into(),
+            });
+        }
+        Err(RepoError::Denied { context, source }) => {
+            return Err(RepoError::Denied { context, source });
+        }
+        _ => {}
+    }
+    let slots = read_slots(store, repository_of(store)?)?;
+    if slots.readable.iter().all(|slot| slot.info.id == id) {
+        return Err(RepoError::Invalid(format!(
+            "key {id} is the last that opens {}; add another first",
+            store.location()
+        )));
+    }
+    store.remove(&name)
+}
+
+/// The slots of one repository.
+struct Slots {
+    readable: Vec<Slot>,
+    unreadable: Vec<(ObjectId, RepoError)>,
+}
+
+/// Reads all slots of a repository. Those of another, left by an interrupted `init`, are passed over.
+fn read_slots(store: &dyn ObjectStore, repository: ObjectId) -> Result<Slots> {
+    let mut ids = Vec::new();
+    store.list(PREFIX, &mut |entry| {
+        let id = entry.name.strip_prefix(PREFIX).map(str::parse::<ObjectId>);
+        match id {
+            Some(Ok(_)) if ids.len() == MAX_SLOTS => Err(RepoError::damaged(
+                PREFIX,
+                format!("more than {MAX_SLOTS} key slots: somebody put them there"),
+            )),
+            Some(Ok(id)) => {
+                ids.push(id);
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    })?;
+    let mut slots = Slots { readable: Vec::new(), unreadable: Vec::new() };
+    for id in ids {
+        let slot =
+            document::read(store, &object_name(id)).and_then(|bytes| Slot::decode(id, &bytes));
+        match slot {
+            Ok(slot) if slot.repository == repository => slots.readable.push(slot),
+            // Of another repository, or removed since it was listed.
+            Ok(_) | Err(RepoError::NotFound { .. }) => {}
+            Err(error) => slots.unreadable.push((id, error)),
+        }
+    }
+    Ok(slots)
+}
+
+fn repository_of(store: &dyn ObjectStore) -> Result<ObjectId> {
+    Ok(RepositoryConfig::decode(&config::read(store)?)?.id)
+}
+
+fn no_slot() -> RepoError {
+    RepoError::damaged(PREFIX, "no key slot is left: nothing can open this repository")
+}
+
+#[cfg(test)]
+mod tests;
