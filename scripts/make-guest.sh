@@ -82,20 +82,21 @@ put_busybox() {
     done
 }
 
-# module_files: the module files to load, in the order of their dependencies. Built-in ones have none.
+# module_files: the module files to load, in the order of their dependencies. Those built in have none.
 module_files() {
     local module
     for module in $GUEST_MODULES; do
-        modprobe --dirname "$WORK/packages" --set-version "$KERNEL_VERSION" --show-depends "$module" 2>/dev/null |
-            awk '$1 == "insmod" { print $2 }'
-    done | awk '!seen[$0]++'
+        modprobe --dirname "$WORK/packages" --set-version "$KERNEL_VERSION" --show-depends "$module" ||
+            die "the kernel $KERNEL_VERSION has no module $module"
+    done | awk '$1 == "insmod" && !seen[$2]++ { print $2 }'
 }
 
 make_initrd() {
-    local root="$WORK/initrd" file number=100
+    local root="$WORK/initrd" files file number=100
     put_busybox "$root"
     mkdir -p "$root/modules" "$root/newroot"
-    while IFS= read -r file; do
+    files="$(module_files)"
+    for file in $files; do
         number=$((number + 1))
         # Decompressed here: the guest's insmod need not know every compression.
         case "$file" in
@@ -104,8 +105,7 @@ make_initrd() {
             *.ko.zst) zstd -qdc "$file" ;;
             *) die "a kernel module of unknown compression: $file" ;;
         esac >"$root/modules/$number-$(basename "${file%%.ko*}").ko"
-    done < <(module_files)
-    compgen -G "$root/modules/*virtio_console.ko" >/dev/null || die "the kernel $KERNEL_VERSION has no virtio_console module"
+    done
     install -m 755 "$REPO_ROOT/scripts/guest/initrd-init" "$root/init"
     (cd "$root" && find . | LC_ALL=C sort | cpio --quiet -o -H newc -R 0:0) | gzip -1 >"$OUT/initrd"
 }

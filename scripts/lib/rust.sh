@@ -32,7 +32,7 @@ ensure_rustup() {
         ensure_packages "installing Rust" rustup
     fi
     if have rustup; then
-        rustup toolchain install --profile minimal --component clippy,rustfmt stable >&2 && rustup default stable >&2
+        rustup toolchain install stable --profile minimal --component clippy,rustfmt >&2 && rustup default stable >&2
         return
     fi
     ensure_packages "downloading rustup" curl ca-certificates
