@@ -25,6 +25,6 @@ pub use id::{ChunkId, Location, ObjectId};
 pub use keys::{KdfParameters, KeySlotInfo};
 pub use password::Password;
 pub use store::{
-    LocalStore, MemoryStore, ObjectEntry, ObjectReader, ObjectStore, ObjectWriter, StoreLock,
-    read_small,
+    Corruption, Fault, FaultyStore, LocalStore, MemoryStore, ObjectEntry, ObjectReader,
+    ObjectStore, ObjectWriter, Step, StepCounts, StoreLock, read_small,
 };

@@ -11,7 +11,7 @@
 
 use std::sync::{Arc, Barrier};
 use tempfile::TempDir;
-use vmtide_repo::{LocalStore, MemoryStore, ObjectStore, RepoError, read_small};
+use vmtide_repo::{FaultyStore, LocalStore, MemoryStore, ObjectStore, RepoError, read_small};
 
 /// A store and what keeps it alive.
 struct Subject {
@@ -23,14 +23,12 @@ fn subjects() -> Vec<Subject> {
     let directory = tempfile::tempdir().unwrap();
     let local = LocalStore::create(directory.path().join("repository")).unwrap();
     vec![
+        Subject { store: Arc::new(MemoryStore::new()), _directory: None },
         Subject {
-            store: Arc::new(MemoryStore::new()),
+            store: Arc::new(FaultyStore::new(Arc::new(MemoryStore::new()))),
             _directory: None,
         },
-        Subject {
-            store: Arc::new(local),
-            _directory: Some(directory),
-        },
+        Subject { store: Arc::new(local), _directory: Some(directory) },
     ]
 }
 
@@ -60,10 +58,7 @@ fn what_is_put_is_read_back_whole_and_in_parts() {
         let mut part = [0; 1000];
         reader.read_at(&mut part, 299_000).unwrap();
         assert_eq!(part[..], content[299_000..]);
-        assert_eq!(
-            read_small(&*store, "packs/ab/abcd", 300_000).unwrap(),
-            content
-        );
+        assert_eq!(read_small(&*store, "packs/ab/abcd", 300_000).unwrap(), content);
         let error = read_small(&*store, "packs/ab/abcd", 299_999).unwrap_err();
         assert!(error.is_damage(), "{error}");
         store.put("empty", b"").unwrap();
@@ -90,10 +85,7 @@ fn an_object_is_not_there_before_it_is_finished_nor_when_it_is_dropped() {
     for Subject { store, _directory } in subjects() {
         let mut writer = store.create("points/p").unwrap();
         writer.write(&[1; 200_000]).unwrap();
-        assert!(matches!(
-            store.open("points/p"),
-            Err(RepoError::NotFound { .. })
-        ));
+        assert!(matches!(store.open("points/p"), Err(RepoError::NotFound { .. })));
         assert!(names(&*store, "points/").is_empty());
         drop(writer);
         assert!(names(&*store, "points/").is_empty());
@@ -136,10 +128,7 @@ fn of_many_who_create_one_name_exactly_one_wins() {
                         })
                     })
                     .collect();
-                threads
-                    .into_iter()
-                    .filter_map(|thread| thread.join().unwrap())
-                    .collect()
+                threads.into_iter().filter_map(|thread| thread.join().unwrap()).collect()
             });
             assert_eq!(won.len(), 1, "{won:?}");
             let content = read_small(&*store, &name, 50_000).unwrap();
@@ -151,22 +140,15 @@ fn of_many_who_create_one_name_exactly_one_wins() {
 #[test]
 fn listing_goes_below_its_prefix_and_nowhere_else() {
     for Subject { store, _directory } in subjects() {
-        for name in [
-            "packs/00/a",
-            "packs/00/b",
-            "packs/ff/c",
-            "points/p",
-            "packs2/x",
-        ] {
+        for name in ["packs/00/a", "packs/00/b", "packs/ff/c", "points/p", "packs2/x"] {
             store.put(name, name.as_bytes()).unwrap();
         }
         let found: Vec<String> = names(&*store, "packs/").into_iter().map(|n| n.0).collect();
         assert_eq!(found, ["packs/00/a", "packs/00/b", "packs/ff/c"]);
         assert_eq!(names(&*store, "packs/ff/").len(), 1);
         assert!(names(&*store, "maps/").is_empty());
-        let error = store
-            .list("packs/", &mut |_| Err(RepoError::Invalid("stop".into())))
-            .unwrap_err();
+        let error =
+            store.list("packs/", &mut |_| Err(RepoError::Invalid("stop".into()))).unwrap_err();
         assert_eq!(error.to_string(), "stop");
     }
 }
@@ -177,9 +159,7 @@ fn a_visitor_may_remove_what_it_is_shown() {
         for n in 0..50 {
             store.put(&format!("forward/{n}"), b"x").unwrap();
         }
-        store
-            .list("forward/", &mut |entry| store.remove(&entry.name))
-            .unwrap();
+        store.list("forward/", &mut |entry| store.remove(&entry.name)).unwrap();
         assert!(names(&*store, "forward/").is_empty());
     }
 }
@@ -192,10 +172,7 @@ fn removing_twice_is_no_error_and_an_open_reader_goes_on() {
         store.remove("packs/ab/x").unwrap();
         store.remove("packs/ab/x").unwrap();
         store.remove("packs/cd/never").unwrap();
-        assert!(matches!(
-            store.open("packs/ab/x"),
-            Err(RepoError::NotFound { .. })
-        ));
+        assert!(matches!(store.open("packs/ab/x"), Err(RepoError::NotFound { .. })));
         let mut content = [0; 7];
         reader.read_at(&mut content, 0).unwrap();
         assert_eq!(&content, b"content");
@@ -211,11 +188,7 @@ fn names_that_are_paths_are_refused_everywhere() {
             refused(store.open(name).map(drop).unwrap_err());
             refused(store.put(name, b"").unwrap_err());
             refused(store.remove(name).unwrap_err());
-            refused(
-                store
-                    .list(&format!("{name}/"), &mut |_| Ok(()))
-                    .unwrap_err(),
-            );
+            refused(store.list(&format!("{name}/"), &mut |_| Ok(())).unwrap_err());
         }
         assert!(store.list("packs", &mut |_| Ok(())).is_err());
     }

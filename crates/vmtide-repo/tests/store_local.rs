@@ -75,18 +75,11 @@ fn what_is_no_repository_is_said_to_be_none() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("file");
     fs::write(&file, b"").unwrap();
-    for error in [
-        LocalStore::open(&file).unwrap_err(),
-        LocalStore::create(&file).unwrap_err(),
-    ] {
+    for error in [LocalStore::open(&file).unwrap_err(), LocalStore::create(&file).unwrap_err()] {
         assert!(matches!(error, RepoError::Invalid(_)), "{error}");
         assert!(error.to_string().contains("is a file"), "{error}");
     }
-    for path in [
-        directory.path().to_owned(),
-        directory.path().join("absent"),
-        file.join("x"),
-    ] {
+    for path in [directory.path().to_owned(), directory.path().join("absent"), file.join("x")] {
         let error = LocalStore::open(&path).unwrap_err();
         assert!(matches!(error, RepoError::NotFound { .. }), "{error}");
         assert!(error.to_string().contains("vmtide init"), "{error}");
@@ -160,12 +153,7 @@ fn an_object_cut_while_it_is_open_is_damage() {
     store.put("packs/ab/x", &[1; 10_000]).unwrap();
     let reader = store.open("packs/ab/x").unwrap();
     let path = directory.path().join("r/packs/ab/x");
-    fs::OpenOptions::new()
-        .write(true)
-        .open(path)
-        .unwrap()
-        .set_len(5000)
-        .unwrap();
+    fs::OpenOptions::new().write(true).open(path).unwrap().set_len(5000).unwrap();
     let error = reader.read_at(&mut [0; 1000], 4500).unwrap_err();
     assert!(error.is_damage(), "{error}");
 }
@@ -208,11 +196,7 @@ fn a_full_disk_says_what_was_written_and_that_nothing_is_lost() {
         .env("VMTIDE_TEST_ROOT", &root)
         .output()
         .expect("bash is needed");
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stdout)
-    );
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
     assert_eq!(read_small(&store, "points/kept", 10).unwrap(), b"kept");
     assert_eq!(files_in(&root.join("tmp")), 0);
     assert!(!root.join("packs/ab/large").exists());
@@ -232,10 +216,7 @@ fn write_a_large_pack() {
     let text = error.to_string();
     assert!(matches!(error, RepoError::Io { .. }), "{text}");
     assert!(text.contains("write packs/ab/large in "), "{text}");
-    assert!(
-        text.contains("every finished restore point is untouched"),
-        "{text}"
-    );
+    assert!(text.contains("every finished restore point is untouched"), "{text}");
 }
 
 /// Runs the test `name` of this file as a user without rights, also where this one is root.
@@ -246,18 +227,13 @@ fn run_as_nobody(name: &str, root: &Path) {
     let program = directory.path().join("test");
     fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
     let mut command = Command::new(&program);
-    command
-        .args(["--exact", name, "--ignored"])
-        .env("VMTIDE_TEST_ROOT", root);
+    command.args(["--exact", name, "--ignored"]).env("VMTIDE_TEST_ROOT", root);
     if fs::read("/etc/shadow").is_ok() {
         command.uid(65534).gid(65534);
     }
     let output = command.current_dir("/").output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
-    assert!(
-        output.status.success() && text.contains("1 passed"),
-        "{text}"
-    );
+    assert!(output.status.success() && text.contains("1 passed"), "{text}");
 }
 
 #[test]

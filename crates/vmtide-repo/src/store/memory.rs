@@ -36,10 +36,7 @@ impl MemoryStore {
     /// Puts an object in place of whatever is there, which no real store does: this is how a test
     /// makes damage.
     pub fn replace(&self, name: &str, content: &[u8]) {
-        self.state
-            .lock()
-            .objects
-            .insert(name.into(), content.into());
+        self.state.lock().objects.insert(name.into(), content.into());
     }
 
     /// The names of all objects, sorted.
@@ -49,13 +46,8 @@ impl MemoryStore {
 
     /// Another store with the same objects and no locks: what is found after a crash now.
     pub fn snapshot(&self) -> Self {
-        let state = State {
-            objects: self.state.lock().objects.clone(),
-            ..State::default()
-        };
-        Self {
-            state: Arc::new(Mutex::new(state)),
-        }
+        let state = State { objects: self.state.lock().objects.clone(), ..State::default() };
+        Self { state: Arc::new(Mutex::new(state)) }
     }
 
     /// Makes as if a crashed writer had left that many bytes, for
@@ -155,14 +147,10 @@ impl ObjectStore for MemoryStore {
     fn open(&self, name: &str) -> Result<Box<dyn ObjectReader>> {
         name::check_object(name)?;
         match self.bytes(name) {
-            Some(content) => Ok(Box::new(MemoryReader {
-                name: name.into(),
-                content,
-            })),
-            None => Err(RepoError::NotFound {
-                what: format!("{name} in memory"),
-                hint: String::new(),
-            }),
+            Some(content) => Ok(Box::new(MemoryReader { name: name.into(), content })),
+            None => {
+                Err(RepoError::NotFound { what: format!("{name} in memory"), hint: String::new() })
+            }
         }
     }
 
@@ -193,19 +181,14 @@ impl ObjectStore for MemoryStore {
         let mut state = self.state.lock();
         if state.exclusive || (exclusive && state.shared > 0) {
             let others = if exclusive { "another" } else { "prune" };
-            return Err(RepoError::Busy {
-                detail: format!("{others} is at work on memory"),
-            });
+            return Err(RepoError::Busy { detail: format!("{others} is at work on memory") });
         }
         if exclusive {
             state.exclusive = true;
         } else {
             state.shared += 1;
         }
-        Ok(Box::new(MemoryLock {
-            state: Arc::clone(&self.state),
-            exclusive,
-        }))
+        Ok(Box::new(MemoryLock { state: Arc::clone(&self.state), exclusive }))
     }
 
     fn remove_unfinished(&self) -> Result<u64> {

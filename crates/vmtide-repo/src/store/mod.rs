@@ -4,10 +4,12 @@
 //! must make an object appear whole or not at all, and durable before `finish` returns; nothing
 //! else is asked of it.
 
+mod faulty;
 mod local;
 mod memory;
 mod name;
 
+pub use faulty::{Corruption, Fault, FaultyStore, Step, StepCounts};
 pub use local::LocalStore;
 pub use memory::MemoryStore;
 

@@ -29,10 +29,7 @@ pub(super) fn is_object(name: &str) -> bool {
     name.len() <= MAX_BYTES
         && name.split('/').count() <= MAX_DEPTH
         && name.split('/').all(is_component)
-        && !name
-            .split('/')
-            .next()
-            .is_some_and(|first| RESERVED.contains(&first))
+        && !name.split('/').next().is_some_and(|first| RESERVED.contains(&first))
 }
 
 /// Checks the name of an object.
@@ -44,9 +41,7 @@ pub(super) fn check_object(name: &str) -> Result<()> {
     if is_object(name) {
         return Ok(());
     }
-    Err(RepoError::Invalid(format!(
-        "{name:?} cannot be the name of an object"
-    )))
+    Err(RepoError::Invalid(format!("{name:?} cannot be the name of an object")))
 }
 
 /// Checks the prefix of a listing, and answers with it without its slash.
@@ -56,9 +51,7 @@ pub(super) fn check_object(name: &str) -> Result<()> {
 pub(super) fn check_prefix(prefix: &str) -> Result<&str> {
     match prefix.strip_suffix('/') {
         Some(directory) if is_object(directory) => Ok(directory),
-        _ => Err(RepoError::Invalid(format!(
-            "{prefix:?} cannot be the prefix of a listing"
-        ))),
+        _ => Err(RepoError::Invalid(format!("{prefix:?} cannot be the prefix of a listing"))),
     }
 }
 

@@ -16,11 +16,7 @@ const DIRECTORY_MODE: u32 = 0o700;
 
 /// Creates a file that is not there yet, for writing.
 pub(super) fn create_new(path: &Path) -> io::Result<File> {
-    OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(FILE_MODE)
-        .open(path)
+    OpenOptions::new().write(true).create_new(true).mode(FILE_MODE).open(path)
 }
 
 /// Opens a file for reading and writing, and creates it where it is not there.
@@ -41,10 +37,7 @@ pub(super) fn open_regular(path: &Path) -> io::Result<(File, u64)> {
     let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
     let metadata = file.metadata()?;
     if !metadata.is_file() {
-        return Err(io::Error::new(
-            ErrorKind::InvalidInput,
-            "it is not a regular file",
-        ));
+        return Err(io::Error::new(ErrorKind::InvalidInput, "it is not a regular file"));
     }
     Ok((file, metadata.len()))
 }

@@ -28,11 +28,7 @@ pub(super) fn take(root: &Root, exclusive: bool) -> Result<Box<dyn StoreLock>> {
         }
         Err(error) => return Err(failed(error)),
     };
-    let locked = if exclusive {
-        file.try_lock()
-    } else {
-        file.try_lock_shared()
-    };
+    let locked = if exclusive { file.try_lock() } else { file.try_lock_shared() };
     match locked {
         Ok(()) => Ok(Box::new(Guard { _file: Some(file) })),
         Err(TryLockError::WouldBlock) => Err(busy(root, exclusive)),
@@ -60,26 +56,16 @@ fn open(root: &Root, exclusive: bool) -> io::Result<File> {
 }
 
 fn is_unwritable(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        ErrorKind::ReadOnlyFilesystem | ErrorKind::PermissionDenied
-    )
+    matches!(error.kind(), ErrorKind::ReadOnlyFilesystem | ErrorKind::PermissionDenied)
 }
 
 fn is_unsupported(error: &io::Error) -> bool {
     use rustix::io::Errno;
-    matches!(
-        Errno::from_io_error(error),
-        Some(Errno::NOTSUP | Errno::NOSYS | Errno::NOLCK)
-    )
+    matches!(Errno::from_io_error(error), Some(Errno::NOTSUP | Errno::NOSYS | Errno::NOLCK))
 }
 
 fn busy(root: &Root, exclusive: bool) -> RepoError {
-    let others = if exclusive {
-        "a backup, restore or other command"
-    } else {
-        "prune"
-    };
+    let others = if exclusive { "a backup, restore or other command" } else { "prune" };
     RepoError::Busy {
         detail: format!(
             "{others} is at work on {}; try again when it has finished",

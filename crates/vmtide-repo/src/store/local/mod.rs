@@ -53,10 +53,7 @@ struct Root {
 
 impl Root {
     fn new(path: PathBuf) -> Self {
-        Self {
-            path,
-            durable: Mutex::new(HashSet::new()),
-        }
+        Self { path, durable: Mutex::new(HashSet::new()) }
     }
 
     /// The directory that holds the object `name`, made where it was missing, itself durable.
@@ -102,9 +99,7 @@ impl LocalStore {
             .and_then(|_| files::sync_directory(&path.join(LOCKS)))
             .and_then(|()| files::sync_directory(&path))
             .map_err(|error| cannot(&path, error))?;
-        Ok(Self {
-            root: Arc::new(Root::new(path)),
-        })
+        Ok(Self { root: Arc::new(Root::new(path)) })
     }
 
     /// Opens the store of the repository in a directory. Writes nothing.
@@ -116,9 +111,7 @@ impl LocalStore {
         let path = absolute(path.as_ref())?;
         must_be_directory(&path)?;
         match fs::metadata(path.join(CONFIGURATION)) {
-            Ok(_) => Ok(Self {
-                root: Arc::new(Root::new(path)),
-            }),
+            Ok(_) => Ok(Self { root: Arc::new(Root::new(path)) }),
             Err(error) if error.kind() == ErrorKind::NotFound => Err(no_repository(&path)),
             Err(error) => Err(cannot(&path, error)),
         }
@@ -138,11 +131,9 @@ impl ObjectStore for LocalStore {
     fn open(&self, name: &str) -> Result<Box<dyn ObjectReader>> {
         name::check_object(name)?;
         match files::open_regular(&self.root.path.join(name)) {
-            Ok((file, length_bytes)) => Ok(Box::new(LocalReader {
-                file,
-                length_bytes,
-                name: name.to_owned(),
-            })),
+            Ok((file, length_bytes)) => {
+                Ok(Box::new(LocalReader { file, length_bytes, name: name.to_owned() }))
+            }
             Err(error)
                 if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) =>
             {
@@ -151,10 +142,7 @@ impl ObjectStore for LocalStore {
                     hint: String::new(),
                 })
             }
-            Err(error) => Err(RepoError::io(
-                format!("open {name} in {}", self.location()),
-                error,
-            )),
+            Err(error) => Err(RepoError::io(format!("open {name} in {}", self.location()), error)),
         }
     }
 
@@ -194,10 +182,7 @@ impl ObjectStore for LocalStore {
             let (true, Some(metadata)) = (ours, found(entry.metadata()).map_err(failed)?) else {
                 continue;
             };
-            if metadata.is_file()
-                && found(fs::remove_file(entry.path()))
-                    .map_err(failed)?
-                    .is_some()
+            if metadata.is_file() && found(fs::remove_file(entry.path())).map_err(failed)?.is_some()
             {
                 freed_bytes = freed_bytes.saturating_add(metadata.len());
             }
@@ -233,10 +218,7 @@ impl LocalStore {
             if metadata.is_dir() {
                 self.walk(&name, visit)?;
             } else if metadata.is_file() {
-                visit(ObjectEntry {
-                    name,
-                    length_bytes: metadata.len(),
-                })?;
+                visit(ObjectEntry { name, length_bytes: metadata.len() })?;
             }
         }
         Ok(())
@@ -280,11 +262,7 @@ fn must_be_directory(path: &Path) -> Result<()> {
 }
 
 fn kind_name(kind: FileType) -> &'static str {
-    if kind.is_file() {
-        "a file"
-    } else {
-        "something special"
-    }
+    if kind.is_file() { "a file" } else { "something special" }
 }
 
 fn must_be_empty(path: &Path) -> Result<()> {

@@ -36,14 +36,12 @@ impl ObjectReader for LocalReader {
         if end.is_none_or(|end| end > self.length_bytes) {
             return Err(self.short(buffer, offset));
         }
-        self.file
-            .read_exact_at(buffer, offset)
-            .map_err(|error| match error.kind() {
-                ErrorKind::UnexpectedEof => self.short(buffer, offset),
-                _ => RepoError::io(
-                    format!("read {} bytes at {offset} of {}", buffer.len(), self.name),
-                    error,
-                ),
-            })
+        self.file.read_exact_at(buffer, offset).map_err(|error| match error.kind() {
+            ErrorKind::UnexpectedEof => self.short(buffer, offset),
+            _ => RepoError::io(
+                format!("read {} bytes at {offset} of {}", buffer.len(), self.name),
+                error,
+            ),
+        })
     }
 }

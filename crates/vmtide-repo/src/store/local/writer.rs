@@ -79,13 +79,11 @@ impl ObjectWriter for LocalWriter {
         let file = self.file.as_mut().ok_or_else(|| {
             RepoError::Invalid(format!("{} is finished and takes no more", self.name))
         })?;
-        file.write_all(bytes)
-            .map_err(|error| not_written(&self.root, &self.name, error))
+        file.write_all(bytes).map_err(|error| not_written(&self.root, &self.name, error))
     }
 
     fn finish(mut self: Box<Self>) -> Result<()> {
-        self.sync()
-            .map_err(|error| not_written(&self.root, &self.name, error))?;
+        self.sync().map_err(|error| not_written(&self.root, &self.name, error))?;
         self.publish()
     }
 }
@@ -103,8 +101,5 @@ impl Drop for LocalWriter {
 /// The error of an object that could not be written, with what a person needs to know first.
 fn not_written(root: &Root, name: &str, error: io::Error) -> RepoError {
     let kept = "nothing of it is kept, every finished restore point is untouched";
-    RepoError::io(
-        format!("write {name} in {} ({kept})", root.path.display()),
-        error,
-    )
+    RepoError::io(format!("write {name} in {} ({kept})", root.path.display()), error)
 }
