@@ -33,6 +33,8 @@
 //! ```
 
 mod client;
+#[doc(hidden)]
+pub mod fuzzing;
 mod options;
 mod proto;
 mod server;

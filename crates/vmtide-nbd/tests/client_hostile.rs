@@ -1,7 +1,11 @@
 //! Our client against servers that lie, stop or break off: an error each time, never a panic, a
 //! hang or wrong bytes.
 
-#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "a failed unwrap is a failed test, and the numbers here are small"
+)]
 
 mod support;
 
@@ -19,7 +23,6 @@ const CONTEXT: u32 = 7;
 struct Request {
     cookie: u64,
     offset: u64,
-    length: u32,
 }
 
 fn be<const N: usize>(parts: [&[u8]; N]) -> Vec<u8> {
@@ -74,7 +77,6 @@ fn read_request(stream: &mut UnixStream) -> std::io::Result<Request> {
     Ok(Request {
         cookie: u64::from_be_bytes(header[8..16].try_into().unwrap()),
         offset: u64::from_be_bytes(header[16..24].try_into().unwrap()),
-        length: u32::from_be_bytes(header[24..28].try_into().unwrap()),
     })
 }
 
@@ -140,6 +142,7 @@ fn status(request: &Request, context: u32, extents: &[(u32, u32)]) -> Vec<u8> {
     chunk(request, true, 5, payload.len() as u32, &payload)
 }
 
+type Silence = (&'static str, fn(&Request) -> Vec<u8>, bool);
 type Case = (&'static str, fn(&Request) -> Vec<u8>);
 
 #[test]
@@ -253,7 +256,7 @@ fn tiny_status_answers_still_come_to_an_end() {
 
 #[test]
 fn a_server_that_breaks_off_or_falls_silent_is_disconnected() {
-    let cases: &[(&str, fn(&Request) -> Vec<u8>, bool)] = &[
+    let cases: &[Silence] = &[
         ("hangs up", |_| Vec::new(), false),
         ("half a header", |_| vec![0x66, 0x8e], false),
         ("half the data", |r| chunk(r, true, 1, 4104, &r.offset.to_be_bytes()), false),

@@ -1,6 +1,10 @@
 //! Our client against nbdkit: block sizes it insists on, and faults on demand.
 
-#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "a failed unwrap is a failed test, and the numbers here are small"
+)]
 
 mod support;
 
@@ -55,7 +59,7 @@ fn server_errors_are_told_apart() {
         ("ENOMEM", ErrorKind::OutOfMemory),
     ] {
         let lab = Lab::new();
-        let fail = format!("pwrite=echo {code} no luck >&2; exit 1");
+        let fail = format!("pwrite=cat >/dev/null; echo {code} no luck >&2; exit 1");
         let _server =
             nbdkit(&lab, &["eval", "get_size=echo 1M", "pread=head -c $3 /dev/zero", &fail]);
         let disk = lab.connect("");
@@ -85,7 +89,7 @@ fn failing_now_and_then_never_gives_wrong_bytes() {
     let (mut good, mut bad) = (0, 0);
     for round in 0..100u64 {
         let mut got = vec![0; 64 << 10];
-        let at = (round * 64 << 10) % (8 << 20);
+        let at = ((round * 64) << 10) % (8 << 20);
         match disk.read_at(&mut got, at) {
             Ok(()) => {
                 good += 1;

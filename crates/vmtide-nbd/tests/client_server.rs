@@ -1,6 +1,10 @@
 //! Our client against our server: every style, every operation, against a vector of bytes.
 
-#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "a failed unwrap is a failed test, and the numbers here are small"
+)]
 
 mod support;
 

@@ -1,0 +1,4 @@
+//! See `vmtide_nbd::fuzzing::client_replies`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| vmtide_nbd::fuzzing::client_replies(input));
