@@ -177,7 +177,9 @@ impl<'a> Chain<'a> {
         }
     }
 
-    /// The path that `name` in `image` means, where the policy allows to open it.
+    /// The path that `name` in `image` means, where the policy allows to open it. Relative names
+    /// start at the image's directory; QEMU does so for backing files but takes data files from
+    /// its working directory, which for a file inside an image means something else every time.
     fn resolve(&self, image: &Path, what: &str, name: &str) -> Result<Option<PathBuf>> {
         let refuse = |detail: &str| {
             Err(BlockError::unsupported(

@@ -56,7 +56,8 @@ impl Qcow2Writer {
         let snapshot = {
             let mut metadata = self.metadata.write();
             let end = metadata.refcounts.end_bytes();
-            if self.file.size_bytes() > end && self.grown.load(Ordering::Relaxed) {
+            let size = self.file.size_bytes();
+            if size < end || (size > end && self.grown.load(Ordering::Relaxed)) {
                 self.file.resize(end)?;
             }
             Snapshot::take(&mut metadata, self.size_bytes())
