@@ -84,8 +84,9 @@ install_tools() {
     step "installing what is missing"
     ensure_rust
     ensure_qemu
-    # libnbd's tools, the file system tools and openssl are independent implementations the tests compare with.
-    ensure_packages "the tests" libnbd-bin e2fsprogs fdisk openssl python3 python3-cryptography python3-zstandard
+    # libnbd's tools and nbdkit are independent implementations that the tests compare with; the Python modules are
+    # for the repository's reader that is made from the document alone.
+    ensure_packages "the tests" libnbd-bin nbdkit e2fsprogs fdisk mount openssl python3 python3-cryptography python3-zstandard
     ensure_packages "checking the scripts" shellcheck
 }
 

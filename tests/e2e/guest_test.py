@@ -9,8 +9,10 @@ which moment a disk shows, and that both disks show the same one (scripts/guest/
   a full backup with file-system consistency while the guest writes; the file systems in it are clean: they were frozen
   an incremental of a quiet guest: exactly the files of that moment; only what changed was read
   an incremental, crash consistent, while the guest writes: a moment between the start and the end
+  kill -9 of vmtide at moments spread over a backup with frozen file systems: the guest can write again, each time,
+    and the next backup leaves the machine clean
   after each: the guest runs and is thawed, and QEMU holds nothing of vmtide's but the tracking bitmaps
-  all three restore points, in raw and qcow2, boot and check every file, after the original disks are destroyed
+  all restore points but those of killed runs, in raw and qcow2, boot and check every file, after the original disks are destroyed
 """
 
 import argparse
@@ -24,6 +26,10 @@ from lab.qmp import BlockState, QmpError, assert_same_but_bitmaps
 from lab.vmtide import Vmtide
 
 PARTITION_OFFSET = 1 << 20
+# How often vmtide is killed, at moments spread evenly over a backup.
+KILLS = 6
+# A guest whose vmtide was killed may stay frozen this long at most.
+THAW_TIMEOUT_S = 60
 # From the ext4 documentation, "The Super Block": s_feature_incompat, and its flag "needs recovery".
 EXT4_SUPERBLOCK = 1024
 EXT4_INCOMPATIBLE = 0x60
@@ -49,11 +55,12 @@ class Scenario:
             full = self.full_while_writing(guest)
             quiet = self.incremental_of_quiet_guest(guest)
             writing = self.incremental_while_writing(guest)
+            after_kills = self.killed_while_freezing(guest)
             guest.ask("poweroff")
             guest.wait_off()
         wait_until("all processes of vmtide end", lambda: not self.vmtide.processes(), 60)
         self.lose_originals()
-        for point, judge in (full, quiet, writing):
+        for point, judge in (full, quiet, writing, after_kills):
             judge(*self.restore(point, "raw"))
         self.restored_as_qcow2(quiet)
         self.vmtide.run("verify", "-r", self.vmtide.repository, "--read-data")
@@ -145,6 +152,29 @@ class Scenario:
         def judge(_system, _data, verdict):
             self.is_moment(verdict, begun, issued)
             self.ok("the crash-consistent restore point boots, its files are whole")
+
+        return summary["point"], judge
+
+    def killed_while_freezing(self, guest):
+        begin = time.monotonic()
+        self.vmtide.backup(guest.vmtide_source, "--consistency", "fs")
+        duration_s = time.monotonic() - begin
+        in_the_act = 0
+        for number in range(KILLS):
+            running = self.vmtide.start_backup(guest.vmtide_source, "--consistency", "fs")
+            time.sleep(duration_s * (number + 0.5) / KILLS)
+            in_the_act += running.kill()
+            # A guest that stayed frozen would never answer.
+            guest.ask(f"write {50 + number} 2 50", timeout_s=THAW_TIMEOUT_S)
+        before = Verdict(guest.ask("check"))
+        summary = self.vmtide.backup(guest.vmtide_source, "--consistency", "fs")
+        self.nothing_left(guest)
+        self.ok(f"vmtide killed {in_the_act} times: the guest wrote on, the next backup cleaned up")
+
+        def judge(_system, _data, verdict):
+            if verdict.manifests != before.manifests:
+                raise TestFailure(f"the restored disks have not the files of that moment: {vars(verdict)}, {vars(before)}")
+            self.ok(f"the restore point after the kills boots with exactly the {verdict.files} files of its moment")
 
         return summary["point"], judge
 
