@@ -30,7 +30,7 @@ import subprocess
 import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
-WORK = HERE / "work"
+WORK = pathlib.Path(os.environ.get("VMTIDE_BENCH_WORK") or HERE / "work")
 MIB = 1 << 20
 DISK_BYTES = 8 << 30
 # Where the partition starts. 1 MiB is what every current installer does.
@@ -176,8 +176,9 @@ def usable(name):
 
 
 def scan(name, files, dirs):
-    """Add what package `name` contains to `files` (path -> source) and `dirs`."""
+    """Add what package `name` contains to `files` (path -> (kind, source)) and `dirs`."""
     root = WORK / "pkg" / name
+    inodes = {}
     for base, subdirs, names in os.walk(root):
         rel = "/" + os.path.relpath(base, root) if base != str(root) else ""
         for entry in sorted(subdirs + names):
@@ -189,8 +190,16 @@ def scan(name, files, dirs):
                 files[path] = ("link", os.readlink(source))
             elif stat.S_ISREG(mode):
                 files[path] = ("file", source)
+                inodes.setdefault(os.lstat(source).st_ino, []).append(path)
             elif stat.S_ISDIR(mode):
                 dirs.add(path)
+
+
+    # Several names of one file stay that: copies would be duplicate data that no real disk has
+    # (the 13 names of Mesa's driver alone would add 295 MiB).
+    for paths in inodes.values():
+        first, *others = sorted(paths)
+        files.update({path: ("hard", first) for path in others})
 
 
 def add_dirs(path, dirs):
@@ -205,14 +214,20 @@ def commands(files, dirs, known_dirs, removed):
     for path in sorted(dirs - known_dirs):
         out.append(f"mkdir {quote(path)}")
     cwd = None
+    names = {}
     for path in sorted(files):
+        kind, source = files[path]
+        if kind == "hard":
+            names.setdefault(source, []).append(path)
+            continue
         parent, _, entry = path.rpartition("/")
         if parent != cwd:
             out.append(f"cd {quote(parent or '/')}")
             cwd = parent
-        kind, source = files[path]
-        verb = "write" if kind == "file" else "symlink"
-        out.append(f"write {quote(source)} {quote(entry)}" if kind == "file" else f"{verb} {quote(entry)} {quote(source)}")
+        out.append(f"write {quote(source)} {quote(entry)}" if kind == "file" else f"symlink {quote(entry)} {quote(source)}")
+    for first, others in names.items():  # debugfs leaves the link count to the caller
+        out += [f"ln {quote(first)} {quote(other)}" for other in others]
+        out.append(f"set_inode_field {quote(first)} links_count {1 + len(others)}")
     return "\n".join(out) + "\n"
 
 
@@ -366,7 +381,7 @@ def main():
     (WORK / "disk").mkdir(parents=True, exist_ok=True)
     first, second = WORK / "disk/disk.raw", WORK / "day2.raw"
     if (WORK / "disk.json").exists():
-        print(f"{WORK / 'disk.json'} exists: the disk is made. Delete bench/work to make it again.")
+        print(f"{WORK / 'disk.json'} exists: the disk is made. Delete that file to make it again.")
         return
     rows = wanted()
     lock = fetch_all(rows)

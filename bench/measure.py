@@ -12,6 +12,10 @@ import subprocess
 import time
 
 
+# Where the disk, the repositories and the figures live; VMTIDE_BENCH_WORK puts them on another disk.
+WORK = pathlib.Path(os.environ.get("VMTIDE_BENCH_WORK") or pathlib.Path(__file__).resolve().parent / "work")
+
+
 class Failed(Exception):
     """A measured command ended with an exit code that is not success."""
 
@@ -22,7 +26,7 @@ def measure(command, env=None, cwd=None, ok=(0,)):
     `settled_s` is wall time plus the time the file system then needs to have everything on the
     disk: tools that end without fsync look faster than they are without it.
     """
-    log = pathlib.Path(__file__).resolve().parent / "work" / "last-output"
+    log = WORK / "last-output"
     os.sync()
     load = os.getloadavg()[0]
     with open(log, "wb") as out:

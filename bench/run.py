@@ -23,10 +23,9 @@ import time
 
 import report
 import tools
-from measure import Failed, allocated, apparent, measure, remove, warm, warm_tree
+from measure import WORK, Failed, allocated, apparent, measure, remove, warm, warm_tree
 
 HERE = pathlib.Path(__file__).resolve().parent
-WORK = HERE / "work"
 LIVE = WORK / "live/disk.raw"
 STEPS = ("full", "restore", "unchanged", "incremental")
 MIB, GIB = 1 << 20, 1 << 30
@@ -269,12 +268,13 @@ def main():
     parser.add_argument("--tools", type=lambda s: s.split(","), help="names, comma separated (default: all)")
     parser.add_argument("--steps", default=",".join(STEPS), help="of `backup`: " + ",".join(STEPS))
     parser.add_argument("--discard", action="store_true", help="forget earlier figures of this scenario first")
+    parser.add_argument("--output", type=pathlib.Path, default=HERE.parent / "docs/benchmarks.md", help="of `report`: the file to fill")
     parser.add_argument("--note", default="", help="of `report`: a line to print below the machine's description")
     options = parser.parse_args()
     if options.scenario == "report":
-        return report.write(WORK, HERE.parent / "docs/benchmarks.md", options.note)
+        return report.write(WORK, options.output, options.note)
     if not (WORK / "disk.json").exists():
-        sys.exit("bench/work/disk.json is missing: run bench/make-disk.py first")
+        sys.exit("no disk.json: run bench/make-disk.py first")
     if options.discard:
         remove(WORK / "results" / ("scale.jsonl" if options.scenario == "scale" else "backup.jsonl"))
     {"backup": backup, "copy": copy, "scale": scale}[options.scenario](options)
