@@ -11,7 +11,10 @@ mod crypto;
 mod document;
 mod envelope;
 mod error;
+#[doc(hidden)]
+pub mod fuzzing;
 mod id;
+mod index;
 mod keys;
 mod leb128;
 mod map;

@@ -107,9 +107,9 @@ impl BuiltRuns {
         spilled + self.runs.len() as u64
     }
 
-    /// The chunk after the last run.
-    pub fn end_chunk(&self) -> u64 {
-        let spilled = self.spills.iter().map(MapSegment::end_chunk).max();
+    /// The block after the last run.
+    pub fn end_block(&self) -> u64 {
+        let spilled = self.spills.iter().map(MapSegment::end_block).max();
         self.runs.last().map_or(0, MapRun::end).max(spilled.unwrap_or(0))
     }
 
@@ -134,11 +134,11 @@ impl BuiltRuns {
 
 /// Sorts, and joins neighbours.
 fn tidy(runs: &mut Vec<MapRun>) -> Result<()> {
-    runs.sort_unstable_by_key(|run| run.first_chunk);
-    if let Some(pair) = runs.windows(2).find(|pair| pair[0].end() > pair[1].first_chunk) {
+    runs.sort_unstable_by_key(|run| run.first_block);
+    if let Some(pair) = runs.windows(2).find(|pair| pair[0].end() > pair[1].first_block) {
         return Err(RepoError::Invalid(format!(
-            "chunk {} was stored twice in one backup",
-            pair[1].first_chunk
+            "block {} was stored twice in one backup",
+            pair[1].first_block
         )));
     }
     runs.dedup_by(|next, run| run.join(next));

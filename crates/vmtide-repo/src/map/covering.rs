@@ -4,7 +4,7 @@ use super::MapRun;
 use super::overlay::Overlay;
 use crate::Result;
 
-/// Answers for every chunk up to `end`, walking forward.
+/// Answers for every block up to `end`, walking forward.
 pub(super) struct Covering<'a> {
     overlay: Overlay<'a>,
     ahead: Option<MapRun>,
@@ -16,19 +16,19 @@ impl<'a> Covering<'a> {
         Self { overlay, ahead: None, end }
     }
 
-    /// The run over `chunk`, from there on; `chunk` is before the end and never decreases.
+    /// The run over `block`, from there on; `block` is before the end and never decreases.
     ///
     /// # Errors
     /// Those of the layers.
-    pub fn run_at(&mut self, chunk: u64) -> Result<MapRun> {
-        if self.ahead.is_none_or(|run| run.end() <= chunk) {
-            self.overlay.seek(chunk);
+    pub fn run_at(&mut self, block: u64) -> Result<MapRun> {
+        if self.ahead.is_none_or(|run| run.end() <= block) {
+            self.overlay.seek(block);
             self.ahead = self.overlay.next_run()?;
         }
         Ok(match self.ahead {
-            Some(run) if run.first_chunk <= chunk => run.slice(chunk, run.end()),
-            Some(run) => MapRun::zero(chunk..run.first_chunk),
-            None => MapRun::zero(chunk..self.end),
+            Some(run) if run.first_block <= block => run.slice(block, run.end()),
+            Some(run) => MapRun::zero(block..run.first_block),
+            None => MapRun::zero(block..self.end),
         })
     }
 

@@ -1,7 +1,7 @@
 //! The directory of a map segment: its page table, then its sealed pack table (format §7).
 
 use super::page::PageBounds;
-use super::{MAX_CHUNKS, MAX_STORED_PAGE_BYTES, RUNS_PER_PAGE};
+use super::{MAX_BLOCKS, MAX_STORED_PAGE_BYTES, RUNS_PER_PAGE};
 use crate::context::{DIRECTORY_SECTION, NewObject, OpenObject};
 use crate::envelope::HEADER_BYTES;
 use crate::{ObjectId, Result};
@@ -20,8 +20,8 @@ pub(super) struct PageEntry {
 
 impl PageEntry {
     fn encode(&self, out: &mut Vec<u8>) {
-        out.extend_from_slice(&self.bounds.first_chunk.to_le_bytes());
-        out.extend_from_slice(&self.bounds.end_chunk.to_le_bytes());
+        out.extend_from_slice(&self.bounds.first_block.to_le_bytes());
+        out.extend_from_slice(&self.bounds.end_block.to_le_bytes());
         out.extend_from_slice(&self.offset.to_le_bytes());
         out.extend_from_slice(&self.stored_bytes.to_le_bytes());
         out.extend_from_slice(&self.bounds.runs.to_le_bytes());
@@ -40,7 +40,7 @@ impl PageEntry {
         let mut checksum = [0; 16];
         checksum.copy_from_slice(&bytes[32..]);
         Self {
-            bounds: PageBounds { first_chunk: u64_at(0), end_chunk: u64_at(8), runs: u32_at(28) },
+            bounds: PageBounds { first_block: u64_at(0), end_block: u64_at(8), runs: u32_at(28) },
             offset: u64_at(16),
             stored_bytes: u32_at(24),
             checksum,
@@ -70,7 +70,7 @@ pub(super) fn encode(
 }
 
 /// Takes the directory out of `object`, parses it and checks it: pages back to back between header
-/// and directory, their chunks in order and below 2⁴⁸, sizes in bounds.
+/// and directory, their blocks in order and below 2⁴⁸, sizes in bounds.
 ///
 /// # Errors
 /// [`RepoError::Damaged`](crate::RepoError::Damaged).
@@ -117,24 +117,24 @@ pub(crate) fn open_pack_table(
 
 fn check(object: &OpenObject, pages: &[PageEntry]) -> Result<()> {
     let mut offset = HEADER_BYTES as u64;
-    let mut chunk = 0;
+    let mut block = 0;
     for (number, page) in pages.iter().enumerate() {
         let bounds = page.bounds;
         let sound = page.offset == offset
             && page.stored_bytes <= MAX_STORED_PAGE_BYTES
-            && bounds.first_chunk >= chunk
-            && bounds.end_chunk > bounds.first_chunk
-            && bounds.end_chunk <= MAX_CHUNKS
+            && bounds.first_block >= block
+            && bounds.end_block > bounds.first_block
+            && bounds.end_block <= MAX_BLOCKS
             && (1..=RUNS_PER_PAGE).contains(&(bounds.runs as usize));
         if !sound {
             return Err(object.damaged(format!(
-                "page {number} in its directory is impossible: chunks {} to {} in {} runs at \
+                "page {number} in its directory is impossible: blocks {} to {} in {} runs at \
                  {}+{}",
-                bounds.first_chunk, bounds.end_chunk, bounds.runs, page.offset, page.stored_bytes
+                bounds.first_block, bounds.end_block, bounds.runs, page.offset, page.stored_bytes
             )));
         }
         offset += u64::from(page.stored_bytes);
-        chunk = bounds.end_chunk;
+        block = bounds.end_block;
     }
     if offset != object.trailer.directory_offset {
         return Err(object.damaged("its pages do not end where its directory begins"));

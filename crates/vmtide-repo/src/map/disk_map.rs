@@ -3,7 +3,7 @@
 use super::covering::Covering;
 use super::overlay::{Overlay, RunSource, SliceSource};
 use super::segment::{MapCache, MapSegment, SegmentCursor};
-use super::{CACHED_PAGES, MAX_CHUNKS, MAX_SEGMENTS, MapRun};
+use super::{CACHED_PAGES, MAX_BLOCKS, MAX_SEGMENTS, MapRun};
 use crate::context::RepoContext;
 use crate::{ObjectId, RepoError, Result};
 use std::ops::Range;
@@ -13,31 +13,31 @@ use std::ops::Range;
 pub(crate) struct DiskMap {
     segments: Vec<MapSegment>,
     /// Beyond this the segments do not speak for the disk.
-    mapped_chunks: u64,
-    chunks: u64,
+    mapped_blocks: u64,
+    blocks: u64,
     cache: MapCache,
 }
 
 impl DiskMap {
-    /// Opens the map of a disk of `chunks` chunks from its segments, newest first. What segments
+    /// Opens the map of a disk of `blocks` blocks from its segments, newest first. What segments
     /// hold beyond the disk's end is ignored: the disk was larger once.
     ///
     /// # Errors
     /// [`RepoError::Damaged`] for a missing or damaged segment; [`RepoError::Invalid`] for more
-    /// than [`MAX_SEGMENTS`] segments or 2⁴⁸ chunks; `Io`.
-    pub fn open(ctx: &RepoContext, segments: &[ObjectId], chunks: u64) -> Result<Self> {
-        if segments.len() > MAX_SEGMENTS || chunks > MAX_CHUNKS {
+    /// than [`MAX_SEGMENTS`] segments or 2⁴⁸ blocks; `Io`.
+    pub fn open(ctx: &RepoContext, segments: &[ObjectId], blocks: u64) -> Result<Self> {
+        if segments.len() > MAX_SEGMENTS || blocks > MAX_BLOCKS {
             return Err(RepoError::Invalid(format!(
-                "a disk map of {} segments for {chunks} chunks: the limits are {MAX_SEGMENTS} and \
-                 {MAX_CHUNKS}",
+                "a disk map of {} segments for {blocks} blocks: the limits are {MAX_SEGMENTS} and \
+                 {MAX_BLOCKS}",
                 segments.len()
             )));
         }
         let open = |&id: &ObjectId| MapSegment::open(ctx, id);
         Ok(Self {
             segments: segments.iter().map(open).collect::<Result<_>>()?,
-            mapped_chunks: chunks,
-            chunks,
+            mapped_blocks: blocks,
+            blocks,
             cache: MapCache::new(CACHED_PAGES),
         })
     }
@@ -46,15 +46,15 @@ impl DiskMap {
     /// compared with its base in this way, because segments may still hold what the base lost
     /// when it shrank once.
     #[must_use]
-    pub fn resized(mut self, chunks: u64) -> Self {
-        self.mapped_chunks = self.mapped_chunks.min(chunks);
-        self.chunks = chunks;
+    pub fn resized(mut self, blocks: u64) -> Self {
+        self.mapped_blocks = self.mapped_blocks.min(blocks);
+        self.blocks = blocks;
         self
     }
 
-    /// The disk's length in chunks.
-    pub const fn chunks(&self) -> u64 {
-        self.chunks
+    /// The disk's length in blocks.
+    pub const fn blocks(&self) -> u64 {
+        self.blocks
     }
 
     /// The segments, newest first.
@@ -62,44 +62,44 @@ impl DiskMap {
         &self.segments
     }
 
-    /// The runs that cover `chunks` exactly, in order, chunks without content as zero. The answer
-    /// has at most one run per chunk asked for; use [`for_each_run`](Self::for_each_run) for
+    /// The runs that cover `blocks` exactly, in order, blocks without content as zero. The answer
+    /// has at most one run per block asked for; use [`for_each_run`](Self::for_each_run) for
     /// ranges that are not small.
     ///
     /// # Errors
     /// [`RepoError::Invalid`] for a range beyond the disk's end; [`RepoError::Damaged`], `Io`.
-    pub fn lookup(&self, chunks: Range<u64>) -> Result<Vec<MapRun>> {
+    pub fn lookup(&self, blocks: Range<u64>) -> Result<Vec<MapRun>> {
         let mut found = Vec::new();
-        self.for_each_run(chunks, &mut |run| {
+        self.for_each_run(blocks, &mut |run| {
             found.push(run);
             Ok(())
         })?;
         Ok(found)
     }
 
-    /// Calls `visit` for the runs that cover `chunks` exactly, in order, chunks without content as
+    /// Calls `visit` for the runs that cover `blocks` exactly, in order, blocks without content as
     /// zero, neighbours joined. Holds one page per segment, at most 96 KiB each, beside the cache.
     ///
     /// # Errors
     /// As [`lookup`](Self::lookup), and those of `visit`.
     pub fn for_each_run(
         &self,
-        chunks: Range<u64>,
+        blocks: Range<u64>,
         visit: &mut dyn FnMut(MapRun) -> Result<()>,
     ) -> Result<()> {
-        if chunks.end > self.chunks || chunks.start > chunks.end {
+        if blocks.end > self.blocks || blocks.start > blocks.end {
             return Err(RepoError::Invalid(format!(
-                "chunks {} to {} are not on a disk of {} chunks",
-                chunks.start, chunks.end, self.chunks
+                "blocks {} to {} are not on a disk of {} blocks",
+                blocks.start, blocks.end, self.blocks
             )));
         }
-        self.covering(chunks.clone()).for_each(chunks.start, visit)
+        self.covering(blocks.clone()).for_each(blocks.start, visit)
     }
 
-    /// Calls `visit` for the ranges of chunks whose target in `newer` is not that in `older`, in
+    /// Calls `visit` for the ranges of blocks whose target in `newer` is not that in `older`, in
     /// order, neighbours joined, within the newer disk; beyond its end the older disk is zero.
     /// Segments that both share at the old end of their lists are not read except below what
-    /// the others cover. A chunk that `prune` moved, or that was stored twice, is reported though
+    /// the others cover. A block that `prune` moved, or that was stored twice, is reported though
     /// its content is the same.
     ///
     /// # Errors
@@ -113,20 +113,20 @@ impl DiskMap {
         let shared = pairs.take_while(|(a, b)| a.id() == b.id()).count();
         let own = |map: &Self| map.segments.len() - shared;
         let resized =
-            [MapRun::zero(older.chunks.min(newer.chunks)..older.chunks.max(newer.chunks))];
-        let resized = if older.chunks == newer.chunks { &[] } else { &resized[..] };
+            [MapRun::zero(older.blocks.min(newer.blocks)..older.blocks.max(newer.blocks))];
+        let resized = if older.blocks == newer.blocks { &[] } else { &resized[..] };
         let candidates = older.segments[..own(older)]
             .iter()
             .chain(&newer.segments[..own(newer)])
             .map(|segment| Box::new(SegmentCursor::new(segment, None)) as Box<dyn RunSource>)
             .chain([Box::new(SliceSource::new(resized)) as Box<dyn RunSource>])
             .collect();
-        let mut candidates = Overlay::new(candidates, 0..newer.chunks);
-        let mut before = older.covering(0..newer.chunks);
-        let mut after = newer.covering(0..newer.chunks);
+        let mut candidates = Overlay::new(candidates, 0..newer.blocks);
+        let mut before = older.covering(0..newer.blocks);
+        let mut after = newer.covering(0..newer.blocks);
         let mut pending: Option<Range<u64>> = None;
         while let Some(candidate) = candidates.next_run()? {
-            let mut position = candidate.first_chunk;
+            let mut position = candidate.first_block;
             while position < candidate.end() {
                 let (old, new) = (before.run_at(position)?, after.run_at(position)?);
                 let end = candidate.end().min(old.end()).min(new.end());
@@ -146,12 +146,12 @@ impl DiskMap {
         pending.map_or(Ok(()), visit)
     }
 
-    fn covering(&self, chunks: Range<u64>) -> Covering<'_> {
+    fn covering(&self, blocks: Range<u64>) -> Covering<'_> {
         let cursor = |(segment, number)| {
             Box::new(SegmentCursor::new(segment, Some((&self.cache, number)))) as Box<dyn RunSource>
         };
-        let end = chunks.end;
-        let mapped = chunks.start..end.min(self.mapped_chunks);
+        let end = blocks.end;
+        let mapped = blocks.start..end.min(self.mapped_blocks);
         let layers = self.segments.iter().zip(0..).map(cursor).collect();
         Covering::new(Overlay::new(layers, mapped), end)
     }

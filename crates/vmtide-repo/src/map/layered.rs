@@ -3,7 +3,7 @@
 use super::overlay::{Overlay, RunSource, SliceSource};
 use super::segment::SegmentCursor;
 use super::writer::MapSegmentWriter;
-use super::{MAX_CHUNKS, MapBuilder, MapRun, MapSegment, Target};
+use super::{MAX_BLOCKS, MapBuilder, MapRun, MapSegment, Target};
 use crate::context::RepoContext;
 use crate::{ObjectId, RepoError, Result};
 
@@ -17,11 +17,11 @@ const ABSORB_FACTOR: u64 = 2;
 pub(crate) struct BaseMap<'a> {
     /// Its segments, newest first; none for a full backup.
     pub segments: &'a [ObjectId],
-    /// The base disk's length in chunks.
-    pub chunks: u64,
+    /// The base disk's length in blocks.
+    pub blocks: u64,
 }
 
-/// Writes the map of a disk of `chunks` chunks that is `base` with `new_runs` over it, and answers
+/// Writes the map of a disk of `blocks` blocks that is `base` with `new_runs` over it, and answers
 /// with its segments, newest first. Writes one segment: the new runs and those older segments that
 /// are not much larger; or none where nothing changed. Where the disk shrank, what lies beyond its
 /// end is dropped from what is written and hidden from what is shared; where it grew, the new part
@@ -34,21 +34,21 @@ pub(crate) fn write_layered(
     ctx: &RepoContext,
     base: BaseMap<'_>,
     new_runs: MapBuilder,
-    chunks: u64,
+    blocks: u64,
 ) -> Result<Vec<ObjectId>> {
     let new_runs = new_runs.finish()?;
-    if chunks > MAX_CHUNKS || new_runs.end_chunk() > chunks {
+    if blocks > MAX_BLOCKS || new_runs.end_block() > blocks {
         return Err(RepoError::Invalid(format!(
-            "a map up to chunk {} for a disk of {chunks} chunks; the limit is {MAX_CHUNKS}",
-            new_runs.end_chunk()
+            "a map up to block {} for a disk of {blocks} blocks; the limit is {MAX_BLOCKS}",
+            new_runs.end_block()
         )));
     }
     let open = |&id: &ObjectId| MapSegment::open(ctx, id);
     let older = base.segments.iter().map(open).collect::<Result<Vec<_>>>()?;
     // A disk that shrank and grows again must not see what it lost: segments may still have it.
-    let hidden = older.iter().any(|segment| segment.end_chunk() > base.chunks);
-    let regrown = if hidden && chunks > base.chunks {
-        vec![MapRun::zero(base.chunks..chunks)]
+    let hidden = older.iter().any(|segment| segment.end_block() > base.blocks);
+    let regrown = if hidden && blocks > base.blocks {
+        vec![MapRun::zero(base.blocks..blocks)]
     } else {
         Vec::new()
     };
@@ -72,7 +72,7 @@ pub(crate) fn write_layered(
     }
     // With nothing below, absent says zero as well.
     let drop_zeros = absorbed == older.len();
-    let written = write(ctx, layers, chunks, drop_zeros)?;
+    let written = write(ctx, layers, blocks, drop_zeros)?;
     new_runs.discard(ctx);
     let kept = &base.segments[absorbed..];
     Ok(written.into_iter().chain(kept.iter().copied()).collect())
@@ -81,11 +81,11 @@ pub(crate) fn write_layered(
 fn write(
     ctx: &RepoContext,
     layers: Vec<Box<dyn RunSource + '_>>,
-    chunks: u64,
+    blocks: u64,
     drop_zeros: bool,
 ) -> Result<Option<ObjectId>> {
     let mut writer = MapSegmentWriter::create(ctx)?;
-    let mut overlay = Overlay::new(layers, 0..chunks);
+    let mut overlay = Overlay::new(layers, 0..blocks);
     while let Some(run) = overlay.next_run()? {
         if !(drop_zeros && run.target == Target::Zero) {
             writer.push(run)?;

@@ -6,9 +6,9 @@ use std::ops::Range;
 
 /// A sorted sequence of runs that do not overlap, walked forward.
 pub(super) trait RunSource {
-    /// The first run that ends after `chunk`, without what lies before `chunk`. From call to call
-    /// `chunk` never decreases.
-    fn run_from(&mut self, chunk: u64) -> Result<Option<MapRun>>;
+    /// The first run that ends after `block`, without what lies before `block`. From call to call
+    /// `block` never decreases.
+    fn run_from(&mut self, block: u64) -> Result<Option<MapRun>>;
 }
 
 /// Runs in memory.
@@ -23,10 +23,10 @@ impl<'a> SliceSource<'a> {
 }
 
 impl RunSource for SliceSource<'_> {
-    fn run_from(&mut self, chunk: u64) -> Result<Option<MapRun>> {
+    fn run_from(&mut self, block: u64) -> Result<Option<MapRun>> {
         while let Some((run, rest)) = self.runs.split_first() {
-            if run.end() > chunk {
-                return Ok(Some(run.slice(run.first_chunk.max(chunk), run.end())));
+            if run.end() > block {
+                return Ok(Some(run.slice(run.first_block.max(block), run.end())));
             }
             self.runs = rest;
         }
@@ -48,10 +48,10 @@ struct Layer<'a> {
 }
 
 impl Layer<'_> {
-    /// The layer's first run that ends after `chunk`; it may begin before.
-    fn run_at(&mut self, chunk: u64) -> Result<Option<MapRun>> {
-        if self.run.is_none_or(|run| run.end() <= chunk) && !self.finished {
-            self.run = self.source.run_from(chunk)?;
+    /// The layer's first run that ends after `block`; it may begin before.
+    fn run_at(&mut self, block: u64) -> Result<Option<MapRun>> {
+        if self.run.is_none_or(|run| run.end() <= block) && !self.finished {
+            self.run = self.source.run_from(block)?;
             self.finished = self.run.is_none();
         }
         Ok(self.run)
@@ -59,22 +59,22 @@ impl Layer<'_> {
 }
 
 impl<'a> Overlay<'a> {
-    /// The `sources`, newest first, within `chunks`.
-    pub fn new(sources: Vec<Box<dyn RunSource + 'a>>, chunks: Range<u64>) -> Self {
+    /// The `sources`, newest first, within `blocks`.
+    pub fn new(sources: Vec<Box<dyn RunSource + 'a>>, blocks: Range<u64>) -> Self {
         let layer = |source| Layer { source, run: None, finished: false };
         Self {
             layers: sources.into_iter().map(layer).collect(),
-            position: chunks.start,
-            end: chunks.end,
+            position: blocks.start,
+            end: blocks.end,
         }
     }
 
-    /// Leaps forward: the next run will not begin before `chunk`.
-    pub fn seek(&mut self, chunk: u64) {
-        self.position = self.position.max(chunk);
+    /// Leaps forward: the next run will not begin before `block`.
+    pub fn seek(&mut self, block: u64) {
+        self.position = self.position.max(block);
     }
 
-    /// The next run that some layer has, as much of it as the newest layers leave. Chunks that no
+    /// The next run that some layer has, as much of it as the newest layers leave. Blocks that no
     /// layer has are passed over.
     ///
     /// # Errors
@@ -87,12 +87,12 @@ impl<'a> Overlay<'a> {
                 let Some(run) = layer.run_at(self.position)? else {
                     continue;
                 };
-                if run.first_chunk <= self.position {
+                if run.first_block <= self.position {
                     let part = run.slice(self.position, run.end().min(free_until));
                     self.position = part.end();
                     return Ok(Some(part));
                 }
-                free_until = free_until.min(run.first_chunk);
+                free_until = free_until.min(run.first_block);
             }
             self.position = free_until;
         }

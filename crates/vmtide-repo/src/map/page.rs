@@ -6,7 +6,7 @@ use crate::{ObjectId, leb128};
 /// A run as a page holds it: 24 bytes, its pack by number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct PageRun {
-    pub first_chunk: u64,
+    pub first_block: u64,
     pub count: u64,
     /// The pack's number plus one, or 0 for zeros.
     pub pack: u32,
@@ -15,14 +15,14 @@ pub(crate) struct PageRun {
 
 impl PageRun {
     pub const fn end(&self) -> u64 {
-        self.first_chunk + self.count
+        self.first_block + self.count
     }
 
     /// The run with its pack by name. A number without a pack cannot be: pages are checked.
     pub fn resolve(&self, packs: &[ObjectId]) -> MapRun {
         let pack = (self.pack as usize).checked_sub(1).and_then(|number| packs.get(number));
         MapRun {
-            first_chunk: self.first_chunk,
+            first_block: self.first_block,
             count: self.count,
             target: pack.map_or(Target::Zero, |&pack| Target::Data { pack, ordinal: self.ordinal }),
         }
@@ -32,14 +32,14 @@ impl PageRun {
 /// What the page table says about a page, which its runs must fit exactly.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct PageBounds {
-    pub first_chunk: u64,
-    pub end_chunk: u64,
+    pub first_block: u64,
+    pub end_block: u64,
     pub runs: u32,
 }
 
 /// Appends a run to an encoded page whose last run ended at `previous_end`.
 pub(super) fn encode_run(run: &PageRun, previous_end: u64, out: &mut Vec<u8>) {
-    leb128::write(run.first_chunk - previous_end, out);
+    leb128::write(run.first_block - previous_end, out);
     leb128::write(run.count, out);
     leb128::write(u64::from(run.pack), out);
     if run.pack != 0 {
@@ -47,7 +47,7 @@ pub(super) fn encode_run(run: &PageRun, previous_end: u64, out: &mut Vec<u8>) {
     }
 }
 
-/// Decodes a page and checks everything in it: exactly the runs and chunks that the page table
+/// Decodes a page and checks everything in it: exactly the runs and blocks that the page table
 /// says, in order, pack numbers that exist, ordinals that fit 32 bits, nothing left over.
 ///
 /// # Errors
@@ -61,16 +61,16 @@ pub(crate) fn parse_map_page(
         return Err("too many runs");
     }
     let mut runs = Vec::with_capacity(bounds.runs as usize);
-    let mut position = bounds.first_chunk;
+    let mut position = bounds.first_block;
     for index in 0..bounds.runs {
-        let run = parse_run(&mut bytes, position, bounds.end_chunk, packs)?;
-        if index == 0 && run.first_chunk != bounds.first_chunk {
+        let run = parse_run(&mut bytes, position, bounds.end_block, packs)?;
+        if index == 0 && run.first_block != bounds.first_block {
             return Err("the first run does not begin where the page does");
         }
         position = run.end();
         runs.push(run);
     }
-    if position != bounds.end_chunk {
+    if position != bounds.end_block {
         return Err("the last run does not end where the page does");
     }
     if !bytes.is_empty() {
@@ -91,7 +91,7 @@ fn parse_run(
     let pack = number()?;
     let room = end - position;
     if gap > room || count > room - gap {
-        return Err("a run leaves the page's chunks");
+        return Err("a run leaves the page's blocks");
     }
     if count == 0 {
         return Err("an empty run");
@@ -104,7 +104,7 @@ fn parse_run(
         return Err("ordinals above 32 bits");
     }
     Ok(PageRun {
-        first_chunk: position + gap,
+        first_block: position + gap,
         count,
         pack: u32::try_from(pack).map_err(|_| "a pack number above 32 bits")?,
         ordinal: u32::try_from(ordinal).map_err(|_| "ordinals above 32 bits")?,

@@ -55,9 +55,9 @@ impl MapSegment {
         self.pages.iter().map(|page| u64::from(page.bounds.runs)).sum()
     }
 
-    /// The chunk after its last run.
-    pub fn end_chunk(&self) -> u64 {
-        self.pages.last().map_or(0, |page| page.bounds.end_chunk)
+    /// The block after its last run.
+    pub fn end_block(&self) -> u64 {
+        self.pages.last().map_or(0, |page| page.bounds.end_block)
     }
 
     /// Calls `visit` for every run of this segment alone, in order; holds one page in memory.
@@ -129,9 +129,9 @@ impl<'a> SegmentCursor<'a> {
 }
 
 impl RunSource for SegmentCursor<'_> {
-    fn run_from(&mut self, chunk: u64) -> Result<Option<MapRun>> {
+    fn run_from(&mut self, block: u64) -> Result<Option<MapRun>> {
         let pages = &self.segment.pages;
-        let past = |page: &PageEntry| page.bounds.end_chunk <= chunk;
+        let past = |page: &PageEntry| page.bounds.end_block <= block;
         match pages.get(self.page_number) {
             None => return Ok(None),
             Some(page) if past(page) => {
@@ -146,15 +146,15 @@ impl RunSource for SegmentCursor<'_> {
         }
         let page = self.load()?;
         // Mostly it is this run or the next.
-        if page.get(self.place).is_some_and(|run| run.end() <= chunk) {
+        if page.get(self.place).is_some_and(|run| run.end() <= block) {
             self.place += 1;
-            if page.get(self.place).is_some_and(|run| run.end() <= chunk) {
-                self.place += page[self.place..].partition_point(|run| run.end() <= chunk);
+            if page.get(self.place).is_some_and(|run| run.end() <= block) {
+                self.place += page[self.place..].partition_point(|run| run.end() <= block);
             }
         }
         Ok(page.get(self.place).map(|run| {
             let run = run.resolve(&self.segment.packs);
-            run.slice(run.first_chunk.max(chunk), run.end())
+            run.slice(run.first_block.max(block), run.end())
         }))
     }
 }

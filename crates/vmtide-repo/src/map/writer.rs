@@ -49,10 +49,10 @@ impl MapSegmentWriter {
     /// [`RepoError::Invalid`] where it begins before the end of the one before or is out of
     /// bounds; those of the store.
     pub fn push(&mut self, run: MapRun) -> Result<()> {
-        if !run.is_valid() || self.pending.is_some_and(|last| run.first_chunk < last.end()) {
+        if !run.is_valid() || self.pending.is_some_and(|last| run.first_block < last.end()) {
             return Err(RepoError::Invalid(format!(
-                "chunks {} to {} cannot be mapped after {:?}",
-                run.first_chunk,
+                "blocks {} to {} cannot be mapped after {:?}",
+                run.first_block,
                 run.end(),
                 self.pending
             )));
@@ -90,15 +90,15 @@ impl MapSegmentWriter {
             Target::Zero => (0, 0),
             Target::Data { pack, ordinal } => (self.pack_number(pack)?, ordinal),
         };
-        let previous_end = self.page_bounds.map_or(run.first_chunk, |page| page.end_chunk);
-        let page_run = PageRun { first_chunk: run.first_chunk, count: run.count, pack, ordinal };
+        let previous_end = self.page_bounds.map_or(run.first_block, |page| page.end_block);
+        let page_run = PageRun { first_block: run.first_block, count: run.count, pack, ordinal };
         encode_run(&page_run, previous_end, &mut self.page);
         let bounds = self.page_bounds.get_or_insert(PageBounds {
-            first_chunk: run.first_chunk,
-            end_chunk: 0,
+            first_block: run.first_block,
+            end_block: 0,
             runs: 0,
         });
-        bounds.end_chunk = run.end();
+        bounds.end_block = run.end();
         bounds.runs += 1;
         if bounds.runs as usize == RUNS_PER_PAGE {
             self.flush()?;

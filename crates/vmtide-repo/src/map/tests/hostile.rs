@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::RepoError;
-use crate::map::MAX_CHUNKS;
+use crate::map::MAX_BLOCKS;
 use crate::map::page::{PageBounds, parse_map_page};
 use proptest::prelude::*;
 
@@ -94,7 +94,7 @@ fn a_page_dropped_or_relabelled_without_the_key_is_found() {
 
 #[test]
 fn impossible_pages_are_refused() {
-    let bounds = |first_chunk, end_chunk, runs| PageBounds { first_chunk, end_chunk, runs };
+    let bounds = |first_block, end_block, runs| PageBounds { first_block, end_block, runs };
     let numbers = |values: &[u64]| {
         let mut bytes = Vec::new();
         values.iter().for_each(|&v| crate::leb128::write(v, &mut bytes));
@@ -113,7 +113,7 @@ fn impossible_pages_are_refused() {
         (&[0, 10, u64::MAX, 0], bounds(10, 20, 1)),
         (&[0, 10, 1, u64::from(u32::MAX) - 8], bounds(10, 20, 1)),
         (&[0, 10, 1, u64::MAX], bounds(10, 20, 1)),
-        (&[0, u64::MAX, 0], bounds(10, MAX_CHUNKS, 1)),
+        (&[0, u64::MAX, 0], bounds(10, MAX_BLOCKS, 1)),
     ];
     for (values, bounds) in refused {
         assert!(parse(values, bounds).is_err(), "{values:?} in {bounds:?}");
@@ -130,9 +130,9 @@ proptest! {
         bytes in prop::collection::vec(prop_oneof![0u8..4, any::<u8>()], 0..200),
         first in 0u64..100, length in 1u64..500, runs in 1u32..40,
     ) {
-        let bounds = PageBounds { first_chunk: first, end_chunk: first + length, runs };
+        let bounds = PageBounds { first_block: first, end_block: first + length, runs };
         if let Ok(runs) = parse_map_page(&bytes, bounds, 2) {
-            prop_assert_eq!(runs.first().unwrap().first_chunk, first);
+            prop_assert_eq!(runs.first().unwrap().first_block, first);
             prop_assert_eq!(runs.last().unwrap().end(), first + length);
         }
     }

@@ -25,32 +25,32 @@ fn pack(number: u8) -> ObjectId {
     ObjectId([number; 16])
 }
 
-fn data(first_chunk: u64, count: u64, pack_number: u8, ordinal: u32) -> MapRun {
-    MapRun { first_chunk, count, target: Target::Data { pack: pack(pack_number), ordinal } }
+fn data(first_block: u64, count: u64, pack_number: u8, ordinal: u32) -> MapRun {
+    MapRun { first_block, count, target: Target::Data { pack: pack(pack_number), ordinal } }
 }
 
 fn write(
     ctx: &Arc<RepoContext>,
     base: BaseMap<'_>,
     runs: &[MapRun],
-    chunks: u64,
+    blocks: u64,
 ) -> Result<Vec<ObjectId>> {
     let builder = MapBuilder::new(Arc::clone(ctx));
     runs.iter().try_for_each(|&run| builder.push(run))?;
-    write_layered(ctx, base, builder, chunks)
+    write_layered(ctx, base, builder, blocks)
 }
 
-/// The target of every chunk, from runs that must cover exactly `chunks`.
-fn targets(runs: &[MapRun], chunks: std::ops::Range<u64>) -> Vec<Target> {
-    let mut position = chunks.start;
+/// The target of every block, from runs that must cover exactly `blocks`.
+fn targets(runs: &[MapRun], blocks: std::ops::Range<u64>) -> Vec<Target> {
+    let mut position = blocks.start;
     let mut targets = Vec::new();
     for run in runs {
-        assert_eq!(run.first_chunk, position, "a gap or an overlap");
+        assert_eq!(run.first_block, position, "a gap or an overlap");
         assert!(run.count > 0);
         position = run.end();
-        targets.extend((run.first_chunk..position).map(|chunk| run.cut(chunk, 1).target));
+        targets.extend((run.first_block..position).map(|block| run.cut(block, 1).target));
     }
-    assert_eq!(position, chunks.end);
+    assert_eq!(position, blocks.end);
     targets
 }
 
@@ -88,9 +88,9 @@ fn an_empty_change_shares_the_base_and_writes_nothing() {
     let ctx = context(&store, true);
     let ids = write(&ctx, BaseMap::default(), &[data(0, 4, 1, 0)], 10).unwrap();
     let before = store.names();
-    let base = BaseMap { segments: &ids, chunks: 10 };
-    for chunks in [10, 5, 20] {
-        assert_eq!(write(&ctx, base, &[], chunks).unwrap(), ids);
+    let base = BaseMap { segments: &ids, blocks: 10 };
+    for blocks in [10, 5, 20] {
+        assert_eq!(write(&ctx, base, &[], blocks).unwrap(), ids);
     }
     assert_eq!(store.names(), before);
 }
@@ -101,7 +101,7 @@ fn a_disk_that_shrank_and_grew_does_not_see_what_it_lost() {
     let ctx = context(&store, true);
     let scattered: Vec<_> = (0..50).map(|n| data(n * 2, 1, 1, 3 * n as u32)).collect();
     let full = write(&ctx, BaseMap::default(), &scattered, 100).unwrap();
-    let base = |segments, chunks| BaseMap { segments, chunks };
+    let base = |segments, blocks| BaseMap { segments, blocks };
     let shrunk = write(&ctx, base(&full, 100), &[data(3, 1, 2, 0)], 30).unwrap();
     assert_eq!(shrunk.len(), 2, "the large segment is shared");
     let grown = write(&ctx, base(&shrunk, 30), &[data(60, 1, 3, 0)], 100).unwrap();
@@ -125,20 +125,20 @@ fn a_disk_that_shrank_and_grew_does_not_see_what_it_lost() {
 fn segments_stay_few_and_metadata_small_over_many_increments() {
     let store = MemoryStore::default();
     let ctx = context(&store, true);
-    let chunks = 1 << 20;
+    let blocks = 1 << 20;
     let scattered: Vec<_> =
         (0..50_000u32).map(|n| data(u64::from(n) * 20, 10, 1, n.wrapping_mul(77))).collect();
-    let mut ids = write(&ctx, BaseMap::default(), &scattered, chunks).unwrap();
+    let mut ids = write(&ctx, BaseMap::default(), &scattered, blocks).unwrap();
     let full_bytes = store.bytes(&format!("maps/{}", ids[0])).unwrap().len();
     let mut written = 0;
     for cycle in 0..300u64 {
         let runs: Vec<_> = (0..20)
-            .map(|n| data((cycle * 7919 + n * 50_021) % chunks, 1, 2, n as u32 * 5))
+            .map(|n| data((cycle * 7919 + n * 50_021) % blocks, 1, 2, n as u32 * 5))
             .collect();
-        let base = BaseMap { segments: &ids, chunks };
-        let next = write(&ctx, base, &runs, chunks).unwrap();
+        let base = BaseMap { segments: &ids, blocks };
+        let next = write(&ctx, base, &runs, blocks).unwrap();
         assert!(next.len() <= 12, "{} segments in cycle {cycle}", next.len());
-        let map = DiskMap::open(&ctx, &next, chunks).unwrap();
+        let map = DiskMap::open(&ctx, &next, blocks).unwrap();
         for pair in map.segments().windows(2) {
             assert!(pair[1].run_count() > 2 * pair[0].run_count());
         }

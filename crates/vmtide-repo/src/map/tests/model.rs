@@ -9,7 +9,7 @@ const LARGEST: u64 = 400;
 /// One restore point: the disk's length, what changed, and whether to open several segments.
 #[derive(Clone, Debug)]
 struct Step {
-    chunks: u64,
+    blocks: u64,
     runs: Vec<(u64, u64, Target)>,
 }
 
@@ -23,43 +23,43 @@ fn target() -> impl Strategy<Value = Target> {
 fn step() -> impl Strategy<Value = Step> {
     let size = prop_oneof![3 => Just(LARGEST), 1 => 1..LARGEST];
     let runs = prop::collection::vec((0..LARGEST, 1u64..40, target()), 0..30);
-    (size, runs).prop_map(|(chunks, runs)| Step { chunks, runs })
+    (size, runs).prop_map(|(blocks, runs)| Step { blocks, runs })
 }
 
 /// Makes the runs disjoint and puts them on the disk; answers with them in a scrambled order.
 fn disjoint(step: &Step) -> Vec<MapRun> {
-    let mut taken = vec![false; step.chunks as usize];
+    let mut taken = vec![false; step.blocks as usize];
     let mut runs = Vec::new();
-    for &(first_chunk, count, target) in &step.runs {
-        let run = MapRun { first_chunk, count, target };
-        let range = first_chunk..run.end().min(step.chunks);
-        if range.start >= range.end || range.clone().any(|chunk| taken[chunk as usize]) {
+    for &(first_block, count, target) in &step.runs {
+        let run = MapRun { first_block, count, target };
+        let range = first_block..run.end().min(step.blocks);
+        if range.start >= range.end || range.clone().any(|block| taken[block as usize]) {
             continue;
         }
-        range.clone().for_each(|chunk| taken[chunk as usize] = true);
+        range.clone().for_each(|block| taken[block as usize] = true);
         runs.push(run.slice(range.start, range.end));
     }
     runs
 }
 
 fn apply(model: &mut Vec<Target>, step: &Step, runs: &[MapRun]) {
-    model.resize(step.chunks as usize, Target::Zero);
+    model.resize(step.blocks as usize, Target::Zero);
     for run in runs {
-        for chunk in run.first_chunk..run.end() {
-            model[chunk as usize] = run.cut(chunk, 1).target;
+        for block in run.first_block..run.end() {
+            model[block as usize] = run.cut(block, 1).target;
         }
     }
 }
 
 fn different(older: &[Target], newer: &[Target]) -> Vec<Range<u64>> {
     let mut ranges: Vec<Range<u64>> = Vec::new();
-    for (chunk, target) in (0..).zip(newer) {
-        if older.get(chunk as usize).unwrap_or(&Target::Zero) == target {
+    for (block, target) in (0..).zip(newer) {
+        if older.get(block as usize).unwrap_or(&Target::Zero) == target {
             continue;
         }
         match ranges.last_mut() {
-            Some(last) if last.end == chunk => last.end += 1,
-            _ => ranges.push(chunk..chunk + 1),
+            Some(last) if last.end == block => last.end += 1,
+            _ => ranges.push(block..block + 1),
         }
     }
     ranges
@@ -80,10 +80,10 @@ proptest! {
         let mut history: Vec<(Vec<ObjectId>, Vec<Target>)> = Vec::new();
         for step in &steps {
             let runs = disjoint(step);
-            let (segments, chunks) = history
+            let (segments, blocks) = history
                 .last()
                 .map_or((&[][..], 0), |(ids, model)| (&ids[..], model.len() as u64));
-            let ids = write(&ctx, BaseMap { segments, chunks }, &runs, step.chunks).unwrap();
+            let ids = write(&ctx, BaseMap { segments, blocks }, &runs, step.blocks).unwrap();
             apply(&mut model, step, &runs);
             history.push((ids, model.clone()));
         }
@@ -92,15 +92,15 @@ proptest! {
         };
         for point in &history {
             let map = open(point);
-            let chunks = map.chunks();
-            let runs = map.lookup(0..chunks).unwrap();
-            prop_assert_eq!(&targets(&runs, 0..chunks), &point.1);
+            let blocks = map.blocks();
+            let runs = map.lookup(0..blocks).unwrap();
+            prop_assert_eq!(&targets(&runs, 0..blocks), &point.1);
             for pair in runs.windows(2) {
                 prop_assert!(!pair[0].clone().join(&pair[1]), "{:?} are one run", pair);
             }
             for &(from, length) in &lookups {
-                let from = from.min(chunks);
-                let range = from..(from + length).min(chunks);
+                let from = from.min(blocks);
+                let range = from..(from + length).min(blocks);
                 let part = targets(&map.lookup(range.clone()).unwrap(), range.clone());
                 prop_assert_eq!(&part[..], &point.1[range.start as usize..range.end as usize]);
             }
@@ -124,9 +124,9 @@ proptest! {
         let ctx = context(&store, true);
         let stride = gap + 2;
         let runs: Vec<_> = (0..count).map(|n| data(u64::from(n) * stride, 2, 1, n * 3)).collect();
-        let chunks = u64::from(count) * stride;
-        let ids = write(&ctx, BaseMap::default(), &runs, chunks).unwrap();
-        let map = DiskMap::open(&ctx, &ids, chunks).unwrap();
+        let blocks = u64::from(count) * stride;
+        let ids = write(&ctx, BaseMap::default(), &runs, blocks).unwrap();
+        let map = DiskMap::open(&ctx, &ids, blocks).unwrap();
         let mut found = Vec::new();
         map.segments()[0]
             .for_each_run(&mut |run| {

@@ -11,22 +11,22 @@ fn speed_of_lookups_and_writes() {
     let runs: Vec<_> = (0..1_000_000u32)
         .map(|n| data(u64::from(n) * 16, 16, (n % 251) as u8, n.wrapping_mul(48)))
         .collect();
-    let chunks = 16_000_000;
+    let blocks = 16_000_000;
     let started = Instant::now();
-    let mut ids = write(&ctx, BaseMap::default(), &runs, chunks).unwrap();
+    let mut ids = write(&ctx, BaseMap::default(), &runs, blocks).unwrap();
     let bytes = store.bytes(&format!("maps/{}", ids[0])).unwrap().len();
     println!("1M runs written: {:?}, {bytes} bytes", started.elapsed());
     for cycle in 0..30u64 {
         let delta: Vec<_> = (0..1000)
-            .map(|n| data((n * 15_013 + cycle * 997) % chunks, 1, 3, n as u32 * 5))
+            .map(|n| data((n * 15_013 + cycle * 997) % blocks, 1, 3, n as u32 * 5))
             .collect();
-        let base = BaseMap { segments: &ids, chunks };
-        ids = write(&ctx, base, &delta, chunks).unwrap();
+        let base = BaseMap { segments: &ids, blocks };
+        ids = write(&ctx, base, &delta, blocks).unwrap();
     }
-    let map = DiskMap::open(&ctx, &ids, chunks).unwrap();
+    let map = DiskMap::open(&ctx, &ids, blocks).unwrap();
     let started = Instant::now();
     let mut count = 0u64;
-    map.for_each_run(0..chunks, &mut |_| {
+    map.for_each_run(0..blocks, &mut |_| {
         count += 1;
         Ok(())
     })
@@ -35,13 +35,13 @@ fn speed_of_lookups_and_writes() {
     let started = Instant::now();
     let mut at = 1u64;
     for _ in 0..100_000 {
-        at = (at * 6_364_136_223 + 1_442_695_040) % (chunks - 64);
+        at = (at * 6_364_136_223 + 1_442_695_040) % (blocks - 64);
         map.lookup(at..at + 16).unwrap();
     }
-    println!("100k random lookups of 16 chunks: {:?}", started.elapsed());
+    println!("100k random lookups of 16 blocks: {:?}", started.elapsed());
     let started = Instant::now();
     for n in 0..100_000 {
         map.lookup(n * 16..n * 16 + 16).unwrap();
     }
-    println!("100k sequential lookups of 16 chunks: {:?}", started.elapsed());
+    println!("100k sequential lookups of 16 blocks: {:?}", started.elapsed());
 }

@@ -1,0 +1,228 @@
+//! All live segments of a repository as one index.
+
+use super::merge::merge;
+use super::rebuild::IndexRebuild;
+use super::segment::{IndexCache, IndexSegment, SegmentHead};
+use super::writer::write_unsorted;
+use super::{CACHED_PAGES, Key};
+use crate::context::RepoContext;
+use crate::envelope::ObjectKind;
+use crate::{Location, ObjectId, RepoError, Result};
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+
+/// Live segments above which [`ChunkIndex::compact`] merges. Every lookup of unknown content asks
+/// the filter of each: more make backups slower, fewer make merges more frequent.
+const MAX_LIVE: usize = 16;
+
+/// Live segments that a merge leaves at most, so that the next is some backups away.
+const LIVE_AFTER: usize = 8;
+
+/// A merge goes on to the next larger segment while that has at most this many times the entries
+/// gathered so far.
+const ABSORB_FACTOR: u64 = 2;
+
+/// Segments one job can add. At 512 Ki chunks each that is 64 TiB of new 64 KiB chunks in one job;
+/// each is one more filter to ask until the next merge.
+const MAX_ADDED: usize = 2048;
+
+/// The index of an open repository. Shared by threads; a lookup takes no lock but one shard of the
+/// page cache.
+pub(crate) struct ChunkIndex {
+    ctx: Arc<RepoContext>,
+    /// Those found when it was opened, the largest first: there most known chunks are.
+    segments: Vec<Slot>,
+    /// Those added since, in order; a place is filled once and never emptied, so readers need no
+    /// lock.
+    added: Box<[OnceLock<Slot>]>,
+    superseded: Vec<ObjectId>,
+    skipped: Vec<(ObjectId, RepoError)>,
+    cache: IndexCache,
+}
+
+struct Slot {
+    segment: IndexSegment,
+    /// A page of it could not be read: it is not asked any more.
+    damaged: AtomicBool,
+}
+
+impl ChunkIndex {
+    /// Opens all live segments. Damaged ones, and those of a newer version, are passed over with a
+    /// warning: see [`skipped`](Self::skipped).
+    ///
+    /// # Errors
+    /// `Io`, `Denied`.
+    pub fn open(ctx: &Arc<RepoContext>) -> Result<Self> {
+        let mut skipped = Vec::new();
+        let mut heads = Vec::new();
+        for id in Self::list(ctx)? {
+            heads.extend(tolerate(id, SegmentHead::open(ctx, id), &mut skipped)?);
+        }
+        let named: HashSet<ObjectId> =
+            heads.iter().flat_map(|head| head.superseded().iter().copied()).collect();
+        let (dead, live): (Vec<_>, Vec<_>) =
+            heads.into_iter().partition(|head| named.contains(&head.id()));
+        let mut segments = Vec::new();
+        for head in live {
+            let id = head.id();
+            let segment = tolerate(id, IndexSegment::from_head(head), &mut skipped)?;
+            segments.extend(segment.map(Slot::new));
+        }
+        segments.sort_by_key(|slot| std::cmp::Reverse(slot.segment.entries()));
+        Ok(Self {
+            ctx: Arc::clone(ctx),
+            segments,
+            added: (0..MAX_ADDED).map(|_| OnceLock::new()).collect(),
+            superseded: dead.iter().map(SegmentHead::id).collect(),
+            skipped,
+            cache: IndexCache::new(CACHED_PAGES),
+        })
+    }
+
+    /// The ids of all objects under `index/`, whatever they are.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub fn list(ctx: &RepoContext) -> Result<Vec<ObjectId>> {
+        let prefix = ObjectKind::IndexSegment.prefix();
+        let mut ids = Vec::new();
+        ctx.store.list(prefix, &mut |entry| {
+            ids.extend(entry.name.strip_prefix(prefix).and_then(|id| id.parse::<ObjectId>().ok()));
+            Ok(())
+        })?;
+        Ok(ids)
+    }
+
+    /// Where the chunk with this id prefix is stored; `None` where nobody knows. A segment that
+    /// turns out damaged is warned of once, and not asked again.
+    ///
+    /// # Errors
+    /// `Io`, `Denied`.
+    pub fn lookup(&self, key: &Key) -> Result<Option<Location>> {
+        for (number, slot) in (0..).zip(self.live()) {
+            if slot.damaged.load(Ordering::Relaxed) {
+                continue;
+            }
+            match slot.segment.lookup(key, &self.cache, number) {
+                Err(error) if error.is_damage() => {
+                    if !slot.damaged.swap(true, Ordering::Relaxed) {
+                        tracing::warn!(%error, "an index segment is not used any more; prune makes the index anew");
+                    }
+                }
+                Ok(None) => {}
+                other => return other,
+            }
+        }
+        Ok(None)
+    }
+
+    /// Writes the entries as a segment and makes them known to lookups from here on, also of other
+    /// threads. Their packs must be durable.
+    ///
+    /// # Errors
+    /// [`RepoError::Invalid`] after 2048 segments in one job; those of the store.
+    pub fn add(&self, entries: Vec<(Key, Location)>) -> Result<()> {
+        let Some(id) = write_unsorted(&self.ctx, entries, Vec::new())? else { return Ok(()) };
+        let mut slot = Slot::new(IndexSegment::open(&self.ctx, id)?);
+        for place in &self.added {
+            match place.set(slot) {
+                Ok(()) => return Ok(()),
+                Err(back) => slot = back,
+            }
+        }
+        Err(RepoError::Invalid(format!("one job cannot add more than {MAX_ADDED} index segments")))
+    }
+
+    /// Merges small segments into one when there are more than 16; `None` where there is no need.
+    /// The new segment supersedes them and is used by whoever opens the index next; this
+    /// index goes on with what it has. To be called when a restore point is committed; a failure
+    /// hurts nothing.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub fn compact(&self) -> Result<Option<ObjectId>> {
+        let mut live: Vec<&SegmentHead> = self.live().map(|slot| &slot.segment.head).collect();
+        live.sort_by_key(|head| head.entries());
+        let sizes: Vec<u64> = live.iter().map(|head| head.entries()).collect();
+        let count = merge_count(&sizes);
+        if count == 0 {
+            return Ok(None);
+        }
+        merge(&self.ctx, &live[..count], &[])
+    }
+
+    /// Begins an index made anew from the packs' chunk tables, in batches of `batch` entries.
+    pub const fn rebuild(ctx: &RepoContext, batch: usize) -> IndexRebuild<'_> {
+        IndexRebuild::new(ctx, batch)
+    }
+
+    /// Segments that others took the place of: garbage.
+    pub fn superseded(&self) -> &[ObjectId] {
+        &self.superseded
+    }
+
+    /// Segments that could not be used, and why.
+    pub fn skipped(&self) -> &[(ObjectId, RepoError)] {
+        &self.skipped
+    }
+
+    /// How many segments a lookup may ask.
+    pub fn segment_count(&self) -> usize {
+        self.live().count()
+    }
+
+    /// How many entries there are, chunks in two segments counted twice.
+    pub fn entries(&self) -> u64 {
+        self.live().map(|slot| slot.segment.entries()).sum()
+    }
+
+    /// The most it will keep in memory: filters and tables, and the page cache when full.
+    pub fn memory_bytes(&self) -> usize {
+        let page = super::PAGE_BYTES + 128;
+        let segments: usize = self.live().map(|slot| slot.segment.memory_bytes()).sum();
+        segments + self.cache.capacity() * page + self.added.len() * size_of::<OnceLock<Slot>>()
+    }
+
+    fn live(&self) -> impl Iterator<Item = &Slot> {
+        self.segments.iter().chain(self.added.iter().map_while(OnceLock::get))
+    }
+}
+
+impl Slot {
+    const fn new(segment: IndexSegment) -> Self {
+        Self { segment, damaged: AtomicBool::new(false) }
+    }
+}
+
+/// How many of the segments, smallest first with these numbers of entries, to merge: none while
+/// they are few.
+fn merge_count(sizes: &[u64]) -> usize {
+    if sizes.len() <= MAX_LIVE {
+        return 0;
+    }
+    let least = sizes.len() - LIVE_AFTER + 1;
+    let mut sum: u64 = sizes[..least].iter().sum();
+    let more = sizes[least..].iter().take_while(|&&size| {
+        let absorb = size <= sum.saturating_mul(ABSORB_FACTOR);
+        sum += size;
+        absorb
+    });
+    least + more.count()
+}
+
+/// The segment; none where it is damaged or too new, which is noted.
+fn tolerate<T>(
+    id: ObjectId,
+    outcome: Result<T>,
+    skipped: &mut Vec<(ObjectId, RepoError)>,
+) -> Result<Option<T>> {
+    match outcome {
+        Err(error @ (RepoError::Damaged { .. } | RepoError::Unsupported { .. })) => {
+            tracing::warn!(%error, "an index segment is passed over; prune makes the index anew");
+            skipped.push((id, error));
+            Ok(None)
+        }
+        other => other.map(Some),
+    }
+}
