@@ -440,3 +440,19 @@ fn an_endless_list_is_refused() {
     let error = list_exports(&lab.url(""), &NbdOptions::default()).unwrap_err();
     assert!(matches!(error, BlockError::Damaged { .. }), "{error}");
 }
+
+#[test]
+fn a_server_that_accepts_nobody_times_out() {
+    let lab = Lab::new();
+    let listener = UnixListener::bind(lab.path("s")).unwrap();
+    // A queue of one, which the first client fills; whoever connects then waits.
+    rustix::net::listen(&listener, 0).unwrap();
+    let _first = UnixStream::connect(lab.path("s")).unwrap();
+    let options =
+        NbdOptions { connect_timeout_ms: 100, handshake_timeout_ms: 100, ..NbdOptions::default() };
+    let start = Instant::now();
+    let error = NbdDevice::connect(&lab.url(""), &options).unwrap_err();
+    assert_eq!(error.io_kind(), Some(std::io::ErrorKind::TimedOut), "{error}");
+    assert!(error.to_string().contains("does not accept"), "{error}");
+    assert!(start.elapsed() < Duration::from_secs(5));
+}

@@ -32,7 +32,7 @@ fn mutate(target: fn(&[u8]), seed: &[u8]) {
     target(seed);
     for length in 0..seed.len() {
         target(&seed[..length]);
-        for value in [0, 1, 0x7f, 0x80, 0xff, seed[length].wrapping_add(1)] {
+        for value in [0, 0xff, seed[length].wrapping_add(1)] {
             let mut changed = seed.to_vec();
             changed[length] = value;
             target(&changed);

@@ -141,6 +141,21 @@ struct Sessions {
     left: Condvar,
 }
 
+/// Strikes a client off the list when its thread ends, in whatever way.
+struct Leaving<'a> {
+    sessions: &'a Sessions,
+    id: u64,
+}
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        if let Some(stream) = self.sessions.streams.lock().remove(&self.id) {
+            stream.shutdown();
+        }
+        self.sessions.left.notify_all();
+    }
+}
+
 fn accept(listener: &Listener, common: &Arc<Common>, sessions: &Arc<Sessions>) {
     let mut next = 0;
     while !common.stopping.load(Ordering::Relaxed) {

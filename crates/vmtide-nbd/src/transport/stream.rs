@@ -33,7 +33,7 @@ impl Stream {
         match address {
             NbdAddress::Tcp { host, port } => connect_tcp(host, *port, timeout),
             #[cfg(unix)]
-            NbdAddress::Unix { socket } => connect_unix(socket),
+            NbdAddress::Unix { socket } => connect_unix_within(socket, timeout),
             #[cfg(not(unix))]
             NbdAddress::Unix { .. } => Err(io::Error::new(
                 io::ErrorKind::Unsupported,
@@ -93,6 +93,21 @@ fn connect_tcp(host: &str, port: u16, timeout: Duration) -> io::Result<Stream> {
         }
     }
     Err(last)
+}
+
+/// The system has no timeout for this, and a server that accepts nobody any more fills its
+/// queue and then blocks whoever connects: so it is done on a thread that may be left behind.
+#[cfg(unix)]
+fn connect_unix_within(socket: &str, timeout: Duration) -> io::Result<Stream> {
+    let (sender, receiver) = std::sync::mpsc::sync_channel(1);
+    let socket = socket.to_owned();
+    std::thread::Builder::new().name("nbd-connect".to_owned()).spawn(move || {
+        // Nobody listens any more where the time was up.
+        let _ = sender.send(connect_unix(&socket));
+    })?;
+    receiver.recv_timeout(timeout).unwrap_or_else(|_| {
+        Err(io::Error::new(io::ErrorKind::TimedOut, "the server does not accept the connection"))
+    })
 }
 
 #[cfg(unix)]
