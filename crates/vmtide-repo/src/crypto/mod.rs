@@ -19,3 +19,6 @@ pub fn checksum(stored: &[u8]) -> [u8; 16] {
     short.copy_from_slice(&blake3::hash(stored).as_bytes()[..16]);
     short
 }
+
+#[cfg(test)]
+mod tests;
