@@ -176,44 +176,38 @@ impl QemuVm {
         let wants_agent = request.consistency > Consistency::Crash;
         let pause = running && method.needs_pause(session.plans.len());
         let agent = self.agent_address(session, wants_agent)?;
-        if pause {
-            session.record(&Step::Paused)?;
-        }
-        if let Some(agent) = agent.as_ref().filter(|_| wants_agent) {
-            session.record(&Step::frozen(agent))?;
-        }
         let guardian = self.target().guardian.as_deref();
         let guardian = guardian.filter(|_| pause || (wants_agent && running));
         let qmp = Arc::clone(&session.qmp);
-        let mut hold = Hold::new(qmp, agent, guardian)
+        let mut hold = Hold::new(qmp, agent.clone(), guardian, self.target().freeze_timeout)
             .map_err(|detail| HypervisorError::failed("start the guardian", detail))?;
-        let mut frozen = match (wants_agent, running) {
+        let ready = match (wants_agent, running) {
             (false, _) => Err(String::new()),
             (true, false) => Err("the VM is not running, so its guest cannot be asked".into()),
-            (true, true) => hold.freeze(),
+            (true, true) => hold.check_agent(),
         };
-        if let Err(reason) = &frozen
-            && wants_agent
-            && !request.allow_downgrade
-        {
-            return Err(not_reached(request, reason));
-        }
         if pause {
-            hold.pause()?;
+            session.record(&Step::Paused)?;
         }
-        moment::fix(session, method)?;
-        let paused_for = hold.resume()?;
-        if frozen.is_ok() {
-            frozen = hold.still_frozen();
-            hold.thaw().map_err(|detail| HypervisorError::failed("thaw the guest", detail))?;
+        if let (Ok(()), Some(agent)) = (&ready, &agent) {
+            session.record(&Step::frozen(agent))?;
+        }
+        let frozen = ready.and_then(|()| hold.freeze());
+        let held = fix_held(session, request, method, &mut hold, pause, frozen);
+        let released = hold.release();
+        if released {
+            session.record(&Step::Released)?;
+        }
+        let mut frozen = held?;
+        if !released {
+            return Err(HypervisorError::failed(
+                "let the guest go",
+                "it may still be frozen or paused; the guardian keeps trying",
+            ));
         }
         let finished = hold.finish();
         if frozen.is_ok() {
             frozen = finished;
-        }
-        session.record(&Step::Released)?;
-        if let Some(paused_for) = paused_for {
-            tracing::info!(paused_us = paused_for.as_micros(), "guest was paused");
         }
         evaluate(request, frozen)
     }
@@ -230,18 +224,49 @@ impl QemuVm {
     }
 }
 
+/// Fixes the moment while the guest is held. Answers whether its file systems were frozen in it.
+fn fix_held(
+    session: &Session,
+    request: &FreezeRequest,
+    method: Method,
+    hold: &mut Hold,
+    pause: bool,
+    frozen: Result<(), String>,
+) -> Result<Result<(), String>> {
+    if let Err(reason) = &frozen
+        && request.consistency > Consistency::Crash
+        && !request.allow_downgrade
+    {
+        return Err(not_reached(request, reason));
+    }
+    if pause {
+        hold.pause()?;
+    }
+    moment::fix(session, method)?;
+    if let Some(paused_for) = hold.resume()? {
+        tracing::info!(paused_us = paused_for.as_micros(), "guest was paused");
+    }
+    Ok(frozen.and_then(|()| hold.still_frozen()))
+}
+
 fn check_request(request: &FreezeRequest) -> Result<()> {
     request.cancel.check()?;
-    if !names::is_id(&request.lineage) {
-        return Err(HypervisorError::failed(
-            "freeze the VM",
-            format!("lineage {:?} is not 16 lower-case hexadecimal digits", request.lineage),
-        ));
-    }
+    check_lineage(request)?;
     if request.consistency == Consistency::Application && !request.allow_downgrade {
         return Err(not_reached(request, NO_APPLICATION));
     }
     Ok(())
+}
+
+/// Refuses a lineage that cannot stand in a bitmap's name.
+pub(crate) fn check_lineage(request: &FreezeRequest) -> Result<()> {
+    if names::is_id(&request.lineage) {
+        return Ok(());
+    }
+    Err(HypervisorError::failed(
+        "freeze the VM",
+        format!("lineage {:?} is not 16 lower-case hexadecimal digits", request.lineage),
+    ))
 }
 
 fn not_reached(request: &FreezeRequest, detail: &str) -> HypervisorError {

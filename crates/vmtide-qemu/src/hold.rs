@@ -5,7 +5,7 @@
 //! [`Guardian`] ends them when the process dies. The connection to the agent is closed while the
 //! file systems are frozen, so that the guardian can reach it.
 
-use crate::agent::{self, FREEZE_TIMEOUT, FreezeStatus, GuestAgent};
+use crate::agent::{self, FreezeStatus, GuestAgent};
 use crate::channel::Address;
 use crate::guardian::Guardian;
 use crate::qmp::{QmpClient, QmpError};
@@ -18,9 +18,9 @@ use std::time::{Duration, Instant};
 /// longer is noticed by its users and its cluster.
 pub(crate) const MOMENT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// After freezing has begun the file systems are thawed after this long even if the job hangs:
-/// the time freezing may take and as much as the moment can need.
-const FREEZE_DEADLINE: Duration = Duration::from_secs(FREEZE_TIMEOUT.as_secs() + 30);
+/// The file systems are thawed this long after freezing should have ended, even if the job hangs:
+/// more than the moment can need.
+const FREEZE_MARGIN: Duration = Duration::from_secs(30);
 
 /// How long the job itself tries to thaw before it leaves that to the guardian.
 const THAW_PATIENCE: Duration = Duration::from_secs(20);
@@ -30,6 +30,7 @@ pub(crate) struct Hold {
     qmp: Arc<QmpClient>,
     agent: Option<Address>,
     guardian: Option<Guardian>,
+    freeze_timeout: Duration,
     frozen: bool,
     paused_since: Option<Instant>,
 }
@@ -40,30 +41,48 @@ impl Hold {
         qmp: Arc<QmpClient>,
         agent: Option<Address>,
         executable: Option<&Path>,
+        freeze_timeout: Duration,
     ) -> Result<Self, String> {
         let guardian = match executable {
-            Some(executable) => {
-                Some(Guardian::start(executable, qmp.address(), agent.as_ref(), FREEZE_DEADLINE)?)
-            }
+            Some(executable) => Some(Guardian::start(
+                executable,
+                qmp.address(),
+                agent.as_ref(),
+                freeze_timeout + FREEZE_MARGIN,
+            )?),
             None => None,
         };
-        Ok(Self { qmp, agent, guardian, frozen: false, paused_since: None })
+        Ok(Self { qmp, agent, guardian, freeze_timeout, frozen: false, paused_since: None })
+    }
+
+    /// Whether there is an agent that answers and file systems that may be frozen; the error says
+    /// what is in the way. Changes nothing.
+    pub fn check_agent(&self) -> Result<(), String> {
+        let address = self.agent.as_ref().ok_or(
+            "the VM has no guest agent port: add a virtserialport named org.qemu.guest_agent.0, or give its socket",
+        )?;
+        let status = GuestAgent::connect(address, agent::SYNC_TIMEOUT)
+            .and_then(|mut agent| agent.status())
+            .map_err(|error| error.to_string())?;
+        match status {
+            FreezeStatus::Thawed => Ok(()),
+            FreezeStatus::Frozen => {
+                Err("the guest's file systems are already frozen by somebody else".into())
+            }
+        }
     }
 
     /// Freezes the guest's file systems; the error says why that was not possible, and then
     /// nothing is frozen as far as can be known.
     pub fn freeze(&mut self) -> Result<(), String> {
-        let address = self.agent.clone().ok_or(
-            "the VM has no guest agent port: add a virtserialport named org.qemu.guest_agent.0, or give its socket",
-        )?;
-        let mut agent = GuestAgent::connect(&address, agent::SYNC_TIMEOUT)
-            .map_err(|error| error.to_string())?;
-        if matches!(agent.status(), Ok(FreezeStatus::Frozen)) {
-            return Err("the guest's file systems are already frozen by somebody else".into());
-        }
+        let Some(address) = self.agent.clone() else {
+            return self.check_agent();
+        };
         self.tell("frozen")?;
         self.frozen = true;
-        let outcome = match agent.freeze(FREEZE_TIMEOUT) {
+        let outcome = GuestAgent::connect(&address, agent::SYNC_TIMEOUT)
+            .and_then(|mut agent| agent.freeze(self.freeze_timeout));
+        let outcome = match outcome {
             Ok(0) => Err("the guest agent froze no file system".to_owned()),
             Ok(count) => {
                 tracing::debug!(count, "guest file systems frozen");
@@ -71,12 +90,22 @@ impl Hold {
             }
             Err(error) => Err(error.to_string()),
         };
-        drop(agent);
         if outcome.is_err() {
             // A freeze that failed or timed out may still have happened, in part or later.
             self.thaw()?;
         }
         outcome
+    }
+
+    /// Lets go of everything as well as can be done; answers whether all is let go.
+    pub fn release(&mut self) -> bool {
+        if let Err(error) = self.resume() {
+            tracing::error!(%error, "the guest could not be resumed");
+        }
+        if let Err(error) = self.thaw() {
+            tracing::error!(%error, "the guest could not be thawed");
+        }
+        self.paused_since.is_none() && !self.frozen
     }
 
     /// Whether the file systems are frozen now, for proof that they were during the moment.
@@ -149,17 +178,9 @@ impl Hold {
 
 impl Drop for Hold {
     fn drop(&mut self) {
-        if self.paused_since.is_some()
-            && let Err(error) = self.resume()
-        {
-            tracing::error!(%error, "the guest could not be resumed");
-        }
-        if let Err(error) = self.thaw() {
-            tracing::error!(%error, "the guest could not be thawed");
-        }
+        let released = self.release();
         // A guardian that is still here sees its pipe end now and undoes what is left.
-        if self.paused_since.is_none()
-            && !self.frozen
+        if released
             && let Some(guardian) = self.guardian.take()
             && let Err(error) = guardian.dismiss()
         {

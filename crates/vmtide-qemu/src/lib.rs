@@ -8,6 +8,8 @@
 //! in QEMU carries our name and the job's id, is written to the journal before, and is removed by
 //! [`commit`](vmtide_hypervisor::FrozenVm::commit), [`abort`](vmtide_hypervisor::FrozenVm::abort)
 //! or the next job's [`reap`](vmtide_hypervisor::Hypervisor::reap). Only the tracking bitmaps stay.
+//!
+//! [`OfflineImage`] is a VM that is powered off: the same bitmaps, read from its image.
 
 pub mod agent;
 mod channel;
@@ -21,6 +23,7 @@ mod hold;
 mod inventory;
 mod moment;
 mod names;
+mod offline;
 mod plan;
 pub mod qmp;
 mod scratch;
@@ -31,5 +34,6 @@ mod vm;
 mod watch;
 
 pub use channel::Address;
+pub use offline::OfflineImage;
 pub use target::{FreezeMethod, QemuTarget};
 pub use vm::QemuVm;

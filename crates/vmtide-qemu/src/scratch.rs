@@ -17,7 +17,7 @@ use vmtide_hypervisor::{HypervisorError, JobId, Result};
 const MAX_SOCKET_PATH: usize = 107;
 
 /// The name of the NBD socket in its directory.
-const SOCKET_NAME: &str = "nbd.sock";
+pub(crate) const SOCKET_NAME: &str = "nbd.sock";
 
 /// Free bytes of the file system that holds `directory`.
 pub(crate) fn free_bytes(directory: &Path) -> Result<u64> {

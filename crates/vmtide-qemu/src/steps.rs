@@ -58,8 +58,6 @@ pub(crate) enum Step {
     Released,
     /// A process of ours that serves an image at rest.
     Server {
-        /// Its process number.
-        pid: u32,
         /// Its socket, which stands in its arguments.
         socket: PathBuf,
     },

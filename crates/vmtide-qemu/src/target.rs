@@ -1,8 +1,10 @@
 //! Which QEMU process to work on, and how.
 
+use crate::agent::FREEZE_TIMEOUT;
 use crate::channel::Address;
 use percent_encoding::percent_decode_str;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 use vmtide_hypervisor::HypervisorError;
 
 /// How the frozen view of a running VM is made.
@@ -43,6 +45,8 @@ pub struct QemuTarget {
     pub guardian: Option<PathBuf>,
     /// How the frozen view is made.
     pub method: FreezeMethod,
+    /// How long the guest agent may take to freeze the file systems, its hooks included.
+    pub freeze_timeout: Duration,
 }
 
 impl QemuTarget {
@@ -61,6 +65,7 @@ impl QemuTarget {
             scratch_reserve_bytes: Self::DEFAULT_SCRATCH_RESERVE_BYTES,
             guardian: None,
             method: FreezeMethod::Auto,
+            freeze_timeout: FREEZE_TIMEOUT,
         }
     }
 

@@ -44,7 +44,7 @@ impl Proxy {
         Self { shared }
     }
 
-    /// Kills `process` at command number `after` (from 0) from now; with `deliver` QEMU still
+    /// Kills `process` at the command number `after` (from 0) from now that is no query; with `deliver` QEMU still
     /// gets that command.
     pub fn arm(&self, process: u32, after: i64, deliver: bool) {
         self.shared.victim.store(process, Ordering::SeqCst);
@@ -78,10 +78,13 @@ fn relay(client: &UnixStream, shared: &Shared) {
     let mut out = &qemu;
     for line in BufReader::new(client).lines() {
         let Ok(line) = line else { break };
-        shared.seen.fetch_add(1, Ordering::SeqCst);
-        shared.last.lock().unwrap().clone_from(&line);
-        let fatal = shared.left.fetch_sub(1, Ordering::SeqCst) == 0;
-        if fatal {
+        let looks = ["\"query-", "\"qom-get", "\"qom-list", "\"x-debug"];
+        let changes = !looks.iter().any(|word| line.contains(word));
+        if changes {
+            shared.seen.fetch_add(1, Ordering::SeqCst);
+            shared.last.lock().unwrap().clone_from(&line);
+        }
+        if changes && shared.left.fetch_sub(1, Ordering::SeqCst) == 0 {
             let victim = shared.victim.load(Ordering::SeqCst);
             if shared.deliver.load(Ordering::SeqCst) == 1 {
                 let _ = out.write_all(format!("{line}\n").as_bytes());
