@@ -74,7 +74,7 @@ def fresh(tool):
 
 def timed(tool, step, number, command, **extra):
     """Measure one command and record it with the tool's identity."""
-    figures = measure(command, tool.env())
+    figures = measure(command, tool.env(), ok=tool.ok)
     return {"time": int(time.time()), "tool": tool.name, "label": tool.label, "setting": tool.setting,
             "version": tool.version(), "step": step, "round": number, **figures, **extra}
 

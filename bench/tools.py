@@ -32,6 +32,8 @@ class Tool:
     label = ""
     setting = ""
     dedups = True
+    # Exit codes that mean the work is done.
+    ok = (0,)
 
     def __init__(self, work):
         self.work = work
@@ -147,6 +149,8 @@ class Borg1(Borg):
 class Vmtide(Tool):
     name, label, setting = "vmtide", "vmtide", "default"
     options = ()
+    # 3 is done with a warning, such as a disk read in full for want of tracking.
+    ok = (0, 3)
 
     def binary(self):
         return os.environ.get("VMTIDE_BIN") or str(ROOT / "target/release/vmtide")
@@ -155,15 +159,19 @@ class Vmtide(Tool):
         return {"VMTIDE_PASSWORD": PASSWORD}
 
     def init(self):
-        return [[self.binary(), "init", str(self.repo), *self.options]]
+        return [[self.binary(), "init", str(self.repo)]]
 
     def backup(self, disk, changes=None):
-        command = [self.binary(), "backup", str(disk), "-r", str(self.repo), "--json"]
+        command = [self.binary(), "backup", str(disk), "-r", str(self.repo), "--json", *self.options]
         return command + (["--changes", str(changes)] if changes else [])
 
     def restore(self, target, disk):
         file = target / "restored.raw"
         return [self.binary(), "restore", f"{disk.stem}@latest", "-r", str(self.repo), "--to", str(file)], file
+
+
+class Vmtide3(Vmtide):
+    name, setting, options = "vmtide-3", "`--compression 3`", ("--compression", "3")
 
 
 class Zstd(Tool):
@@ -227,7 +235,7 @@ class QemuImg(Copier):
         return ["qemu-img", "convert", "-f", "raw", "-O", "raw", disk, file]
 
 
-BACKUP_TOOLS = [Vmtide, Restic, Rustic, Rustic1, RusticFixed, Borg, Borg1, Zstd, Zstd3]
+BACKUP_TOOLS = [Vmtide, Vmtide3, Restic, Rustic, Rustic1, RusticFixed, Borg, Borg1, Zstd, Zstd3]
 COPY_TOOLS = [NbdcopyNbdkit, NbdcopyQemu, QemuImg]
 EXTRA_TOOLS = [ResticMax]
 ALL_TOOLS = BACKUP_TOOLS + COPY_TOOLS + EXTRA_TOOLS
