@@ -228,8 +228,8 @@ class NbdcopyQemu(Copier):
 class QemuImg(Copier):
     name, label, setting = "qemu-img", "qemu-img", "`convert` with defaults"
 
-    def version(self):
-        return first_line(["qemu-img", "--version"])
+    def binary(self):
+        return "qemu-img"
 
     def copy(self, disk, file):
         return ["qemu-img", "convert", "-f", "raw", "-O", "raw", disk, file]
