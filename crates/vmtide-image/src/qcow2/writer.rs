@@ -165,13 +165,14 @@ impl Qcow2Writer {
     /// Makes the file large enough for all clusters claimed so far. In steps, because each step
     /// is a system call under the metadata lock; a flush cuts off what was not needed.
     pub(super) fn grow_file(&self, metadata: &Metadata) -> Result<()> {
-        /// Larger than the clusters of a few hundred writes, and a hole until it is used.
-        const STEP_BYTES: u64 = 64 << 20;
+        /// Each step is a system call; more of it than some thousand clusters gains nothing.
+        const STEP_MAX_BYTES: u64 = 64 << 20;
         let needed = metadata.refcounts.end_bytes();
         if needed <= self.file.size_bytes() {
             return Ok(());
         }
-        self.file.resize(needed.next_multiple_of(STEP_BYTES))?;
+        // By a quarter, so that small files (and devices in memory) stay small.
+        self.file.resize(needed + (needed / 4).min(STEP_MAX_BYTES))?;
         self.grown.store(true, Ordering::Relaxed);
         Ok(())
     }
