@@ -192,12 +192,10 @@ fn start_session(
     }
     let (common, for_thread) = (Arc::clone(common), Arc::clone(sessions));
     let spawned = std::thread::Builder::new().name("nbd-session".to_owned()).spawn(move || {
+        let _leaving = Leaving { sessions: &for_thread, id };
         if let Err(error) = serve(&common, &stream) {
             tracing::debug!(%error, "NBD client hung up on");
         }
-        stream.shutdown();
-        for_thread.streams.lock().remove(&id);
-        for_thread.left.notify_all();
     });
     if spawned.is_err() {
         sessions.streams.lock().remove(&id);
