@@ -70,14 +70,23 @@ impl ChunkIndex {
             segments.extend(segment.map(Slot::new));
         }
         segments.sort_by_key(|slot| std::cmp::Reverse(slot.segment.entries()));
-        Ok(Self {
+        let index = Self {
             ctx: Arc::clone(ctx),
             segments,
             added: (0..MAX_ADDED).map(|_| OnceLock::new()).collect(),
             superseded: dead.iter().map(SegmentHead::id).collect(),
             skipped,
             cache: IndexCache::new(CACHED_PAGES),
-        })
+        };
+        tracing::debug!(
+            segments = index.segment_count(),
+            superseded = index.superseded().len(),
+            skipped = index.skipped().len(),
+            entries = index.entries(),
+            memory_bytes = index.memory_bytes(),
+            "chunk index opened"
+        );
+        Ok(index)
     }
 
     /// The ids of all objects under `index/`, whatever they are.

@@ -23,8 +23,6 @@ mod tests;
 mod writer;
 
 pub(crate) use chunk_index::ChunkIndex;
-pub(crate) use rebuild::IndexRebuild;
-pub(crate) use segment::IndexSegment;
 
 /// The part of a chunk id that is looked up: its first 16 bytes.
 pub(crate) type Key = [u8; 16];
@@ -58,7 +56,7 @@ pub(crate) fn scale(value: u64, count: usize) -> usize {
 
 /// Opens, looks up in and walks a segment made of hostile bytes; answers with the entries it gave.
 pub(crate) fn fuzz_segment(object: crate::context::OpenObject, input: &[u8]) -> usize {
-    let Ok(segment) = IndexSegment::from_object(object) else { return 0 };
+    let Ok(segment) = segment::IndexSegment::from_object(object) else { return 0 };
     let cache = segment::IndexCache::new(16);
     for key in input.as_chunks::<16>().0.iter().take(64) {
         let _ = segment.lookup(key, &cache, 0);

@@ -197,11 +197,6 @@ impl IndexSegment {
         Ok(Self { filter: head.read_filter()?, head })
     }
 
-    /// Its id.
-    pub const fn id(&self) -> ObjectId {
-        self.head.id()
-    }
-
     /// How many entries it holds.
     pub const fn entries(&self) -> u64 {
         self.head.entries()

@@ -96,7 +96,7 @@ pub(super) fn parse(object: &mut OpenObject) -> Result<(Vec<PageEntry>, Vec<Obje
     let (entries, _) = table.as_chunks::<ENTRY_BYTES>();
     let pages: Vec<PageEntry> = entries.iter().map(PageEntry::decode).collect();
     check(object, &pages)?;
-    let packs = open_pack_table(object, &*blake3::hash(table).as_bytes(), sealed_packs)?;
+    let packs = open_pack_table(object, blake3::hash(table).as_bytes(), sealed_packs)?;
     Ok((pages, packs))
 }
 
@@ -104,7 +104,7 @@ pub(super) fn parse(object: &mut OpenObject) -> Result<(Vec<PageEntry>, Vec<Obje
 ///
 /// # Errors
 /// [`RepoError::Damaged`](crate::RepoError::Damaged).
-pub(crate) fn open_pack_table(
+fn open_pack_table(
     object: &OpenObject,
     binding: &[u8; 32],
     sealed: &[u8],

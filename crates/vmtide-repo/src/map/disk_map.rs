@@ -53,21 +53,23 @@ impl DiskMap {
     }
 
     /// The disk's length in blocks.
+    #[cfg(test)]
     pub const fn blocks(&self) -> u64 {
         self.blocks
     }
 
     /// The segments, newest first.
+    #[cfg(test)]
     pub fn segments(&self) -> &[MapSegment] {
         &self.segments
     }
 
     /// The runs that cover `blocks` exactly, in order, blocks without content as zero. The answer
-    /// has at most one run per block asked for; use [`for_each_run`](Self::for_each_run) for
-    /// ranges that are not small.
+    /// has at most one run per block asked for; [`for_each_run`](Self::for_each_run) holds less.
     ///
     /// # Errors
     /// [`RepoError::Invalid`] for a range beyond the disk's end; [`RepoError::Damaged`], `Io`.
+    #[cfg(test)]
     pub fn lookup(&self, blocks: Range<u64>) -> Result<Vec<MapRun>> {
         let mut found = Vec::new();
         self.for_each_run(blocks, &mut |run| {

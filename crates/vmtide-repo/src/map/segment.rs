@@ -46,6 +46,7 @@ impl MapSegment {
     }
 
     /// The packs its runs name; some may be named by runs that newer segments hide.
+    #[cfg(test)]
     pub fn packs(&self) -> &[ObjectId] {
         &self.packs
     }

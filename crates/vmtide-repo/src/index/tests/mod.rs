@@ -1,5 +1,7 @@
 //! The index against an ordinary map, and against bytes that are not what was written.
 
+#![allow(clippy::cast_possible_truncation, reason = "small numbers, made here")]
+
 mod hostile;
 mod speed;
 
