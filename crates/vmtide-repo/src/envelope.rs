@@ -182,10 +182,7 @@ impl Trailer {
             directory_length: u64_at(16),
             #[allow(clippy::cast_possible_truncation, reason = "the low half")]
             first_count: counts as u32,
-            #[allow(
-                clippy::cast_possible_truncation,
-                reason = "the high half, shifted down"
-            )]
+            #[allow(clippy::cast_possible_truncation, reason = "the high half, shifted down")]
             second_count: (counts >> 32) as u32,
         };
         let end = trailer
@@ -221,10 +218,7 @@ impl Trailer {
         }
         Err(RepoError::damaged(
             header.object_name(),
-            format!(
-                "the hash of its directory at byte {} does not match",
-                self.directory_offset
-            ),
+            format!("the hash of its directory at byte {} does not match", self.directory_offset),
         ))
     }
 }

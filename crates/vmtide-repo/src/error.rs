@@ -92,10 +92,7 @@ impl RepoError {
 
     /// A [`Damaged`](Self::Damaged) error.
     pub fn damaged(object: impl Into<String>, detail: impl Into<String>) -> Self {
-        Self::Damaged {
-            object: object.into(),
-            detail: detail.into(),
-        }
+        Self::Damaged { object: object.into(), detail: detail.into() }
     }
 
     /// Whether the data of the repository, and not the machine around it, is at fault.
@@ -112,14 +109,8 @@ impl From<RepoError> for BlockError {
             RepoError::Io { context, source } | RepoError::Denied { context, source } => {
                 Self::Io { context, source }
             }
-            RepoError::Damaged { object, detail } => Self::Damaged {
-                context: object,
-                detail,
-            },
-            other => Self::Damaged {
-                context: "repository".into(),
-                detail: other.to_string(),
-            },
+            RepoError::Damaged { object, detail } => Self::Damaged { context: object, detail },
+            other => Self::Damaged { context: "repository".into(), detail: other.to_string() },
         }
     }
 }

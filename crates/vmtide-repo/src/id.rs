@@ -77,20 +77,21 @@ impl ChunkId {
 
 impl fmt::Debug for ChunkId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0
-            .iter()
-            .take(8)
-            .try_for_each(|byte| write!(f, "{byte:02x}"))?;
+        self.0.iter().take(8).try_for_each(|byte| write!(f, "{byte:02x}"))?;
         f.write_str("…")
     }
 }
 
-/// Where a chunk's content is: the n-th chunk of a pack (format §6).
+/// The unit of places: disks and packs are sequences of blocks of this many bytes (format §1).
+/// It is the block size of nearly every file system, so equal files are equal sequences of blocks.
+pub const BLOCK_BYTES: usize = 4096;
+
+/// Where content is: the n-th block of a pack (format §6).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Location {
     /// The pack.
     pub pack: ObjectId,
-    /// The chunk's number in the pack, from 0.
+    /// The block's number in the pack, from 0.
     pub ordinal: u32,
 }
 
@@ -100,11 +101,7 @@ pub(crate) fn parse_hex(text: &str, out: &mut [u8]) -> Option<()> {
     if digits.len() != out.len() * 2 {
         return None;
     }
-    let value = |digit: u8| {
-        char::from(digit)
-            .to_digit(16)
-            .and_then(|v| u8::try_from(v).ok())
-    };
+    let value = |digit: u8| char::from(digit).to_digit(16).and_then(|v| u8::try_from(v).ok());
     for (byte, pair) in out.iter_mut().zip(digits.chunks_exact(2)) {
         *byte = value(pair[0])? << 4 | value(pair[1])?;
     }

@@ -5,9 +5,13 @@
 //! segments, says where each chunk of the disk is; a restore point names the maps and is the
 //! commit. An index segment answers "is this content known?" and nothing else.
 
+mod backup;
+mod cache;
+mod care;
 mod config;
 mod context;
 mod crypto;
+mod disk;
 mod document;
 mod envelope;
 mod error;
@@ -18,15 +22,26 @@ mod index;
 mod keys;
 mod leb128;
 mod map;
+mod pack;
 mod page_cache;
 mod password;
+mod point;
+mod repository;
+mod resolve;
 mod store;
 
+pub use backup::{
+    BackupOptions, BackupSession, ChangedRanges, DiskDraft, DiskPlan, PointDraft, StoredDisk,
+};
+pub use care::{Damage, PruneOptions, PruneReport, VerifyOptions, VerifyReport};
 pub use config::{Encryption, RepositoryConfig};
+pub use disk::PointDisk;
 pub use error::{RepoError, Result};
-pub use id::{ChunkId, Location, ObjectId};
+pub use id::{BLOCK_BYTES, ChunkId, Location, ObjectId};
 pub use keys::{KdfParameters, KeySlotInfo};
 pub use password::Password;
+pub use point::{DiskCounts, DiskRecord, Level, RestorePoint, TrackingRecord};
+pub use repository::{InitOptions, PointList, Repository, RepositoryStats};
 pub use store::{
     Corruption, Fault, FaultyStore, LocalStore, MemoryStore, ObjectEntry, ObjectReader,
     ObjectStore, ObjectWriter, Step, StepCounts, StoreLock, read_small,

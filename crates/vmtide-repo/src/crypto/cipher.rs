@@ -32,11 +32,7 @@ impl ObjectCipher {
         } else {
             None
         };
-        Ok(Self {
-            key,
-            header: header.encode(),
-            object: header.object_name(),
-        })
+        Ok(Self { key, header: header.encode(), object: header.object_name() })
     }
 
     /// The bytes that sealing adds.
@@ -67,13 +63,14 @@ impl ObjectCipher {
         let Some(key) = &self.key else {
             return Ok(stored);
         };
-        key.open_in_place(nonce(section), self.associated(section, associated), stored)
-            .map_err(|_| {
+        key.open_in_place(nonce(section), self.associated(section, associated), stored).map_err(
+            |_| {
                 RepoError::damaged(
                     &self.object,
                     format!("section {section} does not open: its bytes were changed"),
                 )
-            })
+            },
+        )
     }
 
     fn associated(&self, section: u64, more: &[u8]) -> Aad<Vec<u8>> {

@@ -41,6 +41,7 @@ impl MasterKey {
         Subkeys {
             chunk_id: blake3::derive_key("vmtide v1 chunk id", &self.0),
             object_root: blake3::derive_key("vmtide v1 object key", &self.0),
+            boundary_seed: boundary_seed(&self.0),
         }
     }
 }
@@ -50,6 +51,7 @@ impl MasterKey {
 pub struct Subkeys {
     chunk_id: [u8; 32],
     object_root: [u8; 32],
+    boundary_seed: u64,
 }
 
 impl std::fmt::Debug for Subkeys {
@@ -59,7 +61,12 @@ impl std::fmt::Debug for Subkeys {
 }
 
 impl Subkeys {
-    /// The id of a chunk's content, which is exactly one chunk long.
+    /// The seed of the hash that decides where chunks end (format §6.1).
+    pub const fn boundary_seed(&self) -> u64 {
+        self.boundary_seed
+    }
+
+    /// The id of a chunk's content.
     pub fn chunk_id(&self, content: &[u8]) -> ChunkId {
         ChunkId(*blake3::keyed_hash(&self.chunk_id, content).as_bytes())
     }
@@ -70,4 +77,11 @@ impl Subkeys {
         hasher.update(kind.magic()).update(&id.0);
         *hasher.finalize().as_bytes()
     }
+}
+
+fn boundary_seed(master: &[u8; 32]) -> u64 {
+    let key = blake3::derive_key("vmtide v1 chunk boundary", master);
+    let mut seed = [0; 8];
+    seed.copy_from_slice(&key[..8]);
+    u64::from_le_bytes(seed)
 }

@@ -1,0 +1,428 @@
+//! One backup job: its disks, and the commit that makes them a restore point.
+
+use super::chunk::Chunker;
+use super::fill::PackFiller;
+use super::fresh::{FreshChunks, MAX_PENDING};
+use super::limit::RateLimiter;
+use super::plan::{Piece, plan};
+use super::sink::RunSink;
+use super::work::DiskJob;
+use crate::context::RepoContext;
+use crate::envelope::ObjectKind;
+use crate::index::ChunkIndex;
+use crate::map::{BaseMap, DiskMap, MapBuilder, MapRun, Target, write_layered};
+use crate::pack::{FinishedPack, Pack};
+use crate::point::{self, DiskCounts, DiskRecord, Level, RestorePoint, TrackingRecord};
+use crate::store::StoreLock;
+use crate::{BLOCK_BYTES, ChunkId, Location, ObjectId, RepoError, Result};
+use jiff::Timestamp;
+use parking_lot::{Mutex, RwLock};
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use vmtide_block::{BlockDevice, BlockError, CancelToken, Progress, RangeSet};
+
+const BLOCK: u64 = BLOCK_BYTES as u64;
+
+/// How a backup uses the machine.
+#[derive(Clone, Debug)]
+pub struct BackupOptions {
+    /// Threads that read, hash and compress. Each has a pack open and some 7 MiB of buffers.
+    pub workers: usize,
+    /// The zstd level, 1 to 19.
+    pub compression_level: i32,
+    /// The size at which a pack is finished, in bytes.
+    pub pack_size_bytes: u64,
+    /// At most so many bytes a second are read from sources, all together.
+    pub limit_rate: Option<u64>,
+}
+
+/// Enough for S3's cost of requests to vanish (one PUT per pack) and small enough that half-dead
+/// packs are cheap to rewrite.
+const PACK_SIZE_BYTES: u64 = 64 << 20;
+
+impl Default for BackupOptions {
+    fn default() -> Self {
+        let cores = std::thread::available_parallelism().map_or(2, usize::from);
+        // One more than the cores, so that a worker that waits for a disk leaves no core idle.
+        Self {
+            workers: (cores + 1).min(16),
+            compression_level: 1,
+            pack_size_bytes: PACK_SIZE_BYTES,
+            limit_rate: None,
+        }
+    }
+}
+
+/// Which part of a disk to look at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ChangedRanges {
+    /// All of it. With a base, what turns out to be equal is shared with it.
+    Everything,
+    /// Only this; the rest is taken from the base without looking.
+    Only(RangeSet),
+}
+
+/// How to store one disk.
+#[derive(Clone, Debug)]
+pub struct DiskPlan<'a> {
+    /// Which disk of the VM.
+    pub id: String,
+    /// The same disk in an earlier restore point of this repository.
+    pub base: Option<&'a DiskRecord>,
+    /// What to look at. [`ChangedRanges::Only`] needs a base of the same size.
+    pub changed: ChangedRanges,
+}
+
+/// A disk that is stored, waiting for the commit.
+pub struct StoredDisk {
+    id: String,
+    base_map: Vec<ObjectId>,
+    base_blocks: u64,
+    runs: MapBuilder,
+    counts: DiskCounts,
+}
+
+impl StoredDisk {
+    /// Which disk of the VM.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// What was moved.
+    pub const fn counts(&self) -> DiskCounts {
+        self.counts
+    }
+}
+
+/// A disk of a restore point to be committed.
+pub struct DiskDraft {
+    /// The stored disk.
+    pub stored: StoredDisk,
+    /// How change tracking took part.
+    pub tracking: TrackingRecord,
+    /// What changed, in bytes, where the caller knows better than the comparison with the base.
+    pub changed_bytes: Option<u64>,
+}
+
+/// A restore point to be committed; see [`RestorePoint`] for the fields.
+#[allow(missing_docs, reason = "the fields are those of RestorePoint")]
+pub struct PointDraft {
+    pub vm: String,
+    pub level: Level,
+    pub parent: Option<ObjectId>,
+    pub consistency: String,
+    pub tags: BTreeMap<String, String>,
+    pub host: String,
+    pub source: String,
+    pub started: Timestamp,
+    pub config: serde_json::Value,
+    pub warnings: Vec<String>,
+    pub disks: Vec<DiskDraft>,
+}
+
+/// What all workers of a job share.
+pub(super) struct SessionState {
+    pub context: Arc<RepoContext>,
+    pub index: ChunkIndex,
+    pub fresh: FreshChunks,
+    pub pack_size_bytes: u64,
+    pending: Mutex<Vec<(ChunkId, Location)>>,
+    /// Packs of earlier jobs that were looked at, and whether they can be relied on.
+    known_packs: RwLock<HashMap<ObjectId, bool>>,
+}
+
+impl SessionState {
+    /// Takes the chunks of a durable pack, and writes those that wait as an index segment when they
+    /// are many.
+    pub(super) fn add_finished_pack(&self, pack: FinishedPack) -> Result<()> {
+        let full = {
+            let mut pending = self.pending.lock();
+            let mut ordinal = 0;
+            for chunk in &pack.chunks {
+                pending.push((chunk.id, Location { pack: pack.id, ordinal }));
+                ordinal += u32::from(chunk.blocks);
+            }
+            (pending.len() >= MAX_PENDING).then(|| std::mem::take(&mut *pending))
+        };
+        full.map_or(Ok(()), |entries| self.write_index(&entries))
+    }
+
+    /// Where the repository has a chunk already. The index is only believed when the pack it names is
+    /// there with a sound directory: otherwise a lost pack would go on being referred to by every new
+    /// restore point, and this way the next backup heals it.
+    pub(super) fn known(&self, id: &ChunkId) -> Result<Option<Location>> {
+        let Some(place) = self.index.lookup(&id.prefix())? else { return Ok(None) };
+        let known = self.known_packs.read().get(&place.pack).copied();
+        let usable = match known {
+            Some(usable) => usable,
+            None => {
+                let usable = self.check_pack(place.pack)?;
+                self.known_packs.write().insert(place.pack, usable);
+                usable
+            }
+        };
+        Ok(usable.then_some(place))
+    }
+
+    fn check_pack(&self, id: ObjectId) -> Result<bool> {
+        let opened = self
+            .context
+            .open_object(ObjectKind::Pack, id)
+            .and_then(|opened| Pack::from_object(&self.context, opened));
+        match opened {
+            Ok(_) => Ok(true),
+            Err(error @ (RepoError::Damaged { .. } | RepoError::Unsupported { .. })) => {
+                tracing::warn!(%error, "a pack cannot be relied on; its chunks are stored again");
+                Ok(false)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn write_index(&self, entries: &[(ChunkId, Location)]) -> Result<()> {
+        if entries.is_empty() {
+            return Ok(());
+        }
+        let entries_by_prefix = entries.iter().map(|(id, place)| (id.prefix(), *place)).collect();
+        // Known through the index from here on, before the memory of it goes.
+        self.index.add(entries_by_prefix)?;
+        self.fresh.release(entries.iter().map(|(id, _)| id));
+        Ok(())
+    }
+}
+
+/// One backup job on a repository. Stores disks, one after the other or from several threads, then
+/// commits. Dropped without a commit it leaves garbage for `prune`, and nothing else.
+pub struct BackupSession {
+    state: SessionState,
+    options: BackupOptions,
+    limiter: Option<RateLimiter>,
+    fillers: Mutex<Vec<PackFiller>>,
+    _lock: Box<dyn StoreLock>,
+}
+
+impl BackupSession {
+    /// Begins a job; `lock` keeps `prune` away until it ends.
+    pub(crate) fn begin(
+        context: Arc<RepoContext>,
+        options: &BackupOptions,
+        lock: Box<dyn StoreLock>,
+    ) -> Result<Self> {
+        let index = ChunkIndex::open(&context)?;
+        Ok(Self {
+            state: SessionState {
+                context,
+                index,
+                fresh: FreshChunks::new(),
+                pack_size_bytes: options.pack_size_bytes,
+                pending: Mutex::default(),
+                known_packs: RwLock::default(),
+            },
+            limiter: options.limit_rate.map(RateLimiter::new),
+            options: options.clone(),
+            fillers: Mutex::default(),
+            _lock: lock,
+        })
+    }
+
+    /// Stores one disk. `progress` counts bytes of the disk that are dealt with and bytes read.
+    ///
+    /// # Errors
+    /// Those of the source and of the store; [`BlockError::Cancelled`]. The session can then only
+    /// be dropped.
+    pub fn store_disk(
+        &self,
+        source: &dyn BlockDevice,
+        plan: &DiskPlan<'_>,
+        progress: &Progress,
+        cancel: &CancelToken,
+    ) -> Result<StoredDisk> {
+        let size_bytes = source.size_bytes();
+        check_plan(plan, size_bytes)?;
+        let context = &self.state.context;
+        let base_blocks = plan.base.map_or(0, |base| base.size_bytes.div_ceil(BLOCK));
+        let base = match plan.base {
+            Some(base) => Some(
+                DiskMap::open(context, &base.map, base_blocks)?.resized(size_bytes.div_ceil(BLOCK)),
+            ),
+            None => None,
+        };
+        let job = DiskJob {
+            session: &self.state,
+            source,
+            chunker: Chunker::new(context.chunk_size_bytes, context.subkeys.boundary_seed()),
+            sink: RunSink::new(base, MapBuilder::new(Arc::clone(context))),
+            limiter: self.limiter.as_ref(),
+            progress,
+            cancel,
+            failed: AtomicBool::new(false),
+            read_bytes: AtomicU64::new(0),
+            new_bytes: AtomicU64::new(0),
+            stored_bytes: AtomicU64::new(0),
+        };
+        self.run(&job, &plan.changed)?;
+        let (runs, changed_blocks) = job.sink.finish();
+        let changed_bytes = match &plan.changed {
+            ChangedRanges::Everything => (changed_blocks * BLOCK).min(size_bytes),
+            ChangedRanges::Only(ranges) => ranges.clamp(size_bytes).total_bytes(),
+        };
+        Ok(StoredDisk {
+            id: plan.id.clone(),
+            base_map: plan.base.map(|base| base.map.clone()).unwrap_or_default(),
+            base_blocks,
+            runs,
+            counts: DiskCounts {
+                size_bytes,
+                changed_bytes,
+                read_bytes: job.read_bytes.into_inner(),
+                new_bytes: job.new_bytes.into_inner(),
+                stored_bytes: job.stored_bytes.into_inner(),
+            },
+        })
+    }
+
+    /// Runs planner and workers to the end or the first error.
+    fn run(&self, job: &DiskJob<'_>, changed: &ChangedRanges) -> Result<()> {
+        let expected = match changed {
+            ChangedRanges::Everything => job.source.size_bytes(),
+            ChangedRanges::Only(ranges) => ranges.total_bytes(),
+        };
+        // A small change does not need every worker, nor a small pack from each.
+        let useful = usize::try_from(expected >> 23).unwrap_or(usize::MAX).saturating_add(1);
+        let workers = self.options.workers.clamp(1, useful);
+        let (sender, receiver) = sync_channel(workers * 2);
+        // Owned by the workers alone: when the last one is gone, sending fails instead of waiting.
+        let pieces = Arc::new(Mutex::new(receiver));
+        std::thread::scope(|scope| {
+            let handles: Vec<_> = (0..workers)
+                .map(|_| {
+                    let pieces = Arc::clone(&pieces);
+                    scope.spawn(move || {
+                        let outcome = self.with_filler(|filler| job.work(&pieces, filler));
+                        if outcome.is_err() {
+                            job.failed.store(true, Ordering::Relaxed);
+                        }
+                        outcome
+                    })
+                })
+                .collect();
+            drop(pieces);
+            let mut result = feed(job, changed, sender);
+            if result.is_err() {
+                job.failed.store(true, Ordering::Relaxed);
+            }
+            for handle in handles {
+                let outcome = handle.join().unwrap_or_else(|_| {
+                    Err(RepoError::Invalid("a backup worker ended abnormally".into()))
+                });
+                // Others only stop because one failed: its error is the one to show.
+                let is_echo =
+                    matches!(result, Ok(()) | Err(RepoError::Block(BlockError::Cancelled)));
+                if is_echo && outcome.is_err() {
+                    result = outcome;
+                }
+            }
+            result
+        })
+    }
+
+    fn with_filler(&self, work: impl FnOnce(&mut PackFiller) -> Result<()>) -> Result<()> {
+        let waiting = self.fillers.lock().pop();
+        let mut filler = match waiting {
+            Some(filler) => filler,
+            None => PackFiller::new(self.options.compression_level)?,
+        };
+        let outcome = work(&mut filler);
+        self.fillers.lock().push(filler);
+        outcome
+    }
+
+    /// Makes all that was stored durable and then visible, as one restore point.
+    ///
+    /// # Errors
+    /// Those of the store. Nothing is visible then.
+    pub fn commit(self, draft: PointDraft) -> Result<RestorePoint> {
+        for mut filler in self.fillers.into_inner() {
+            filler.finish_pack(&self.state)?;
+        }
+        let pending = std::mem::take(&mut *self.state.pending.lock());
+        self.state.write_index(&pending)?;
+        if let Err(error) = self.state.index.compact() {
+            tracing::warn!(%error, "the index was not compacted; the next backup tries again");
+        }
+        let context = &self.state.context;
+        let disks = draft
+            .disks
+            .into_iter()
+            .map(|disk| record_disk(context, disk))
+            .collect::<Result<Vec<_>>>()?;
+        let point = RestorePoint {
+            id: ObjectId::random()?,
+            vm: draft.vm,
+            time: Timestamp::now(),
+            started: draft.started,
+            level: draft.level,
+            parent: draft.parent,
+            consistency: draft.consistency,
+            tags: draft.tags,
+            host: draft.host,
+            source: draft.source,
+            config: draft.config,
+            warnings: draft.warnings,
+            disks,
+            program: concat!("vmtide ", env!("CARGO_PKG_VERSION")).into(),
+        };
+        point::write(context, &point)?;
+        Ok(point)
+    }
+}
+
+fn check_plan(plan: &DiskPlan<'_>, size_bytes: u64) -> Result<()> {
+    match (&plan.changed, plan.base) {
+        (ChangedRanges::Only(_), None) => Err(RepoError::Invalid(format!(
+            "disk {}: changed ranges say nothing without an earlier restore point",
+            plan.id
+        ))),
+        (ChangedRanges::Only(_), Some(base)) if base.size_bytes != size_bytes => {
+            Err(RepoError::Invalid(format!(
+                "disk {}: changed ranges are for a disk of {} bytes, not {size_bytes}",
+                plan.id, base.size_bytes
+            )))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The planner: hands zero runs to the sink and stretches of data to the workers.
+fn feed(job: &DiskJob<'_>, changed: &ChangedRanges, sender: SyncSender<Piece>) -> Result<()> {
+    let size_bytes = job.source.size_bytes();
+    plan(job.source, changed, job.cancel, &mut |piece| {
+        job.check()?;
+        match piece {
+            Piece::Zero { first_block, count } => {
+                job.sink.record(MapRun { first_block, count, target: Target::Zero })?;
+                let start = first_block * BLOCK;
+                job.progress.add_done((count * BLOCK).min(size_bytes - start));
+            }
+            // All workers are gone only after one failed, and that one tells why.
+            data => sender.send(data).map_err(|_| BlockError::Cancelled)?,
+        }
+        Ok(())
+    })
+}
+
+fn record_disk(context: &RepoContext, disk: DiskDraft) -> Result<DiskRecord> {
+    let mut counts = disk.stored.counts;
+    counts.changed_bytes = disk.changed_bytes.unwrap_or(counts.changed_bytes);
+    let blocks = counts.size_bytes.div_ceil(BLOCK);
+    let base = BaseMap { segments: &disk.stored.base_map, blocks: disk.stored.base_blocks };
+    Ok(DiskRecord {
+        id: disk.stored.id,
+        size_bytes: counts.size_bytes,
+        map: write_layered(context, base, disk.stored.runs, blocks)?,
+        counts,
+        tracking: disk.tracking,
+    })
+}

@@ -1,0 +1,146 @@
+//! Forwards: where the chunks of a removed pack went (format §10).
+
+use crate::context::{DIRECTORY_SECTION, RepoContext};
+use crate::envelope::{HEADER_BYTES, ObjectKind};
+use crate::leb128;
+use crate::point::decompress_bounded;
+use crate::{Location, ObjectId, RepoError, Result};
+
+/// The most bytes of encoded runs; a pack of 64 MiB has some thousands.
+const MAX_RUN_BYTES: usize = 16 << 20;
+
+/// Some neighbouring blocks of the removed pack, and where they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct ForwardRun {
+    ordinal: u32,
+    count: u32,
+    target: Location,
+}
+
+/// A forward, opened.
+#[derive(Debug)]
+pub(crate) struct Forward {
+    runs: Vec<ForwardRun>,
+}
+
+/// Some blocks that were moved: their first ordinal, how many, and the new place.
+pub(crate) type Move = (u32, u32, Location);
+
+/// Writes the forward of `pack`: where its live blocks went, by ascending ordinals.
+pub(crate) fn write_forward(context: &RepoContext, pack: ObjectId, moves: &[Move]) -> Result<()> {
+    let mut runs: Vec<ForwardRun> = Vec::new();
+    for (ordinal, count, target) in moves {
+        match runs.last_mut() {
+            Some(run)
+                if run.ordinal + run.count == *ordinal
+                    && run.target.pack == target.pack
+                    && run.target.ordinal + run.count == target.ordinal =>
+            {
+                run.count += count;
+            }
+            _ => runs.push(ForwardRun { ordinal: *ordinal, count: *count, target: *target }),
+        }
+    }
+    let mut packs: Vec<ObjectId> = Vec::new();
+    let mut encoded = Vec::new();
+    let mut end = 0;
+    for run in &runs {
+        let number = packs.iter().position(|id| *id == run.target.pack).unwrap_or_else(|| {
+            packs.push(run.target.pack);
+            packs.len() - 1
+        });
+        for value in [
+            u64::from(run.ordinal - end),
+            u64::from(run.count),
+            number as u64,
+            u64::from(run.target.ordinal),
+        ] {
+            leb128::write(value, &mut encoded);
+        }
+        end = run.ordinal + run.count;
+    }
+    let invalid = |what: &str| RepoError::Invalid(format!("a forward cannot be written: {what}"));
+    let count = |count: usize| u32::try_from(count).map_err(|_| invalid("too many runs"));
+    let mut section =
+        zstd::bulk::compress(&encoded, 3).map_err(|error| invalid(&error.to_string()))?;
+    let mut object = context.create_object(ObjectKind::Forward, pack)?;
+    object.write_section(0, &[], &mut section)?;
+    let mut directory = (section.len() as u64).to_le_bytes().to_vec();
+    directory.extend_from_slice(blake3::hash(&section).as_bytes());
+    let mut table: Vec<u8> = packs.iter().flat_map(|id| id.0).collect();
+    object.cipher.seal(DIRECTORY_SECTION, &[], &mut table)?;
+    directory.append(&mut table);
+    object.finish(&directory, count(runs.len())?, count(packs.len())?)
+}
+
+impl Forward {
+    /// Opens the forward under a pack's id.
+    ///
+    /// # Errors
+    /// [`RepoError::Damaged`], naming the pack where there is no forward either.
+    pub(crate) fn open(context: &RepoContext, pack: ObjectId) -> Result<Self> {
+        let Some(mut opened) = context.try_open_object(ObjectKind::Forward, pack)? else {
+            return Err(RepoError::damaged(ObjectKind::Pack.object_name(pack), "missing"));
+        };
+        let mut directory = std::mem::take(&mut opened.directory);
+        let damaged = |detail: &str| opened.damaged(detail);
+        let length = usize::try_from(opened.trailer.directory_offset - HEADER_BYTES as u64)
+            .ok()
+            .filter(|length| *length <= MAX_RUN_BYTES)
+            .ok_or_else(|| damaged("longer than a forward can be"))?;
+        let table_bytes = opened.trailer.second_count as usize * 16;
+        if directory.len() != 40 + table_bytes + opened.cipher.overhead_bytes()
+            || directory[..8] != (length as u64).to_le_bytes()
+        {
+            return Err(damaged("its directory is not that of a forward"));
+        }
+        let mut section = vec![0; length];
+        opened.reader.read_at(&mut section, HEADER_BYTES as u64)?;
+        if blake3::hash(&section).as_bytes()[..] != directory[8..40] {
+            return Err(damaged("its checksum does not match"));
+        }
+        let content = opened.cipher.open(0, &[], &mut section)?;
+        let encoded = decompress_bounded(content, MAX_RUN_BYTES)
+            .ok_or_else(|| damaged("it does not decompress"))?;
+        let table = opened.cipher.open(DIRECTORY_SECTION, &[], &mut directory[40..])?;
+        let runs = decode_runs(&encoded, table, opened.trailer.first_count)
+            .ok_or_else(|| damaged("its runs cannot be read"))?;
+        Ok(Self { runs })
+    }
+
+    /// Where block `ordinal` went, and for how many blocks (at most `count`) that run goes on.
+    pub(crate) fn find(&self, ordinal: u32, count: u32) -> Option<(Location, u32)> {
+        let next = self.runs.partition_point(|run| run.ordinal <= ordinal);
+        let run = self.runs[..next].last()?;
+        let within = ordinal - run.ordinal;
+        (within < run.count).then(|| {
+            let target = Location { pack: run.target.pack, ordinal: run.target.ordinal + within };
+            (target, count.min(run.count - within))
+        })
+    }
+
+    /// What it takes in memory, about.
+    pub(crate) fn memory_bytes(&self) -> usize {
+        self.runs.len() * size_of::<ForwardRun>()
+    }
+}
+
+fn decode_runs(mut encoded: &[u8], table: &[u8], count: u32) -> Option<Vec<ForwardRun>> {
+    let mut runs = Vec::new();
+    let mut end = 0u32;
+    for _ in 0..count {
+        let mut next = || leb128::read(&mut encoded).and_then(|value| u32::try_from(value).ok());
+        let (gap, count, number, first) = (next()?, next()?, next()?, next()?);
+        let ordinal = end.checked_add(gap)?;
+        end = ordinal.checked_add(count)?;
+        first.checked_add(count)?;
+        let id = table.chunks_exact(16).nth(number as usize)?;
+        let mut pack = ObjectId([0; 16]);
+        pack.0.copy_from_slice(id);
+        if count == 0 {
+            return None;
+        }
+        runs.push(ForwardRun { ordinal, count, target: Location { pack, ordinal: first } });
+    }
+    encoded.is_empty().then_some(runs)
+}

@@ -1,0 +1,177 @@
+//! Reading packs.
+
+use super::directory::{CHUNK_ENTRY_BYTES, FRAME_ENTRY_BYTES, PackDirectory};
+use super::{ChunkEntry, FrameDecoder, FrameEntry};
+use crate::context::{DIRECTORY_SECTION, OpenObject, RepoContext};
+use crate::crypto::{Subkeys, checksum};
+use crate::{BLOCK_BYTES, ObjectId, RepoError, Result};
+use std::ops::Range;
+
+/// A pack open for reading, its directory in memory. Shared by threads.
+pub(crate) struct Pack {
+    id: ObjectId,
+    name: String,
+    object: OpenObject,
+    sealed: bool,
+    subkeys: Subkeys,
+    directory: PackDirectory,
+}
+
+impl Pack {
+    /// Reads and checks the directory of a pack whose envelope was verified.
+    pub(crate) fn from_object(context: &RepoContext, mut opened: OpenObject) -> Result<Self> {
+        let name = opened.header.object_name();
+        let frame_bytes = opened.trailer.first_count as usize * FRAME_ENTRY_BYTES;
+        let chunk_bytes = opened.trailer.second_count as usize * CHUNK_ENTRY_BYTES;
+        let expected = frame_bytes + chunk_bytes + opened.cipher.overhead_bytes();
+        let mut bytes = std::mem::take(&mut opened.directory);
+        if bytes.len() != expected {
+            let detail =
+                format!("directory of {} bytes, but its counts ask for {expected}", bytes.len());
+            return Err(RepoError::damaged(name, detail));
+        }
+        let (frame_table, chunk_table) = bytes.split_at_mut(frame_bytes);
+        let chunk_table = opened.cipher.open(DIRECTORY_SECTION, &[], chunk_table)?;
+        let directory = PackDirectory::decode(
+            &name,
+            frame_table,
+            chunk_table,
+            opened.trailer.directory_offset,
+        )?;
+        Ok(Self {
+            id: opened.header.id,
+            sealed: context.sealed,
+            subkeys: context.subkeys.clone(),
+            object: opened,
+            directory,
+            name,
+        })
+    }
+
+    pub(crate) const fn id(&self) -> ObjectId {
+        self.id
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The length of the whole object in bytes.
+    pub(crate) fn length_bytes(&self) -> u64 {
+        self.object.reader.length_bytes()
+    }
+
+    /// What its directory takes in memory, about.
+    pub(crate) fn memory_bytes(&self) -> usize {
+        self.directory.chunks.len() * 40 + self.directory.frames.len() * 48
+    }
+
+    pub(crate) fn frames(&self) -> &[FrameEntry] {
+        &self.directory.frames
+    }
+
+    /// All chunks with the ordinals of their first blocks.
+    pub(crate) fn chunks(&self) -> impl Iterator<Item = (u32, ChunkEntry)> + '_ {
+        let firsts = self.directory.chunk_blocks.iter().copied();
+        firsts.zip(self.directory.chunks.iter().copied())
+    }
+
+    /// The number of chunks.
+    pub(crate) fn chunk_count(&self) -> usize {
+        self.directory.chunks.len()
+    }
+
+    /// The numbers of the chunks in a frame.
+    pub(crate) fn chunks_of(&self, frame: usize) -> Range<usize> {
+        let first = &self.directory.first_chunks;
+        first[frame] as usize..first[frame + 1] as usize
+    }
+
+    /// A chunk by its number, with the ordinal of its first block.
+    pub(crate) fn chunk(&self, number: usize) -> (u32, ChunkEntry) {
+        (self.directory.chunk_blocks[number], self.directory.chunks[number])
+    }
+
+    /// The ordinals of a frame's blocks.
+    pub(crate) fn blocks_of(&self, frame: usize) -> Range<u32> {
+        self.directory.frame_blocks[frame]..self.directory.frame_blocks[frame + 1]
+    }
+
+    /// The number of the frame that holds block `ordinal`.
+    pub(crate) fn frame_of(&self, ordinal: u32) -> Result<usize> {
+        self.check_ordinal(ordinal)?;
+        Ok(self.directory.frame_blocks.partition_point(|first| *first <= ordinal) - 1)
+    }
+
+    /// The number of the chunk that holds block `ordinal`.
+    pub(crate) fn chunk_of(&self, ordinal: u32) -> Result<usize> {
+        self.check_ordinal(ordinal)?;
+        Ok(self.directory.chunk_blocks.partition_point(|first| *first <= ordinal) - 1)
+    }
+
+    fn check_ordinal(&self, ordinal: u32) -> Result<()> {
+        let blocks = self.directory.frame_blocks.last().copied().unwrap_or(0);
+        if ordinal < blocks {
+            return Ok(());
+        }
+        let detail = format!("a map names block {ordinal}, but the pack has only {blocks}");
+        Err(RepoError::damaged(&self.name, detail))
+    }
+
+    /// Reads the stored bytes of neighbouring frames in one go into `stored`.
+    pub(crate) fn read_stored(&self, frames: Range<usize>, stored: &mut Vec<u8>) -> Result<()> {
+        let frames = &self.directory.frames[frames];
+        stored.clear();
+        let (Some(first), Some(last)) = (frames.first(), frames.last()) else { return Ok(()) };
+        let length = last.offset + u64::from(last.stored_length) - first.offset;
+        let length = usize::try_from(length)
+            .map_err(|_| RepoError::damaged(&self.name, "frames longer than memory"))?;
+        stored.resize(length, 0);
+        self.object.reader.read_at(stored, first.offset)
+    }
+
+    /// Verifies frame `number` of the pack, whose stored bytes these are, and puts its chunks into
+    /// `out`, which must have room for exactly them. Nothing of a frame that fails is to be used.
+    pub(crate) fn decode(
+        &self,
+        number: usize,
+        stored: &mut [u8],
+        out: &mut [u8],
+        decoder: &mut FrameDecoder,
+    ) -> Result<()> {
+        let frame = &self.directory.frames[number];
+        let damaged = |detail: &str| {
+            RepoError::damaged(
+                &self.name,
+                format!("frame {number} at byte {}: {detail}", frame.offset),
+            )
+        };
+        // Sealed frames are vouched for by their tag, which is stronger and covers the same bytes.
+        if !self.sealed && checksum(stored) != frame.checksum {
+            return Err(damaged("its checksum does not match"));
+        }
+        let associated = FrameEntry::associated(frame.chunks, frame.compression);
+        let content = self
+            .object
+            .cipher
+            .open(number as u64, &associated, stored)
+            .map_err(|_| damaged("it does not open: its bytes were changed"))?;
+        decoder
+            .decode(frame.compression, content, out)
+            .ok_or_else(|| damaged("it does not decompress to its chunks"))?;
+        let mut rest = &*out;
+        for chunk in &self.directory.chunks[self.chunks_of(number)] {
+            let (content, after) = rest.split_at(usize::from(chunk.blocks) * BLOCK_BYTES);
+            if self.subkeys.chunk_id(content) != chunk.id {
+                return Err(damaged("a chunk's content does not match its id"));
+            }
+            rest = after;
+        }
+        Ok(())
+    }
+
+    /// The length of a frame's chunks in bytes.
+    pub(crate) fn content_length(&self, number: usize) -> usize {
+        self.blocks_of(number).len() * BLOCK_BYTES
+    }
+}

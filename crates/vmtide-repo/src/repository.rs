@@ -1,0 +1,403 @@
+//! A repository, open.
+
+use crate::backup::{BackupOptions, BackupSession};
+use crate::care::{self, PruneOptions, PruneReport, VerifyOptions, VerifyReport};
+use crate::config::{self, Encryption, RepositoryConfig};
+use crate::context::RepoContext;
+use crate::crypto::MasterKey;
+use crate::disk::PointDisk;
+use crate::envelope::ObjectKind;
+use crate::keys::{self, KdfParameters, KeySlotInfo};
+use crate::map::DiskMap;
+use crate::password::Password;
+use crate::point::{self, DiskRecord, Level, RestorePoint};
+use crate::store::{ObjectStore, StoreLock};
+use crate::{BLOCK_BYTES, ObjectId, RepoError, Result};
+use jiff::Timestamp;
+use serde::Serialize;
+use std::sync::Arc;
+use vmtide_block::{ByteRange, CancelToken, Progress, RangeSet};
+
+const BLOCK: u64 = BLOCK_BYTES as u64;
+
+/// How to make a repository.
+#[derive(Clone, Debug)]
+pub struct InitOptions {
+    /// The length of chunks on average, in bytes: a power of two from 16 KiB to 1 MiB.
+    pub chunk_size_bytes: u32,
+    /// Whether to encrypt.
+    pub encryption: Encryption,
+    /// What a password guess is to cost.
+    pub kdf: KdfParameters,
+    /// The name of the first key slot.
+    pub key_label: String,
+}
+
+/// Smaller chunks find more that is equal and make the index larger; the figures are in
+/// `docs/decisions/`.
+const DEFAULT_CHUNK_SIZE_BYTES: u32 = 64 << 10;
+
+impl Default for InitOptions {
+    fn default() -> Self {
+        Self {
+            chunk_size_bytes: DEFAULT_CHUNK_SIZE_BYTES,
+            encryption: Encryption::Aes256Gcm,
+            kdf: KdfParameters::default(),
+            key_label: "first".into(),
+        }
+    }
+}
+
+/// The restore points of a repository.
+#[derive(Debug, Default)]
+pub struct PointList {
+    /// Those that can be read, oldest first.
+    pub points: Vec<RestorePoint>,
+    /// The objects that cannot, and why.
+    pub unreadable: Vec<(String, RepoError)>,
+}
+
+/// What a repository holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct RepositoryStats {
+    /// Restore points.
+    pub points: u64,
+    /// The sizes of all their disks, in bytes.
+    pub virtual_bytes: u64,
+    /// Packs.
+    pub packs: u64,
+    /// What the packs take, in bytes.
+    pub pack_bytes: u64,
+    /// What maps, index, restore points and forwards take, in bytes.
+    pub metadata_bytes: u64,
+}
+
+/// An open repository. Shared by threads; clones share everything.
+#[derive(Clone)]
+pub struct Repository {
+    context: Arc<RepoContext>,
+    config: Arc<RepositoryConfig>,
+    config_bytes: Arc<Vec<u8>>,
+    master: MasterKey,
+}
+
+impl Repository {
+    /// Makes a repository in an empty store.
+    ///
+    /// # Errors
+    /// [`RepoError::AlreadyExists`] where there is one; [`RepoError::Invalid`] for options that cannot
+    /// be, such as encryption without a password; those of the store.
+    pub fn init(
+        store: Arc<dyn ObjectStore>,
+        options: &InitOptions,
+        password: Option<&Password>,
+    ) -> Result<Self> {
+        if store.open(config::OBJECT_NAME).is_ok() {
+            return Err(RepoError::AlreadyExists {
+                what: format!("a repository in {}", store.location()),
+                hint: "use it, or choose another place".into(),
+            });
+        }
+        let master = MasterKey::random()?;
+        let config = RepositoryConfig::new(options.chunk_size_bytes, options.encryption, &master)?;
+        let config_bytes = config.encode()?;
+        match (options.encryption, password) {
+            (Encryption::None, _) => {}
+            (_, None) => {
+                return Err(RepoError::Invalid("an encrypted repository needs a password".into()));
+            }
+            // The slot comes first: a crash here leaves a slot without a repository, which a
+            // later `init` does not mind, and never a repository without a key.
+            (_, Some(password)) => {
+                let label = &options.key_label;
+                keys::create_slot(&*store, &config_bytes, &master, label, password, &options.kdf)?;
+            }
+        }
+        store.put(config::OBJECT_NAME, &config_bytes)?;
+        Self::assemble(store, config, config_bytes, master)
+    }
+
+    /// Opens a repository. `password` is asked only where it is encrypted.
+    ///
+    /// # Errors
+    /// [`RepoError::NotFound`] where there is none, [`RepoError::WrongPassword`],
+    /// [`RepoError::Damaged`] or [`RepoError::Unsupported`] configuration; those of the store and of
+    /// `password`.
+    pub fn open(
+        store: Arc<dyn ObjectStore>,
+        password: &mut dyn FnMut() -> Result<Password>,
+    ) -> Result<Self> {
+        let config_bytes = config::read(&*store)?;
+        let config = RepositoryConfig::decode(&config_bytes)?;
+        let master = match config.master_key() {
+            Some(master) => master,
+            None => keys::unlock(&*store, &config_bytes, &password()?)?,
+        };
+        Self::assemble(store, config, config_bytes, master)
+    }
+
+    fn assemble(
+        store: Arc<dyn ObjectStore>,
+        config: RepositoryConfig,
+        config_bytes: Vec<u8>,
+        master: MasterKey,
+    ) -> Result<Self> {
+        let context = RepoContext {
+            store,
+            subkeys: master.subkeys(),
+            repository: config.id,
+            chunk_size_bytes: config.chunk_size_bytes,
+            sealed: config.encryption != Encryption::None,
+        };
+        Ok(Self {
+            context: Arc::new(context),
+            config: Arc::new(config),
+            config_bytes: Arc::new(config_bytes),
+            master,
+        })
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &RepositoryConfig {
+        &self.config
+    }
+
+    /// Where it is, for people.
+    pub fn location(&self) -> String {
+        self.context.store.location()
+    }
+
+    /// Keeps `prune` away until the lock is dropped; readers hold it.
+    ///
+    /// # Errors
+    /// [`RepoError::Busy`] while `prune` runs.
+    pub fn lock_shared(&self) -> Result<Box<dyn StoreLock>> {
+        self.context.store.lock(false)
+    }
+
+    /// The key slots.
+    ///
+    /// # Errors
+    /// Those of the store; [`RepoError::Damaged`].
+    pub fn keys(&self) -> Result<Vec<KeySlotInfo>> {
+        keys::list(&*self.context.store)
+    }
+
+    /// Adds a password.
+    ///
+    /// # Errors
+    /// [`RepoError::Invalid`] in a repository without encryption; those of the store.
+    pub fn add_key(
+        &self,
+        label: &str,
+        password: &Password,
+        kdf: &KdfParameters,
+    ) -> Result<KeySlotInfo> {
+        if self.config.encryption == Encryption::None {
+            return Err(RepoError::Invalid(
+                "this repository is not encrypted: it has no keys".into(),
+            ));
+        }
+        let store = &*self.context.store;
+        keys::create_slot(store, &self.config_bytes, &self.master, label, password, kdf)
+    }
+
+    /// Removes a key slot; its password opens nothing any more.
+    ///
+    /// # Errors
+    /// [`RepoError::Invalid`] for the last one, [`RepoError::NotFound`]; those of the store.
+    pub fn remove_key(&self, id: ObjectId) -> Result<()> {
+        keys::remove(&*self.context.store, id)
+    }
+
+    /// All restore points.
+    ///
+    /// # Errors
+    /// Those of the store. A restore point that cannot be read is not an error here: it is listed.
+    pub fn points(&self) -> Result<PointList> {
+        let mut list = PointList::default();
+        let mut names = Vec::new();
+        self.context.store.list(ObjectKind::Point.prefix(), &mut |entry| {
+            names.push(entry.name);
+            Ok(())
+        })?;
+        for name in names {
+            let Some(Ok(id)) = name.rsplit('/').next().map(str::parse::<ObjectId>) else {
+                continue;
+            };
+            match point::read(&self.context, id) {
+                Ok(point) => list.points.push(point),
+                // Forgotten between the listing and the reading.
+                Err(RepoError::Damaged { .. }) if self.context.store.open(&name).is_err() => {}
+                Err(error) => list.unreadable.push((name, error)),
+            }
+        }
+        list.points.sort_by_key(|point| (point.time, point.id));
+        Ok(list)
+    }
+
+    /// The restore point that `spec` names: an id or the beginning of one (at least 4 digits),
+    /// `VM@latest` or only `VM` for its newest, `VM@TIME` for the newest at or before a time such as
+    /// `2026-11-20T03:00` (local time, or with an offset) or `2026-11-20`.
+    ///
+    /// # Errors
+    /// [`RepoError::NotFound`]; [`RepoError::Invalid`] where it fits several or is no such thing.
+    pub fn resolve(&self, spec: &str) -> Result<RestorePoint> {
+        crate::resolve::resolve(self.points()?, spec, &self.location())
+    }
+
+    /// The newest restore point of a VM.
+    ///
+    /// # Errors
+    /// Those of [`points`](Self::points).
+    pub fn latest(&self, vm: &str) -> Result<Option<RestorePoint>> {
+        Ok(self.points()?.points.into_iter().rfind(|point| point.vm == vm))
+    }
+
+    /// The newest full restore point of a VM.
+    ///
+    /// # Errors
+    /// Those of [`points`](Self::points).
+    pub fn latest_full(&self, vm: &str) -> Result<Option<RestorePoint>> {
+        let is_full = |point: &RestorePoint| point.vm == vm && point.level == Level::Full;
+        Ok(self.points()?.points.into_iter().rfind(is_full))
+    }
+
+    /// A disk of a restore point, for reading. The caller holds [`lock_shared`](Self::lock_shared).
+    ///
+    /// # Errors
+    /// [`RepoError::NotFound`] for a disk it has not; [`RepoError::Damaged`]; those of the store.
+    pub fn open_disk(&self, point: &RestorePoint, disk: &str) -> Result<Arc<PointDisk>> {
+        let record = point.disk_record(disk).ok_or_else(|| {
+            let ids: Vec<&str> = point.disks.iter().map(|disk| disk.id.as_str()).collect();
+            RepoError::NotFound {
+                what: format!("disk {disk:?} in restore point {}", point.id),
+                hint: format!("it has {}", ids.join(", ")),
+            }
+        })?;
+        let name = format!("{}@{}/{disk}", point.vm, point.id);
+        Ok(Arc::new(PointDisk::open(&self.context, name, record)?))
+    }
+
+    /// Begins a backup.
+    ///
+    /// # Errors
+    /// [`RepoError::Busy`] while `prune` runs; those of the store.
+    pub fn begin_backup(&self, options: &BackupOptions) -> Result<BackupSession> {
+        BackupSession::begin(Arc::clone(&self.context), options, self.lock_shared()?)
+    }
+
+    /// The bytes of the newer disk that may differ from the older, by their maps alone: nothing is
+    /// read. Two blocks of equal content at different places count as different.
+    ///
+    /// # Errors
+    /// [`RepoError::Damaged`]; those of the store.
+    pub fn changed_between(&self, older: &DiskRecord, newer: &DiskRecord) -> Result<RangeSet> {
+        let open = |record: &DiskRecord| {
+            DiskMap::open(&self.context, &record.map, record.size_bytes.div_ceil(BLOCK))
+        };
+        let mut changed = RangeSet::new();
+        DiskMap::diff(&open(older)?, &open(newer)?, &mut |blocks| {
+            changed.insert(ByteRange::from_bounds(blocks.start * BLOCK, blocks.end * BLOCK));
+            Ok(())
+        })?;
+        Ok(changed.clamp(newer.size_bytes))
+    }
+
+    /// Forgets restore points. Their data stays until [`prune`](Self::prune).
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub fn forget(&self, points: &[ObjectId]) -> Result<()> {
+        points
+            .iter()
+            .try_for_each(|id| self.context.store.remove(&ObjectKind::Point.object_name(*id)))
+    }
+
+    /// Removes what no restore point needs.
+    ///
+    /// # Errors
+    /// [`RepoError::Busy`] while anybody else works with the repository; [`RepoError::Damaged`] where
+    /// a restore point or what it names cannot be read, because what it needs is not known then.
+    pub fn prune(
+        &self,
+        options: &PruneOptions,
+        progress: &Progress,
+        cancel: &CancelToken,
+    ) -> Result<PruneReport> {
+        let _lock = self.context.store.lock(!options.dry_run)?;
+        let list = self.points()?;
+        if let Some((_, error)) = list.unreadable.into_iter().next() {
+            return Err(error);
+        }
+        care::prune(&self.context, &list.points, options, progress, cancel)
+    }
+
+    /// Looks for damage.
+    ///
+    /// # Errors
+    /// Those of the store other than damage, which is reported; [`RepoError::NotFound`] for a point that
+    /// is not there.
+    pub fn verify(
+        &self,
+        options: &VerifyOptions,
+        progress: &Progress,
+        cancel: &CancelToken,
+    ) -> Result<VerifyReport> {
+        let _lock = self.lock_shared()?;
+        let mut list = self.points()?;
+        if !options.points.is_empty() {
+            for id in &options.points {
+                let name = ObjectKind::Point.object_name(*id);
+                let is_there = list.points.iter().any(|point| point.id == *id)
+                    || list.unreadable.iter().any(|(unreadable, _)| *unreadable == name);
+                if !is_there {
+                    let what = format!("restore point {id}");
+                    return Err(RepoError::NotFound { what, hint: String::new() });
+                }
+            }
+            let wanted = |id: ObjectId| options.points.contains(&id);
+            list.points.retain(|point| wanted(point.id));
+            list.unreadable.retain(|(name, _)| {
+                options.points.iter().any(|id| ObjectKind::Point.object_name(*id) == *name)
+            });
+        }
+        care::verify(&self.context, &list.points, &list.unreadable, options, progress, cancel)
+    }
+
+    /// Counts what the repository holds.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub fn stats(&self) -> Result<RepositoryStats> {
+        let points = self.points()?.points;
+        let mut stats = RepositoryStats {
+            points: points.len() as u64,
+            virtual_bytes: points.iter().flat_map(|point| &point.disks).map(|d| d.size_bytes).sum(),
+            ..RepositoryStats::default()
+        };
+        for kind in [
+            ObjectKind::Pack,
+            ObjectKind::MapSegment,
+            ObjectKind::IndexSegment,
+            ObjectKind::Point,
+            ObjectKind::Forward,
+        ] {
+            self.context.store.list(kind.prefix(), &mut |entry| {
+                if kind == ObjectKind::Pack {
+                    stats.packs += 1;
+                    stats.pack_bytes += entry.length_bytes;
+                } else {
+                    stats.metadata_bytes += entry.length_bytes;
+                }
+                Ok(())
+            })?;
+        }
+        Ok(stats)
+    }
+
+    /// When it was made.
+    pub fn created(&self) -> Timestamp {
+        self.config.created
+    }
+}
