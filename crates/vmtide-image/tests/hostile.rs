@@ -357,3 +357,20 @@ fn a_backing_file_that_was_not_given_is_an_error_that_names_it() {
     let text = use_all(std::fs::read(&image).unwrap()).unwrap_err().to_string();
     assert!(text.contains("\"/etc/shadow\"") && text.contains("not opened"), "{text}");
 }
+
+#[test]
+fn a_data_cluster_that_lies_in_a_table_is_not_written() {
+    let good = sample("compat=1.1");
+    let l1 = be_u64(&good, 40);
+    let l2 = be_u64(&good, l1) & 0x00ff_ffff_ffff_fe00;
+    for (target, what) in [(l1, "the L1 table"), (be_u64(&good, 48), "the refcount table")] {
+        let mut bytes = good.clone();
+        put_u64(l2 + 9 * 8, target as u64 | 1 << 63)(&mut bytes);
+        let memory = Arc::new(MemoryDevice::from_bytes(bytes));
+        let writer = Qcow2Writer::open_device(memory.clone(), None, None).unwrap();
+        let before = memory.to_bytes()[..l1 + 8].to_vec();
+        let error = writer.write_at(&[7; 512], 9 << 16).unwrap_err().to_string();
+        assert!(error.contains(what), "{error}");
+        assert_eq!(memory.to_bytes()[..l1], before[..l1]);
+    }
+}

@@ -399,12 +399,16 @@ fn encrypted_images_are_refused_but_described() {
 
 #[test]
 fn sample_images_yield_their_recorded_digests() {
-    let folder = std::env::var_os("VMTIDE_IMAGES").map_or_else(
+    let variable = std::env::var_os("VMTIDE_TEST_IMAGES").or(std::env::var_os("VMTIDE_IMAGES"));
+    let folder = variable.map_or_else(
         || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/images"),
         PathBuf::from,
     );
     let Ok(manifest) = std::fs::read_to_string(folder.join("MANIFEST.tsv")) else {
-        println!("NOTE: no sample images at {} (set VMTIDE_IMAGES): skipped", folder.display());
+        println!(
+            "NOTE: no sample images at {} (set VMTIDE_TEST_IMAGES): skipped",
+            folder.display()
+        );
         return;
     };
     let directory = tempfile::tempdir().unwrap();

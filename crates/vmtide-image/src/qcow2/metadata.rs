@@ -7,7 +7,7 @@ use super::table::{Geometry, L2Table, l2_offset};
 use crate::bytes::length;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
-use vmtide_block::{BlockDevice, BlockError, Result};
+use vmtide_block::{BlockDevice, BlockError, ByteRange, Result};
 
 /// An L2 table in memory.
 pub(super) struct CachedTable {
@@ -120,6 +120,24 @@ impl Metadata {
         cached.dirty = true;
         change(&self.geometry, Arc::make_mut(&mut cached.table));
         Ok(())
+    }
+
+    /// The name of the central table that `range` of the file overlaps, if any. A guest's data
+    /// there would destroy the image.
+    pub(super) fn table_at(&self, range: ByteRange) -> Option<&'static str> {
+        let cluster = self.geometry.cluster_bytes();
+        let counts = &self.refcounts;
+        [
+            ("the header", ByteRange::new(0, cluster)),
+            ("the L1 table", ByteRange::new(self.l1_offset, self.l1.len() as u64 * 8)),
+            (
+                "the refcount table",
+                ByteRange::new(counts.table_offset, counts.table_clusters * cluster),
+            ),
+        ]
+        .into_iter()
+        .find(|(_, table)| !table.intersect(&range).is_empty())
+        .map(|(what, _)| what)
     }
 
     /// The bytes of tables and refcount blocks in memory; each is a cluster.

@@ -236,6 +236,9 @@ impl Refcounts {
             let is_free = |cluster: &u64| get_count(&bytes, order, cluster - block_start) == 0;
             let Some(first) = (cursor..end).find(is_free) else {
                 self.cursor = end;
+                // A large image has gigabytes of these: the search keeps none it only looked at.
+                self.blocks
+                    .retain(|slot, block| *slot != length(index) || block.dirty || block.flushing);
                 continue;
             };
             let count = (first..end).take(length(want)).take_while(is_free).count() as u64;

@@ -7,7 +7,7 @@ use super::table::{L2Table, Mapping, SUBCLUSTERS};
 use super::writer::Qcow2Writer;
 use crate::bytes::length;
 use std::ops::Range;
-use vmtide_block::{BlockDevice, ByteRange, Result};
+use vmtide_block::{BlockDevice, BlockError, ByteRange, Result};
 
 /// Up to this size the filled-up first and last cluster and the data between are joined in memory
 /// for one write; above it three writes cost less than the copy.
@@ -45,7 +45,18 @@ impl Qcow2Writer {
         Ok(())
     }
 
+    /// Writes stored bytes; of a damaged image never over its header, L1 or refcount table.
     fn write_host(&self, data: &[u8], host: u64) -> Result<()> {
+        if self.data_file.is_none() {
+            let range = ByteRange::new(host, data.len() as u64);
+            let metadata = self.metadata.read();
+            if let Some(what) = metadata.table_at(range) {
+                return Err(BlockError::damaged(
+                    &self.layers.name,
+                    format!("a data cluster at {host:#x} lies in {what}; repair the image"),
+                ));
+            }
+        }
         let file = self.data_file.as_ref().unwrap_or(&self.file);
         // An image another program wrote may end inside its last cluster.
         let end = host + data.len() as u64;

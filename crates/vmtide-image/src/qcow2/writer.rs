@@ -214,7 +214,11 @@ impl Tables for Qcow2Writer {
         if let Some(table) = self.metadata.read().cached(l1_index) {
             return Ok(table);
         }
-        self.metadata.write().load(&*self.file, l1_index)
+        let mut metadata = self.metadata.write();
+        if metadata.memory_bytes() > METADATA_BYTES {
+            metadata.drop_clean();
+        }
+        metadata.load(&*self.file, l1_index)
     }
 }
 
@@ -260,5 +264,35 @@ impl WritableBlockDevice for Qcow2Writer {
     fn resize(&self, size_bytes: u64) -> Result<()> {
         self.check_sound()?;
         self.grow(size_bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::qcow2::Qcow2CreateOptions;
+
+    #[test]
+    fn the_tables_of_a_huge_disk_take_bounded_memory() {
+        // With 2 MiB clusters an L2 table takes 2 MiB and maps 512 GiB.
+        let directory = tempfile::tempdir().unwrap();
+        let options =
+            Qcow2CreateOptions { cluster_size_bytes: 2 << 20, ..Qcow2CreateOptions::new(40 << 39) };
+        let path = directory.path().join("huge.qcow2");
+        let writer = Qcow2Writer::create(path, &options).unwrap();
+        for round in 1..3u8 {
+            for table in 0..40u64 {
+                writer.write_at(&[round; 100], (table << 39) + 5000).unwrap();
+                let held = writer.metadata.read().memory_bytes();
+                assert!(held <= METADATA_BYTES + (6 << 20), "{held} bytes held");
+            }
+        }
+        let mut bytes = [0u8; 100];
+        for table in 0..40u64 {
+            writer.read_at(&mut bytes, (table << 39) + 5000).unwrap();
+            assert_eq!(bytes, [2; 100], "table {table}");
+            let held = writer.metadata.read().memory_bytes();
+            assert!(held <= METADATA_BYTES + (6 << 20), "{held} bytes held");
+        }
     }
 }
