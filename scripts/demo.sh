@@ -112,7 +112,7 @@ cd "$WORK"
 VMTIDE_PASSWORD="$(head -c 18 /dev/urandom | base64)"
 export VMTIDE_PASSWORD
 # What vmtide remembers between runs (its journals) stays here, too.
-export XDG_STATE_HOME="$WORK/state"
+export VMTIDE_STATE_DIR="$WORK/state"
 
 step "making a small Linux guest from distribution packages: a 2 GiB system disk, a 256 MiB data disk"
 "$REPO_ROOT/scripts/make-guest.sh" "$WORK"

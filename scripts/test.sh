@@ -7,7 +7,8 @@
 # lint   format of the code, clippy without warnings, shellcheck, Python that compiles
 # deny   licences, sources and known weaknesses of what vmtide depends on
 # rust   all tests of the workspace
-# e2e    real QEMU machines: a Linux guest backed up, restored and booted; cycles of writes, backups and kill -9
+# e2e    real QEMU machines: a Linux guest backed up, restored and booted; cycles of writes, backups and kill -9;
+#        what vmtide stored, read by independent programs (tests/interop)
 # fuzz   a minute over the fuzz targets
 #
 # VMTIDE_CYCLES (8) says how many cycles; VMTIDE_FUZZ_SECONDS (60) how long to fuzz in all.
@@ -84,9 +85,9 @@ install_tools() {
     step "installing what is missing"
     ensure_rust
     ensure_qemu
-    # libnbd's tools and nbdkit are independent implementations that the tests compare with; the Python modules are
-    # for the repository's reader that is made from the document alone.
-    ensure_packages "the tests" libnbd-bin nbdkit e2fsprogs fdisk mount openssl python3 python3-cryptography python3-zstandard
+    # libnbd's tools and nbdkit are independent implementations that the tests compare with; tools/restore.py gets
+    # its Python packages in an environment of its own.
+    ensure_packages "the tests" libnbd-bin nbdkit e2fsprogs fdisk mount openssl python3 python3-venv
     ensure_packages "checking the scripts" shellcheck
 }
 
@@ -129,6 +130,7 @@ part_rust() {
 }
 
 part_e2e() {
+    local script
     step "building vmtide for the end-to-end tests"
     # The development profile: the tests above have built nearly all of it, and its checks for overflow are on.
     if ! cargo build --quiet --locked -p vmtide; then
@@ -139,6 +141,9 @@ part_e2e() {
     export VMTIDE_BIN
     counted "a Linux guest, backed up, restored, booted" \
         timeout --kill-after=30 "$LIMIT_E2E_S" python3 "$REPO_ROOT/tests/e2e/guest_test.py"
+    for script in "$REPO_ROOT"/tests/interop/*.sh; do
+        check "interoperation: $(basename "$script")" timeout --kill-after=30 "$LIMIT_E2E_S" bash "$script"
+    done
     counted "$CYCLES cycles of writes, backups, kill -9" \
         timeout --kill-after=30 $((LIMIT_E2E_S + CYCLES * 60)) python3 "$REPO_ROOT/tests/e2e/cycles.py" --cycles "$CYCLES"
 }

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """The guest's command port: one line there, one line back (scripts/guest/control). Also a command:
 
     python3 tests/e2e/lab/control.py DIR/run/control.sock write 7 20 100

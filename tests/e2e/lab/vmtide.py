@@ -86,7 +86,7 @@ class Vmtide:
         self.repository = directory / "repository"
         self.environment = dict(os.environ, VMTIDE_PASSWORD=PASSWORD, RUST_BACKTRACE="1")
         # State of vmtide (its journals) stays inside the test's directory.
-        self.environment["XDG_STATE_HOME"] = str(directory / "state")
+        self.environment["VMTIDE_STATE_DIR"] = str(directory / "state")
         options = [] if encryption else ["--encryption", "none"]
         self.run("init", self.repository, *options)
 
@@ -98,7 +98,7 @@ class Vmtide:
 
     def processes(self):
         """The processes of this vmtide that still run, also such as were started by one that is gone."""
-        mark = f"XDG_STATE_HOME={self.environment['XDG_STATE_HOME']}".encode()
+        mark = f"VMTIDE_STATE_DIR={self.environment['VMTIDE_STATE_DIR']}".encode()
         found = []
         for entry in Path("/proc").iterdir():
             try:
