@@ -1,7 +1,7 @@
 //! One running VM.
 
 use crate::qmp::QmpClient;
-use crate::{QemuTarget, describe, inventory};
+use crate::{QemuTarget, cleanup, describe, inventory, names};
 use std::time::Duration;
 use vmtide_hypervisor::{
     FreezeRequest, FrozenVm, Hypervisor, HypervisorError, JobId, ReapReport, Result, VmConfig,
@@ -47,6 +47,30 @@ impl QemuVm {
                 .map_or_else(|| "qemu".into(), |stem| stem.to_string_lossy().into_owned()),
             crate::Address::Tcp(address) => address.clone(),
         })
+    }
+
+    /// Removes the tracking bitmaps of one lineage, or of all of ours, for a repository that is no
+    /// longer used. The next backup of that lineage reads everything. Answers with their names.
+    ///
+    /// # Errors
+    /// [`HypervisorError::Busy`] while a job runs; where QEMU refuses to remove one.
+    pub fn end_tracking(&self, lineage: Option<&str>) -> Result<Vec<String>> {
+        let _lock = self.lock(&JobId::random())?;
+        let qmp = self.connect()?;
+        self.reap_locked(&qmp)?;
+        let mut removed = Vec::new();
+        for (node, bitmaps) in cleanup::nodes_with_bitmaps(&qmp)? {
+            for bitmap in bitmaps {
+                let ours = names::parse_tracking(&bitmap.name)
+                    .is_some_and(|(owner, _)| lineage.is_none_or(|wanted| wanted == owner));
+                if ours {
+                    let data = serde_json::json!({"node": node, "name": bitmap.name});
+                    qmp.execute("block-dirty-bitmap-remove", data)?;
+                    removed.push(format!("{} on {node}", bitmap.name));
+                }
+            }
+        }
+        Ok(removed)
     }
 
     fn summary(&self) -> Result<VmSummary> {

@@ -1,5 +1,12 @@
 //! File-system consistency through the guest agent, and that the guest is always thawed.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "outside of test functions too, a failure here is a failed test"
+)]
+
 mod support;
 
 use std::time::{Duration, Instant};

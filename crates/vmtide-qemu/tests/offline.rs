@@ -1,5 +1,12 @@
 //! Powered-off VMs: the incremental chain goes on over them, and nothing is left running.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "outside of test functions too, a failure here is a failed test"
+)]
+
 mod support;
 
 use std::path::Path;

@@ -1,5 +1,12 @@
 //! The monitor client against a server that does what the test says.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "outside of test functions too, a failure here is a failed test"
+)]
+
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};

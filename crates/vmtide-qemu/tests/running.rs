@@ -1,5 +1,12 @@
 //! Full and incremental backups of a running VM, against what its guest wrote.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "outside of test functions too, a failure here is a failed test"
+)]
+
 mod support;
 
 use serde_json::json;
@@ -132,6 +139,13 @@ fn two_disks_show_one_moment_while_the_guest_writes() {
             frozen.commit().unwrap();
             store = next;
         }
+        let pauses = vm.monitor.pauses();
+        println!("{method:?}: the guest was paused for {pauses:?}");
+        match method {
+            FreezeMethod::Job => assert!(pauses.is_empty()),
+            _ => assert_eq!(pauses.len(), 8),
+        }
+        assert!(pauses.iter().all(|pause| *pause < std::time::Duration::from_secs(2)));
         vm.assert_clean();
     }
 }
@@ -353,4 +367,18 @@ fn qemu_dying_while_frozen_is_an_error_and_no_hang() {
     assert!(matches!(changes[0], Changes::Everything(_)));
     store.assert_equals(&vm.disks, &vm.models());
     vm.assert_clean();
+}
+
+#[test]
+fn tracking_can_be_ended_for_one_lineage_or_all() {
+    let mut vm = Vm::start(&[("qcow2", 4 * MIB), ("raw", 4 * MIB)]);
+    Store::new(LINEAGE).backup(&vm.vm());
+    Store::new(OTHER_LINEAGE).backup(&vm.vm());
+    vm.monitor.run("block-dirty-bitmap-add", json!({"node": "node0", "name": "vmtide-theirs"}));
+    assert_eq!(vm.vm().end_tracking(Some(LINEAGE)).unwrap().len(), 2);
+    let left = vm.tracking();
+    assert_eq!((left[0].len(), left[1].len()), (2, 1));
+    assert!(left[1][0].contains(OTHER_LINEAGE));
+    assert_eq!(vm.vm().end_tracking(None).unwrap().len(), 2);
+    assert_eq!(vm.tracking(), [vec!["vmtide-theirs".to_owned()], Vec::new()]);
 }

@@ -2,6 +2,13 @@
 //!
 //! Each test runs again inside a mount namespace of its own, where it may mount a small tmpfs.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "outside of test functions too, a failure here is a failed test"
+)]
+
 mod support;
 
 use serde_json::json;

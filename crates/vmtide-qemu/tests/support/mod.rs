@@ -58,6 +58,8 @@ pub enum Guest {
 /// A monitor of our own, for playing the guest and looking at what is left.
 pub struct Monitor {
     reader: BufReader<UnixStream>,
+    /// The events seen so far.
+    pub events: Vec<Value>,
 }
 
 impl Monitor {
@@ -75,7 +77,7 @@ impl Monitor {
             std::thread::sleep(Duration::from_millis(20));
         };
         stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
-        let mut monitor = Self { reader: BufReader::new(stream) };
+        let mut monitor = Self { reader: BufReader::new(stream), events: Vec::new() };
         let mut greeting = String::new();
         monitor.reader.read_line(&mut greeting).unwrap();
         monitor.run("qmp_capabilities", json!({}));
@@ -92,6 +94,10 @@ impl Monitor {
                 return Err("closed".into());
             }
             let mut answer: Value = serde_json::from_str(&line).unwrap();
+            if answer.get("event").is_some() {
+                self.events.push(answer);
+                continue;
+            }
             if let Some(error) = answer.get("error") {
                 return Err(error.to_string());
             }
@@ -103,6 +109,26 @@ impl Monitor {
 
     pub fn run(&mut self, command: &str, arguments: Value) -> Value {
         self.try_run(command, arguments).unwrap_or_else(|error| panic!("{command}: {error}"))
+    }
+
+    /// How long each pause of the guest lasted, by QEMU's own clock.
+    pub fn pauses(&mut self) -> Vec<Duration> {
+        self.status();
+        let time_of = |event: &Value| {
+            let stamp = &event["timestamp"];
+            Duration::from_secs(stamp["seconds"].as_u64().unwrap())
+                + Duration::from_micros(stamp["microseconds"].as_u64().unwrap())
+        };
+        let of = |name: &str| {
+            let named = self.events.iter().filter(|event| event["event"] == name);
+            named.map(time_of).collect::<Vec<_>>()
+        };
+        let (stops, resumes) = (of("STOP"), of("RESUME"));
+        let pairs = stops.iter().filter_map(|stop| {
+            let resume = resumes.iter().find(|resume| *resume >= stop)?;
+            Some(*resume - *stop)
+        });
+        pairs.collect()
     }
 
     pub fn status(&mut self) -> String {

@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// A counting relay to a monitor.
@@ -18,8 +18,8 @@ struct Shared {
     /// Whether the fatal command still reaches QEMU.
     deliver: AtomicU32,
     victim: AtomicU32,
-    seen: AtomicU64,
-    last: Mutex<String>,
+    /// The command at which it was killed.
+    fatal: Mutex<String>,
 }
 
 impl Proxy {
@@ -30,8 +30,7 @@ impl Proxy {
             left: AtomicI64::new(-1),
             deliver: AtomicU32::new(0),
             victim: AtomicU32::new(0),
-            seen: AtomicU64::new(0),
-            last: Mutex::new(String::new()),
+            fatal: Mutex::new(String::new()),
         });
         let accepting = Arc::clone(&shared);
         std::thread::spawn(move || {
@@ -56,12 +55,8 @@ impl Proxy {
         self.shared.left.store(-1, Ordering::SeqCst);
     }
 
-    pub fn commands_seen(&self) -> u64 {
-        self.shared.seen.load(Ordering::SeqCst)
-    }
-
-    pub fn last_command(&self) -> String {
-        self.shared.last.lock().unwrap().clone()
+    pub fn fatal_command(&self) -> String {
+        self.shared.fatal.lock().unwrap().clone()
     }
 }
 
@@ -80,11 +75,8 @@ fn relay(client: &UnixStream, shared: &Shared) {
         let Ok(line) = line else { break };
         let looks = ["\"query-", "\"qom-get", "\"qom-list", "\"x-debug"];
         let changes = !looks.iter().any(|word| line.contains(word));
-        if changes {
-            shared.seen.fetch_add(1, Ordering::SeqCst);
-            shared.last.lock().unwrap().clone_from(&line);
-        }
         if changes && shared.left.fetch_sub(1, Ordering::SeqCst) == 0 {
+            shared.fatal.lock().unwrap().clone_from(&line);
             let victim = shared.victim.load(Ordering::SeqCst);
             if shared.deliver.load(Ordering::SeqCst) == 1 {
                 let _ = out.write_all(format!("{line}\n").as_bytes());
