@@ -1,1 +1,30 @@
-//! x
+//! The jobs of vmtide, one file per job: [`backup()`], [`restore()`], [`verify()`],
+//! [`retention`], [`prune()`], [`doctor`].
+//!
+//! A job is a function over a repository and a source or target, which it gets as traits and plain
+//! structs. It prints nothing and asks nothing: what it does goes to an [`Observer`], how far it
+//! is to a [`Progress`](vmtide_block::Progress), and it ends early when its
+//! [`CancelToken`](vmtide_block::CancelToken) says so. What it returns serialises to what `--json`
+//! shows. Jobs block the calling thread; several may run at once.
+
+mod backup;
+mod base;
+mod changes;
+pub mod doctor;
+mod error;
+mod events;
+mod points;
+mod prune;
+mod restore;
+mod restore_target;
+pub mod retention;
+pub mod source;
+mod verify;
+
+pub use backup::{BackupJob, BackupSummary, DiskSummary, LevelChoice, backup, host_name, lineage};
+pub use error::{EngineError, Result};
+pub use events::{Event, JobContext, Observer, Phase, Silent};
+pub use points::{DiskChange, DiskDifference, diff, forget, points};
+pub use prune::prune;
+pub use restore::{RestoreJob, RestoreSummary, RestoreTarget, RestoredDisk, restore};
+pub use verify::verify;

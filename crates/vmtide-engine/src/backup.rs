@@ -1,0 +1,404 @@
+//! The backup of one VM, the straight line of the design:
+//!
+//! freeze the VM → learn what changed → store its disks → commit the restore point → release.
+//!
+//! What must hold, and where it is kept:
+//! - Exactly one of [`FrozenVm::commit`] and [`FrozenVm::abort`] is called, whatever happens
+//!   between ([`backup`]).
+//! - The old change tracking is released only after the restore point is committed: that is what
+//!   `FrozenVm::commit` does, and it is called last.
+//! - Doubt about changes means reading the disk in full, with the reason recorded
+//!   ([`crate::changes`]).
+//! - Less consistency than asked for is an error, unless allowed; then it is a warning.
+
+use crate::base::{self, BaseChoice};
+use crate::changes::{self, DiskChanges};
+use crate::events::{Event, JobContext, Phase};
+use crate::{EngineError, Result};
+use jiff::Timestamp;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::time::Instant;
+use vmtide_block::BlockDevice;
+use vmtide_hypervisor::{
+    Consistency, DiskId, FreezeRequest, FrozenDisk, FrozenVm, Hypervisor, HypervisorError, JobId,
+};
+use vmtide_repo::{
+    BLOCK_BYTES, BackupOptions, BackupSession, ChangedRanges, DiskCounts, DiskDraft, DiskPlan,
+    Level, ObjectId, PointDraft, Repository, RestorePoint, TrackingRecord,
+};
+
+/// The level that the user asks for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LevelChoice {
+    /// Incremental where there is an earlier restore point, otherwise full.
+    #[default]
+    Auto,
+    /// Read everything.
+    Full,
+    /// Since the previous restore point.
+    Incremental,
+    /// Since the last full one.
+    Differential,
+}
+
+/// The backup of one VM.
+pub struct BackupJob<'a> {
+    /// Where to.
+    pub repository: &'a Repository,
+    /// Where from.
+    pub hypervisor: &'a dyn Hypervisor,
+    /// The VM, as the hypervisor knows it.
+    pub vm: String,
+    /// The VM's name in the repository; none takes the hypervisor's.
+    pub name: Option<String>,
+    /// The source as the user wrote it, without secrets; recorded.
+    pub source: String,
+    /// The level.
+    pub level: LevelChoice,
+    /// The consistency; none means the best that can be had, whatever that is.
+    pub consistency: Option<Consistency>,
+    /// Whether less than [`consistency`](Self::consistency) is acceptable, with a warning.
+    pub allow_downgrade: bool,
+    /// Tags to record.
+    pub tags: BTreeMap<String, String>,
+    /// Disks to leave out.
+    pub exclude: Vec<DiskId>,
+    /// How to store.
+    pub options: BackupOptions,
+}
+
+/// What a backup did. The serialised form is the summary event of `--json`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct BackupSummary {
+    /// The new restore point.
+    pub point: ObjectId,
+    /// The VM's name in the repository.
+    pub vm: String,
+    /// The level reached.
+    pub level: Level,
+    /// The consistency reached.
+    pub consistency: String,
+    /// The disks.
+    pub disks: Vec<DiskSummary>,
+    /// How long it took, in milliseconds.
+    pub duration_ms: u64,
+    /// What the user should know, one line each.
+    pub warnings: Vec<String>,
+}
+
+/// One disk of a [`BackupSummary`].
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct DiskSummary {
+    /// The disk.
+    pub id: String,
+    /// What was moved.
+    #[serde(flatten)]
+    pub counts: DiskCounts,
+    /// Whether change tracking was used, and why not.
+    pub tracking: TrackingRecord,
+}
+
+/// Backs the VM up.
+///
+/// # Errors
+/// Nothing is visible in the repository then, and the VM is released with its tracking as before.
+/// Only what could not be undone on the platform is left, and journalled for the next run.
+pub fn backup(job: &BackupJob<'_>, context: JobContext<'_>) -> Result<BackupSummary> {
+    let begun = Instant::now();
+    let started = Timestamp::now();
+    let mut warnings = Vec::new();
+    let name = match &job.name {
+        Some(name) => name.clone(),
+        None => job.hypervisor.describe(&job.vm)?.name,
+    };
+    check_name(&name)?;
+    let base = base::choose(job.repository, &name, job.level)?;
+    if let Some(note) = &base.note {
+        context.warn(&mut warnings, note.clone());
+    }
+
+    context.phase(Phase::Freeze, &name);
+    let frozen = job.hypervisor.freeze(&freeze_request(job, &name, &base, context))?;
+    let stored = check_consistency(job, frozen.as_ref(), context, &mut warnings).and_then(|()| {
+        store_and_commit(job, &name, started, &base, frozen.as_ref(), context, &mut warnings)
+    });
+    let point = match stored {
+        Ok(point) => point,
+        Err(error) => {
+            abort(frozen, context);
+            return Err(error);
+        }
+    };
+
+    context.phase(Phase::Release, &name);
+    release(frozen, context, &mut warnings);
+    Ok(summary(point, begun, warnings))
+}
+
+fn freeze_request(
+    job: &BackupJob<'_>,
+    name: &str,
+    base: &BaseChoice,
+    context: JobContext<'_>,
+) -> FreezeRequest {
+    FreezeRequest {
+        vm: job.vm.clone(),
+        job: JobId::random(),
+        lineage: lineage(job.repository.config().id, name),
+        // Whoever names none gets the best there is, and no complaint about what it is.
+        consistency: job.consistency.unwrap_or(Consistency::Application),
+        allow_downgrade: job.consistency.is_none() || job.allow_downgrade,
+        bases: base.bases(),
+        exclude: job.exclude.clone(),
+        cancel: context.cancel.clone(),
+    }
+}
+
+/// Names the line of backups of one VM into one repository, so that two repositories never use
+/// each other's change tracking: 16 hexadecimal digits.
+pub fn lineage(repository: ObjectId, vm: &str) -> String {
+    let mut hasher = blake3::Hasher::new_derive_key("vmtide 2026 tracking lineage");
+    hasher.update(&repository.0);
+    hasher.update(vm.as_bytes());
+    hasher.finalize().to_hex()[..16].to_owned()
+}
+
+/// A name ends up in file names, lists and `VM@TIME`; what would confuse those is refused.
+fn check_name(name: &str) -> Result<()> {
+    let bad = name.is_empty()
+        || name.len() > 255
+        || name.contains(['@', '/'])
+        || name.chars().any(char::is_control);
+    if bad {
+        return Err(EngineError::usage(format!(
+            "{name:?} cannot name a VM in a repository (1 to 255 bytes, no @, / or control \
+             characters); give another with --name"
+        )));
+    }
+    Ok(())
+}
+
+fn check_consistency(
+    job: &BackupJob<'_>,
+    frozen: &dyn FrozenVm,
+    context: JobContext<'_>,
+    warnings: &mut Vec<String>,
+) -> Result<()> {
+    for warning in frozen.warnings() {
+        context.warn(warnings, warning.clone());
+    }
+    let Some(wanted) = job.consistency else {
+        return Ok(());
+    };
+    let reached = frozen.consistency();
+    if reached >= wanted {
+        return Ok(());
+    }
+    let detail = frozen.downgrade_reason().unwrap_or("no reason was given");
+    if !job.allow_downgrade {
+        return Err(EngineError::Hypervisor(HypervisorError::ConsistencyNotReached {
+            wanted,
+            detail: detail.into(),
+        }));
+    }
+    context.warn(warnings, format!("{reached} consistency instead of {wanted}: {detail}"));
+    Ok(())
+}
+
+fn store_and_commit(
+    job: &BackupJob<'_>,
+    name: &str,
+    started: Timestamp,
+    base: &BaseChoice,
+    frozen: &dyn FrozenVm,
+    context: JobContext<'_>,
+    warnings: &mut Vec<String>,
+) -> Result<RestorePoint> {
+    let plans = plan_disks(base, frozen, context, warnings)?;
+    context.phase(Phase::Store, name);
+    for (disk, plan) in &plans {
+        let bytes = plan.bytes_to_look_at(disk.device.size_bytes(), BLOCK_BYTES as u64);
+        context.progress.add_total(bytes);
+    }
+    let session = job.repository.begin_backup(&job.options)?;
+    let mut disks = Vec::with_capacity(plans.len());
+    for (disk, plan) in &plans {
+        context.cancel.check()?;
+        disks.push(store_disk(job, &session, base, disk, plan, context)?);
+    }
+    context.cancel.check()?;
+    context.phase(Phase::Commit, name);
+    let draft = PointDraft {
+        vm: name.to_owned(),
+        level: base.level,
+        parent: base.parent.as_ref().map(|point| point.id),
+        consistency: frozen.consistency().to_string(),
+        tags: job.tags.clone(),
+        host: host_name(),
+        source: job.source.clone(),
+        started,
+        config: serde_json::to_value(frozen.config()).map_err(|error| {
+            EngineError::refused("record the VM's configuration", error.to_string())
+        })?,
+        warnings: warnings.clone(),
+        disks,
+    };
+    Ok(session.commit(draft)?)
+}
+
+/// Decides for every disk what is read, and warns of what was lost.
+fn plan_disks<'a>(
+    base: &BaseChoice,
+    frozen: &'a dyn FrozenVm,
+    context: JobContext<'_>,
+    warnings: &mut Vec<String>,
+) -> Result<Vec<(&'a FrozenDisk, DiskChanges)>> {
+    let disks = frozen.disks();
+    if disks.is_empty() {
+        return Err(EngineError::refused(
+            format!("back up {}", frozen.config().name),
+            "it has no disk to back up (or all are excluded)",
+        ));
+    }
+    let mut plans: Vec<(&FrozenDisk, DiskChanges)> = Vec::with_capacity(disks.len());
+    for disk in disks {
+        if plans.iter().any(|(other, _)| other.id == disk.id) {
+            return Err(EngineError::Hypervisor(HypervisorError::protocol(
+                frozen.config().name.clone(),
+                format!("two disks have the id {}", disk.id),
+            )));
+        }
+        let plan = changes::decide(disk, base);
+        if let Some(reason) = plan.full_reason().filter(|reason| reason.is_loss()) {
+            context.warn(warnings, format!("disk {} is read in full: {reason}", disk.id));
+        }
+        plans.push((disk, plan));
+    }
+    Ok(plans)
+}
+
+fn store_disk(
+    job: &BackupJob<'_>,
+    session: &BackupSession,
+    base: &BaseChoice,
+    disk: &FrozenDisk,
+    plan: &DiskChanges,
+    context: JobContext<'_>,
+) -> Result<DiskDraft> {
+    let device: &dyn BlockDevice = disk.device.as_ref();
+    let reason = plan.full_reason().map(ToString::to_string);
+    context.observer.event(Event::DiskStarted {
+        disk: disk.id.to_string(),
+        bytes: plan.bytes_to_look_at(device.size_bytes(), 1),
+        reason: reason.clone(),
+    });
+    let stored = session.store_disk(
+        device,
+        &DiskPlan {
+            id: disk.id.to_string(),
+            base: base.stored_base(&disk.id),
+            changed: match plan {
+                DiskChanges::Ranges(ranges) => ChangedRanges::Only(ranges.clone()),
+                DiskChanges::Everything(_) => ChangedRanges::Everything,
+            },
+        },
+        context.progress,
+        context.cancel,
+    )?;
+    let changed_bytes =
+        changes::bytes_since_full(job.repository, base, &disk.id, plan, stored.counts())?;
+    context.observer.event(Event::DiskFinished {
+        disk: disk.id.to_string(),
+        counts: DiskCounts {
+            changed_bytes: changed_bytes.unwrap_or(stored.counts().changed_bytes),
+            ..stored.counts()
+        },
+    });
+    Ok(DiskDraft {
+        stored,
+        tracking: TrackingRecord {
+            used: reason.is_none(),
+            reason,
+            id: disk.tracking.as_ref().map(ToString::to_string),
+        },
+        changed_bytes,
+    })
+}
+
+/// Undoes the freeze. The job has failed already: what cannot be undone is logged and shown, but
+/// must not hide the reason of the failure.
+fn abort(frozen: Box<dyn FrozenVm>, context: JobContext<'_>) {
+    context.phase(Phase::Abort, frozen.config().name.clone());
+    if let Err(error) = frozen.abort() {
+        context.warn(
+            &mut Vec::new(),
+            format!("not everything could be undone on the VM, the next run will: {error}"),
+        );
+    }
+}
+
+/// Ends the freeze of a committed restore point, which stands whatever happens here.
+fn release(frozen: Box<dyn FrozenVm>, context: JobContext<'_>, warnings: &mut Vec<String>) {
+    match frozen.commit() {
+        Ok(left) => {
+            for what in left {
+                context
+                    .warn(warnings, format!("left on the VM, the next run will remove it: {what}"));
+            }
+        }
+        Err(error) => context.warn(
+            warnings,
+            format!(
+                "the restore point is complete, but change tracking could not be kept, so the \
+                 next backup reads in full: {error}"
+            ),
+        ),
+    }
+}
+
+fn summary(point: RestorePoint, begun: Instant, warnings: Vec<String>) -> BackupSummary {
+    BackupSummary {
+        point: point.id,
+        vm: point.vm,
+        level: point.level,
+        consistency: point.consistency,
+        disks: point
+            .disks
+            .into_iter()
+            .map(|disk| DiskSummary { id: disk.id, counts: disk.counts, tracking: disk.tracking })
+            .collect(),
+        duration_ms: u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX),
+        warnings,
+    }
+}
+
+/// This host, as the operating system names it.
+pub fn host_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lineage_is_stable_and_differs_by_repository_and_vm() {
+        let (one, two) = (ObjectId([1; 16]), ObjectId([2; 16]));
+        assert_eq!(lineage(one, "web"), lineage(one, "web"));
+        assert_ne!(lineage(one, "web"), lineage(two, "web"));
+        assert_ne!(lineage(one, "web"), lineage(one, "db"));
+        let text = lineage(one, "web");
+        assert!(text.len() == 16 && text.bytes().all(|b| b.is_ascii_hexdigit()));
+    }
+
+    #[test]
+    fn names_that_break_lists_and_paths_are_refused() {
+        for bad in ["", "a@b", "a/b", "a\nb", &"x".repeat(256)] {
+            assert!(check_name(bad).is_err(), "{bad:?}");
+        }
+        for good in ["web", "Web Server 1", "müller.db"] {
+            check_name(good).unwrap();
+        }
+    }
+}

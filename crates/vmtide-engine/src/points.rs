@@ -1,0 +1,141 @@
+//! Looking at restore points: lists, one point, and the difference of two.
+
+use crate::{EngineError, Result};
+use serde::Serialize;
+use vmtide_block::RangeSet;
+use vmtide_repo::{ObjectId, PointList, Repository, RestorePoint};
+
+/// The restore points of one VM, or of all, oldest first; with those that cannot be read.
+///
+/// # Errors
+/// Those of the repository. [`EngineError::NotFound`] where a VM is named that has none.
+pub fn points(repository: &Repository, vm: Option<&str>) -> Result<PointList> {
+    let mut list = repository.points()?;
+    let Some(vm) = vm else {
+        return Ok(list);
+    };
+    list.points.retain(|point| point.vm == vm);
+    if list.points.is_empty() && list.unreadable.is_empty() {
+        return Err(EngineError::NotFound {
+            what: format!("a restore point of {vm} in {}", repository.location()),
+            hint: "see `vmtide points` for all".into(),
+        });
+    }
+    Ok(list)
+}
+
+/// How one disk differs between two restore points.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct DiskDifference {
+    /// The disk.
+    pub id: String,
+    /// What became of it.
+    pub change: DiskChange,
+    /// Its size in the first point, in bytes; none where it is not there.
+    pub from_size_bytes: Option<u64>,
+    /// Its size in the second point, in bytes; none where it is not there.
+    pub to_size_bytes: Option<u64>,
+    /// The bytes of the disk that are stored differently, in whole blocks of 4 KiB.
+    pub changed_bytes: u64,
+    /// Where these are.
+    pub ranges: RangeSet,
+}
+
+/// What became of a disk between two restore points.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskChange {
+    /// The same bytes.
+    Same,
+    /// Other bytes.
+    Changed,
+    /// Only in the second.
+    Added,
+    /// Only in the first.
+    Removed,
+}
+
+/// The differences of all disks of two restore points, found in the disk maps without reading any
+/// data.
+///
+/// # Errors
+/// Those of reading disk maps.
+pub fn diff(
+    repository: &Repository,
+    from: &RestorePoint,
+    to: &RestorePoint,
+) -> Result<Vec<DiskDifference>> {
+    let _lock = repository.lock_shared()?;
+    let mut differences = Vec::new();
+    for new in &to.disks {
+        let old = from.disk_record(&new.id);
+        let ranges = match old {
+            Some(old) => repository.changed_between(old, new)?,
+            None => RangeSet::full(new.size_bytes),
+        };
+        let same_size = old.is_some_and(|old| old.size_bytes == new.size_bytes);
+        differences.push(DiskDifference {
+            id: new.id.clone(),
+            change: match old {
+                None => DiskChange::Added,
+                Some(_) if ranges.is_empty() && same_size => DiskChange::Same,
+                Some(_) => DiskChange::Changed,
+            },
+            from_size_bytes: old.map(|old| old.size_bytes),
+            to_size_bytes: Some(new.size_bytes),
+            changed_bytes: ranges.total_bytes(),
+            ranges,
+        });
+    }
+    for old in &from.disks {
+        if to.disk_record(&old.id).is_none() {
+            differences.push(DiskDifference {
+                id: old.id.clone(),
+                change: DiskChange::Removed,
+                from_size_bytes: Some(old.size_bytes),
+                to_size_bytes: None,
+                changed_bytes: 0,
+                ranges: RangeSet::new(),
+            });
+        }
+    }
+    Ok(differences)
+}
+
+/// What is forgotten by id or by policy.
+///
+/// # Errors
+/// Those of the repository. Points forgotten before the error stay forgotten.
+pub fn forget(repository: &Repository, points: &[ObjectId]) -> Result<()> {
+    if points.is_empty() {
+        return Ok(());
+    }
+    Ok(repository.forget(points)?)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use jiff::Timestamp;
+    use std::collections::BTreeMap;
+    use vmtide_repo::{DiskRecord, Level, ObjectId, RestorePoint};
+
+    /// A restore point of one disk, as far as unit tests look at it.
+    pub fn point_with(disk: DiskRecord) -> RestorePoint {
+        RestorePoint {
+            id: ObjectId([7; 16]),
+            vm: "web".into(),
+            time: Timestamp::UNIX_EPOCH,
+            started: Timestamp::UNIX_EPOCH,
+            level: Level::Full,
+            parent: None,
+            consistency: "crash".into(),
+            tags: BTreeMap::new(),
+            host: String::new(),
+            source: String::new(),
+            config: serde_json::Value::Null,
+            warnings: Vec::new(),
+            disks: vec![disk],
+            program: String::new(),
+        }
+    }
+}

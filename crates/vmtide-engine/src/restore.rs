@@ -1,0 +1,201 @@
+//! Restoring the disks of a restore point to files, a directory, a block device or an NBD export.
+//!
+//! A new file is written under a temporary name beside its own and renamed when all of it is on
+//! stable storage, so a file of the wanted name is always complete. An existing target is touched
+//! only when the user says how: replaced as a whole, or changed in place where it differs. All
+//! data is verified by the repository before it gets here.
+
+use crate::events::{JobContext, Phase};
+use crate::restore_target::{self, Prepared, WritePlan};
+use crate::{EngineError, Result};
+use serde::Serialize;
+use std::path::PathBuf;
+use std::time::Instant;
+use vmtide_block::{BlockDevice, CopyOptions, copy_device};
+use vmtide_image::Format;
+use vmtide_nbd::NbdUrl;
+use vmtide_repo::{DiskRecord, ObjectId, Repository, RestorePoint};
+
+/// Where a restore goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RestoreTarget {
+    /// A file, a directory or a block device.
+    Path(PathBuf),
+    /// An NBD export of at least the disk's size.
+    Nbd(NbdUrl),
+}
+
+impl RestoreTarget {
+    /// Takes a path or an NBD URL.
+    ///
+    /// # Errors
+    /// [`EngineError::Usage`] for other URLs.
+    pub fn parse(text: &str) -> Result<Self> {
+        if NbdUrl::is_nbd_url(text) {
+            let url = text.parse().map_err(|error| EngineError::usage(format!("{error}")))?;
+            return Ok(Self::Nbd(url));
+        }
+        if let Some((scheme, _)) = crate::source::split_scheme(text) {
+            return Err(EngineError::usage(format!(
+                "cannot restore to a {scheme}:// URL in this build: give a file, a directory, a \
+                 block device or an nbd:// or nbd+unix:// URL"
+            )));
+        }
+        Ok(Self::Path(text.into()))
+    }
+}
+
+/// A restore.
+pub struct RestoreJob<'a> {
+    /// Where from.
+    pub repository: &'a Repository,
+    /// Which restore point.
+    pub point: &'a RestorePoint,
+    /// Where to.
+    pub target: RestoreTarget,
+    /// Which disk; none means all.
+    pub disk: Option<String>,
+    /// The image format of new files; none goes by the target's extension, else raw.
+    pub format: Option<Format>,
+    /// Change an existing target where it differs, and nowhere else.
+    pub in_place: bool,
+    /// Replace an existing target.
+    pub force: bool,
+    /// The number of workers; none suits the machine.
+    pub workers: Option<usize>,
+}
+
+/// What a restore did. The serialised form is the summary event of `--json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct RestoreSummary {
+    /// The restore point.
+    pub point: ObjectId,
+    /// Its VM.
+    pub vm: String,
+    /// The disks written.
+    pub disks: Vec<RestoredDisk>,
+    /// The VM's configuration as a file, in a restore to a directory.
+    pub config_path: Option<String>,
+    /// How long it took, in milliseconds.
+    pub duration_ms: u64,
+    /// What the user should know, one line each.
+    pub warnings: Vec<String>,
+}
+
+/// One disk of a [`RestoreSummary`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct RestoredDisk {
+    /// The disk.
+    pub id: String,
+    /// The file, device or URL it was written to.
+    pub path: String,
+    /// The image format it was written in.
+    pub format: String,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+    /// The bytes that held data and were read from the repository.
+    pub read_bytes: u64,
+    /// The bytes of data written.
+    pub written_bytes: u64,
+    /// The bytes of the target made zero explicitly.
+    pub zeroed_bytes: u64,
+}
+
+/// Restores.
+///
+/// # Errors
+/// New files are then not there; a target changed in place or a device is incomplete, and the
+/// error says so.
+pub fn restore(job: &RestoreJob<'_>, context: JobContext<'_>) -> Result<RestoreSummary> {
+    let begun = Instant::now();
+    let _lock = job.repository.lock_shared()?;
+    let disks = choose_disks(job)?;
+    let plan = restore_target::plan(job, &disks)?;
+    for disk in &disks {
+        context.progress.add_total(disk.size_bytes);
+    }
+    let mut restored = Vec::with_capacity(disks.len());
+    for (disk, write) in disks.iter().zip(&plan.writes) {
+        context.phase(Phase::Restore, format!("{} to {}", disk.id, write.name()));
+        restored.push(restore_disk(job, disk, write, context)?);
+    }
+    let config_path = match &plan.config_path {
+        Some(path) => {
+            Some(restore_target::write_config(path, job.point, job.force || job.in_place)?)
+        }
+        None => None,
+    };
+    Ok(RestoreSummary {
+        point: job.point.id,
+        vm: job.point.vm.clone(),
+        disks: restored,
+        config_path,
+        duration_ms: u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX),
+        warnings: Vec::new(),
+    })
+}
+
+fn choose_disks<'a>(job: &RestoreJob<'a>) -> Result<Vec<&'a DiskRecord>> {
+    let point = job.point;
+    let Some(wanted) = &job.disk else {
+        return Ok(point.disks.iter().collect());
+    };
+    let ids = || {
+        let ids: Vec<_> = point.disks.iter().map(|disk| disk.id.as_str()).collect();
+        ids.join(", ")
+    };
+    // By id first; a number counts the disks from 0, as they are listed.
+    let by_id = point.disk_record(wanted);
+    let by_number = || point.disks.get(wanted.parse::<usize>().ok()?);
+    let found = by_id.or_else(by_number).ok_or_else(|| EngineError::NotFound {
+        what: format!("disk {wanted} in restore point {}", point.id),
+        hint: format!("it has {}", ids()),
+    })?;
+    Ok(vec![found])
+}
+
+fn restore_disk(
+    job: &RestoreJob<'_>,
+    disk: &DiskRecord,
+    write: &WritePlan,
+    context: JobContext<'_>,
+) -> Result<RestoredDisk> {
+    let source = job.repository.open_disk(job.point, &disk.id)?;
+    let prepared = Prepared::open(write, source.size_bytes())?;
+    let mut options = CopyOptions {
+        target_is_zero: prepared.is_zero,
+        differing_only: write.differing_only,
+        ..CopyOptions::default()
+    };
+    if let Some(workers) = job.workers {
+        options.workers = workers.max(1);
+    }
+    let copied = copy_device(
+        source.as_ref(),
+        prepared.device.as_ref(),
+        &options,
+        context.progress,
+        context.cancel,
+    );
+    match copied {
+        Ok(summary) => {
+            prepared.finish(write)?;
+            Ok(RestoredDisk {
+                id: disk.id.clone(),
+                path: write.name(),
+                format: write.format.to_string(),
+                size_bytes: disk.size_bytes,
+                read_bytes: summary.read_bytes,
+                written_bytes: summary.written_bytes,
+                zeroed_bytes: summary.zeroed_bytes,
+            })
+        }
+        Err(error) => {
+            prepared.discard();
+            if write.is_overwritten() {
+                tracing::error!("{} is incomplete now: restore again", write.name());
+            }
+            Err(error.into())
+        }
+    }
+}

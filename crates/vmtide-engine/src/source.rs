@@ -1,0 +1,322 @@
+//! SOURCE: from what a user writes to a platform that can be backed up.
+
+use crate::{EngineError, Result};
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use vmtide_block::{BlockDevice, BlockError, RangeSet};
+use vmtide_hypervisor::{Hypervisor, HypervisorError, ImageSource};
+use vmtide_image::{BackingPolicy, Format, OpenOptions};
+use vmtide_nbd::{NbdDevice, NbdOptions, NbdUrl};
+use vmtide_qemu::{QemuTarget, QemuVm};
+
+/// The schemes that the design names and this build does not have, with what works instead.
+const NOT_YET: &[(&str, &str)] = &[
+    ("libvirt", "use the VM's QMP socket: qemu+unix:///PATH"),
+    ("proxmox", "use the VM's QMP socket: qemu+unix:///var/run/qemu-server/ID.qmp"),
+    ("hyperv", "back up its disk images instead"),
+    ("hyperv+winrm", "back up its disk images instead"),
+    ("vsphere", "back up its disk images instead"),
+];
+
+/// A source as the user wrote it, understood but not opened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SourceSpec {
+    /// A disk image file or a block device.
+    Image(PathBuf),
+    /// A running VM of QEMU, by its monitor; the URL.
+    Qemu(String),
+    /// An NBD export.
+    Nbd(NbdUrl),
+}
+
+impl SourceSpec {
+    /// Understands a path or URL.
+    ///
+    /// # Errors
+    /// [`EngineError::Usage`] with what is wrong with it, or that this build lacks it.
+    pub fn parse(text: &str) -> Result<Self> {
+        if text.is_empty() {
+            return Err(EngineError::usage("the source is empty"));
+        }
+        if NbdUrl::is_nbd_url(text) {
+            let url = text.parse().map_err(|error| EngineError::usage(format!("{error}")))?;
+            return Ok(Self::Nbd(url));
+        }
+        let Some((scheme, rest)) = split_scheme(text) else {
+            return Ok(Self::Image(text.into()));
+        };
+        match scheme {
+            "file" => Ok(Self::Image(file_path(text, rest)?)),
+            "qemu+unix" | "qemu+tcp" => {
+                // Its own parser tells what is wrong; the state directory does not matter here.
+                QemuTarget::parse_url(text, "")
+                    .map_err(|error| EngineError::usage(error.to_string()))?;
+                Ok(Self::Qemu(text.into()))
+            }
+            scheme => Err(unknown_scheme(scheme)),
+        }
+    }
+
+    /// The source without what must not be recorded. No scheme of today carries a secret.
+    pub fn display(&self) -> String {
+        match self {
+            Self::Image(path) => path.display().to_string(),
+            Self::Qemu(url) => url.clone(),
+            Self::Nbd(url) => url.to_string(),
+        }
+    }
+
+    /// Opens it.
+    ///
+    /// # Errors
+    /// What opening the image or connecting says.
+    pub fn open(&self, options: &SourceOptions) -> Result<OpenSource> {
+        match self {
+            Self::Image(path) => open_image(path, options),
+            Self::Nbd(url) => open_nbd(url, options),
+            Self::Qemu(url) => open_qemu(url, options),
+        }
+    }
+}
+
+fn unknown_scheme(scheme: &str) -> EngineError {
+    let known = NOT_YET.iter().find(|(name, _)| *name == scheme);
+    EngineError::usage(match known {
+        Some((name, instead)) => {
+            format!("{name}:// sources are not in this build yet; {instead}")
+        }
+        None => format!(
+            "unknown source {scheme}://: give a disk image, qemu+unix://, nbd:// or nbd+unix://"
+        ),
+    })
+}
+
+/// `scheme` and the rest of `scheme://rest`; none for a path.
+pub fn split_scheme(text: &str) -> Option<(&str, &str)> {
+    let (scheme, rest) = text.split_once("://")?;
+    let is_scheme = scheme.starts_with(|c: char| c.is_ascii_alphabetic())
+        && scheme.chars().all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c));
+    is_scheme.then_some((scheme, rest))
+}
+
+/// The path of a `file:///path` URL, taken literally.
+///
+/// # Errors
+/// [`EngineError::Usage`] where it names another host.
+pub fn file_path(url: &str, rest: &str) -> Result<PathBuf> {
+    if rest.starts_with('/') {
+        return Ok(rest.into());
+    }
+    Err(EngineError::usage(format!(
+        "{url}: write file:///PATH with three slashes, or just the path"
+    )))
+}
+
+/// How to open a source.
+#[derive(Clone, Debug, Default)]
+pub struct SourceOptions {
+    /// The VM's name; none takes the platform's, or the image's file name.
+    pub name: Option<String>,
+    /// The format of an image; none probes it.
+    pub format: Option<Format>,
+    /// Whether files that an image names are opened.
+    pub backing: BackingPolicy,
+    /// The changed ranges since the previous restore point, from outside.
+    pub changes: Option<RangeSet>,
+    /// Where journals and locks are kept.
+    pub state_directory: PathBuf,
+    /// The executable that guards a frozen guest; normally vmtide itself.
+    pub guardian: Option<PathBuf>,
+}
+
+/// A source that can be listed, described and backed up.
+pub struct OpenSource {
+    /// The platform.
+    pub hypervisor: Box<dyn Hypervisor>,
+    /// The VM to ask it for.
+    pub vm: String,
+    /// Whether the name comes from the user, so that the platform's does not count.
+    pub name: Option<String>,
+    /// The source as it is recorded.
+    pub display: String,
+}
+
+fn open_image(path: &Path, options: &SourceOptions) -> Result<OpenSource> {
+    if let Err(error) = std::fs::metadata(path)
+        && error.kind() == std::io::ErrorKind::NotFound
+    {
+        return Err(EngineError::NotFound {
+            what: format!("the disk image {}", path.display()),
+            hint: String::new(),
+        });
+    }
+    let format = match options.format {
+        Some(format) => format,
+        None => vmtide_image::probe(path)?,
+    };
+    let open =
+        OpenOptions { format: Some(format), backing: options.backing, ..OpenOptions::default() };
+    let device = vmtide_image::open_read_only(path, &open)?;
+    let name = match &options.name {
+        Some(name) => name.clone(),
+        None => image_name(path)?,
+    };
+    let display = std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
+    one_disk(name, format, device, options, display.display().to_string())
+}
+
+/// The file name without its extension.
+fn image_name(path: &Path) -> Result<String> {
+    path.file_stem().and_then(OsStr::to_str).map(ToOwned::to_owned).ok_or_else(|| {
+        EngineError::usage(format!("{} gives no name for the VM: add --name", path.display()))
+    })
+}
+
+fn open_nbd(url: &NbdUrl, options: &SourceOptions) -> Result<OpenSource> {
+    let name = match (&options.name, url.export.as_str()) {
+        (Some(name), _) => name.clone(),
+        (None, "") => {
+            return Err(EngineError::usage(format!("{url} gives no name for the VM: add --name")));
+        }
+        (None, export) => export.trim_matches('/').replace('/', "-"),
+    };
+    if options.format.is_some_and(|format| format != Format::Raw) {
+        return Err(EngineError::usage("an NBD export is a raw disk: --format does not apply"));
+    }
+    let connect = NbdOptions { read_only: true, ..NbdOptions::default() };
+    let device = NbdDevice::connect(url, &connect).map_err(|error| connect_error(url, error))?;
+    one_disk(name, Format::Raw, Arc::new(device), options, url.to_string())
+}
+
+/// A server that does not speak the protocol is a peer out of order, not damaged data.
+pub(crate) fn connect_error(url: &NbdUrl, error: BlockError) -> EngineError {
+    match error {
+        BlockError::Damaged { detail, .. } => {
+            HypervisorError::protocol(url.to_string(), detail).into()
+        }
+        other => other.into(),
+    }
+}
+
+fn one_disk(
+    name: String,
+    format: Format,
+    device: Arc<dyn BlockDevice>,
+    options: &SourceOptions,
+    display: String,
+) -> Result<OpenSource> {
+    let size_bytes = device.size_bytes();
+    let mut source = ImageSource::new(name.clone(), format.to_string(), device);
+    if let Some(changes) = &options.changes {
+        if let Some(range) = changes.iter().find(|range| range.end() > size_bytes) {
+            return Err(EngineError::usage(format!(
+                "the changed range {range} reaches past the end of {display} ({size_bytes} bytes)"
+            )));
+        }
+        source = source.with_changes(changes.clone());
+    }
+    Ok(OpenSource { hypervisor: Box::new(source), vm: name.clone(), name: Some(name), display })
+}
+
+fn open_qemu(url: &str, options: &SourceOptions) -> Result<OpenSource> {
+    if options.changes.is_some() {
+        return Err(EngineError::usage(
+            "--changes is for images and NBD exports: QEMU tracks changes itself",
+        ));
+    }
+    let mut target = QemuTarget::parse_url(url, &options.state_directory)?;
+    target.guardian.clone_from(&options.guardian);
+    if options.name.is_some() {
+        target.name.clone_from(&options.name);
+    }
+    Ok(OpenSource {
+        hypervisor: Box::new(QemuVm::new(target)),
+        vm: options.name.clone().unwrap_or_default(),
+        name: options.name.clone(),
+        display: url.to_owned(),
+    })
+}
+
+/// The changed ranges of a JSON document `[{"offset":0,"length":65536},…]`, in any order, also
+/// overlapping. Empty ranges are dropped.
+///
+/// # Errors
+/// [`EngineError::Usage`] where it is none, or a range passes the largest possible disk.
+pub fn parse_changes(origin: &str, json: &[u8]) -> Result<RangeSet> {
+    let ranges: Vec<vmtide_block::ByteRange> = serde_json::from_slice(json).map_err(|error| {
+        EngineError::usage(format!(
+            "{origin} is no list of changed ranges like [{{\"offset\":0,\"length\":65536}}]: {error}"
+        ))
+    })?;
+    if let Some(range) = ranges.iter().find(|range| range.checked_end().is_none()) {
+        return Err(EngineError::usage(format!(
+            "{origin}: the range {range} is larger than any disk"
+        )));
+    }
+    Ok(RangeSet::from(ranges))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sources_are_told_apart() {
+        let parse = |text: &str| SourceSpec::parse(text);
+        assert_eq!(parse("disk.qcow2").unwrap(), SourceSpec::Image("disk.qcow2".into()));
+        assert_eq!(parse("file:///a/b c").unwrap(), SourceSpec::Image("/a/b c".into()));
+        assert_eq!(parse("./nbd:x").unwrap(), SourceSpec::Image("./nbd:x".into()));
+        assert!(matches!(parse("qemu+unix:///run/vm.qmp").unwrap(), SourceSpec::Qemu(_)));
+        assert!(matches!(parse("nbd://host/x").unwrap(), SourceSpec::Nbd(_)));
+        assert!(matches!(parse("nbd+unix:///?socket=s").unwrap(), SourceSpec::Nbd(_)));
+        for (text, word) in [
+            ("hyperv://host/VM", "not in this build yet"),
+            ("libvirt:///web", "qemu+unix"),
+            ("http://x/y", "unknown source http://"),
+            ("file://host/a", "three slashes"),
+            ("qemu+unix://relative", "absolute"),
+            ("nbd://host:x/y", "port"),
+            ("", "empty"),
+        ] {
+            let error = parse(text).unwrap_err();
+            assert!(matches!(error, EngineError::Usage(_)), "{text}: {error:?}");
+            assert!(error.to_string().contains(word), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn an_image_is_named_after_its_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("web.disk.raw");
+        std::fs::write(&path, [1; 4096]).unwrap();
+        let source = SourceSpec::Image(path.clone());
+        let open = source.open(&SourceOptions::default()).unwrap();
+        assert_eq!(open.name.as_deref(), Some("web.disk"));
+        let config = open.hypervisor.describe(&open.vm).unwrap();
+        assert_eq!((config.name.as_str(), config.disks.len()), ("web.disk", 1));
+
+        let changes = parse_changes("x", br#"[{"offset":4000,"length":97}]"#).unwrap();
+        let options = SourceOptions { changes: Some(changes), ..SourceOptions::default() };
+        let error = source.open(&options).err().unwrap();
+        assert!(error.to_string().contains("past the end"), "{error}");
+        let missing = SourceSpec::Image(directory.path().join("none"));
+        let error = missing.open(&SourceOptions::default()).err().unwrap();
+        assert!(matches!(error, EngineError::NotFound { .. }), "{error}");
+    }
+
+    #[test]
+    fn lists_of_changes_are_checked() {
+        let set = parse_changes("x", br#"[{"offset":8,"length":8},{"offset":0,"length":8}]"#);
+        assert_eq!(set.unwrap().total_bytes(), 16);
+        for bad in [
+            &b"{}"[..],
+            b"[{\"offset\":-1,\"length\":2}]",
+            b"[{\"offset\":18446744073709551615,\"length\":2}]",
+            b"[{\"offset\":1}]",
+            b"",
+        ] {
+            assert!(matches!(parse_changes("x", bad), Err(EngineError::Usage(_))));
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! One run of the program: from the words of the command line to the exit code.
+
+use crate::cli::{Cli, Command, GlobalArgs};
+use crate::commands;
+use crate::exit::{self, Exit};
+use crate::output::Output;
+use crate::progress::ProgressDisplay;
+use crate::{logging, settings, signals};
+use clap::error::ErrorKind;
+use clap::{CommandFactory, FromArgMatches};
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use vmtide_block::{CancelToken, Progress};
+use vmtide_engine::{EngineError, JobContext, Result};
+
+/// What every command works with.
+pub struct App {
+    /// The options of all commands.
+    pub global: GlobalArgs,
+    /// Standard output and standard error.
+    pub output: Arc<Output>,
+}
+
+/// Runs the program.
+pub fn run(words: Vec<OsString>) -> ExitCode {
+    // Started by vmtide itself beside a frozen guest: no settings, no help, no signals of ours.
+    if words.get(1).is_some_and(|word| word == commands::guardian::NAME) {
+        return commands::guardian::run(&words[2..]);
+    }
+    let exit = match parse(&words) {
+        Ok(cli) => run_command(cli),
+        Err(NotParsed::Shown(exit)) => exit,
+        Err(NotParsed::Settings(error)) => {
+            let exit = exit::of_error(&error);
+            Output::new(wants_json(&words), false).error(&error.to_string(), exit);
+            exit
+        }
+    };
+    ExitCode::from(exit.code())
+}
+
+/// Why there is no command to run.
+enum NotParsed {
+    /// Help, or what is wrong with the command line, is shown already.
+    Shown(Exit),
+    /// The settings file.
+    Settings(EngineError),
+}
+
+fn parse(words: &[OsString]) -> std::result::Result<Cli, NotParsed> {
+    let command = settings::apply(Cli::command(), words).map_err(NotParsed::Settings)?;
+    let parsed =
+        command.try_get_matches_from(words).and_then(|matches| Cli::from_arg_matches(&matches));
+    parsed.map_err(|error| {
+        if wants_json(words) && error.use_stderr() {
+            let text = error.to_string();
+            let first = text.lines().next().unwrap_or_default();
+            let message = first.strip_prefix("error: ").unwrap_or(first);
+            Output::new(true, false).error(message, Exit::Usage);
+            return NotParsed::Shown(Exit::Usage);
+        }
+        // Nobody reads what cannot be written.
+        let _ = error.print();
+        NotParsed::Shown(match error.kind() {
+            ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => Exit::Done,
+            _ => Exit::Usage,
+        })
+    })
+}
+
+fn wants_json(words: &[OsString]) -> bool {
+    words.iter().take_while(|word| *word != "--").any(|word| word == "--json")
+}
+
+fn run_command(cli: Cli) -> Exit {
+    logging::start(&cli.global);
+    let app = App {
+        output: Arc::new(Output::new(cli.global.json, cli.global.quiet)),
+        global: cli.global,
+    };
+    match dispatch(&app, cli.command) {
+        Ok(exit) => exit,
+        Err(error) => app.failed(&error),
+    }
+}
+
+fn dispatch(app: &App, command: Command) -> Result<Exit> {
+    match command {
+        Command::Init(args) => commands::init::run(app, &args),
+        Command::Backup(args) => commands::backup::run(app, &args),
+        Command::Points(args) => commands::points::run(app, &args),
+        Command::Show(args) => commands::show::run(app, &args),
+        Command::Diff(args) => commands::diff::run(app, &args),
+        Command::Restore(args) => commands::restore::run(app, &args),
+        Command::Verify(args) => commands::verify::run(app, &args),
+        Command::Forget(args) => commands::forget::run(app, &args),
+        Command::Prune(args) => commands::prune::run(app, &args),
+        Command::Key(args) => commands::key::run(app, &args),
+        Command::Vm(args) => commands::vm::run(app, &args),
+        Command::Doctor(args) => commands::doctor::run(app, &args),
+        Command::Stats(args) => commands::stats::run(app, &args),
+        Command::Completions(args) => commands::completions::run(app, &args),
+        Command::Man(args) => commands::man::run(app, &args),
+    }
+}
+
+impl App {
+    /// Shows an error. Answers with how the run ends.
+    pub fn failed(&self, error: &EngineError) -> Exit {
+        let exit = exit::of_error(error);
+        self.output.error(&error.to_string(), exit);
+        exit
+    }
+
+    /// Begins a job that the user can watch and interrupt.
+    ///
+    /// # Errors
+    /// Where signals cannot be handled.
+    pub fn begin_job(&self) -> Result<Job> {
+        Ok(Job { cancel: signals::cancel_on_signals()? })
+    }
+
+    /// Where journals and locks are kept.
+    pub fn state_directory(&self) -> PathBuf {
+        if let Some(directory) = &self.global.state_dir {
+            return directory.clone();
+        }
+        let absolute = |path: &PathBuf| path.is_absolute();
+        if let Some(directory) =
+            std::env::var_os("XDG_STATE_HOME").map(PathBuf::from).filter(absolute)
+        {
+            return directory.join("vmtide");
+        }
+        if rustix::process::geteuid().is_root() {
+            return "/var/lib/vmtide".into();
+        }
+        let home = std::env::home_dir().unwrap_or_else(|| "/var/tmp".into());
+        home.join(".local/state/vmtide")
+    }
+}
+
+/// A job that the user can watch and interrupt.
+pub struct Job {
+    cancel: CancelToken,
+}
+
+impl Job {
+    /// Whether the user interrupted it.
+    pub fn is_interrupted(&self) -> bool {
+        self.cancel.is_cancelled()
+    }
+
+    /// Runs one step with its progress shown. A step that fails after the user interrupted it was
+    /// interrupted, whatever it says.
+    ///
+    /// # Errors
+    /// Those of the step.
+    pub fn run<T>(&self, app: &App, step: impl FnOnce(JobContext<'_>) -> Result<T>) -> Result<T> {
+        let progress = Arc::new(Progress::new());
+        let display =
+            ProgressDisplay::start(&app.output, &progress, &self.cancel, app.global.verbose == 0);
+        let result = step(JobContext {
+            progress: &progress,
+            cancel: &self.cancel,
+            observer: app.output.as_ref(),
+        });
+        drop(display);
+        match result {
+            Err(error) if self.is_interrupted() => {
+                tracing::info!(%error, "interrupted");
+                Err(vmtide_block::BlockError::Cancelled.into())
+            }
+            other => other,
+        }
+    }
+}

@@ -1,0 +1,218 @@
+//! `vmtide backup`: back up virtual machines or disk images.
+
+use crate::app::{App, Job};
+use crate::commands::vm::BackingArg;
+use crate::exit::Exit;
+use crate::table::Table;
+use crate::{repository, units};
+use clap::{Args, ValueEnum};
+use std::io::Read;
+use vmtide_block::RangeSet;
+use vmtide_engine::source::{SourceOptions, SourceSpec, parse_changes};
+use vmtide_engine::{BackupJob, BackupSummary, EngineError, LevelChoice, Result, backup};
+use vmtide_hypervisor::{Consistency, DiskId};
+use vmtide_image::Format;
+use vmtide_repo::{BackupOptions, Repository};
+
+const EXAMPLES: &str = "\
+SOURCE is one of
+  disk.qcow2, /dev/vg/disk              a disk image or block device that nobody writes to
+  qemu+unix:///run/vm.qmp               a running VM of QEMU, by its monitor socket; options:
+                                        ?agent=PATH&scratch=DIR&name=NAME&method=auto|filter|job
+  nbd://HOST/EXPORT                     an NBD export
+  nbd+unix:///EXPORT?socket=PATH        an NBD export on a Unix socket
+
+Examples:
+  vmtide backup qemu+unix:///run/web.qmp -r /backup
+  vmtide backup qemu+unix:///run/web.qmp -r /backup --consistency fs --tag job=nightly
+  vmtide backup disk.qcow2 -r /backup --name web --level full
+  vmtide backup disk.raw -r /backup --changes changes.json
+
+--changes takes [{\"offset\":0,\"length\":65536},…]: all that may differ from the previous restore point.
+With several sources each has its summary event, and a failed one does not stop the others.";
+
+/// The most bytes of a list of changed ranges: some ten million ranges.
+const MAX_CHANGES_BYTES: u64 = 512 << 20;
+
+/// The options of `backup`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct BackupArgs {
+    /// What to back up; see below
+    #[arg(required = true, value_name = "SOURCE")]
+    source: Vec<String>,
+    /// What to compare with: the previous restore point, the last full one, or nothing
+    #[arg(long, default_value = "auto")]
+    level: LevelArg,
+    /// app, fs or crash: fail where it cannot be reached [default: the best that can be had]
+    #[arg(long, value_name = "LEVEL")]
+    consistency: Option<Consistency>,
+    /// Go on with less consistency than asked for, with a warning
+    #[arg(long, requires = "consistency")]
+    allow_downgrade: bool,
+    /// The VM's name in the repository [default: the VM's own, or the image's without extension]
+    #[arg(long, value_name = "VM")]
+    name: Option<String>,
+    /// Record a tag with the restore point; may be repeated
+    #[arg(long, value_name = "K=V", value_parser = units::parse_tag)]
+    pub(crate) tag: Vec<(String, String)>,
+    /// Leave out a disk, by its id; may be repeated
+    #[arg(long, value_name = "DISK")]
+    disk_exclude: Vec<String>,
+    /// Trust that only these ranges changed since the previous restore point; - reads standard input
+    #[arg(long, value_name = "FILE")]
+    changes: Option<String>,
+    /// The format of a disk image [default: found by its content]
+    #[arg(long, value_name = "FORMAT")]
+    format: Option<Format>,
+    /// Which files a disk image may name as its backing file
+    #[arg(long, value_name = "WHICH", default_value = "same-directory")]
+    backing: BackingArg,
+    /// Read at most so many bytes a second, e.g. 50MiB
+    #[arg(long, value_name = "RATE", value_parser = units::parse_size)]
+    limit_rate: Option<u64>,
+    /// The zstd level, 1 to 19
+    #[arg(long, value_name = "LEVEL", default_value_t = 1, value_parser = clap::value_parser!(i32).range(1..=19))]
+    pub(crate) compression: i32,
+    /// Threads that read, hash and compress [default: one more than there are processors]
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u16).range(1..=256))]
+    workers: Option<u16>,
+}
+
+/// The level.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum LevelArg {
+    /// Incremental where there is a restore point, else full
+    Auto,
+    /// Read everything
+    Full,
+    /// Since the previous restore point
+    Incremental,
+    /// Since the last full one
+    Differential,
+}
+
+/// Backs up one source after the other.
+pub fn run(app: &App, args: &BackupArgs) -> Result<Exit> {
+    let sources =
+        args.source.iter().map(|text| SourceSpec::parse(text)).collect::<Result<Vec<_>>>()?;
+    if sources.len() > 1 && (args.name.is_some() || args.changes.is_some()) {
+        return Err(EngineError::usage("--name and --changes are for one source only"));
+    }
+    let changes = args.changes.as_deref().map(read_changes).transpose()?;
+    let repository = repository::open(app)?;
+    let job = app.begin_job()?;
+    let mut exit = Exit::Done;
+    for source in &sources {
+        let ended = match run_one(app, args, &repository, source, changes.as_ref(), &job) {
+            Ok(summary) => {
+                show(app, &summary);
+                app.output.summary(&summary);
+                Exit::with_warnings(!summary.warnings.is_empty())
+            }
+            Err(error) => app.failed(&error),
+        };
+        exit = exit.worse(ended);
+        if job.is_interrupted() {
+            break;
+        }
+    }
+    Ok(exit)
+}
+
+fn run_one(
+    app: &App,
+    args: &BackupArgs,
+    repository: &Repository,
+    source: &SourceSpec,
+    changes: Option<&RangeSet>,
+    job: &Job,
+) -> Result<BackupSummary> {
+    let source = source.open(&SourceOptions {
+        name: args.name.clone(),
+        format: args.format,
+        backing: args.backing.policy(),
+        changes: changes.cloned(),
+        state_directory: app.state_directory(),
+        guardian: std::env::current_exe().ok(),
+    })?;
+    let defaults = BackupOptions::default();
+    let backup_job = BackupJob {
+        repository,
+        hypervisor: source.hypervisor.as_ref(),
+        vm: source.vm,
+        name: source.name,
+        source: source.display,
+        level: match args.level {
+            LevelArg::Auto => LevelChoice::Auto,
+            LevelArg::Full => LevelChoice::Full,
+            LevelArg::Incremental => LevelChoice::Incremental,
+            LevelArg::Differential => LevelChoice::Differential,
+        },
+        consistency: args.consistency,
+        allow_downgrade: args.allow_downgrade,
+        tags: args.tag.iter().cloned().collect(),
+        exclude: args.disk_exclude.iter().cloned().map(DiskId).collect(),
+        options: BackupOptions {
+            workers: args.workers.map_or(defaults.workers, usize::from),
+            compression_level: args.compression,
+            limit_rate: args.limit_rate,
+            ..defaults
+        },
+    };
+    job.run(app, |context| backup(&backup_job, context))
+}
+
+fn read_changes(path: &str) -> Result<RangeSet> {
+    let io = |error| EngineError::io(format!("read the changed ranges of {path}"), error);
+    let reader: Box<dyn Read> = if path == "-" {
+        Box::new(std::io::stdin().lock())
+    } else {
+        Box::new(std::fs::File::open(path).map_err(io)?)
+    };
+    let mut json = Vec::new();
+    reader.take(MAX_CHANGES_BYTES + 1).read_to_end(&mut json).map_err(io)?;
+    if json.len() as u64 > MAX_CHANGES_BYTES {
+        return Err(EngineError::usage(format!(
+            "{path}: a list of changed ranges may have at most {}",
+            units::size(MAX_CHANGES_BYTES)
+        )));
+    }
+    parse_changes(path, &json)
+}
+
+fn show(app: &App, summary: &BackupSummary) {
+    let output = &app.output;
+    output.line(format!(
+        "{} of {} is restore point {}, {} consistent, after {}",
+        summary.level,
+        summary.vm,
+        units::short_id(summary.point),
+        summary.consistency,
+        units::duration(summary.duration_ms),
+    ));
+    if output.is_quiet() {
+        return;
+    }
+    let mut table = Table::new(&[
+        "disk",
+        ">size",
+        ">changed",
+        ">read",
+        ">new",
+        ">stored",
+        "read in full because",
+    ]);
+    for disk in &summary.disks {
+        table.row([
+            disk.id.clone(),
+            units::size(disk.counts.size_bytes),
+            units::size(disk.counts.changed_bytes),
+            units::size(disk.counts.read_bytes),
+            units::size(disk.counts.new_bytes),
+            units::size(disk.counts.stored_bytes),
+            disk.tracking.reason.clone().unwrap_or_default(),
+        ]);
+    }
+    output.lines(table.lines().into_iter().map(|line| format!("  {line}")));
+}

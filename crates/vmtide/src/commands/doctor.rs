@@ -1,0 +1,94 @@
+//! `vmtide doctor`: what does not work, and what to do.
+
+use crate::app::App;
+use crate::exit::Exit;
+use crate::repository;
+use clap::Args;
+use vmtide_engine::doctor::{self, Check, CheckStatus};
+use vmtide_engine::source::{SourceOptions, SourceSpec, split_scheme};
+use vmtide_engine::{EngineError, Result};
+
+const EXAMPLES: &str = "\
+Examples:
+  vmtide doctor qemu+unix:///run/web.qmp     a source: reachable, tracking, leftovers of killed jobs
+  vmtide doctor /backup                      a repository: opens, keys, restore points, rights, space
+
+Removes on a source what killed jobs left there, as the next backup would.
+Ends with code 1 where something fails, 3 where something should be looked at.";
+
+/// The options of `doctor`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct DoctorArgs {
+    /// Sources and repositories [default: the repository of -r]
+    #[arg(value_name = "SOURCE|REPO")]
+    target: Vec<String>,
+}
+
+/// Looks all of them over.
+pub fn run(app: &App, args: &DoctorArgs) -> Result<Exit> {
+    let targets = match (args.target.is_empty(), &app.global.repository) {
+        (false, _) => args.target.clone(),
+        (true, Some(repository)) => vec![repository.clone()],
+        (true, None) => {
+            return Err(EngineError::usage("nothing to look at: give a SOURCE or a REPO"));
+        }
+    };
+    let mut all = Vec::new();
+    for target in &targets {
+        let checks = check(app, target)?;
+        show(app, target, &checks);
+        for check in &checks {
+            let event = serde_json::json!({ "target": target, "check": check });
+            app.output.event("check", &event);
+        }
+        all.extend(checks);
+    }
+    let status = doctor::worst(&all);
+    app.output.summary(&serde_json::json!({ "status": status, "checks": all }));
+    Ok(match status {
+        CheckStatus::Ok => Exit::Done,
+        CheckStatus::Warn => Exit::Warnings,
+        CheckStatus::Fail => Exit::Failed,
+    })
+}
+
+fn check(app: &App, target: &str) -> Result<Vec<Check>> {
+    if !is_repository(target) {
+        let spec = SourceSpec::parse(target)?;
+        let options =
+            SourceOptions { state_directory: app.state_directory(), ..SourceOptions::default() };
+        return Ok(doctor::check_source(&spec, &options));
+    }
+    let directory = repository::directory_of(target)?;
+    Ok(match repository::open_at(app, target) {
+        Ok(repository) => doctor::check_repository(&repository, Some(&directory)),
+        Err(error) => doctor::cannot_open(target, &error),
+    })
+}
+
+/// Directories are repositories, files and URLs of platforms are sources.
+fn is_repository(target: &str) -> bool {
+    let path = match split_scheme(target) {
+        None => target,
+        Some(("file", rest)) => rest,
+        Some(("s3", _)) => return true,
+        Some(_) => return false,
+    };
+    std::path::Path::new(path).is_dir()
+}
+
+fn show(app: &App, target: &str, checks: &[Check]) {
+    app.output.line(target);
+    for check in checks {
+        let word = match check.status {
+            CheckStatus::Ok => "ok",
+            CheckStatus::Warn => "WARN",
+            CheckStatus::Fail => "FAIL",
+        };
+        app.output.line(format!("  {word:<4}  {}: {}", check.name, check.detail));
+        if let Some(advice) = &check.advice {
+            app.output.line(format!("        → {advice}"));
+        }
+    }
+}

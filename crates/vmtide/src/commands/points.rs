@@ -1,0 +1,117 @@
+//! `vmtide points`: list restore points.
+
+use crate::app::App;
+use crate::exit::{self, Exit};
+use crate::table::Table;
+use crate::{repository, units};
+use clap::Args;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use vmtide_engine::{DiskSummary, Result, points};
+use vmtide_repo::{Level, ObjectId, RestorePoint};
+
+const EXAMPLES: &str = "\
+Examples:
+  vmtide points -r /backup
+  vmtide points -r /backup --vm web --json
+
+Other commands take a restore point as the first digits of its id, VM@latest, or VM@TIME for the
+latest one at or before that time, e.g. web@2026-11-20T03:00.";
+
+/// The options of `points`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct PointsArgs {
+    /// Only those of this VM
+    #[arg(long, value_name = "NAME")]
+    vm: Option<String>,
+}
+
+/// A restore point as listed: what `show` shows without the configuration.
+#[derive(Serialize)]
+struct Listed<'a> {
+    id: ObjectId,
+    vm: &'a str,
+    time: jiff::Timestamp,
+    level: Level,
+    parent: Option<ObjectId>,
+    consistency: &'a str,
+    tags: &'a BTreeMap<String, String>,
+    host: &'a str,
+    source: &'a str,
+    disks: Vec<DiskSummary>,
+    warnings: &'a [String],
+}
+
+impl<'a> From<&'a RestorePoint> for Listed<'a> {
+    fn from(point: &'a RestorePoint) -> Self {
+        let disks = point.disks.iter().map(|disk| DiskSummary {
+            id: disk.id.clone(),
+            counts: disk.counts,
+            tracking: disk.tracking.clone(),
+        });
+        Self {
+            id: point.id,
+            vm: &point.vm,
+            time: point.time,
+            level: point.level,
+            parent: point.parent,
+            consistency: &point.consistency,
+            tags: &point.tags,
+            host: &point.host,
+            source: &point.source,
+            disks: disks.collect(),
+            warnings: &point.warnings,
+        }
+    }
+}
+
+/// Lists them.
+pub fn run(app: &App, args: &PointsArgs) -> Result<Exit> {
+    let repository = repository::open(app)?;
+    let list = points(&repository, args.vm.as_deref())?;
+    let mut table = Table::new(&[
+        "id",
+        "time",
+        "vm",
+        "level",
+        "consistency",
+        ">size",
+        ">changed",
+        ">stored",
+        "tags",
+    ]);
+    for point in &list.points {
+        let sum = |field: fn(&vmtide_repo::DiskCounts) -> u64| {
+            units::size(point.disks.iter().map(|disk| field(&disk.counts)).sum())
+        };
+        let tags: Vec<_> = point.tags.iter().map(|(key, value)| format!("{key}={value}")).collect();
+        table.row([
+            units::short_id(point.id),
+            units::time(point.time),
+            point.vm.clone(),
+            point.level.to_string(),
+            point.consistency.clone(),
+            sum(|counts| counts.size_bytes),
+            sum(|counts| counts.changed_bytes),
+            sum(|counts| counts.stored_bytes),
+            tags.join(" "),
+        ]);
+    }
+    if list.points.is_empty() {
+        app.output.remark("no restore points yet");
+    } else {
+        app.output.lines(table.lines());
+    }
+    let mut exit = Exit::Done;
+    let mut unreadable = Vec::new();
+    for (name, error) in &list.unreadable {
+        let message = format!("{name} cannot be read: {error}");
+        app.output.warning(&message);
+        unreadable.push(serde_json::json!({ "object": name, "error": error.to_string() }));
+        exit = exit.worse(exit::of_repo(error));
+    }
+    let listed: Vec<_> = list.points.iter().map(Listed::from).collect();
+    app.output.summary(&serde_json::json!({ "points": listed, "unreadable": unreadable }));
+    Ok(exit)
+}

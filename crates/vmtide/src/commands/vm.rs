@@ -1,0 +1,139 @@
+//! `vmtide vm`: what a source has to back up.
+
+use crate::app::App;
+use crate::exit::Exit;
+use crate::table::Table;
+use crate::units;
+use clap::{Args, Subcommand, ValueEnum};
+use vmtide_engine::Result;
+use vmtide_engine::source::{OpenSource, SourceOptions, SourceSpec};
+use vmtide_hypervisor::VmConfig;
+use vmtide_image::BackingPolicy;
+
+const EXAMPLES: &str = "\
+Examples:
+  vmtide vm list qemu+unix:///run/web.qmp
+  vmtide vm show qemu+unix:///run/web.qmp
+  vmtide vm show disk.qcow2 --json";
+
+/// The options of `vm`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct VmArgs {
+    #[command(subcommand)]
+    command: VmCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum VmCommand {
+    /// List the VMs of a source
+    List(SourceArgs),
+    /// Show the configuration of a VM
+    Show(SourceArgs),
+}
+
+#[derive(Debug, Args)]
+struct SourceArgs {
+    /// As for `vmtide backup`
+    #[arg(value_name = "SOURCE")]
+    source: String,
+    /// Which files a disk image may name as its backing file
+    #[arg(long, value_name = "WHICH", default_value = "same-directory")]
+    backing: BackingArg,
+}
+
+/// Which files an image may lead to. Whoever can write an image's header chooses its backing file,
+/// and would otherwise have any file of this host read into a backup.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum BackingArg {
+    /// None: images with a backing file are refused
+    Refuse,
+    /// Files in the image's own directory
+    #[default]
+    SameDirectory,
+    /// Any file; for images whose every writer is trusted
+    Allow,
+}
+
+impl BackingArg {
+    /// As the image library knows it.
+    pub const fn policy(self) -> BackingPolicy {
+        match self {
+            Self::Refuse => BackingPolicy::Refuse,
+            Self::SameDirectory => BackingPolicy::SameDirectory,
+            Self::Allow => BackingPolicy::Allow,
+        }
+    }
+}
+
+/// Does it.
+pub fn run(app: &App, args: &VmArgs) -> Result<Exit> {
+    match &args.command {
+        VmCommand::List(args) => list(app, &open(app, args)?),
+        VmCommand::Show(args) => show(app, &open(app, args)?),
+    }
+}
+
+fn open(app: &App, args: &SourceArgs) -> Result<OpenSource> {
+    SourceSpec::parse(&args.source)?.open(&SourceOptions {
+        backing: args.backing.policy(),
+        state_directory: app.state_directory(),
+        ..SourceOptions::default()
+    })
+}
+
+fn list(app: &App, source: &OpenSource) -> Result<Exit> {
+    let vms = source.hypervisor.list()?;
+    let mut table = Table::new(&["name", "state", ">disks", "id"]);
+    for vm in &vms {
+        table.row([
+            vm.name.clone(),
+            vm.state.clone(),
+            vm.disks.to_string(),
+            vm.id.clone().unwrap_or_default(),
+        ]);
+    }
+    app.output.lines(table.lines());
+    app.output.summary(&serde_json::json!({ "vms": vms }));
+    Ok(Exit::Done)
+}
+
+fn show(app: &App, source: &OpenSource) -> Result<Exit> {
+    let config = source.hypervisor.describe(&source.vm)?;
+    show_config(app, &config);
+    app.output.summary(&serde_json::json!({ "vm": config }));
+    Ok(Exit::Done)
+}
+
+fn show_config(app: &App, config: &VmConfig) {
+    let field = |name: &str, value: Option<String>| {
+        if let Some(value) = value.filter(|value| !value.is_empty()) {
+            app.output.line(format!("{name:<12} {value}"));
+        }
+    };
+    field("name", Some(config.name.clone()));
+    field("id", config.id.clone());
+    let version = config.platform_version.as_deref().unwrap_or_default();
+    field("platform", Some(format!("{} {version}", config.platform).trim_end().into()));
+    field("machine", config.machine.clone());
+    field("processors", config.processors.map(|count| count.to_string()));
+    field("memory", config.memory_bytes.map(units::size));
+    field("firmware", config.firmware.map(|firmware| format!("{firmware:?}").to_lowercase()));
+    for adapter in &config.network_adapters {
+        let parts = [Some(&adapter.id), adapter.model.as_ref(), adapter.mac.as_ref()];
+        let parts: Vec<_> = parts.into_iter().flatten().map(String::as_str).collect();
+        field("network", Some(parts.join(", ")));
+    }
+    let mut table = Table::new(&["disk", ">size", "bus", "format", "path"]);
+    for disk in &config.disks {
+        table.row([
+            disk.id.to_string(),
+            units::size(disk.size_bytes),
+            format!("{:?}", disk.bus).to_lowercase(),
+            disk.format.clone().unwrap_or_default(),
+            disk.path.clone().unwrap_or_default(),
+        ]);
+    }
+    app.output.line("");
+    app.output.lines(table.lines());
+}

@@ -1,0 +1,56 @@
+//! Opening the repository that the user names.
+
+use crate::app::App;
+use crate::passwords::PasswordSource;
+use std::path::PathBuf;
+use std::sync::Arc;
+use vmtide_engine::source::{file_path, split_scheme};
+use vmtide_engine::{EngineError, Result};
+use vmtide_repo::{LocalStore, RepoError, Repository};
+
+/// The directory of a repository given as a path or `file:///` URL.
+///
+/// # Errors
+/// [`EngineError::Usage`] for other URLs.
+pub fn directory_of(location: &str) -> Result<PathBuf> {
+    match split_scheme(location) {
+        None if location.is_empty() => Err(EngineError::usage("the repository's path is empty")),
+        None => Ok(location.into()),
+        Some(("file", rest)) => file_path(location, rest),
+        Some((scheme, _)) => Err(EngineError::usage(format!(
+            "{scheme}:// repositories are not in this build yet: give a directory"
+        ))),
+    }
+}
+
+/// Opens the repository of `-r`.
+///
+/// # Errors
+/// [`EngineError::Usage`] where none is named; that of opening it.
+pub fn open(app: &App) -> Result<Repository> {
+    let location = app.global.repository.as_deref().ok_or_else(|| {
+        EngineError::usage("no repository: give -r REPO, or set VMTIDE_REPOSITORY")
+    })?;
+    open_at(app, location)
+}
+
+/// Opens the repository at `location`.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_at(app: &App, location: &str) -> Result<Repository> {
+    let directory = directory_of(location)?;
+    let store = LocalStore::open(&directory)?;
+    let mut refused = None;
+    let mut password = || {
+        PasswordSource::of_repository(&app.global.password).get().map_err(|error| {
+            let message = error.to_string();
+            refused = Some(error);
+            RepoError::Invalid(message)
+        })
+    };
+    Repository::open(Arc::new(store), &mut password).map_err(|error| {
+        // The reason that there is no password has a class of its own.
+        refused.unwrap_or(EngineError::Repo(error))
+    })
+}
