@@ -92,9 +92,10 @@ fn prepare_filter(session: &mut Session, plan: &DiskPlan, path: &Path) -> Result
     })?;
     let size_bytes = plan.drive.size_bytes.next_multiple_of(SECTOR_BYTES);
     scratch::create_sparse(path, size_bytes, &session.qmp)?;
-    session.qmp.execute(
-        "blockdev-add",
+    scratch::attach(
+        &session.qmp,
         json!({"driver": "file", "node-name": target, "filename": path, "discard": "unmap"}),
+        path,
     )?;
     session.qmp.execute(
         "blockdev-add",
@@ -112,15 +113,16 @@ fn prepare_job(session: &mut Session, plan: &DiskPlan, path: &Path) -> Result<()
     create_qcow2(path, size_bytes)?;
     scratch::reserve(path, qcow2_bytes(size_bytes))?;
     scratch::give_to_qemu(path, &session.qmp)?;
-    session.qmp.execute(
-        "blockdev-add",
+    scratch::attach(
+        &session.qmp,
         json!({
-            "driver": "qcow2", "node-name": names::temporary(&session.job, Kind::Scratch, plan.index),
+            "driver": "qcow2",
+            "node-name": names::temporary(&session.job, Kind::Scratch, plan.index),
             "file": {"driver": "file", "filename": path},
             "backing": plan.drive.node,
         }),
-    )?;
-    Ok(())
+        path,
+    )
 }
 
 fn create_qcow2(path: &Path, size_bytes: u64) -> Result<()> {

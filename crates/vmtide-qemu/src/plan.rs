@@ -148,3 +148,82 @@ fn useless(drive: &Drive, base: &Result<String, FullReason>, lineage: &str) -> V
         .map(|bitmap| bitmap.name.clone())
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+    use vmtide_block::CancelToken;
+    use vmtide_hypervisor::{Consistency, DiskId, JobId};
+
+    const LINEAGE: &str = "00000000000000aa";
+
+    fn bitmap(lineage: &str) -> Bitmap {
+        Bitmap {
+            name: names::tracking(lineage, &JobId::random()),
+            granularity_bytes: GRANULARITY_BYTES,
+            recording: true,
+            persistent: true,
+            inconsistent: false,
+        }
+    }
+
+    fn drive(bitmaps: Vec<Bitmap>) -> Drive {
+        Drive {
+            id: DiskId("vda".into()),
+            qom_path: None,
+            node: "n".into(),
+            driver: "qcow2".into(),
+            size_bytes: 1 << 20,
+            filename: "f".into(),
+            keeps_bitmaps: true,
+            bitmaps,
+        }
+    }
+
+    fn request(base: Option<&str>) -> FreezeRequest {
+        let base = base.map(|bitmap| {
+            let mark = Mark {
+                bitmap: bitmap.into(),
+                granularity: GRANULARITY_BYTES,
+                persistent: true,
+                driver: "qcow2".into(),
+            };
+            let base = Base { tracking: Some(mark.to_id()), size_bytes: 1 << 20 };
+            (DiskId("vda".into()), base)
+        });
+        FreezeRequest {
+            vm: String::new(),
+            job: JobId::random(),
+            lineage: LINEAGE.into(),
+            consistency: Consistency::Crash,
+            allow_downgrade: false,
+            bases: base.into_iter().collect::<BTreeMap<_, _>>(),
+            exclude: Vec::new(),
+            cancel: CancelToken::new(),
+        }
+    }
+
+    #[test]
+    fn the_base_decides_between_the_bitmaps_a_killed_job_left() {
+        let (old, new, foreign) = (bitmap(LINEAGE), bitmap(LINEAGE), bitmap("00000000000000bb"));
+        let drive = drive(vec![old.clone(), foreign, new.clone()]);
+        for (base, other) in [(&old, &new), (&new, &old)] {
+            let plan = plan(std::slice::from_ref(&drive), &request(Some(&base.name)));
+            assert_eq!(plan[0].base.as_ref(), Ok(&base.name));
+            assert_eq!(plan[0].useless, [other.name.clone()]);
+        }
+    }
+
+    #[test]
+    fn without_a_base_bitmaps_stay_until_there_are_too_many() {
+        let mut drive = drive((1..MAX_UNDECIDED).map(|_| bitmap(LINEAGE)).collect());
+        drive.bitmaps[0].inconsistent = true;
+        let plan_one = plan(std::slice::from_ref(&drive), &request(None));
+        assert_eq!(plan_one[0].base, Err(FullReason::FirstBackup));
+        assert_eq!(plan_one[0].useless, [drive.bitmaps[0].name.clone()]);
+        drive.bitmaps.push(bitmap(LINEAGE));
+        let plan_two = plan(std::slice::from_ref(&drive), &request(None));
+        assert_eq!(plan_two[0].useless.len(), MAX_UNDECIDED);
+    }
+}

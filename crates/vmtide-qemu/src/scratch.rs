@@ -6,8 +6,9 @@
 //! on the monitor.
 
 use crate::QemuTarget;
-use crate::qmp::QmpClient;
+use crate::qmp::{QmpClient, QmpError};
 use rustix::fs::{FallocateFlags, Gid, Mode, Uid};
+use serde_json::Value;
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -85,7 +86,12 @@ pub(crate) fn socket_directory(
     qmp: &QmpClient,
     record: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<PathBuf> {
-    let directory = private_directory_path(&target.state_directory, job)?;
+    // Another user may not be able to enter the directories above our state.
+    let parent = match foreign_owner(qmp) {
+        Some(_) => std::env::temp_dir(),
+        None => target.state_directory.clone(),
+    };
+    let directory = private_directory_path(&parent, job)?;
     record(&directory)?;
     make_private_directory(&directory)?;
     give_to_qemu(&directory, qmp)?;
@@ -123,14 +129,35 @@ fn create_private(path: &Path) -> std::io::Result<File> {
     OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)
 }
 
+/// User and group that QEMU runs as, where that is another user than we are.
+fn foreign_owner(qmp: &QmpClient) -> Option<(u32, u32)> {
+    let us = rustix::process::geteuid().as_raw();
+    qmp.owner().filter(|(uid, _)| *uid != us)
+}
+
+/// Lets QEMU open a block node in scratch space. Where it may not, the error says what to do.
+pub(crate) fn attach(qmp: &QmpClient, node: Value, path: &Path) -> Result<()> {
+    match qmp.execute("blockdev-add", node) {
+        Ok(_) => Ok(()),
+        Err(QmpError::Refused { description, .. }) if description.contains("ermission denied") => {
+            let owner = foreign_owner(qmp)
+                .map_or_else(String::new, |(uid, _)| format!("QEMU runs as user {uid}; "));
+            Err(HypervisorError::Denied {
+                what: format!("QEMU opening scratch {}", path.display()),
+                detail: format!(
+                    "{owner}choose a directory that it may enter and that its confinement (AppArmor, SELinux) allows, with scratch=DIR"
+                ),
+            })
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// Gives a file to the user that QEMU runs as, where that is another one and we may.
 pub(crate) fn give_to_qemu(path: &Path, qmp: &QmpClient) -> Result<()> {
-    let Some((uid, gid)) = qmp.owner() else {
+    let Some((uid, gid)) = foreign_owner(qmp) else {
         return Ok(());
     };
-    if rustix::process::geteuid().as_raw() == uid {
-        return Ok(());
-    }
     rustix::fs::chownat(
         rustix::fs::CWD,
         path,

@@ -220,6 +220,39 @@ fn a_job_killed_at_any_step_leaves_nothing_job() {
     kill_at_every_step(FreezeMethod::Job, &[true]);
 }
 
+/// QEMU itself dies at every third command of a job: an error within seconds, and the next job on
+/// the restarted VM is right.
+#[test]
+fn qemu_killed_at_any_step_is_an_error_and_no_hang() {
+    let mut bench = Bench::new(FreezeMethod::Filter);
+    let hypervisor = QemuVm::new(bench.target.clone());
+    let mut store = Store::new(LINEAGE);
+    let mut step = 0;
+    loop {
+        bench.vm.write(0, 64 * 1024 * (step % 16), 512, 7);
+        // What a guest did not flush may be lost with QEMU.
+        (0..2).for_each(|disk| bench.vm.flush(disk));
+        bench.proxy.arm(bench.vm.process(), i64::try_from(step).unwrap(), true);
+        let begun = Instant::now();
+        let outcome = hypervisor.freeze(&store.request()).and_then(|frozen| {
+            bench.proxy.disarm();
+            frozen.commit()
+        });
+        bench.proxy.disarm();
+        assert!(begun.elapsed() < Duration::from_secs(20), "step {step}: {:?}", begun.elapsed());
+        let Err(error) = outcome else { break };
+        let text = error.to_string();
+        assert!(!text.contains('\n') && text.len() < 400, "{text}");
+        bench.vm.stop(true);
+        bench.vm.start_again();
+        store.backup(&hypervisor);
+        store.assert_equals(&bench.vm.disks, &bench.vm.models());
+        bench.vm.assert_clean();
+        step += 3;
+    }
+    assert!(step >= 15, "only {step} steps");
+}
+
 #[test]
 fn what_a_killed_job_left_is_reaped_without_a_new_job() {
     for journal_lost in [false, true] {

@@ -10,6 +10,7 @@
 mod support;
 
 use serde_json::json;
+use std::os::unix::fs::PermissionsExt;
 use support::{Guest, KIB, LINEAGE, MIB, OTHER_LINEAGE, Store, Vm, ranges_of, reason_of};
 use vmtide_block::ByteRange;
 use vmtide_hypervisor::{
@@ -381,4 +382,33 @@ fn tracking_can_be_ended_for_one_lineage_or_all() {
     assert!(left[1][0].contains(OTHER_LINEAGE));
     assert_eq!(vm.vm().end_tracking(None).unwrap().len(), 2);
     assert_eq!(vm.tracking(), [vec!["vmtide-theirs".to_owned()], Vec::new()]);
+}
+
+/// As an ordinary user QEMU can only be our own, and there is nothing to test.
+#[test]
+fn qemu_may_run_as_another_user() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    for method in BOTH {
+        let guest = Guest::IdleAs(65534);
+        let mut vm = Vm::start_with(&[("qcow2", 4 * MIB), ("raw", 4 * MIB)], guest, &[]);
+        let private = tempfile::tempdir().unwrap();
+        let only_us = std::fs::Permissions::from_mode(0o700);
+        std::fs::set_permissions(private.path(), only_us).unwrap();
+        let mut target = vm.target();
+        target.method = method;
+        target.state_directory = private.path().into();
+        let mut store = Store::new(LINEAGE);
+        vm.write(0, 0, MIB, 1);
+        store.backup(&QemuVm::new(target.clone()));
+        store.assert_equals(&vm.disks, &vm.models());
+        vm.assert_clean();
+        // A scratch directory that QEMU cannot enter is named.
+        target.scratch_directory = None;
+        let error = QemuVm::new(target).freeze(&store.request()).err().unwrap();
+        assert!(matches!(error, HypervisorError::Denied { .. }), "{error}");
+        assert!(error.to_string().contains("65534"), "{error}");
+        vm.assert_clean();
+    }
 }

@@ -53,6 +53,8 @@ pub enum Guest {
     Idle,
     /// Needs exactly two disks, as IDE.
     Counting,
+    /// Idle, and QEMU runs as this user, who owns the VM's directory. Needs root.
+    IdleAs(u32),
 }
 
 /// A monitor of our own, for playing the guest and looking at what is left.
@@ -181,7 +183,7 @@ impl Vm {
                     &size.to_string(),
                 ]);
                 let id = match guest {
-                    Guest::Idle => format!("vd{index}"),
+                    Guest::Idle | Guest::IdleAs(_) => format!("vd{index}"),
                     Guest::Counting => format!("ide0-hd{index}"),
                 };
                 TestDisk {
@@ -374,8 +376,14 @@ fn launch(
     let output = std::fs::File::create(directory.join("qemu.out")).unwrap();
     // Without it QEMU's output would come only when its buffer is full.
     let mut command = Command::new("stdbuf");
+    if let Guest::IdleAs(user) = guest {
+        let user = user.to_string();
+        chown(directory, &user);
+        command = Command::new("setpriv");
+        command.args(["--reuid", &user, "--regid", &user, "--clear-groups", "stdbuf"]);
+    }
     let machine = match guest {
-        Guest::Idle => "q35,accel=tcg",
+        Guest::Idle | Guest::IdleAs(_) => "q35,accel=tcg",
         Guest::Counting => "pc,accel=tcg",
     };
     command
@@ -395,6 +403,11 @@ fn launch(
     let child = command.spawn().expect("stdbuf is needed: install coreutils");
     let monitor = Monitor::connect(&directory.join("own.qmp"));
     (child, monitor)
+}
+
+fn chown(directory: &Path, user: &str) {
+    let status = Command::new("chown").args(["-R", user]).arg(directory).status().unwrap();
+    assert!(status.success(), "chown {user}");
 }
 
 fn add_disk(command: &mut Command, index: usize, disk: &TestDisk, guest: Guest) {
@@ -431,7 +444,7 @@ fn add_disk(command: &mut Command, index: usize, disk: &TestDisk, guest: Guest) 
 fn write_bios(path: &Path, guest: Guest) {
     let mut rom = vec![0u8; 64 * 1024];
     match guest {
-        Guest::Idle => rom[0xfff0..0xfff4].copy_from_slice(&IDLE),
+        Guest::Idle | Guest::IdleAs(_) => rom[0xfff0..0xfff4].copy_from_slice(&IDLE),
         Guest::Counting => {
             rom[0xfe00..0xfe00 + COUNTING.len()].copy_from_slice(&COUNTING);
             // jmp 0xf000:0xfe00
