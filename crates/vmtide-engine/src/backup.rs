@@ -216,6 +216,7 @@ fn store_and_commit(
     warnings: &mut Vec<String>,
 ) -> Result<RestorePoint> {
     let plans = plan_disks(base, frozen, context, warnings)?;
+    warn_of_missing_disks(job, base, frozen, context, warnings);
     context.phase(Phase::Store, name);
     for (disk, plan) in &plans {
         let bytes = plan.bytes_to_look_at(disk.device.size_bytes(), BLOCK_BYTES as u64);
@@ -276,6 +277,27 @@ fn plan_disks<'a>(
         plans.push((disk, plan));
     }
     Ok(plans)
+}
+
+/// A disk that was backed up before and is not there now may have been detached on purpose, or not.
+fn warn_of_missing_disks(
+    job: &BackupJob<'_>,
+    base: &BaseChoice,
+    frozen: &dyn FrozenVm,
+    context: JobContext<'_>,
+    warnings: &mut Vec<String>,
+) {
+    for known in base.newest.iter().flat_map(|point| &point.disks) {
+        let is_there = frozen.disks().iter().any(|disk| disk.id.0 == known.id);
+        let is_excluded = job.exclude.iter().any(|disk| disk.0 == known.id);
+        if !is_there && !is_excluded {
+            let message = format!(
+                "disk {} of the previous restore point is no longer among the VM's disks",
+                known.id
+            );
+            context.warn(warnings, message);
+        }
+    }
 }
 
 fn store_disk(

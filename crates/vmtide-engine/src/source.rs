@@ -5,10 +5,11 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use vmtide_block::{BlockDevice, BlockError, RangeSet};
-use vmtide_hypervisor::{Hypervisor, HypervisorError, ImageSource};
+use vmtide_hypervisor::{DiskId, Hypervisor, HypervisorError, ImageSource};
 use vmtide_image::{BackingPolicy, Format, OpenOptions};
 use vmtide_nbd::{NbdDevice, NbdOptions, NbdUrl};
-use vmtide_qemu::{QemuTarget, QemuVm};
+use vmtide_qemu::{OfflineImage, QemuTarget, QemuVm};
+use vmtide_repo::Repository;
 
 /// The schemes that the design names and this build does not have, with what works instead.
 const NOT_YET: &[(&str, &str)] = &[
@@ -128,6 +129,34 @@ pub struct SourceOptions {
     pub state_directory: PathBuf,
     /// The executable that guards a frozen guest; normally vmtide itself.
     pub guardian: Option<PathBuf>,
+    /// Whether to begin tracking changes in a qcow2 image at rest, by a persistent dirty bitmap.
+    pub track: bool,
+    /// The id of the only disk of an image whose changes are tracked; none takes that of `tracked`,
+    /// else the default.
+    pub disk_id: Option<String>,
+    /// The disks of the newest restore point of this VM, so that tracking which began while the VM
+    /// ran is found in its image and goes on.
+    pub tracked: Vec<TrackedDisk>,
+}
+
+/// A disk with its tracking id, as the newest restore point has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TrackedDisk {
+    /// The disk.
+    pub id: String,
+    /// Its tracking id.
+    pub tracking: String,
+}
+
+/// The disks of the newest restore point of `vm` that have a tracking id.
+///
+/// # Errors
+/// Those of the repository.
+pub fn tracked_disks(repository: &Repository, vm: &str) -> Result<Vec<TrackedDisk>> {
+    let disks = repository.latest(vm)?.into_iter().flat_map(|point| point.disks);
+    let tracked =
+        disks.filter_map(|disk| Some(TrackedDisk { id: disk.id, tracking: disk.tracking.id? }));
+    Ok(tracked.collect())
 }
 
 /// A source that can be listed, described and backed up.
@@ -163,11 +192,62 @@ fn open_image(path: &Path, options: &SourceOptions) -> Result<OpenSource> {
         None => image_name(path)?,
     };
     let display = std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
+    if let Some(disk) = tracked_in_image(path, format, options)? {
+        // It was opened above only to hold its backing files against the policy.
+        drop(device);
+        let mut image = OfflineImage::new(path, &options.state_directory)
+            .with_name(name.clone())
+            .with_format(format.name());
+        if let Some(disk) = disk {
+            image = image.with_disk_id(DiskId(disk));
+        }
+        return Ok(OpenSource {
+            hypervisor: Box::new(image),
+            vm: name.clone(),
+            name: Some(name),
+            display: display.display().to_string(),
+        });
+    }
     one_disk(name, format, device, options, display.display().to_string())
 }
 
-/// The file name without its extension.
-fn image_name(path: &Path) -> Result<String> {
+/// Whether the changes of an image are tracked in it, and as which disk. Some where the user asks
+/// for tracking, or the newest restore point names a bitmap that the image has; the inner none is
+/// the default disk id.
+fn tracked_in_image(
+    path: &Path,
+    format: Format,
+    options: &SourceOptions,
+) -> Result<Option<Option<String>>> {
+    if options.track && (format != Format::Qcow2 || options.changes.is_some()) {
+        return Err(EngineError::usage(
+            "--track needs a qcow2 image, which can keep a dirty bitmap, and excludes --changes",
+        ));
+    }
+    if format != Format::Qcow2 || options.changes.is_some() {
+        return Ok(None);
+    }
+    let bitmaps = vmtide_image::image_info(path, Some(format))?.bitmaps;
+    let known = options.tracked.iter().find(|disk| {
+        let mut parts = disk.tracking.split(':');
+        parts.any(|part| bitmaps.iter().any(|bitmap| bitmap.name == part))
+    });
+    let disk = options.disk_id.clone().or_else(|| known.map(|disk| disk.id.clone()));
+    // Nobody asked for QEMU's tools: without them the image is read in full, and that is recorded.
+    let goes_on = known.is_some() && ["qemu-img", "qemu-nbd"].into_iter().all(is_in_path);
+    Ok((options.track || goes_on).then_some(disk))
+}
+
+fn is_in_path(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|directory| directory.join(program).is_file())
+}
+
+/// The name of a VM that is backed up from an image: the file name without its extension.
+///
+/// # Errors
+/// [`EngineError::Usage`] where the path has none.
+pub fn image_name(path: &Path) -> Result<String> {
     path.file_stem().and_then(OsStr::to_str).map(ToOwned::to_owned).ok_or_else(|| {
         EngineError::usage(format!("{} gives no name for the VM: add --name", path.display()))
     })

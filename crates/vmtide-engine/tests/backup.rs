@@ -243,3 +243,16 @@ fn excluded_disks_are_left_out_and_nothing_left_is_an_error() {
     assert!(error.to_string().contains("no disk"), "{error}");
     assert_eq!(hypervisor.calls.counts(), (2, 1, 1));
 }
+
+#[test]
+fn a_disk_that_is_gone_is_a_warning_once() {
+    let target = TestRepository::new();
+    let two = ScriptedHypervisor::new(&[("d0", MIB), ("d1", MIB)]);
+    run(&job(&target.repository, &two)).unwrap();
+    let one = ScriptedHypervisor::new(&[("d0", MIB)]);
+    let summary = run(&job(&target.repository, &one)).unwrap();
+    assert_eq!(summary.warnings.len(), 1, "{:?}", summary.warnings);
+    assert!(summary.warnings[0].contains("disk d1"), "{:?}", summary.warnings);
+    let summary = run(&job(&target.repository, &one)).unwrap();
+    assert!(summary.warnings.is_empty(), "{:?}", summary.warnings);
+}

@@ -91,10 +91,17 @@ fn a_disk_goes_in_and_comes_back_byte_for_byte() {
         .expect("qemu-img is needed: install qemu-utils (scripts/test.sh does)");
     assert!(compared.status.success(), "{compared:?}");
 
-    // The qcow2 file is a source of its own, and holds the same disk.
+    // The qcow2 file is a source of its own.
     place.run(&["backup", "back.qcow2", "--name", "again"]).must_end_with(0);
-    let diff = place.run(&["diff", "web@latest", "again@latest", "--json"]).must_end_with(0);
-    assert_eq!(diff.summary()["disks"][0]["change"], "same");
+    let points = place.run(&["points", "--vm", "web", "--json"]).must_end_with(0).summary();
+    let id = |number: usize| points["points"][number]["id"].as_str().unwrap().to_owned();
+    let diff = place.run(&["diff", &id(0), &id(1), "--json"]).must_end_with(0).summary();
+    let disk = &diff["disks"][0];
+    assert_eq!(disk["change"], "changed");
+    assert_eq!(disk["ranges"][0]["offset"], 0, "{disk}");
+    assert!(disk["changed_bytes"].as_u64().unwrap() < MIB as u64, "{disk}");
+    let same = place.run(&["diff", &id(1), &id(1), "--json"]).must_end_with(0).summary();
+    assert_eq!(same["disks"][0]["change"], "same");
     let stats = place.run(&["stats", "--json"]).must_end_with(0).summary();
     assert_eq!(stats["points"], 3);
 }
@@ -212,4 +219,35 @@ fn settings_give_defaults_and_mistakes_are_named() {
     std::fs::write(place.path("config/vmtide/vmtide.toml"), "jsn = true\n").unwrap();
     let run = place.run(&["points"]).must_end_with(2);
     assert!(run.stderr.contains("jsn"), "{}", run.stderr);
+}
+
+#[test]
+fn tracking_in_an_image_at_rest_goes_on_by_itself() {
+    let place = Place::with_repository();
+    place.image("web.raw", 4 * MIB);
+    let tool = |program: &str, arguments: &[&str]| {
+        let output = std::process::Command::new(program)
+            .args(arguments)
+            .current_dir(place.directory.path())
+            .output()
+            .unwrap_or_else(|error| {
+                panic!("{program} is needed (scripts/test.sh installs it): {error}")
+            });
+        assert!(output.status.success(), "{program} {arguments:?}: {output:?}");
+    };
+    tool("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", "web.raw", "web.qcow2"]);
+    let run = place.run(&["backup", "web.raw", "--track"]).must_end_with(2);
+    assert!(run.stderr.contains("qcow2"), "{}", run.stderr);
+    let run = place.run(&["backup", "web.qcow2", "--track", "--disk-id", "virtio0", "--json"]);
+    let first = run.must_end_with(0).summary()["disks"][0].clone();
+    assert_eq!((&first["id"], &first["tracking"]["used"]), (&"virtio0".into(), &false.into()));
+
+    tool("qemu-io", &["-f", "qcow2", "-c", "write -P 9 2M 100k", "web.qcow2"]);
+    let run = place.run(&["backup", "web.qcow2", "--json"]).must_end_with(0);
+    let second = run.summary()["disks"][0].clone();
+    assert_eq!((&second["id"], &second["tracking"]["used"]), (&"virtio0".into(), &true.into()));
+    let read = second["read_bytes"].as_u64().unwrap();
+    assert!((100 << 10..=128 << 10).contains(&read), "{second}");
+    place.run(&["restore", "web", "--to", "back.raw"]).must_end_with(0);
+    tool("qemu-img", &["compare", "-f", "qcow2", "-F", "raw", "web.qcow2", "back.raw"]);
 }

@@ -8,7 +8,7 @@ use crate::{repository, units};
 use clap::{Args, ValueEnum};
 use std::io::Read;
 use vmtide_block::RangeSet;
-use vmtide_engine::source::{SourceOptions, SourceSpec, parse_changes};
+use vmtide_engine::source::{SourceOptions, SourceSpec, image_name, parse_changes, tracked_disks};
 use vmtide_engine::{BackupJob, BackupSummary, EngineError, LevelChoice, Result, backup};
 use vmtide_hypervisor::{Consistency, DiskId};
 use vmtide_image::Format;
@@ -27,6 +27,7 @@ Examples:
   vmtide backup qemu+unix:///run/web.qmp -r /backup --consistency fs --tag job=nightly
   vmtide backup disk.qcow2 -r /backup --name web --level full
   vmtide backup disk.raw -r /backup --changes changes.json
+  vmtide backup web.qcow2 -r /backup --track
 
 --changes takes [{\"offset\":0,\"length\":65536},…]: all that may differ from the previous restore point.
 With several sources each has its summary event, and a failed one does not stop the others.";
@@ -68,6 +69,13 @@ pub struct BackupArgs {
     /// Which files a disk image may name as its backing file
     #[arg(long, value_name = "WHICH", default_value = "same-directory")]
     backing: BackingArg,
+    /// Begin to track changes in a qcow2 image of a VM that is off, by a dirty bitmap kept in it;
+    /// goes on by itself after that
+    #[arg(long)]
+    track: bool,
+    /// The disk's id while the VM runs, for an image with --track
+    #[arg(long, value_name = "DISK", requires = "track")]
+    disk_id: Option<String>,
     /// Read at most so many bytes a second, e.g. 50MiB
     #[arg(long, value_name = "RATE", value_parser = units::parse_size)]
     limit_rate: Option<u64>,
@@ -128,6 +136,13 @@ fn run_one(
     changes: Option<&RangeSet>,
     job: &Job,
 ) -> Result<BackupSummary> {
+    let tracked = match source {
+        SourceSpec::Image(path) => {
+            let name = args.name.clone().map_or_else(|| image_name(path), Ok)?;
+            tracked_disks(repository, &name)?
+        }
+        _ => Vec::new(),
+    };
     let source = source.open(&SourceOptions {
         name: args.name.clone(),
         format: args.format,
@@ -135,6 +150,9 @@ fn run_one(
         changes: changes.cloned(),
         state_directory: app.state_directory(),
         guardian: std::env::current_exe().ok(),
+        track: args.track,
+        disk_id: args.disk_id.clone(),
+        tracked,
     })?;
     let defaults = BackupOptions::default();
     let backup_job = BackupJob {

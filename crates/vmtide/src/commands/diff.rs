@@ -12,8 +12,8 @@ Examples:
   vmtide diff web@2026-11-19 web@latest -r /backup
   vmtide diff 3fa9c1d2 88b0aa41 -r /backup --json
 
-The ranges in the JSON summary can be given to `vmtide backup --changes`. They are whole blocks and
-are found without reading any data.";
+The ranges in the JSON summary can be given to `vmtide backup --changes`. They are whole blocks,
+are found without reading any data, and may hold bytes that are equal but were stored twice.";
 
 /// The options of `diff`.
 #[derive(Debug, Args)]
