@@ -401,12 +401,16 @@ def read_forward(repository, pack_id):
     """Runs (first ordinal, end, pack, new first ordinal) of a pack that was moved."""
     forward = Object(repository, "forward", pack_id)
     name, directory = forward.name, forward.directory
-    need(len(directory) >= 40, name, "its directory is too short")
+    need(len(directory) == 48, name, "its directory has another length")
     length = struct.unpack_from("<Q", directory)[0]
+    section = struct.unpack_from("<Q", directory, 40)[0]
     need(HEADER + length == forward.directory_offset, name, "something is after its runs")
-    content = forward.section(0, HEADER, length, directory[8:40])
-    packs = forward.pack_table(directory[40:])
-    numbers = list(leb128(name, decompress(name, content, 16 << 20)))
+    content = forward.section(section, HEADER, length, directory[8:40])
+    content = decompress(name, content, 16 << 20)
+    table = content[: 16 * forward.second]
+    need(len(table) == 16 * forward.second, name, "its pack table is cut")
+    packs = [table[at : at + 16] for at in range(0, len(table), 16)]
+    numbers = list(leb128(name, content[len(table) :]))
     need(len(numbers) == 4 * forward.first, name, "it has another number of runs")
     runs, end = [], 0
     for at in range(0, len(numbers), 4):

@@ -1,13 +1,13 @@
 //! Forwards: where the chunks of a removed pack went (format §10).
 
-use crate::context::{DIRECTORY_SECTION, RepoContext};
+use crate::context::RepoContext;
 use crate::envelope::{HEADER_BYTES, ObjectKind};
 use crate::leb128;
 use crate::point::decompress_bounded;
 use crate::{Location, ObjectId, RepoError, Result};
 
-/// The most bytes of encoded runs; a pack of 64 MiB has some thousands.
-const MAX_RUN_BYTES: usize = 16 << 20;
+/// The most bytes of pack table and runs; a pack of 64 MiB has some thousands of runs.
+const MAX_CONTENT_BYTES: usize = 16 << 20;
 
 /// Some neighbouring blocks of the removed pack, and where they are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,15 +61,17 @@ pub(crate) fn write_forward(context: &RepoContext, pack: ObjectId, moves: &[Move
     }
     let invalid = |what: &str| RepoError::Invalid(format!("a forward cannot be written: {what}"));
     let count = |count: usize| u32::try_from(count).map_err(|_| invalid("too many runs"));
+    let mut content: Vec<u8> = packs.iter().flat_map(|id| id.0).collect();
+    content.append(&mut encoded);
     let mut section =
-        zstd::bulk::compress(&encoded, 3).map_err(|error| invalid(&error.to_string()))?;
+        zstd::bulk::compress(&content, 3).map_err(|error| invalid(&error.to_string()))?;
+    let number = getrandom::u64()
+        .map_err(|error| RepoError::io("get random bytes", std::io::Error::other(error)))?;
     let mut object = context.create_object(ObjectKind::Forward, pack)?;
-    object.write_section(0, &[], &mut section)?;
+    object.write_section(number, &[], &mut section)?;
     let mut directory = (section.len() as u64).to_le_bytes().to_vec();
     directory.extend_from_slice(blake3::hash(&section).as_bytes());
-    let mut table: Vec<u8> = packs.iter().flat_map(|id| id.0).collect();
-    object.cipher.seal(DIRECTORY_SECTION, &[], &mut table)?;
-    directory.append(&mut table);
+    directory.extend_from_slice(&number.to_le_bytes());
     object.finish(&directory, count(runs.len())?, count(packs.len())?)
 }
 
@@ -82,28 +84,30 @@ impl Forward {
         let Some(mut opened) = context.try_open_object(ObjectKind::Forward, pack)? else {
             return Err(RepoError::damaged(ObjectKind::Pack.object_name(pack), "missing"));
         };
-        let mut directory = std::mem::take(&mut opened.directory);
+        let directory = std::mem::take(&mut opened.directory);
         let damaged = |detail: &str| opened.damaged(detail);
         let length = usize::try_from(opened.trailer.directory_offset - HEADER_BYTES as u64)
             .ok()
-            .filter(|length| *length <= MAX_RUN_BYTES)
+            .filter(|length| *length <= MAX_CONTENT_BYTES)
             .ok_or_else(|| damaged("longer than a forward can be"))?;
-        let table_bytes = opened.trailer.second_count as usize * 16;
-        if directory.len() != 40 + table_bytes + opened.cipher.overhead_bytes()
-            || directory[..8] != (length as u64).to_le_bytes()
-        {
+        let Some((number, [])) = directory.get(40..).and_then(|rest| rest.split_first_chunk::<8>())
+        else {
             return Err(damaged("its directory is not that of a forward"));
+        };
+        if directory[..8] != (length as u64).to_le_bytes() {
+            return Err(damaged("its directory names another length"));
         }
         let mut section = vec![0; length];
         opened.reader.read_at(&mut section, HEADER_BYTES as u64)?;
         if blake3::hash(&section).as_bytes()[..] != directory[8..40] {
             return Err(damaged("its checksum does not match"));
         }
-        let content = opened.cipher.open(0, &[], &mut section)?;
-        let encoded = decompress_bounded(content, MAX_RUN_BYTES)
+        let content = opened.cipher.open(u64::from_le_bytes(*number), &[], &mut section)?;
+        let content = decompress_bounded(content, MAX_CONTENT_BYTES)
             .ok_or_else(|| damaged("it does not decompress"))?;
-        let table = opened.cipher.open(DIRECTORY_SECTION, &[], &mut directory[40..])?;
-        let runs = decode_runs(&encoded, table, opened.trailer.first_count)
+        let runs = content
+            .split_at_checked(opened.trailer.second_count as usize * 16)
+            .and_then(|(table, runs)| decode_runs(runs, table, opened.trailer.first_count))
             .ok_or_else(|| damaged("its runs cannot be read"))?;
         Ok(Self { runs })
     }
