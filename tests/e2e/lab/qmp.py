@@ -17,7 +17,7 @@ class QmpError(TestFailure):
 class Qmp:
     """One connection to a monitor. Not for several threads."""
 
-    def __init__(self, path, timeout_s=30):
+    def __init__(self, path, timeout_s=60):
         self.path = str(path)
         self.timeout_s = timeout_s
         self.buffer = b""
@@ -40,7 +40,10 @@ class Qmp:
 
     def _read_message(self):
         while b"\n" not in self.buffer:
-            part = self.socket.recv(65536)
+            try:
+                part = self.socket.recv(65536)
+            except TimeoutError:
+                raise TestFailure(f"QEMU does not answer on {self.path} for {self.timeout_s} s: it hangs") from None
             if not part:
                 raise TestFailure(f"QEMU closed the monitor {self.path}")
             self.buffer += part
