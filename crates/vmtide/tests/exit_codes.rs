@@ -3,6 +3,7 @@
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
+    clippy::cast_possible_truncation,
     reason = "helpers of tests: a failed unwrap is a failed test"
 )]
 
@@ -261,6 +262,49 @@ fn an_interrupted_backup_is_130_and_leaves_no_point() {
     assert_eq!(points["points"].as_array().unwrap().len(), 0);
     // And it blocks nothing.
     place.run(&["backup", "web.raw"]).must_end_with(0);
+}
+
+/// A small file system that only the processes of this test see, full in the middle of a backup.
+#[test]
+fn a_full_disk_is_1_and_nothing_is_lost() {
+    let place = Place::new();
+    place.image("small.raw", MIB);
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let noise: Vec<u8> = std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state as u8
+    })
+    .take(16 * MIB)
+    .collect();
+    std::fs::write(place.path("large.raw"), noise).unwrap();
+    std::fs::create_dir(place.repository()).unwrap();
+    let script = "set -e
+        mount -t tmpfs -o size=4m tmpfs \"$VMTIDE_REPOSITORY\"
+        $VMTIDE init \"$VMTIDE_REPOSITORY\"
+        $VMTIDE backup small.raw
+        code=0; $VMTIDE backup large.raw || code=$?
+        echo \"code $code\"
+        $VMTIDE prune
+        $VMTIDE points --vm small
+        $VMTIDE verify --read-data";
+    let output = std::process::Command::new("unshare")
+        .args(["--map-root-user", "--mount", "sh", "-c", script])
+        .current_dir(place.directory.path())
+        .env("VMTIDE", assert_cmd::cargo::cargo_bin!("vmtide"))
+        .env("VMTIDE_PASSWORD", PASSWORD)
+        .env("VMTIDE_REPOSITORY", place.repository())
+        .env("XDG_STATE_HOME", place.path("state"))
+        .env("XDG_CONFIG_HOME", place.path("config"))
+        .output()
+        .expect("unshare is needed: install util-linux (scripts/test.sh does)");
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
+    assert!(output.status.success(), "{stdout}\n{stderr}");
+    assert!(stdout.contains("code 1\n"), "{stdout}\n{stderr}");
+    assert!(stderr.contains("No space left"), "{stderr}");
+    assert!(stdout.contains("no damage: 1 restore points"), "{stdout}");
 }
 
 #[test]

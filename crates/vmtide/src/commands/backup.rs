@@ -202,7 +202,7 @@ fn read_changes(path: &str) -> Result<RangeSet> {
 fn show(app: &App, summary: &BackupSummary) {
     let output = &app.output;
     output.line(format!(
-        "{} of {} is restore point {}, {} consistent, after {}",
+        "{} backup of {} is restore point {}, {} consistent, after {}",
         summary.level,
         summary.vm,
         units::short_id(summary.point),

@@ -26,7 +26,6 @@ pub fn run(app: &App, args: &ManArgs) -> Result<Exit> {
         EngineError::io(format!("write man pages into {}", args.directory.display()), error)
     };
     std::fs::create_dir_all(&args.directory).map_err(io)?;
-    // The example texts are laid out in lines already and would be filled into paragraphs.
     clap_mangen::generate_to(Cli::command(), &args.directory).map_err(io)?;
     app.output.remark(format!("man pages written into {}", args.directory.display()));
     app.output.summary(&serde_json::json!({ "directory": args.directory.display().to_string() }));

@@ -4,8 +4,7 @@ use crate::app::App;
 use crate::exit::Exit;
 use crate::{repository, units};
 use clap::Args;
-use serde_json::Value;
-use vmtide_engine::{EngineError, Result};
+use vmtide_engine::Result;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -21,18 +20,12 @@ pub struct StatsArgs {}
 pub fn run(app: &App, _args: &StatsArgs) -> Result<Exit> {
     let repository = repository::open(app)?;
     let stats = repository.stats()?;
-    let value = serde_json::to_value(stats)
-        .map_err(|error| EngineError::refused("show the statistics", error.to_string()))?;
-    if let Value::Object(fields) = &value {
-        for (name, value) in fields {
-            let title = name.trim_end_matches("_bytes").replace('_', " ");
-            let text = match (name.ends_with("_bytes"), value.as_u64()) {
-                (true, Some(bytes)) => units::size(bytes),
-                (_, _) => value.to_string(),
-            };
-            app.output.line(format!("{title:<24} {text}"));
-        }
-    }
+    let line = |name: &str, value: String| app.output.line(format!("{name:<24} {value}"));
+    line("restore points", stats.points.to_string());
+    line("their disks", units::size(stats.virtual_bytes));
+    line("packs", stats.packs.to_string());
+    line("data in packs", units::size(stats.pack_bytes));
+    line("maps, index and points", units::size(stats.metadata_bytes));
     app.output.summary(&stats);
     Ok(Exit::Done)
 }
