@@ -14,14 +14,15 @@
 use crate::base::{self, BaseChoice};
 use crate::changes::{self, DiskChanges};
 use crate::events::{Event, JobContext, Phase};
-use crate::{EngineError, Result};
+use crate::{EngineError, Result, sample};
 use jiff::Timestamp;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::time::Instant;
 use vmtide_block::BlockDevice;
 use vmtide_hypervisor::{
-    Consistency, DiskId, FreezeRequest, FrozenDisk, FrozenVm, Hypervisor, HypervisorError, JobId,
+    Consistency, DiskId, FreezeRequest, FrozenDisk, FrozenVm, FullReason, Hypervisor,
+    HypervisorError, JobId,
 };
 use vmtide_repo::{
     BLOCK_BYTES, BackupOptions, BackupSession, ChangedRanges, DiskCounts, DiskDraft, DiskPlan,
@@ -64,6 +65,9 @@ pub struct BackupJob<'a> {
     pub tags: BTreeMap<String, String>,
     /// Disks to leave out.
     pub exclude: Vec<DiskId>,
+    /// How many blocks of each disk that are said to be unchanged are compared with the stored copy;
+    /// one that differs means reading the disk in full.
+    pub check_unchanged: u32,
     /// How to store.
     pub options: BackupOptions,
 }
@@ -215,7 +219,7 @@ fn store_and_commit(
     context: JobContext<'_>,
     warnings: &mut Vec<String>,
 ) -> Result<RestorePoint> {
-    let plans = plan_disks(base, frozen, context, warnings)?;
+    let plans = plan_disks(job, base, frozen, context, warnings)?;
     warn_of_missing_disks(job, base, frozen, context, warnings);
     context.phase(Phase::Store, name);
     for (disk, plan) in &plans {
@@ -250,6 +254,7 @@ fn store_and_commit(
 
 /// Decides for every disk what is read, and warns of what was lost.
 fn plan_disks<'a>(
+    job: &BackupJob<'_>,
     base: &BaseChoice,
     frozen: &'a dyn FrozenVm,
     context: JobContext<'_>,
@@ -270,13 +275,43 @@ fn plan_disks<'a>(
                 format!("two disks have the id {}", disk.id),
             )));
         }
-        let plan = changes::decide(disk, base);
+        let plan = check_sample(job, base, disk, changes::decide(disk, base), context)?;
         if let Some(reason) = plan.full_reason().filter(|reason| reason.is_loss()) {
             context.warn(warnings, format!("disk {} is read in full: {reason}", disk.id));
         }
         plans.push((disk, plan));
     }
     Ok(plans)
+}
+
+/// Holds what is said to be unchanged against the stored copy, as far as the job asks for.
+fn check_sample(
+    job: &BackupJob<'_>,
+    base: &BaseChoice,
+    disk: &FrozenDisk,
+    plan: DiskChanges,
+    context: JobContext<'_>,
+) -> Result<DiskChanges> {
+    let (DiskChanges::Ranges(changed), Some(newest)) = (&plan, &base.newest) else {
+        return Ok(plan);
+    };
+    if job.check_unchanged == 0 {
+        return Ok(plan);
+    }
+    let stored = job.repository.open_disk(newest, &disk.id.0)?;
+    let missed = sample::find_missed_change(
+        disk.device.as_ref(),
+        stored.as_ref(),
+        changed,
+        job.check_unchanged,
+        context.cancel,
+    )?;
+    Ok(match missed {
+        None => plan,
+        Some(block) => DiskChanges::Everything(FullReason::AnswerDoubtful(format!(
+            "bytes {block} differ from the previous restore point and were not reported"
+        ))),
+    })
 }
 
 /// A disk that was backed up before and is not there now may have been detached on purpose, or not.

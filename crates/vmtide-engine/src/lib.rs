@@ -18,6 +18,7 @@ mod prune;
 mod restore;
 mod restore_target;
 pub mod retention;
+mod sample;
 pub mod source;
 mod verify;
 

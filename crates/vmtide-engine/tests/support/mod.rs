@@ -294,6 +294,7 @@ pub fn job<'a>(repository: &'a Repository, hypervisor: &'a dyn Hypervisor) -> Ba
         allow_downgrade: false,
         tags: BTreeMap::new(),
         exclude: Vec::new(),
+        check_unchanged: 0,
         options: BackupOptions { workers: 2, ..BackupOptions::default() },
     }
 }

@@ -76,6 +76,10 @@ pub struct BackupArgs {
     /// The disk's id while the VM runs, for an image with --track
     #[arg(long, value_name = "DISK", requires = "track")]
     disk_id: Option<String>,
+    /// Compare so many blocks of each disk that change tracking calls unchanged with the previous
+    /// restore point; read the disk in full where one differs
+    #[arg(long, value_name = "NUMBER", default_value_t = 0, hide_default_value = true)]
+    check_unchanged: u32,
     /// Read at most so many bytes a second, e.g. 50MiB
     #[arg(long, value_name = "RATE", value_parser = units::parse_size)]
     limit_rate: Option<u64>,
@@ -171,6 +175,7 @@ fn run_one(
         allow_downgrade: args.allow_downgrade,
         tags: args.tag.iter().cloned().collect(),
         exclude: args.disk_exclude.iter().cloned().map(DiskId).collect(),
+        check_unchanged: args.check_unchanged,
         options: BackupOptions {
             workers: args.workers.map_or(defaults.workers, usize::from),
             compression_level: args.compression,
