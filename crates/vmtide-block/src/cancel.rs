@@ -34,10 +34,6 @@ impl CancelToken {
     /// # Errors
     /// [`BlockError::Cancelled`].
     pub fn check(&self) -> Result<()> {
-        if self.is_cancelled() {
-            Err(BlockError::Cancelled)
-        } else {
-            Ok(())
-        }
+        if self.is_cancelled() { Err(BlockError::Cancelled) } else { Ok(()) }
     }
 }

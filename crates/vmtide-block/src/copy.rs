@@ -34,14 +34,8 @@ pub struct CopyOptions {
 
 impl Default for CopyOptions {
     fn default() -> Self {
-        let workers = std::thread::available_parallelism()
-            .map_or(2, usize::from)
-            .clamp(2, 16);
-        Self {
-            workers,
-            target_is_zero: false,
-            differing_only: false,
-        }
+        let workers = std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 16);
+        Self { workers, target_is_zero: false, differing_only: false }
     }
 }
 
@@ -97,15 +91,11 @@ pub fn copy_device(
     };
     let mut result = Ok(());
     std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..options.workers.max(1))
-            .map(|_| scope.spawn(|| copier.work()))
-            .collect();
+        let workers: Vec<_> =
+            (0..options.workers.max(1)).map(|_| scope.spawn(|| copier.work())).collect();
         for worker in workers {
             let outcome = worker.join().unwrap_or_else(|_| {
-                Err(BlockError::damaged(
-                    source.name(),
-                    "a copy worker ended abnormally",
-                ))
+                Err(BlockError::damaged(source.name(), "a copy worker ended abnormally"))
             });
             // A cancelled worker may only echo another one's failure: the real cause wins.
             if matches!(result, Ok(()) | Err(BlockError::Cancelled)) && outcome.is_err() {
@@ -134,14 +124,7 @@ impl Copier<'_> {
     fn work_until_done(&self) -> Result<()> {
         let size_bytes = self.source.size_bytes();
         let mut buffer = vec![0u8; BUFFER_BYTES];
-        let mut present = vec![
-            0u8;
-            if self.options.differing_only {
-                BUFFER_BYTES
-            } else {
-                0
-            }
-        ];
+        let mut present = vec![0u8; if self.options.differing_only { BUFFER_BYTES } else { 0 }];
         loop {
             let start = self.next_span.fetch_add(SPAN_BYTES, Ordering::Relaxed);
             if start >= size_bytes {
@@ -276,15 +259,8 @@ mod tests {
     fn disk_of(pattern: &[(bool, u16)], unit: usize) -> Vec<u8> {
         let mut bytes = Vec::new();
         for (index, (data, units)) in pattern.iter().enumerate() {
-            let value = if *data {
-                u8::try_from(index % 250).unwrap() + 1
-            } else {
-                0
-            };
-            bytes.extend(std::iter::repeat_n(
-                value,
-                usize::from(*units) * unit + index,
-            ));
+            let value = if *data { u8::try_from(index % 250).unwrap() + 1 } else { 0 };
+            bytes.extend(std::iter::repeat_n(value, usize::from(*units) * unit + index));
         }
         bytes
     }
@@ -322,53 +298,25 @@ mod tests {
     fn a_new_target_gets_no_zeros() {
         let source = MemoryDevice::from_bytes([vec![0; 1 << 20], vec![3; 1 << 16]].concat());
         let target = MemoryDevice::new(source.to_bytes().len());
-        let options = CopyOptions {
-            target_is_zero: true,
-            ..CopyOptions::default()
-        };
-        let done = copy_device(
-            &source,
-            &target,
-            &options,
-            &Progress::new(),
-            &CancelToken::new(),
-        )
-        .unwrap();
+        let options = CopyOptions { target_is_zero: true, ..CopyOptions::default() };
+        let done =
+            copy_device(&source, &target, &options, &Progress::new(), &CancelToken::new()).unwrap();
         assert_eq!(
             done,
-            CopySummary {
-                read_bytes: 1 << 16,
-                written_bytes: 1 << 16,
-                zeroed_bytes: 0
-            }
+            CopySummary { read_bytes: 1 << 16, written_bytes: 1 << 16, zeroed_bytes: 0 }
         );
         assert_eq!(target.to_bytes(), source.to_bytes());
     }
 
     #[test]
     fn a_cancelled_copy_and_a_small_target_are_errors() {
-        let (source, target) = (
-            MemoryDevice::from_bytes(vec![1; 100]),
-            MemoryDevice::new(99),
-        );
+        let (source, target) = (MemoryDevice::from_bytes(vec![1; 100]), MemoryDevice::new(99));
         let run = |target: &MemoryDevice, cancel: &CancelToken| {
-            copy_device(
-                &source,
-                target,
-                &CopyOptions::default(),
-                &Progress::new(),
-                cancel,
-            )
+            copy_device(&source, target, &CopyOptions::default(), &Progress::new(), cancel)
         };
-        assert!(matches!(
-            run(&target, &CancelToken::new()),
-            Err(BlockError::OutOfRange { .. })
-        ));
+        assert!(matches!(run(&target, &CancelToken::new()), Err(BlockError::OutOfRange { .. })));
         let cancel = CancelToken::new();
         cancel.cancel();
-        assert!(matches!(
-            run(&MemoryDevice::new(100), &cancel),
-            Err(BlockError::Cancelled)
-        ));
+        assert!(matches!(run(&MemoryDevice::new(100), &cancel), Err(BlockError::Cancelled)));
     }
 }

@@ -42,13 +42,7 @@ pub trait BlockDevice: Send + Sync {
     fn extents(&self, range: ByteRange) -> Result<Vec<Extent>> {
         self.check_range(range)?;
         let mut extents = Vec::new();
-        crate::push_extent(
-            &mut extents,
-            Extent {
-                range,
-                kind: crate::ExtentKind::Data,
-            },
-        );
+        crate::push_extent(&mut extents, Extent { range, kind: crate::ExtentKind::Data });
         Ok(extents)
     }
 
@@ -60,11 +54,7 @@ pub trait BlockDevice: Send + Sync {
         let size_bytes = self.size_bytes();
         match range.checked_end() {
             Some(end) if end <= size_bytes => Ok(()),
-            _ => Err(BlockError::OutOfRange {
-                device: self.name(),
-                range,
-                size_bytes,
-            }),
+            _ => Err(BlockError::OutOfRange { device: self.name(), range, size_bytes }),
         }
     }
 }
@@ -169,10 +159,7 @@ pub fn for_each_extent(
             {
                 return Err(BlockError::damaged(
                     device.name(),
-                    format!(
-                        "extent {} does not continue the answer at byte {at}",
-                        extent.range
-                    ),
+                    format!("extent {} does not continue the answer at byte {at}", extent.range),
                 ));
             }
             at = extent.range.end();

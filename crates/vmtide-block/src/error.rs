@@ -68,34 +68,22 @@ pub enum BlockError {
 impl BlockError {
     /// An [`Io`](Self::Io) error with its context.
     pub fn io(context: impl Into<String>, source: impl Into<std::io::Error>) -> Self {
-        Self::Io {
-            context: context.into(),
-            source: source.into(),
-        }
+        Self::Io { context: context.into(), source: source.into() }
     }
 
     /// A [`Damaged`](Self::Damaged) error.
     pub fn damaged(context: impl Into<String>, detail: impl Into<String>) -> Self {
-        Self::Damaged {
-            context: context.into(),
-            detail: detail.into(),
-        }
+        Self::Damaged { context: context.into(), detail: detail.into() }
     }
 
     /// An [`Unsupported`](Self::Unsupported) error.
     pub fn unsupported(context: impl Into<String>, detail: impl Into<String>) -> Self {
-        Self::Unsupported {
-            context: context.into(),
-            detail: detail.into(),
-        }
+        Self::Unsupported { context: context.into(), detail: detail.into() }
     }
 
     /// A [`Disconnected`](Self::Disconnected) error.
     pub fn disconnected(context: impl Into<String>, detail: impl Into<String>) -> Self {
-        Self::Disconnected {
-            context: context.into(),
-            detail: detail.into(),
-        }
+        Self::Disconnected { context: context.into(), detail: detail.into() }
     }
 
     /// The kind of the underlying operating-system error, where there is one.

@@ -36,10 +36,7 @@ pub struct Extent {
 impl Extent {
     /// The extent of `length` bytes from `offset`.
     pub const fn new(offset: u64, length: u64, kind: ExtentKind) -> Self {
-        Self {
-            range: ByteRange::new(offset, length),
-            kind,
-        }
+        Self { range: ByteRange::new(offset, length), kind }
     }
 }
 

@@ -23,9 +23,7 @@ impl MemoryDevice {
 
     /// A disk with this content.
     pub fn from_bytes(bytes: Vec<u8>) -> Self {
-        Self {
-            bytes: RwLock::new(bytes),
-        }
+        Self { bytes: RwLock::new(bytes) }
     }
 
     /// A copy of the content.
@@ -65,15 +63,8 @@ impl BlockDevice for MemoryDevice {
         let mut at = bounds.start;
         while at < bounds.end {
             let end = (at + EXTENT_UNIT - at % EXTENT_UNIT).min(bounds.end);
-            let kind = if is_zero(&bytes[at..end]) {
-                ExtentKind::Zero
-            } else {
-                ExtentKind::Data
-            };
-            push_extent(
-                &mut extents,
-                Extent::new(at as u64, (end - at) as u64, kind),
-            );
+            let kind = if is_zero(&bytes[at..end]) { ExtentKind::Zero } else { ExtentKind::Data };
+            push_extent(&mut extents, Extent::new(at as u64, (end - at) as u64, kind));
             at = end;
         }
         Ok(extents)

@@ -25,10 +25,7 @@ impl ByteRange {
 
     /// The range from `start` up to and without `end`; empty where `end <= start`.
     pub const fn from_bounds(start: u64, end: u64) -> Self {
-        Self {
-            offset: start,
-            length: end.saturating_sub(start),
-        }
+        Self { offset: start, length: end.saturating_sub(start) }
     }
 
     /// The byte after the last one, saturating at `u64::MAX`.

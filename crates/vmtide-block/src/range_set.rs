@@ -43,9 +43,7 @@ impl RangeSet {
 
     /// The number of bytes in the set.
     pub fn total_bytes(&self) -> u64 {
-        self.ranges
-            .iter()
-            .fold(0, |sum, range| sum.saturating_add(range.length))
+        self.ranges.iter().fold(0, |sum, range| sum.saturating_add(range.length))
     }
 
     /// Adds a range. Amortised constant time when ranges arrive in order, as trackers send them.
@@ -76,8 +74,7 @@ impl RangeSet {
         }
         let start = range.offset.min(self.ranges[first].offset);
         let end = range.end().max(self.ranges[past - 1].end());
-        self.ranges
-            .splice(first..past, [ByteRange::from_bounds(start, end)]);
+        self.ranges.splice(first..past, [ByteRange::from_bounds(start, end)]);
     }
 
     /// Whether every byte of `range` is in the set. True for an empty range.
@@ -86,9 +83,7 @@ impl RangeSet {
             return true;
         }
         let index = self.ranges.partition_point(|r| r.end() <= range.offset);
-        self.ranges
-            .get(index)
-            .is_some_and(|r| r.offset <= range.offset && range.end() <= r.end())
+        self.ranges.get(index).is_some_and(|r| r.offset <= range.offset && range.end() <= r.end())
     }
 
     /// The bytes in this set, in the other, or in both.
@@ -191,9 +186,7 @@ impl From<Vec<ByteRange>> for RangeSet {
     /// Sorts and merges; empty ranges vanish. Ranges past `u64::MAX` are cut there.
     fn from(mut ranges: Vec<ByteRange>) -> Self {
         ranges.sort_unstable();
-        let mut out = Self {
-            ranges: Vec::with_capacity(ranges.len().min(1 << 16)),
-        };
+        let mut out = Self { ranges: Vec::with_capacity(ranges.len().min(1 << 16)) };
         for range in ranges {
             out.insert(range);
         }
@@ -221,9 +214,7 @@ mod tests {
     const SPACE: u64 = 96;
 
     fn members(set: &RangeSet) -> Vec<bool> {
-        (0..SPACE)
-            .map(|at| set.iter().any(|range| range.contains(at)))
-            .collect()
+        (0..SPACE).map(|at| set.iter().any(|range| range.contains(at))).collect()
     }
 
     fn any_set() -> impl Strategy<Value = RangeSet> {
@@ -238,12 +229,7 @@ mod tests {
 
     fn assert_normal(set: &RangeSet) {
         assert!(set.iter().all(|range| !range.is_empty()));
-        assert!(
-            set.as_slice()
-                .windows(2)
-                .all(|pair| pair[0].end() < pair[1].offset),
-            "{set:?}"
-        );
+        assert!(set.as_slice().windows(2).all(|pair| pair[0].end() < pair[1].offset), "{set:?}");
     }
 
     proptest! {
@@ -282,10 +268,7 @@ mod tests {
         let text =
             r#"[{"offset":10,"length":5},{"offset":0,"length":10},{"offset":40,"length":0}]"#;
         let set: RangeSet = serde_json::from_str(text).unwrap();
-        assert_eq!(
-            serde_json::to_string(&set).unwrap(),
-            r#"[{"offset":0,"length":15}]"#
-        );
+        assert_eq!(serde_json::to_string(&set).unwrap(), r#"[{"offset":0,"length":15}]"#);
     }
 
     #[test]

@@ -61,10 +61,7 @@ impl RawDevice {
             .map_err(|error| BlockError::io(format!("open {}", path.display()), error))?;
         if let OpenMode::CreateNew { size_bytes } = mode {
             file.set_len(size_bytes).map_err(|error| {
-                BlockError::io(
-                    format!("set the size of {} to {size_bytes}", path.display()),
-                    error,
-                )
+                BlockError::io(format!("set the size of {} to {size_bytes}", path.display()), error)
             })?;
         }
         Self::from_file(file, path, mode != OpenMode::ReadOnly)
@@ -77,19 +74,13 @@ impl RawDevice {
     pub fn from_file(mut file: File, path: PathBuf, writable: bool) -> Result<Self> {
         use std::io::{Seek, SeekFrom};
         let context = |what: &str| format!("{what} {}", path.display());
-        let metadata = file
-            .metadata()
-            .map_err(|error| BlockError::io(context("stat"), error))?;
+        let metadata = file.metadata().map_err(|error| BlockError::io(context("stat"), error))?;
         // A block device has no length in its metadata, but one can seek to its end.
         let size_bytes = file
             .seek(SeekFrom::End(0))
             .map_err(|error| BlockError::io(context("find the size of"), error))?;
         let fixed_size = !metadata.is_file();
-        let block_size_bytes = if fixed_size {
-            logical_block_size(&file)
-        } else {
-            512
-        };
+        let block_size_bytes = if fixed_size { logical_block_size(&file) } else { 512 };
         Ok(Self {
             file,
             path,
@@ -116,9 +107,7 @@ impl RawDevice {
 
     fn check_write(&self, range: ByteRange) -> Result<()> {
         if !self.writable {
-            return Err(BlockError::ReadOnly {
-                device: self.name(),
-            });
+            return Err(BlockError::ReadOnly { device: self.name() });
         }
         self.check_range(range)
     }
@@ -137,11 +126,7 @@ fn check_is_disk(path: &Path) -> Result<()> {
     if is_disk {
         return Ok(());
     }
-    let what = if metadata.is_dir() {
-        "a directory"
-    } else {
-        "neither a file nor a block device"
-    };
+    let what = if metadata.is_dir() { "a directory" } else { "neither a file nor a block device" };
     Err(BlockError::unsupported(
         path.display().to_string(),
         format!("is {what}; give a disk image file or a block device"),
@@ -150,10 +135,7 @@ fn check_is_disk(path: &Path) -> Result<()> {
 
 #[cfg(target_os = "linux")]
 fn logical_block_size(file: &File) -> u32 {
-    rustix::fs::ioctl_blksszget(file)
-        .ok()
-        .filter(|size| *size >= 512)
-        .unwrap_or(512)
+    rustix::fs::ioctl_blksszget(file).ok().filter(|size| *size >= 512).unwrap_or(512)
 }
 
 #[cfg(not(target_os = "linux"))]
@@ -184,13 +166,7 @@ impl BlockDevice for RawDevice {
         self.check_range(range)?;
         let mut extents = Vec::new();
         if self.fixed_size {
-            push_extent(
-                &mut extents,
-                Extent {
-                    range,
-                    kind: ExtentKind::Data,
-                },
-            );
+            push_extent(&mut extents, Extent { range, kind: ExtentKind::Data });
         } else {
             file_extents(&self.file, range, &mut extents)
                 .map_err(|error| self.io("find the holes of", range, error))?;
@@ -214,9 +190,7 @@ impl WritableBlockDevice for RawDevice {
         let zeros = vec![0u8; 1 << 20];
         let mut at = range.offset;
         while at < range.end() {
-            let length = zeros
-                .len()
-                .min(usize::try_from(range.end() - at).unwrap_or(usize::MAX));
+            let length = zeros.len().min(usize::try_from(range.end() - at).unwrap_or(usize::MAX));
             self.write_at(&zeros[..length], at)?;
             at += length as u64;
         }
@@ -231,21 +205,13 @@ impl WritableBlockDevice for RawDevice {
 
     fn resize(&self, size_bytes: u64) -> Result<()> {
         if !self.writable {
-            return Err(BlockError::ReadOnly {
-                device: self.name(),
-            });
+            return Err(BlockError::ReadOnly { device: self.name() });
         }
         if self.fixed_size {
-            return Err(BlockError::unsupported(
-                self.name(),
-                "a block device has a fixed size",
-            ));
+            return Err(BlockError::unsupported(self.name(), "a block device has a fixed size"));
         }
         self.file.set_len(size_bytes).map_err(|error| {
-            BlockError::io(
-                format!("resize {} to {size_bytes} bytes", self.path.display()),
-                error,
-            )
+            BlockError::io(format!("resize {} to {size_bytes} bytes", self.path.display()), error)
         })?;
         self.size_bytes.store(size_bytes, Ordering::Release);
         Ok(())
@@ -339,13 +305,7 @@ fn file_extents(file: &File, range: ByteRange, out: &mut Vec<Extent>) -> std::io
 
 #[cfg(not(target_os = "linux"))]
 fn file_extents(_file: &File, range: ByteRange, out: &mut Vec<Extent>) -> std::io::Result<()> {
-    push_extent(
-        out,
-        Extent {
-            range,
-            kind: ExtentKind::Data,
-        },
-    );
+    push_extent(out, Extent { range, kind: ExtentKind::Data });
     debug_assert!(out.len() <= MAX_EXTENTS);
     Ok(())
 }
@@ -359,13 +319,7 @@ mod tests {
     fn holes_of_a_sparse_file_are_found_and_made() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("disk.raw");
-        let disk = RawDevice::open(
-            &path,
-            OpenMode::CreateNew {
-                size_bytes: 8 << 20,
-            },
-        )
-        .unwrap();
+        let disk = RawDevice::open(&path, OpenMode::CreateNew { size_bytes: 8 << 20 }).unwrap();
         disk.write_at(&[7; 1 << 20], 2 << 20).unwrap();
         disk.flush().unwrap();
         let kinds: Vec<_> = all_extents(&disk).unwrap();
@@ -378,10 +332,7 @@ mod tests {
             ]
         );
         disk.write_zeroes(ByteRange::new(2 << 20, 1 << 20)).unwrap();
-        assert_eq!(
-            all_extents(&disk).unwrap(),
-            [Extent::new(0, 8 << 20, ExtentKind::Unallocated)]
-        );
+        assert_eq!(all_extents(&disk).unwrap(), [Extent::new(0, 8 << 20, ExtentKind::Unallocated)]);
         let mut block = [1; 4096];
         disk.read_at(&mut block, 2 << 20).unwrap();
         assert_eq!(block, [0; 4096]);
@@ -404,19 +355,10 @@ mod tests {
         let path = directory.path().join("disk.raw");
         std::fs::write(&path, [5; 1000]).unwrap();
         let disk = RawDevice::open(&path, OpenMode::ReadOnly).unwrap();
-        assert!(matches!(
-            disk.write_at(&[1], 0),
-            Err(BlockError::ReadOnly { .. })
-        ));
+        assert!(matches!(disk.write_at(&[1], 0), Err(BlockError::ReadOnly { .. })));
         let mut buffer = [0; 16];
-        assert!(matches!(
-            disk.read_at(&mut buffer, 990),
-            Err(BlockError::OutOfRange { .. })
-        ));
-        assert!(matches!(
-            disk.read_at(&mut buffer, u64::MAX),
-            Err(BlockError::OutOfRange { .. })
-        ));
+        assert!(matches!(disk.read_at(&mut buffer, 990), Err(BlockError::OutOfRange { .. })));
+        assert!(matches!(disk.read_at(&mut buffer, u64::MAX), Err(BlockError::OutOfRange { .. })));
         disk.read_at(&mut buffer, 984).unwrap();
         assert_eq!(buffer, [5; 16]);
     }

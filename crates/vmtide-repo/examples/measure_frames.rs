@@ -18,10 +18,15 @@ const CHOICES: &[Choice] = &[
     ("level 2", 2, None),
     ("level 3", 3, None),
     ("level 4", 4, None),
-    ("dfast h15 c14 mm5", 3, Some((20, 15, 14, 5, Strategy::ZSTD_dfast))),
+    ("dfast h15 c14 mm5", 3, Some((21, 15, 14, 5, Strategy::ZSTD_dfast))),
     ("dfast h16 c15 mm5", 3, Some((21, 16, 15, 5, Strategy::ZSTD_dfast))),
-    ("dfast h17 c16 mm5", 3, Some((21, 17, 16, 5, Strategy::ZSTD_dfast))),
-    ("fast h16 mm6", 1, Some((20, 16, 6, 6, Strategy::ZSTD_fast))),
+    ("dfast h16 c16 mm5", 3, Some((21, 16, 16, 5, Strategy::ZSTD_dfast))),
+    ("dfast h17 c15 mm5", 3, Some((21, 17, 15, 5, Strategy::ZSTD_dfast))),
+    ("dfast h17 c15 mm6", 3, Some((21, 17, 15, 6, Strategy::ZSTD_dfast))),
+    ("dfast h17 c16 mm6", 3, Some((21, 17, 16, 6, Strategy::ZSTD_dfast))),
+    ("dfast h18 c16 mm6", 3, Some((21, 18, 16, 6, Strategy::ZSTD_dfast))),
+    ("fast h17 mm6", 1, Some((21, 17, 6, 6, Strategy::ZSTD_fast))),
+    ("fast h18 mm6", 1, Some((21, 18, 6, 6, Strategy::ZSTD_fast))),
 ];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {

@@ -1,6 +1,14 @@
 //! A crash at every moment: before each change that a job makes to the store, the job dies. Points
 //! reported done stay whole, nothing half-done is visible, and the next run needs no repair.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::cast_possible_truncation,
+    reason = "tests: a failed unwrap is a failed test, and sizes are small"
+)]
+
 mod common;
 
 use common::{Disk, PASSWORD, init_options, reopen, repository, store_point};

@@ -1,6 +1,14 @@
 //! Damage is found and never restored: every byte of every object is flipped in turn, and objects
 //! are cut and removed.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::cast_possible_truncation,
+    reason = "tests: a failed unwrap is a failed test, and sizes are small"
+)]
+
 mod common;
 
 use common::{Disk, commit, fast_options, reopen, repository};
@@ -73,7 +81,8 @@ fn flip_everything(encrypted: bool) {
             // configuration has words (the date) that nothing depends on.
             let needed = ["packs/", "maps/", "points/"].iter().any(|kind| name.starts_with(kind));
             assert!(!needed || noticed, "{name}: a flip of byte {at} was not noticed");
-            assert!(!needed || found, "{name}: verify did not find a flip of byte {at}");
+            let checked = needed || name.starts_with("index/");
+            assert!(!checked || found, "{name}: verify did not find a flip of byte {at}");
         }
         memory.replace(&name, &original);
     }

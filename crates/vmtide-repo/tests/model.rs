@@ -1,6 +1,14 @@
 //! Disks against a byte vector: whatever sequence of backups, forgets and prunes a repository went
 //! through, every restore point still there reads back as the disk was at its moment.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::cast_possible_truncation,
+    reason = "tests: a failed unwrap is a failed test, and sizes are small"
+)]
+
 mod common;
 
 use common::{Disk, commit, fast_options, repository, store_point};
@@ -195,7 +203,7 @@ fn equal_content_is_stored_once_across_disks_and_points() {
 fn an_incremental_reads_and_stores_only_what_changed() {
     let store: Arc<dyn ObjectStore> = Arc::new(MemoryStore::new());
     let repository = repository(&store, true);
-    let mut content: Vec<u8> = (0..8 << 20u32).map(|at| (at >> 12) as u8 | 1).collect();
+    let mut content: Vec<u8> = (0..8u32 << 20).map(|at| (at >> 12) as u8 | 1).collect();
     let plan = DiskPlan { id: "disk0".into(), base: None, changed: ChangedRanges::Everything };
     let full = store_point(&repository, &Disk::new(content.clone()), &plan, Level::Full).unwrap();
 

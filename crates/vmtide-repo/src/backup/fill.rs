@@ -6,7 +6,7 @@ use crate::{BLOCK_BYTES, ChunkId, Location, RepoError, Result};
 
 /// The bytes of chunks that are compressed together, at least. Smaller frames compress worse (zstd sees less);
 /// larger ones make reading one chunk cost more and gain nothing measurable.
-const FRAME_BYTES: usize = 1 << 20;
+const FRAME_BYTES: usize = 2 << 20;
 
 /// One worker's open pack. It goes from disk to disk of a job, so that a VM with many small disks
 /// does not leave many small packs.

@@ -28,7 +28,7 @@ const BLOCK: u64 = BLOCK_BYTES as u64;
 /// How a backup uses the machine.
 #[derive(Clone, Debug)]
 pub struct BackupOptions {
-    /// Threads that read, hash and compress. Each has a pack open and some 7 MiB of buffers.
+    /// Threads that read, hash and compress. Each has a pack open and some 9 MiB of buffers.
     pub workers: usize,
     /// The zstd level, 1 to 19.
     pub compression_level: i32,
@@ -42,13 +42,16 @@ pub struct BackupOptions {
 /// packs are cheap to rewrite.
 const PACK_SIZE_BYTES: u64 = 64 << 20;
 
+/// What the peers take too; the figures are in `docs/decisions/0003-frames-and-levels.md`.
+const DEFAULT_COMPRESSION_LEVEL: i32 = 3;
+
 impl Default for BackupOptions {
     fn default() -> Self {
         let cores = std::thread::available_parallelism().map_or(2, usize::from);
-        // One more than the cores, so that a worker that waits for a disk leaves no core idle.
+        // Two more than the cores, so that workers that wait for a disk leave no core idle.
         Self {
-            workers: (cores + 1).min(16),
-            compression_level: 1,
+            workers: (cores + 2).min(16),
+            compression_level: DEFAULT_COMPRESSION_LEVEL,
             pack_size_bytes: PACK_SIZE_BYTES,
             limit_rate: None,
         }

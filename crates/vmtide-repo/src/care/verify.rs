@@ -1,6 +1,6 @@
 //! Finding damage before it is needed.
 //!
-//! Without reading data: every restore point, map segment and forward opens and verifies, and every
+//! Without reading data: every restore point, map and index segment and forward opens and verifies, and every
 //! pack that a map names is there with a sound directory and has the chunks. With reading data: every
 //! frame (or a random part of them) is read, opened, decompressed and its chunks compared with
 //! their ids. Damage is collected, not stopped at, and each piece of it says which restore points it
@@ -8,6 +8,7 @@
 
 use crate::context::RepoContext;
 use crate::disk::PackSet;
+use crate::index::ChunkIndex;
 use crate::map::{DiskMap, Target};
 use crate::pack::{FrameDecoder, Pack};
 use crate::point::{DiskRecord, RestorePoint};
@@ -82,6 +83,9 @@ pub(crate) fn verify(
             check_disk(context, &packs, point.id, disk, &mut needed, &mut found)?;
         }
     }
+    if options.points.is_empty() {
+        check_index(context, options.read_data_percent > 0, cancel, &mut found)?;
+    }
     let mut report = VerifyReport {
         points_checked: (points.len() + unreadable.len()) as u64,
         packs_checked: needed.len() as u64,
@@ -100,6 +104,28 @@ pub(crate) fn verify(
         })
         .collect();
     Ok(report)
+}
+
+/// Opens all index segments, and reads them where data is read. No restore point needs them; `prune`
+/// makes the index anew.
+fn check_index(
+    context: &Arc<RepoContext>,
+    read: bool,
+    cancel: &CancelToken,
+    found: &mut Found,
+) -> Result<()> {
+    for id in ChunkIndex::list(context)? {
+        cancel.check()?;
+        match ChunkIndex::check_segment(context, id, read) {
+            Err(RepoError::Damaged { object, detail }) => {
+                let detail = format!("{detail} (no restore point needs it; prune makes it anew)");
+                note(found, [], RepoError::Damaged { object, detail })?;
+            }
+            Err(error) => note(found, [], error)?,
+            Ok(()) => {}
+        }
+    }
+    Ok(())
 }
 
 /// Walks one disk's map and the directories of the packs it names.

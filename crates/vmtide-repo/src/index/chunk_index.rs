@@ -103,6 +103,17 @@ impl ChunkIndex {
         Ok(ids)
     }
 
+    /// Checks one segment: that it opens, and where `read` says so every entry in it.
+    ///
+    /// # Errors
+    /// [`RepoError::Damaged`], `Unsupported`, `Io`, `Denied`.
+    pub fn check_segment(ctx: &RepoContext, id: ObjectId, read: bool) -> Result<()> {
+        let segment = IndexSegment::from_head(SegmentHead::open(ctx, id)?)?;
+        let mut entries = segment.head.entries_in_order();
+        while read && entries.next_entry()?.is_some() {}
+        Ok(())
+    }
+
     /// Where the chunk with this id prefix is stored; `None` where nobody knows. A segment that
     /// turns out damaged is warned of once, and not asked again.
     ///

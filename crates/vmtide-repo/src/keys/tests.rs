@@ -63,7 +63,7 @@ fn a_slot_shows_what_it_was_made_with_and_nothing_secret() {
     let (store, config) = repository();
     let made = create_slot(&store, &config, &master(), "office", &Password::new("hunter2"), &CHEAP)
         .unwrap();
-    assert_eq!(list(&store).unwrap(), [made.clone()]);
+    assert_eq!(list(&store).unwrap(), std::slice::from_ref(&made));
     assert_eq!((made.label.as_str(), made.kdf), ("office", CHEAP));
     let stored = store.bytes(&object_name(made.id)).unwrap();
     let stored = std::str::from_utf8(&stored).unwrap();

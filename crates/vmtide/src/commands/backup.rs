@@ -84,9 +84,9 @@ pub struct BackupArgs {
     #[arg(long, value_name = "RATE", value_parser = units::parse_size)]
     limit_rate: Option<u64>,
     /// The zstd level, 1 to 19
-    #[arg(long, value_name = "LEVEL", default_value_t = 1, value_parser = clap::value_parser!(i32).range(1..=19))]
+    #[arg(long, value_name = "LEVEL", default_value_t = 3, value_parser = clap::value_parser!(i32).range(1..=19))]
     pub(crate) compression: i32,
-    /// Threads that read, hash and compress [default: one more than there are processors]
+    /// Threads that read, hash and compress [default: two more than there are processors]
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u16).range(1..=256))]
     workers: Option<u16>,
 }
