@@ -29,7 +29,7 @@ pub struct PointDisk {
     size_bytes: u64,
     map: DiskMap,
     packs: PackSet,
-    frames: ByteCache<(ObjectId, usize), [u8]>,
+    frames: ByteCache<(ObjectId, usize), Vec<u8>>,
     scratch: Mutex<Vec<Scratch>>,
 }
 
@@ -155,7 +155,7 @@ impl PointDisk {
                     pack.decode(number, stored, &mut content, &mut scratch.decoder)?;
                     target.copy_from_slice(&content[wanted]);
                     let bytes = content.len();
-                    self.frames.put((pack.id(), number), Arc::from(content), bytes);
+                    self.frames.put((pack.id(), number), Arc::new(content), bytes);
                 }
             }
             frame = batch;

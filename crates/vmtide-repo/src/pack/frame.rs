@@ -12,7 +12,7 @@ const SAMPLE_BYTES: usize = 64 << 10;
 
 /// Where level 1 leaves less than this part of a sample, or more than the other, a higher level takes half
 /// as long again to save next to nothing.
-const WORTH_PERCENT: std::ops::Range<usize> = 15..80;
+const WORTH_PERCENT: std::ops::Range<usize> = 2..90;
 
 /// Compresses frames: at its level where that pays, at level 1 where it does not.
 pub(crate) struct FrameEncoder {
