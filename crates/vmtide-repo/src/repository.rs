@@ -48,6 +48,16 @@ impl Default for InitOptions {
     }
 }
 
+/// Whether there is any key slot, of this repository or another.
+fn has_key_slots(store: &dyn ObjectStore) -> Result<bool> {
+    let mut found = false;
+    store.list("keys/", &mut |_| {
+        found = true;
+        Ok(())
+    })?;
+    Ok(found)
+}
+
 /// The restore points of a repository.
 #[derive(Debug, Default)]
 pub struct PointList {
@@ -102,6 +112,12 @@ impl Repository {
         let config = RepositoryConfig::new(options.chunk_size_bytes, options.encryption, &master)?;
         let config_bytes = config.encode()?;
         match (options.encryption, password) {
+            (Encryption::None, _) if has_key_slots(&*store)? => {
+                return Err(RepoError::Invalid(format!(
+                    "{} has key slots of an encrypted repository under keys/; remove them first",
+                    store.location()
+                )));
+            }
             (Encryption::None, _) => {}
             (_, None) => {
                 return Err(RepoError::Invalid("an encrypted repository needs a password".into()));
@@ -130,6 +146,13 @@ impl Repository {
         let config_bytes = config::read(&*store)?;
         let config = RepositoryConfig::decode(&config_bytes)?;
         let master = match config.master_key() {
+            Some(_) if has_key_slots(&*store)? => {
+                return Err(RepoError::damaged(
+                    config::OBJECT_NAME,
+                    "says that the repository is not encrypted, but it has key slots: somebody \
+                     may have replaced it to get at new backups; nothing is read or written",
+                ));
+            }
             Some(master) => master,
             None => keys::unlock(&*store, &config_bytes, &password()?)?,
         };
@@ -228,12 +251,17 @@ impl Repository {
             match point::read(&self.context, id) {
                 Ok(point) => list.points.push(point),
                 // Forgotten between the listing and the reading.
-                Err(RepoError::Damaged { .. }) if self.context.store.open(&name).is_err() => {}
+                Err(RepoError::Damaged { .. }) if self.is_gone(&name) => {}
                 Err(error) => list.unreadable.push((name, error)),
             }
         }
         list.points.sort_by_key(|point| (point.time, point.id));
         Ok(list)
+    }
+
+    /// Whether an object is really not there; a store that cannot say so is no proof of it.
+    fn is_gone(&self, name: &str) -> bool {
+        matches!(self.context.store.open(name), Err(RepoError::NotFound { .. }))
     }
 
     /// The restore point that `spec` names: an id or the beginning of one (at least 4 digits),
@@ -373,7 +401,10 @@ impl Repository {
         let points = self.points()?.points;
         let mut stats = RepositoryStats {
             points: points.len() as u64,
-            virtual_bytes: points.iter().flat_map(|point| &point.disks).map(|d| d.size_bytes).sum(),
+            virtual_bytes: points
+                .iter()
+                .flat_map(|point| &point.disks)
+                .fold(0, |sum, disk| sum.saturating_add(disk.size_bytes)),
             ..RepositoryStats::default()
         };
         for kind in [

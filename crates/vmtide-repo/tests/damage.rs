@@ -176,3 +176,12 @@ fn a_key_of_another_repository_and_swapped_objects_do_not_open() {
         first.replace(&name, &original);
     }
 }
+
+#[test]
+fn a_repository_cannot_be_turned_into_an_unencrypted_one() {
+    let (sealed, _) = small_world(true);
+    let (clear, _) = small_world(false);
+    sealed.replace("vmtide.repo", &clear.bytes("vmtide.repo").unwrap());
+    let store: Arc<dyn ObjectStore> = sealed;
+    assert!(matches!(reopen(&store), Err(RepoError::Damaged { .. })));
+}

@@ -224,3 +224,74 @@ fn an_incremental_reads_and_stores_only_what_changed() {
     repository.open_disk(&point, "disk0").unwrap().read_at(&mut back, 0).unwrap();
     assert!(back == content, "the incremental stands without its full");
 }
+
+/// Bytes that neither repeat nor compress.
+fn noise(length: usize) -> Vec<u8> {
+    let mut state = 0x9E37_79B9_7F4A_7C15u64;
+    let mut bytes = Vec::with_capacity(length + 8);
+    while bytes.len() < length {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend_from_slice(&state.to_le_bytes());
+    }
+    bytes.truncate(length);
+    bytes
+}
+
+#[test]
+fn the_smallest_and_the_largest_chunks_read_back() {
+    for chunk_size_bytes in [16 << 10, 256 << 10, 1 << 20] {
+        let store: Arc<dyn ObjectStore> = Arc::new(MemoryStore::new());
+        let options = vmtide_repo::InitOptions { chunk_size_bytes, ..common::init_options(true) };
+        let password = vmtide_repo::Password::new(common::PASSWORD);
+        let repository = Repository::init(store, &options, Some(&password)).unwrap();
+        // Long enough for frames of several of the longest chunks, with zeros between.
+        let mut content = noise(40 << 20);
+        content[9 << 20..11 << 20].fill(0);
+        let plan = DiskPlan { id: "disk0".into(), base: None, changed: ChangedRanges::Everything };
+        let source = Disk::new(content.clone());
+        let point = store_point(&repository, &source, &plan, Level::Full).unwrap();
+        let mut back = vec![0; content.len()];
+        repository.open_disk(&point, "disk0").unwrap().read_at(&mut back, 0).unwrap();
+        assert!(back == content, "chunks of {chunk_size_bytes} bytes");
+    }
+}
+
+#[test]
+fn a_damaged_pack_does_not_keep_prune_from_its_work() {
+    let memory = MemoryStore::new();
+    let store: Arc<dyn ObjectStore> = Arc::new(memory.clone());
+    let repository = repository(&store, true);
+    let mut content = noise(6 << 20);
+    let plan = || DiskPlan { id: "disk0".into(), base: None, changed: ChangedRanges::Everything };
+    let first =
+        store_point(&repository, &Disk::new(content.clone()), &plan(), Level::Full).unwrap();
+    // Of every pack of the first point something stays in use and something does not.
+    for megabyte in 0..6 {
+        content[megabyte << 20..(megabyte << 20) + 600_000].fill(0);
+    }
+    let second =
+        store_point(&repository, &Disk::new(content.clone()), &plan(), Level::Full).unwrap();
+    repository.forget(&[first.id]).unwrap();
+
+    let packs: Vec<String> =
+        memory.names().into_iter().filter(|name| name.starts_with("packs/")).collect();
+    assert!(packs.len() > 3);
+    let victim = packs.iter().max_by_key(|name| memory.bytes(name).unwrap().len()).unwrap();
+    let original = memory.bytes(victim).unwrap();
+    let mut damaged = original.to_vec();
+    for at in (64..damaged.len() - 20_000).step_by(4096) {
+        damaged[at] ^= 1;
+    }
+    memory.replace(victim, &damaged);
+
+    let options = PruneOptions { dry_run: false, repack_below_percent: 100 };
+    let report = repository.prune(&options, &Progress::new(), &CancelToken::new()).unwrap();
+    assert_eq!(report.packs_damaged, 1);
+    assert!(memory.bytes(victim).is_some(), "what is damaged is not removed");
+    memory.replace(victim, &original);
+    let mut back = vec![0; content.len()];
+    repository.open_disk(&second, "disk0").unwrap().read_at(&mut back, 0).unwrap();
+    assert!(back == content);
+}

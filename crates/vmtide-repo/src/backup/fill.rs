@@ -1,12 +1,13 @@
 //! Filling packs: chunks into frames, frames into a pack, a full pack into the session.
 
 use super::session::SessionState;
-use crate::pack::{ChunkEntry, FrameEncoder, PackWriter};
+use crate::pack::{ChunkEntry, FrameEncoder, MAX_FRAME_BYTES, PackWriter};
 use crate::{BLOCK_BYTES, ChunkId, Location, RepoError, Result};
 
-/// The bytes of chunks that are compressed together, at least. Smaller frames compress worse (zstd sees less);
-/// larger ones make reading one chunk cost more and gain nothing measurable.
-const FRAME_BYTES: usize = 2 << 20;
+/// The bytes of chunks that are compressed together, at least. Smaller frames compress worse (zstd
+/// sees less); larger ones leave the processor's cache and make reading one block cost more. See
+/// `docs/decisions/0003-frames-and-levels.md`.
+const FRAME_BYTES: usize = 3 << 19;
 
 /// One worker's open pack. It goes from disk to disk of a job, so that a VM with many small disks
 /// does not leave many small packs.
@@ -52,13 +53,18 @@ impl PackFiller {
     ) -> Result<u64> {
         let blocks = u16::try_from(chunk.len() / BLOCK_BYTES)
             .map_err(|_| RepoError::Invalid("chunk too long".into()))?;
+        let mut stored = 0;
+        // The place that was named stays right: the blocks that wait only move into the pack.
+        if self.frame.len() + chunk.len() > MAX_FRAME_BYTES {
+            stored += self.flush_frame()?;
+        }
         self.frame.extend_from_slice(chunk);
         self.frame_chunks.push(ChunkEntry { id, blocks });
         if self.frame.len() < FRAME_BYTES {
-            return Ok(0);
+            return Ok(stored);
         }
-        let stored = self.flush_frame()?;
-        if self.pack.as_ref().is_some_and(|pack| pack.stored_bytes() >= session.pack_size_bytes) {
+        stored += self.flush_frame()?;
+        if self.pack.as_ref().is_some_and(|pack| pack.is_full(session.pack_size_bytes)) {
             self.finish_pack(session)?;
         }
         Ok(stored)

@@ -8,16 +8,16 @@ use super::plan::{Piece, plan};
 use super::sink::RunSink;
 use super::work::DiskJob;
 use crate::context::RepoContext;
-use crate::envelope::ObjectKind;
+use crate::disk::{PackSet, Place};
 use crate::index::ChunkIndex;
 use crate::map::{BaseMap, DiskMap, MapBuilder, MapRun, Target, write_layered};
-use crate::pack::{FinishedPack, Pack};
+use crate::pack::FinishedPack;
 use crate::point::{self, DiskCounts, DiskRecord, Level, RestorePoint, TrackingRecord};
 use crate::store::StoreLock;
 use crate::{BLOCK_BYTES, ChunkId, Location, ObjectId, RepoError, Result};
 use jiff::Timestamp;
 use parking_lot::{Mutex, RwLock};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -132,8 +132,10 @@ pub(super) struct SessionState {
     pub fresh: FreshChunks,
     pub pack_size_bytes: u64,
     pending: Mutex<Vec<(ChunkId, Location)>>,
-    /// Packs of earlier jobs that were looked at, and whether they can be relied on.
-    known_packs: RwLock<HashMap<ObjectId, bool>>,
+    /// Packs of earlier jobs, to look at before they are referred to.
+    packs: PackSet,
+    /// Those that cannot be relied on.
+    distrusted: RwLock<HashSet<ObjectId>>,
 }
 
 impl SessionState {
@@ -152,33 +154,30 @@ impl SessionState {
         full.map_or(Ok(()), |entries| self.write_index(&entries))
     }
 
-    /// Where the repository has a chunk already. The index is only believed when the pack it names is
-    /// there with a sound directory: otherwise a lost pack would go on being referred to by every new
-    /// restore point, and this way the next backup heals it.
-    pub(super) fn known(&self, id: &ChunkId) -> Result<Option<Location>> {
+    /// Where the repository has a chunk already. The index is only a hint: the pack it names must be
+    /// there, with a sound directory that has this very chunk in that place. Otherwise a lost pack
+    /// would go on being referred to by every new restore point; this way the next backup heals it.
+    pub(super) fn known(&self, id: &ChunkId, length_bytes: usize) -> Result<Option<Location>> {
         let Some(place) = self.index.lookup(&id.prefix())? else { return Ok(None) };
-        let known = self.known_packs.read().get(&place.pack).copied();
-        let usable = match known {
-            Some(usable) => usable,
-            None => {
-                let usable = self.check_pack(place.pack)?;
-                self.known_packs.write().insert(place.pack, usable);
-                usable
+        if self.distrusted.read().contains(&place.pack) {
+            return Ok(None);
+        }
+        match self.packs.place(place.pack) {
+            Ok(Place::Pack(pack)) => {
+                let is_it = pack.chunk_of(place.ordinal).is_ok_and(|number| {
+                    let (ordinal, chunk) = pack.chunk(number);
+                    ordinal == place.ordinal
+                        && chunk.id == *id
+                        && usize::from(chunk.blocks) * BLOCK_BYTES == length_bytes
+                });
+                Ok(is_it.then_some(place))
             }
-        };
-        Ok(usable.then_some(place))
-    }
-
-    fn check_pack(&self, id: ObjectId) -> Result<bool> {
-        let opened = self
-            .context
-            .open_object(ObjectKind::Pack, id)
-            .and_then(|opened| Pack::from_object(&self.context, opened));
-        match opened {
-            Ok(_) => Ok(true),
+            Ok(Place::Moved(_)) => Ok(None),
             Err(error @ (RepoError::Damaged { .. } | RepoError::Unsupported { .. })) => {
-                tracing::warn!(%error, "a pack cannot be relied on; its chunks are stored again");
-                Ok(false)
+                if self.distrusted.write().insert(place.pack) {
+                    tracing::warn!(%error, "a pack cannot be relied on; its chunks are stored again");
+                }
+                Ok(None)
             }
             Err(error) => Err(error),
         }
@@ -203,6 +202,8 @@ pub struct BackupSession {
     options: BackupOptions,
     limiter: Option<RateLimiter>,
     fillers: Mutex<Vec<PackFiller>>,
+    /// A disk failed: places may have been promised that were never filled.
+    failed: AtomicBool,
     _lock: Box<dyn StoreLock>,
 }
 
@@ -216,16 +217,18 @@ impl BackupSession {
         let index = ChunkIndex::open(&context)?;
         Ok(Self {
             state: SessionState {
-                context,
                 index,
                 fresh: FreshChunks::new(),
                 pack_size_bytes: options.pack_size_bytes,
                 pending: Mutex::default(),
-                known_packs: RwLock::default(),
+                packs: PackSet::new(Arc::clone(&context)),
+                distrusted: RwLock::default(),
+                context,
             },
             limiter: options.limit_rate.map(RateLimiter::new),
             options: options.clone(),
             fillers: Mutex::default(),
+            failed: AtomicBool::new(false),
             _lock: lock,
         })
     }
@@ -236,6 +239,28 @@ impl BackupSession {
     /// Those of the source and of the store; [`BlockError::Cancelled`]. The session can then only
     /// be dropped.
     pub fn store_disk(
+        &self,
+        source: &dyn BlockDevice,
+        plan: &DiskPlan<'_>,
+        progress: &Progress,
+        cancel: &CancelToken,
+    ) -> Result<StoredDisk> {
+        self.check_usable()?;
+        let stored = self.try_store_disk(source, plan, progress, cancel);
+        if stored.is_err() {
+            self.failed.store(true, Ordering::Relaxed);
+        }
+        stored
+    }
+
+    fn check_usable(&self) -> Result<()> {
+        if self.failed.load(Ordering::Relaxed) {
+            return Err(RepoError::Invalid("a disk of this backup failed; begin another".into()));
+        }
+        Ok(())
+    }
+
+    fn try_store_disk(
         &self,
         source: &dyn BlockDevice,
         plan: &DiskPlan<'_>,
@@ -347,6 +372,7 @@ impl BackupSession {
     /// # Errors
     /// Those of the store. Nothing is visible then.
     pub fn commit(self, draft: PointDraft) -> Result<RestorePoint> {
+        self.check_usable()?;
         for mut filler in self.fillers.into_inner() {
             filler.finish_pack(&self.state)?;
         }
@@ -364,7 +390,7 @@ impl BackupSession {
         let point = RestorePoint {
             id: ObjectId::random()?,
             vm: draft.vm,
-            time: Timestamp::now(),
+            time: time_after(context, draft.parent),
             started: draft.started,
             level: draft.level,
             parent: draft.parent,
@@ -379,6 +405,21 @@ impl BackupSession {
         };
         point::write(context, &point)?;
         Ok(point)
+    }
+}
+
+/// Now, or a moment after the parent where the clock went back: newer points have later times.
+fn time_after(context: &RepoContext, parent: Option<ObjectId>) -> Timestamp {
+    let now = Timestamp::now();
+    let parent = parent.and_then(|id| point::read(context, id).ok());
+    match parent
+        .and_then(|parent| parent.time.checked_add(jiff::SignedDuration::from_millis(1)).ok())
+    {
+        Some(earliest) if earliest > now => {
+            tracing::warn!(%now, %earliest, "the clock stands before the last restore point");
+            earliest
+        }
+        _ => now,
     }
 }
 

@@ -111,7 +111,7 @@ impl DiskJob<'_> {
         if let Some(known) = session.fresh.find(&id) {
             return Ok(known);
         }
-        if let Some(known) = session.known(&id)? {
+        if let Some(known) = session.known(&id, chunk.len())? {
             return Ok(known);
         }
         let place = filler.next_location(session)?;

@@ -1,7 +1,7 @@
 //! Removing what no restore point needs (format §11).
 //!
-//! The order makes every crash harmless: new packs, then forwards, then the new index, and only
-//! then removals, old packs last. A point resolves through old packs until its forward exists, and
+//! The order makes every crash harmless: packs that nothing needs go first; then new packs, then
+//! forwards, then the new index, and only then what was moved, old packs last. A point resolves through old packs until its forward exists, and
 //! through the forward after; a forward and its pack may both exist for a while, the pack wins.
 
 use super::mark::{ChunkBits, Marks};
@@ -56,6 +56,8 @@ pub struct PruneReport {
     pub maps_removed: u64,
     /// Index segments replaced by the new one.
     pub index_removed: u64,
+    /// Packs that should have been rewritten but are damaged, and were left as they are.
+    pub packs_damaged: u64,
     /// Bytes given back to the store.
     pub freed_bytes: u64,
     /// Bytes written for rewritten packs.
@@ -104,14 +106,17 @@ pub(crate) fn prune(
         prune.sweep_metadata()?;
         return Ok(prune.report);
     }
-    let new_packs = prune.repack(&decision.repack)?;
-    prune.rebuild_index(decision.keep.iter().chain(&new_packs))?;
+    // What nobody needs goes first, so that a full store can be pruned. An index that still names
+    // such a pack does no harm: backups look at a pack before they refer to it.
+    let unfinished_bytes = context.store.remove_unfinished()?;
+    prune.report.freed_bytes += unfinished_bytes;
+    prune.remove_packs(&decision.remove)?;
+    let (moved, new_packs) = prune.repack(decision.repack)?;
+    let stay = |id: &&ObjectId| !moved.contains(id);
+    let left: Vec<ObjectId> = prune.marks.packs.keys().filter(stay).copied().collect();
+    prune.rebuild_index(left.iter().chain(&new_packs))?;
     prune.sweep_metadata()?;
-    for id in decision.remove.iter().chain(&decision.repack) {
-        cancel.check()?;
-        context.store.remove(&ObjectKind::Pack.object_name(*id))?;
-    }
-    prune.report.freed_bytes += context.store.remove_unfinished()?;
+    prune.remove_packs(&moved)?;
     Ok(prune.report)
 }
 
@@ -157,17 +162,36 @@ impl Prune<'_> {
         }
     }
 
-    /// Rewrites packs without their dead chunks, and writes their forwards.
-    fn repack(&mut self, sparse: &[ObjectId]) -> Result<Vec<ObjectId>> {
+    fn remove_packs(&self, packs: &[ObjectId]) -> Result<()> {
+        packs.iter().try_for_each(|id| {
+            self.cancel.check()?;
+            self.context.store.remove(&ObjectKind::Pack.object_name(*id))
+        })
+    }
+
+    /// Rewrites packs without their dead chunks, and writes their forwards. Answers with the packs
+    /// that were moved and the new ones. A damaged pack is left as it is: it must not keep the
+    /// others from being rewritten.
+    fn repack(&mut self, sparse: Vec<ObjectId>) -> Result<(Vec<ObjectId>, Vec<ObjectId>)> {
         let total = sparse.iter().filter_map(|id| self.lengths.get(id)).sum();
         self.progress.add_total(total);
         let mut mover = Mover::new(self.context)?;
         let mut moved = Vec::new();
         for id in sparse {
             self.cancel.check()?;
-            let pack = self.pack(*id)?;
-            let live = self.marks.packs.get(id).cloned().unwrap_or_default();
-            moved.push((*id, mover.move_chunks(&pack, &live)?));
+            let pack = self.pack(id)?;
+            let live = self.marks.packs.get(&id).cloned().unwrap_or_default();
+            match mover.move_chunks(&pack, &live) {
+                Ok(moves) => moved.push((id, moves)),
+                Err(error) if error.is_damage() => {
+                    tracing::warn!(%error, "a damaged pack is left as it is");
+                    self.report.packs_repacked -= 1;
+                    self.report.packs_kept += 1;
+                    self.report.packs_damaged += 1;
+                    self.report.freed_bytes -= pack.length_bytes();
+                }
+                Err(error) => return Err(error),
+            }
             self.progress.add_done(pack.length_bytes());
         }
         // Forwards may only name packs that are durable.
@@ -180,7 +204,7 @@ impl Prune<'_> {
             write_forward(self.context, *id, moves)?;
             self.marks.forwards.insert(*id);
         }
-        Ok(packs)
+        Ok((moved.into_iter().map(|(id, _)| id).collect(), packs))
     }
 
     /// One new index of the packs that stay. It supersedes all there were, even unreadable ones.
@@ -223,6 +247,21 @@ impl Prune<'_> {
             }
         }
         Ok(())
+    }
+}
+
+/// Notes a move, joined with the one before where it continues it: a pack's moves are few runs.
+fn push_move(moves: &mut Vec<Move>, next: Move) {
+    let (ordinal, count, target) = next;
+    match moves.last_mut() {
+        Some((first, length, begun))
+            if *first + *length == ordinal
+                && begun.pack == target.pack
+                && begun.ordinal + *length == target.ordinal =>
+        {
+            *length += count;
+        }
+        _ => moves.push(next),
     }
 }
 
@@ -270,7 +309,7 @@ impl<'a> Mover<'a> {
                 let end = start + usize::from(chunk.blocks) * BLOCK_BYTES;
                 kept_content.extend_from_slice(&content[start..end]);
                 kept.push(chunk);
-                moves.push((ordinal, u32::from(chunk.blocks), target));
+                push_move(&mut moves, (ordinal, u32::from(chunk.blocks), target));
                 target.ordinal += u32::from(chunk.blocks);
             }
             self.append(&kept, &kept_content, &mut stored)?;
@@ -296,7 +335,7 @@ impl<'a> Mover<'a> {
         let Some(writer) = &mut self.writer else { return Ok(()) };
         let compression = self.encoder.encode(content, stored)?;
         writer.append(chunks, compression, stored)?;
-        if writer.stored_bytes() >= PACK_SIZE_BYTES {
+        if writer.is_full(PACK_SIZE_BYTES) {
             self.finish_pack()?;
         }
         Ok(())

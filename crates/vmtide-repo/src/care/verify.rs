@@ -8,6 +8,7 @@
 
 use crate::context::RepoContext;
 use crate::disk::PackSet;
+use crate::envelope::ObjectKind;
 use crate::index::ChunkIndex;
 use crate::map::{DiskMap, Target};
 use crate::pack::{FrameDecoder, Pack};
@@ -59,8 +60,9 @@ pub struct VerifyReport {
 /// Damage by object, with the points that need it.
 type Found = BTreeMap<(String, String), BTreeSet<ObjectId>>;
 
-/// A pack that some point needs, or why it cannot be had.
-type Needed = HashMap<ObjectId, (Option<Arc<Pack>>, BTreeSet<ObjectId>)>;
+/// The packs that are needed, with the points that need them. Only their ids: thousands of open packs
+/// would take as many file descriptors.
+type Needed = HashMap<ObjectId, BTreeSet<ObjectId>>;
 
 /// Verifies `points`; `unreadable` are those that could not even be read.
 pub(crate) fn verify(
@@ -93,7 +95,7 @@ pub(crate) fn verify(
     };
     if options.read_data_percent > 0 {
         report.read_bytes =
-            read_packs(&needed, options.read_data_percent, progress, cancel, &mut found)?;
+            read_packs(context, &needed, options.read_data_percent, progress, cancel, &mut found)?;
     }
     report.damage = found
         .into_iter()
@@ -158,6 +160,10 @@ fn check_disk(
         })
     });
     match outcome {
+        // A record that no map can be, such as a disk of more blocks than there are.
+        Err(RepoError::Invalid(detail)) => {
+            note(found, [point], RepoError::damaged(ObjectKind::Point.object_name(point), detail))
+        }
         Err(error) => note(found, [point], error),
         Ok(()) => Ok(()),
     }
@@ -172,8 +178,7 @@ fn check_run(
 ) -> Result<u32> {
     let (pack, ordinal, count) = packs.resolve(place, count)?;
     pack.frame_of(ordinal.saturating_add(count - 1))?;
-    let entry = needed.entry(pack.id()).or_insert_with(|| (Some(pack), BTreeSet::new()));
-    entry.1.insert(point);
+    needed.entry(pack.id()).or_default().insert(point);
     Ok(count)
 }
 
@@ -186,6 +191,10 @@ fn note(
     let key = match error {
         RepoError::Damaged { object, detail } => (object, detail),
         RepoError::Unsupported { object, what } => (object, format!("unsupported {what}")),
+        // Too many open files, or no memory: the machine is at fault, not the object.
+        RepoError::Io { ref source, .. } if matches!(source.raw_os_error(), Some(12 | 23 | 24)) => {
+            return Err(error);
+        }
         RepoError::Io { context, source } => (context, format!("cannot be read: {source}")),
         other => return Err(other),
     };
@@ -195,25 +204,36 @@ fn note(
 
 /// Reads and verifies frames of all packs, on all cores. Answers with the bytes read.
 fn read_packs(
+    context: &Arc<RepoContext>,
     needed: &Needed,
     percent: u8,
     progress: &Progress,
     cancel: &CancelToken,
     found: &mut Found,
 ) -> Result<u64> {
-    let work: Vec<_> = needed.values().collect();
-    let total: u64 =
-        work.iter().filter_map(|(pack, _)| pack.as_ref()).map(|pack| pack.length_bytes()).sum();
-    progress.add_total(total);
+    let work: Vec<_> = needed.iter().collect();
+    // All lengths are known once the packs were listed; reading them here would open each twice.
+    context.store.list(ObjectKind::Pack.prefix(), &mut |entry| {
+        let id = entry.name.rsplit('/').next().and_then(|name| name.parse::<ObjectId>().ok());
+        if id.is_some_and(|id| needed.contains_key(&id)) {
+            progress.add_total(entry.length_bytes);
+        }
+        Ok(())
+    })?;
     let next = AtomicUsize::new(0);
     let read_bytes = AtomicU64::new(0);
     let shared = Mutex::new(found);
     let worker = || -> Result<()> {
         let mut decoder = FrameDecoder::new()?;
-        while let Some((pack, points)) = work.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let Some(pack) = pack else { continue };
-            let outcome = read_pack(pack, percent, &mut decoder, &read_bytes, progress, cancel);
-            for error in outcome? {
+        while let Some((id, points)) = work.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let opened = context
+                .open_object(ObjectKind::Pack, **id)
+                .and_then(|opened| Pack::from_object(context, opened));
+            let wrong = match opened {
+                Ok(pack) => read_pack(&pack, percent, &mut decoder, &read_bytes, progress, cancel)?,
+                Err(error) => vec![error],
+            };
+            for error in wrong {
                 note(&mut shared.lock(), points.iter().copied(), error)?;
             }
         }

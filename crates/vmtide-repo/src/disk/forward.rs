@@ -63,6 +63,9 @@ pub(crate) fn write_forward(context: &RepoContext, pack: ObjectId, moves: &[Move
     let count = |count: usize| u32::try_from(count).map_err(|_| invalid("too many runs"));
     let mut content: Vec<u8> = packs.iter().flat_map(|id| id.0).collect();
     content.append(&mut encoded);
+    if content.len() > MAX_CONTENT_BYTES {
+        return Err(invalid("more runs than a reader takes"));
+    }
     let mut section =
         zstd::bulk::compress(&content, 3).map_err(|error| invalid(&error.to_string()))?;
     let number = getrandom::u64()

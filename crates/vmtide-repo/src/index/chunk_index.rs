@@ -55,26 +55,28 @@ impl ChunkIndex {
     /// `Io`, `Denied`.
     pub fn open(ctx: &Arc<RepoContext>) -> Result<Self> {
         let mut skipped = Vec::new();
-        let mut heads = Vec::new();
+        // Two passes, so that superseded segments, of which there may be thousands before a prune,
+        // are open one at a time.
+        let mut ids = Vec::new();
+        let mut named: HashSet<ObjectId> = HashSet::new();
         for id in Self::list(ctx)? {
-            heads.extend(tolerate(id, SegmentHead::open(ctx, id), &mut skipped)?);
+            if let Some(head) = tolerate(id, SegmentHead::open(ctx, id), &mut skipped)? {
+                named.extend(head.superseded());
+                ids.push(id);
+            }
         }
-        let named: HashSet<ObjectId> =
-            heads.iter().flat_map(|head| head.superseded().iter().copied()).collect();
-        let (dead, live): (Vec<_>, Vec<_>) =
-            heads.into_iter().partition(|head| named.contains(&head.id()));
+        let (dead, live): (Vec<_>, Vec<_>) = ids.into_iter().partition(|id| named.contains(id));
         let mut segments = Vec::new();
-        for head in live {
-            let id = head.id();
-            let segment = tolerate(id, IndexSegment::from_head(head), &mut skipped)?;
-            segments.extend(segment.map(Slot::new));
+        for id in live {
+            let opened = SegmentHead::open(ctx, id).and_then(IndexSegment::from_head);
+            segments.extend(tolerate(id, opened, &mut skipped)?.map(Slot::new));
         }
         segments.sort_by_key(|slot| std::cmp::Reverse(slot.segment.entries()));
         let index = Self {
             ctx: Arc::clone(ctx),
             segments,
             added: (0..MAX_ADDED).map(|_| OnceLock::new()).collect(),
-            superseded: dead.iter().map(SegmentHead::id).collect(),
+            superseded: dead,
             skipped,
             cache: IndexCache::new(CACHED_PAGES),
         };

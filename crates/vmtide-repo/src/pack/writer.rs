@@ -1,9 +1,13 @@
 //! Writing one pack.
 
-use super::{ChunkEntry, Compression, FrameEntry};
+use super::{ChunkEntry, Compression, FrameEntry, MAX_FRAME_BYTES, MAX_FRAME_CHUNKS};
 use crate::context::{DIRECTORY_SECTION, NewObject, RepoContext};
 use crate::envelope::{ObjectKind, TRAILER_BYTES};
-use crate::{ObjectId, RepoError, Result};
+use crate::{BLOCK_BYTES, ObjectId, RepoError, Result};
+
+/// A pack is finished at so many chunks, however well they compress: its directory, forward and the
+/// memory of whoever reads it grow with them. At 64 KiB chunks this is 4 GiB of content.
+const MAX_PACK_CHUNKS: usize = 64 << 10;
 
 /// A pack being written. Dropped without [`finish`](Self::finish), it never was.
 pub(crate) struct PackWriter {
@@ -38,6 +42,11 @@ impl PackWriter {
         self.object.offset
     }
 
+    /// Whether it is time to begin another: at so many stored bytes, or at [`MAX_PACK_CHUNKS`].
+    pub(crate) fn is_full(&self, pack_size_bytes: u64) -> bool {
+        self.stored_bytes() >= pack_size_bytes || self.chunks.len() >= MAX_PACK_CHUNKS
+    }
+
     /// The ordinal that the first block of the next frame will get.
     pub(crate) const fn next_ordinal(&self) -> u32 {
         self.next_ordinal
@@ -53,6 +62,12 @@ impl PackWriter {
         let too_much = || RepoError::Invalid("too much for one pack".into());
         let count = u16::try_from(chunks.len()).map_err(|_| too_much())?;
         let blocks: u32 = chunks.iter().map(|chunk| u32::from(chunk.blocks)).sum();
+        if chunks.len() > MAX_FRAME_CHUNKS || blocks as usize * BLOCK_BYTES > MAX_FRAME_BYTES {
+            return Err(RepoError::Invalid(format!(
+                "a frame of {} chunks and {blocks} blocks is more than readers take",
+                chunks.len()
+            )));
+        }
         let next_ordinal = self.next_ordinal.checked_add(blocks).ok_or_else(too_much)?;
         let offset = self.object.offset;
         let number = self.frames.len() as u64;
