@@ -103,6 +103,17 @@ pub trait FrozenVm: Send {
     /// The disks, in the order of the configuration.
     fn disks(&self) -> &[FrozenDisk];
 
+    /// Whether the disks have shown the one moment up to now. To be asked after the last read and
+    /// right before the restore point is committed: where somebody else interfered on the platform
+    /// the views may have changed while they were read, without any read failing.
+    ///
+    /// # Errors
+    /// Where a view was lost, or the platform cannot be asked: the restore point must not be
+    /// committed.
+    fn check(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// The restore point is committed: keep the new tracking, release the old, remove the rest.
     /// Answers with what could not be removed now and is left to [`Hypervisor::reap`].
     ///

@@ -12,6 +12,9 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+/// The end of the name of a file that says that the VM was let go.
+const RELEASED: &str = "released";
+
 /// Names one job: 16 lower-case hexadecimal digits, random.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -94,10 +97,21 @@ impl Journal {
         for item in listing {
             let item = item.map_err(io)?;
             let path = item.path();
+            if path.extension().is_some_and(|extension| extension == RELEASED)
+                && !Self::file_of_mark(&path).exists()
+            {
+                // A mark that came after its job had finished. Where it stays it does no harm.
+                let _ = std::fs::remove_file(&path);
+            }
             if path.extension().is_none_or(|extension| extension != "json") {
                 continue;
             }
-            let text = std::fs::read_to_string(&path).map_err(io)?;
+            let text = match std::fs::read_to_string(&path) {
+                Ok(text) => text,
+                // A job on another target has just finished.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(io(error)),
+            };
             match serde_json::from_str::<JournalEntry>(&text) {
                 Ok(entry) if entry.target == target => {
                     let modified = item.metadata().and_then(|metadata| metadata.modified()).ok();
@@ -125,18 +139,42 @@ impl Journal {
         self.save()
     }
 
+    /// The file whose existence says that the VM was let go by somebody else than the job, e.g. by
+    /// a process that watches over it: what the steps say of pausing or freezing the VM is no
+    /// longer so. It stands beside the journal and goes with it. Only make it while
+    /// [`file_of_mark`](Self::file_of_mark) exists: without the journal it means nothing.
+    pub fn released_mark(&self) -> PathBuf {
+        self.path.with_extension(RELEASED)
+    }
+
+    /// The journal's file that belongs to a [`released_mark`](Self::released_mark).
+    pub fn file_of_mark(mark: &Path) -> PathBuf {
+        mark.with_extension("json")
+    }
+
+    /// Whether the VM was let go by somebody else than the job.
+    pub fn is_released(&self) -> bool {
+        self.released_mark().exists()
+    }
+
     /// Everything is undone or kept on purpose: forgets the job.
     ///
     /// # Errors
     /// [`HypervisorError::Io`]; harmless but for one more look at the next reaping.
     pub fn finish(self) -> Result<()> {
-        match std::fs::remove_file(&self.path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(HypervisorError::io(
-                format!("remove the journal {}", self.path.display()),
-                error,
-            )),
-            _ => Ok(()),
+        // The journal first: a mark that is left alone is removed at the next look.
+        for path in [&self.path, &self.released_mark()] {
+            match std::fs::remove_file(path) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(HypervisorError::io(
+                        format!("remove the journal {}", path.display()),
+                        error,
+                    ));
+                }
+                _ => {}
+            }
         }
+        Ok(())
     }
 
     fn save(&self) -> Result<()> {
@@ -183,6 +221,23 @@ mod tests {
         other.finish().unwrap();
         assert!(Journal::leftovers(state.path(), "b.qmp").unwrap().is_empty());
         assert_eq!(Journal::leftovers(state.path(), "a.qmp").unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_mark_of_release_lives_as_long_as_its_journal() {
+        let state = tempfile::tempdir().unwrap();
+        let journal = Journal::begin(state.path(), JobId::random(), "a.qmp").unwrap();
+        let mark = journal.released_mark();
+        assert!(Journal::file_of_mark(&mark).exists() && !journal.is_released());
+        std::fs::write(&mark, "").unwrap();
+        let left = Journal::leftovers(state.path(), "a.qmp").unwrap();
+        assert!(left[0].is_released());
+        journal.finish().unwrap();
+        assert!(!mark.exists());
+        // One that comes too late.
+        std::fs::write(&mark, "").unwrap();
+        assert!(Journal::leftovers(state.path(), "a.qmp").unwrap().is_empty());
+        assert!(!mark.exists());
     }
 
     #[test]

@@ -46,6 +46,8 @@ impl Scope<'_> {
 pub(crate) struct Report {
     pub removed: Vec<String>,
     pub failed: Vec<String>,
+    /// Why a guest that may be frozen could not be asked. That is in nobody's way but its own.
+    pub unanswered: Vec<String>,
 }
 
 /// One clean-up of one VM.
@@ -121,7 +123,7 @@ impl<'a> Cleanup<'a> {
             match state {
                 Ok(FreezeStatus::Frozen) => self.report.removed.push(what),
                 Ok(FreezeStatus::Thawed) => {}
-                Err(error) => self.report.failed.push(format!("{what}: {error}")),
+                Err(error) => self.report.unanswered.push(format!("{what}: {error}")),
             }
         }
         Ok(())
@@ -137,17 +139,16 @@ impl<'a> Cleanup<'a> {
     }
 
     fn nbd_server(&mut self) -> Result<(), QmpError> {
+        // Whoever answers at our socket is the server we started; where nobody does, QEMU may run
+        // somebody else's. There is one server at most, whatever the number of killed jobs.
         let Some(socket) = self.steps.iter().find_map(|step| match step {
-            Step::NbdServer { socket } => Some(socket),
+            Step::NbdServer { socket } => {
+                std::os::unix::net::UnixStream::connect(socket).ok().map(|_| socket)
+            }
             _ => None,
         }) else {
             return Ok(());
         };
-        // Whoever answers at our socket is the server we started; where nobody does, QEMU may run
-        // somebody else's.
-        if std::os::unix::net::UnixStream::connect(socket).is_err() {
-            return Ok(());
-        }
         if is_empty(&self.qmp.query("query-block-exports", json!({}))?) {
             let what = format!("NBD server at {}", socket.display());
             match self.qmp.execute("nbd-server-stop", json!({})) {
@@ -208,19 +209,20 @@ impl<'a> Cleanup<'a> {
             }
             _ => None,
         });
-        let known = match recorded {
-            Some(known) => Some(known),
-            // The journal is lost: QEMU's own graph still knows what the filter stands on.
-            None => child_of(self.qmp, filter)?.map(|original| {
-                let path = if qdev.starts_with('/') {
-                    qdev.to_owned()
-                } else {
-                    format!("/machine/peripheral/{qdev}")
-                };
-                (path, original)
-            }),
-        };
-        let Some((qom_path, original)) = known else {
+        // What the filter stands on now counts, and not what it was put on: an external snapshot
+        // that was taken since stands between, and holds what the guest wrote since.
+        let current = child_of(self.qmp, filter)?;
+        let (path, before) = recorded.unzip();
+        let qom_path = path.unwrap_or_else(|| match qdev {
+            path if path.starts_with('/') => path.to_owned(),
+            id => format!("/machine/peripheral/{id}"),
+        });
+        if let (Some(current), Some(before)) = (&current, &before)
+            && current != before
+        {
+            tracing::warn!(qdev, before, current, "the disk got another node during the backup");
+        }
+        let Some(original) = current.or(before) else {
             self.report.failed.push(format!(
                 "node {filter}: the node that device {qdev} had before cannot be found"
             ));

@@ -198,6 +198,37 @@ fn network_adapters(qmp: &QmpClient) -> Result<Vec<NetworkAdapterConfig>, QmpErr
     Ok(adapters)
 }
 
+/// Devices whose disks are not backed up, because another process or the hardware serves them and
+/// QEMU's block layer never sees their data; one warning each.
+pub(crate) fn uncovered(qmp: &QmpClient) -> Result<Vec<String>, QmpError> {
+    let mut warnings = Vec::new();
+    for parent in DEVICE_PARENTS {
+        let listing = ask(qmp, "qom-list", &json!({"path": parent}))?;
+        for child in listing.as_array().into_iter().flatten() {
+            let (Some(name), Some(kind)) = (child["name"].as_str(), child_type(child)) else {
+                continue;
+            };
+            if let Some(reason) = why_uncovered(kind) {
+                warnings.push(format!("what is on device {name} ({kind}) is left out: {reason}"));
+            }
+        }
+    }
+    Ok(warnings)
+}
+
+fn why_uncovered(kind: &str) -> Option<&'static str> {
+    match kind {
+        _ if kind.starts_with("vhost-user-blk") || kind.starts_with("vhost-user-scsi") => {
+            Some("its disks are served by another process")
+        }
+        _ if kind.starts_with("vhost-scsi") => Some("its disks are served by the host's kernel"),
+        _ if kind.starts_with("vfio-") => {
+            Some("the guest drives the hardware itself, also if it is a disk controller")
+        }
+        _ => None,
+    }
+}
+
 /// `T` of an object-tree entry of type `child<T>`.
 fn child_type(entry: &Value) -> Option<&str> {
     entry["type"].as_str()?.strip_prefix("child<")?.strip_suffix('>')
@@ -245,6 +276,16 @@ fn unix_path(filename: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn devices_that_qemu_does_not_serve_are_told_from_those_it_does() {
+        for kind in ["vhost-user-blk-pci", "vhost-scsi-pci-transitional", "vfio-pci"] {
+            assert!(why_uncovered(kind).is_some(), "{kind}");
+        }
+        for kind in ["virtio-blk-pci", "virtio-scsi-pci", "vhost-user-fs-pci", "nvme"] {
+            assert!(why_uncovered(kind).is_none(), "{kind}");
+        }
+    }
 
     #[test]
     fn the_agents_socket_is_read_from_qemus_description() {

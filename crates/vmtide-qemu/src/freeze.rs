@@ -1,6 +1,6 @@
 //! Freezing a running VM, from the lock to the opened disks.
 
-use crate::cleanup::{Cleanup, Scope};
+use crate::cleanup::{Cleanup, Report, Scope};
 use crate::frozen::FrozenQemu;
 use crate::hold::{self, Hold};
 use crate::moment::{self, Method};
@@ -12,8 +12,7 @@ use crate::{Address, FreezeMethod, QemuVm, describe, export, inventory, names, p
 use serde_json::json;
 use std::sync::Arc;
 use vmtide_hypervisor::{
-    Consistency, FreezeRequest, FrozenVm, HypervisorError, JobId, Journal, ReapReport, Result,
-    VmConfig, VmLock,
+    Consistency, FreezeRequest, FrozenVm, HypervisorError, JobId, Journal, Result, VmConfig, VmLock,
 };
 
 /// Why application consistency cannot be had from a guest agent.
@@ -33,11 +32,17 @@ impl QemuVm {
     }
 
     /// Removes what killed jobs left. The VM's lock is held.
-    pub(crate) fn reap_locked(&self, qmp: &QmpClient) -> Result<ReapReport> {
+    pub(crate) fn reap_locked(&self, qmp: &QmpClient) -> Result<Report> {
         let target = self.target();
-        let journals = Journal::leftovers(&target.state_directory, &target.key())?;
-        let steps: Vec<Step> =
-            journals.iter().flat_map(|journal| Step::all(journal.entry())).collect();
+        let journals: Vec<(Journal, Vec<Step>)> =
+            Journal::leftovers(&target.state_directory, &target.key())?
+                .into_iter()
+                .map(|journal| {
+                    let steps = Step::left(&journal, qmp.process());
+                    (journal, steps)
+                })
+                .collect();
+        let steps: Vec<Step> = journals.iter().flat_map(|(_, steps)| steps.clone()).collect();
         let report = Cleanup::new(qmp, Scope::AnyJob, &steps).run()?;
         if !report.failed.is_empty() {
             return Err(HypervisorError::failed(
@@ -45,10 +50,17 @@ impl QemuVm {
                 report.failed.join("; "),
             ));
         }
-        for journal in journals {
-            journal.finish()?;
+        for what in &report.unanswered {
+            tracing::warn!(what, "a killed job may have left the guest frozen");
         }
-        Ok(ReapReport { removed: report.removed, in_use: Vec::new() })
+        let unanswered = !report.unanswered.is_empty() && qmp.process().is_some();
+        for (journal, steps) in journals {
+            // As long as this QEMU runs the guest may be frozen: the next job tries again.
+            if !(unanswered && Step::hold_file_systems(&steps)) {
+                journal.finish()?;
+            }
+        }
+        Ok(report)
     }
 
     pub(crate) fn freeze_vm(&self, request: &FreezeRequest) -> Result<Box<dyn FrozenVm>> {
@@ -59,7 +71,12 @@ impl QemuVm {
         for what in &reaped.removed {
             tracing::info!(what, "removed what a killed job left");
         }
-        let found = inventory::take(&qmp)?;
+        let mut found = inventory::take(&qmp)?;
+        let unanswered = reaped.unanswered.iter();
+        found.warnings.extend(unanswered.map(|what| {
+            format!("an earlier job that was killed may have left the guest frozen: {what}")
+        }));
+        found.warnings.extend(describe::uncovered(&qmp)?);
         let config = describe::describe(&qmp, self.name(&qmp)?, &found)?;
         let plans = plan::plan(&found.drives, request);
         if plans.is_empty() {
@@ -100,6 +117,7 @@ impl QemuVm {
                 warnings,
                 disks,
                 watch: Some(watch),
+                method,
                 session: Some(session),
             })),
             Err(error) => {
@@ -119,6 +137,9 @@ impl QemuVm {
     ) -> Result<(Reached, Vec<vmtide_hypervisor::FrozenDisk>, ScratchWatch)> {
         let target = self.target();
         session.record(&Step::Named { prefix: format!("vmtide-{}-", session.job) })?;
+        if let Some(identity) = session.qmp.process().map(str::to_owned) {
+            session.record(&Step::Process { identity })?;
+        }
         remove_useless(session)?;
         let directory = scratch::prepare(target)?;
         moment::prepare(session, method, &directory)?;
@@ -179,7 +200,9 @@ impl QemuVm {
         let guardian = self.target().guardian.as_deref();
         let guardian = guardian.filter(|_| pause || (wants_agent && running));
         let qmp = Arc::clone(&session.qmp);
-        let mut hold = Hold::new(qmp, agent.clone(), guardian, self.target().freeze_timeout)
+        let mark = session.journal.released_mark();
+        let timeout = self.target().freeze_timeout;
+        let mut hold = Hold::new(qmp, agent.clone(), guardian, &mark, timeout)
             .map_err(|detail| HypervisorError::failed("start the guardian", detail))?;
         let ready = match (wants_agent, running) {
             (false, _) => Err(String::new()),

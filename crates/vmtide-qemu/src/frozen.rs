@@ -1,5 +1,6 @@
 //! All disks of a running VM at one moment.
 
+use crate::moment::{self, Method};
 use crate::session::Session;
 use crate::watch::ScratchWatch;
 use vmtide_hypervisor::{Consistency, FrozenDisk, FrozenVm, HypervisorError, Result, VmConfig};
@@ -12,6 +13,7 @@ pub(crate) struct FrozenQemu {
     pub warnings: Vec<String>,
     pub disks: Vec<FrozenDisk>,
     pub watch: Option<ScratchWatch>,
+    pub method: Method,
     pub session: Option<Session>,
 }
 
@@ -45,6 +47,13 @@ impl FrozenVm for FrozenQemu {
 
     fn disks(&self) -> &[FrozenDisk] {
         &self.disks
+    }
+
+    fn check(&self) -> Result<()> {
+        let session = self.session.as_ref();
+        let session =
+            session.ok_or_else(|| HypervisorError::failed("check the freeze", "it has ended"))?;
+        moment::check(session, self.method)
     }
 
     fn commit(mut self: Box<Self>) -> Result<Vec<String>> {

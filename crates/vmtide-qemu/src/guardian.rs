@@ -7,20 +7,25 @@
 //! then, because their sockets died with the job. It also thaws when the job lives but holds the
 //! file systems past a deadline; the job keeps no connection to the agent meanwhile.
 //!
+//! After the job's death it leaves a mark beside the job's journal when the guest was let go, so
+//! that the next job does not take for the dead one's what somebody else holds later.
+//!
 //! The words on the pipe, one a line: `frozen`, `thawed`, `paused`, `resumed`, `done` from the job
 //! (each *before* a hold and *after* a release); `ready`, and at the end `released` (there was
 //! nothing to do) or `expired` (the deadline had passed) from the guardian.
 
 use crate::agent::{self, FreezeStatus, GuestAgent};
 use crate::channel::Address;
+use crate::process;
 use crate::qmp::{QmpClient, milliseconds};
 use serde_json::json;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
+use vmtide_hypervisor::Journal;
 
 /// The hidden command under which an executable must call [`run`].
 pub const COMMAND: &str = "internal-guardian";
@@ -68,6 +73,8 @@ fn say(word: &str) -> std::io::Result<()> {
 struct Spec {
     qmp: Address,
     agent: Option<Address>,
+    /// The mark to leave when the guest was let go after the job's death.
+    mark: Option<PathBuf>,
     deadline: Duration,
 }
 
@@ -75,12 +82,18 @@ struct Spec {
 struct Holds {
     frozen_since: Option<Instant>,
     paused: bool,
+    /// The deadline passed and thawing failed.
+    stuck: bool,
 }
 
 impl Spec {
     fn parse(arguments: impl IntoIterator<Item = String>) -> Option<Self> {
-        let mut spec =
-            Self { qmp: Address::Tcp(String::new()), agent: None, deadline: Duration::ZERO };
+        let mut spec = Self {
+            qmp: Address::Tcp(String::new()),
+            agent: None,
+            mark: None,
+            deadline: Duration::ZERO,
+        };
         let mut arguments = arguments.into_iter();
         while let Some(key) = arguments.next() {
             let value = arguments.next()?;
@@ -89,6 +102,7 @@ impl Spec {
                 "qmp-tcp" => spec.qmp = Address::Tcp(value),
                 "agent-unix" => spec.agent = Some(Address::Unix(value.into())),
                 "agent-tcp" => spec.agent = Some(Address::Tcp(value)),
+                "mark" => spec.mark = Some(value.into()),
                 "deadline-ms" => spec.deadline = Duration::from_millis(value.parse().ok()?),
                 _ => return None,
             }
@@ -110,6 +124,9 @@ impl Spec {
         if let Some(agent) = &self.agent {
             add("agent", agent);
         }
+        if let Some(mark) = &self.mark {
+            arguments.extend(["mark".to_owned(), mark.display().to_string()]);
+        }
         arguments
     }
 
@@ -124,7 +141,7 @@ impl Spec {
             match words.recv_timeout(wait) {
                 Ok(word) => match word.as_str() {
                     "frozen" => holds.frozen_since = Some(Instant::now()),
-                    "thawed" => holds.frozen_since = None,
+                    "thawed" => (holds.frozen_since, holds.stuck) = (None, false),
                     "paused" => holds.paused = true,
                     "resumed" => holds.paused = false,
                     "done" => {
@@ -137,11 +154,13 @@ impl Spec {
                 Err(mpsc::RecvTimeoutError::Timeout) if holds.frozen_since.is_some() => {
                     expired = true;
                     holds.frozen_since = None;
-                    self.thaw();
+                    holds.stuck = !self.thaw();
                 }
                 Err(mpsc::RecvTimeoutError::Timeout) => {}
                 Err(mpsc::RecvTimeoutError::Disconnected) => {
-                    self.release(holds);
+                    if self.release(holds) {
+                        self.leave_mark();
+                    }
                     return 0;
                 }
             }
@@ -149,17 +168,26 @@ impl Spec {
     }
 
     /// The job is gone: undo its holds, the pause first, because a paused guest cannot thaw.
-    fn release(&self, holds: Holds) {
-        if holds.paused {
-            self.resume();
-        }
-        if holds.frozen_since.is_some() {
-            self.thaw();
+    /// Answers whether nothing is held any more.
+    fn release(&self, holds: Holds) -> bool {
+        let resumed = !holds.paused || self.resume();
+        let thawed = holds.frozen_since.is_none() || self.thaw();
+        resumed && thawed && !holds.stuck
+    }
+
+    /// Leaves the mark where the job's journal is still there.
+    fn leave_mark(&self) {
+        if let Some(mark) = &self.mark
+            && Journal::file_of_mark(mark).exists()
+        {
+            // Without it the next job looks at the guest itself.
+            let _ = std::fs::write(mark, "");
         }
     }
 
-    fn thaw(&self) {
-        let Some(agent) = &self.agent else { return };
+    /// Answers whether the file systems run, or QEMU has ended.
+    fn thaw(&self) -> bool {
+        let Some(agent) = &self.agent else { return true };
         let end = Instant::now() + PATIENCE;
         while Instant::now() < end {
             let thawed = GuestAgent::connect(agent, agent::SYNC_TIMEOUT).and_then(|mut agent| {
@@ -167,32 +195,35 @@ impl Spec {
                 agent.status()
             });
             match thawed {
-                Ok(FreezeStatus::Thawed) => return,
+                Ok(FreezeStatus::Thawed) => return true,
                 Ok(FreezeStatus::Frozen) | Err(_) => std::thread::sleep(RETRY),
             }
             if self.qemu_is_gone() {
-                return;
+                return true;
             }
         }
+        false
     }
 
-    fn resume(&self) {
+    /// Answers whether the guest runs, or QEMU has ended.
+    fn resume(&self) -> bool {
         let end = Instant::now() + PATIENCE;
         while Instant::now() < end {
             match QmpClient::connect(&self.qmp, Duration::from_secs(5)) {
                 Ok(qmp) => {
                     let status = qmp.query("query-status", json!({}));
                     match status.map(|status| status["status"] == "paused") {
-                        Ok(false) => return,
-                        Ok(true) if qmp.execute("cont", json!({})).is_ok() => return,
+                        Ok(false) => return true,
+                        Ok(true) if qmp.execute("cont", json!({})).is_ok() => return true,
                         _ => {}
                     }
                 }
-                Err(_) if self.qemu_is_gone() => return,
+                Err(_) if self.qemu_is_gone() => return true,
                 Err(_) => {}
             }
             std::thread::sleep(RETRY);
         }
+        false
     }
 
     /// Whether nobody listens on the monitor any more.
@@ -220,11 +251,13 @@ impl Guardian {
         executable: &Path,
         qmp: &Address,
         agent: Option<&Address>,
+        released_mark: &Path,
         deadline: Duration,
     ) -> Result<Self, String> {
-        let spec = Spec { qmp: qmp.clone(), agent: agent.cloned(), deadline };
+        let mark = Some(released_mark.to_owned());
+        let spec = Spec { qmp: qmp.clone(), agent: agent.cloned(), mark, deadline };
         // Its own process group: an interrupt typed at the terminal ends the job, not the guardian.
-        let mut child = Command::new(executable)
+        let mut child = process::command(executable)
             .arg(COMMAND)
             .args(spec.to_arguments())
             .stdin(Stdio::piped())
@@ -302,6 +335,7 @@ mod tests {
         let spec = Spec {
             qmp: Address::Unix("/run/a b.qmp".into()),
             agent: Some(Address::Tcp("[::1]:9".into())),
+            mark: Some("/var/lib/a b/1.released".into()),
             deadline: Duration::from_millis(90_000),
         };
         assert_eq!(Spec::parse(spec.to_arguments()), Some(spec));

@@ -36,11 +36,13 @@ pub(crate) struct Hold {
 }
 
 impl Hold {
-    /// Holds nothing yet. With `executable`, a guardian watches from now on.
+    /// Holds nothing yet. With `executable`, a guardian watches from now on; where it has to let the
+    /// guest go after our end, it leaves `released_mark`.
     pub fn new(
         qmp: Arc<QmpClient>,
         agent: Option<Address>,
         executable: Option<&Path>,
+        released_mark: &Path,
         freeze_timeout: Duration,
     ) -> Result<Self, String> {
         let guardian = match executable {
@@ -48,6 +50,7 @@ impl Hold {
                 executable,
                 qmp.address(),
                 agent.as_ref(),
+                released_mark,
                 freeze_timeout + FREEZE_MARGIN,
             )?),
             None => None,

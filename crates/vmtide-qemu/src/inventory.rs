@@ -133,6 +133,11 @@ impl<'a> Naming<'a> {
     }
 }
 
+/// The path in QEMU's object tree of the guest device in an entry of `query-block`.
+pub(crate) fn qom_path_of(entry: &Value) -> Option<String> {
+    Naming::of(entry)?.qom_path()
+}
+
 enum Verdict {
     Disk,
     Silently,

@@ -25,6 +25,7 @@ mod moment;
 mod names;
 mod offline;
 mod plan;
+mod process;
 pub mod qmp;
 mod scratch;
 mod session;

@@ -15,6 +15,7 @@
 //! guest's writes.
 
 use crate::hold::MOMENT_TIMEOUT;
+use crate::inventory;
 use crate::names::{self, GRANULARITY_BYTES, Kind};
 use crate::plan::DiskPlan;
 use crate::qmp::QmpError;
@@ -23,7 +24,7 @@ use crate::session::Session;
 use crate::steps::Step;
 use serde_json::{Value, json};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use vmtide_hypervisor::{HypervisorError, JobId, Result};
 
 /// How long a copy before a guest's write may take before the backup is given up for the guest's
@@ -126,7 +127,7 @@ fn prepare_job(session: &mut Session, plan: &DiskPlan, path: &Path) -> Result<()
 }
 
 fn create_qcow2(path: &Path, size_bytes: u64) -> Result<()> {
-    let output = Command::new("qemu-img")
+    let output = crate::process::command("qemu-img")
         .args(["create", "-q", "-f", "qcow2"])
         .arg(path)
         .arg(size_bytes.to_string())
@@ -190,6 +191,59 @@ pub(crate) fn open_views(session: &Session, method: Method) -> Result<(), QmpErr
         )?;
     }
     Ok(())
+}
+
+/// Whether the frozen views have stood up to now: every device still writes through its filter, or
+/// every backup job still copies. Where one does not, the guest's writes may show in the view.
+pub(crate) fn check(session: &Session, method: Method) -> Result<()> {
+    let jobs = match method {
+        Method::Filter => Value::Null,
+        Method::Job => session.qmp.query("query-jobs", json!({}))?,
+    };
+    let block = match method {
+        Method::Filter => session.qmp.query("query-block", json!({}))?,
+        Method::Job => Value::Null,
+    };
+    for plan in &session.plans {
+        let lost = match method {
+            Method::Filter => filter_lost(&block, &session.job, plan),
+            Method::Job => job_lost(&jobs, &session.job, plan),
+        };
+        if let Some(reason) = lost {
+            return Err(HypervisorError::failed(
+                format!("keep the frozen view of disk {}", plan.drive.id),
+                format!("{reason}, so that what was read may not be of one moment"),
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn filter_lost(block: &Value, job: &JobId, plan: &DiskPlan) -> Option<String> {
+    let filter = names::temporary(job, Kind::Filter, plan.index);
+    let top = block
+        .as_array()
+        .into_iter()
+        .flatten()
+        .find(|entry| inventory::qom_path_of(entry) == plan.drive.qom_path)
+        .and_then(|entry| entry["inserted"]["node-name"].as_str());
+    match top {
+        Some(node) if node == filter => None,
+        Some(node) => Some(format!("somebody put node {node} in the place of ours")),
+        None => Some("its device was unplugged".into()),
+    }
+}
+
+fn job_lost(jobs: &Value, job: &JobId, plan: &DiskPlan) -> Option<String> {
+    let id = names::temporary(job, Kind::Job, plan.index);
+    let mut all = jobs.as_array().into_iter().flatten();
+    let status = all.find(|entry| entry["id"] == id).map(|entry| &entry["status"]);
+    match status.map(|status| status.as_str().unwrap_or("unknown")) {
+        // A job that is paused still copies before writes.
+        Some("running" | "paused" | "ready" | "standby") => None,
+        Some(other) => Some(format!("QEMU's job {id} is {other}")),
+        None => Some(format!("QEMU's job {id} has ended")),
+    }
 }
 
 fn start_tracking(plan: &DiskPlan) -> Value {

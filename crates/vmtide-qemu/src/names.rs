@@ -2,16 +2,18 @@
 //!
 //! Block nodes, exports, jobs and the temporary bitmap of one job are `vmtide-JOB-KIND`, e.g.
 //! `vmtide-0123456789abcdef-f2` for the filter of the third disk: 27 bytes at most, because QEMU
-//! cuts node names off at 31. The tracking bitmaps that stay are `vmtide-LINEAGE-JOB`. `JOB` and
-//! `LINEAGE` are 16 lower-case hexadecimal digits.
+//! cuts node names off at 31. The tracking bitmaps that stay are `vmtide-LINEAGE-JOB-DISK`, 57
+//! bytes of the 1023 that QEMU allows. `JOB`, `LINEAGE` and `DISK`, which is made from the disk's
+//! id, are 16 lower-case hexadecimal digits. The disk is part of the name because a bitmap goes
+//! where its image goes: of two images that changed places each still says whose changes it has.
 
 use serde::{Deserialize, Serialize};
-use vmtide_hypervisor::{JobId, TrackingId};
+use vmtide_hypervisor::{DiskId, JobId, TrackingId};
 
 /// What all our names begin with.
 const OURS: &str = "vmtide-";
 
-/// Digits in a job's or a lineage's name.
+/// Digits in a job's, a lineage's or a disk's name.
 const ID_DIGITS: usize = 16;
 
 /// The granularity of our bitmaps in bytes. Larger reads more than changed; smaller costs QEMU
@@ -71,15 +73,47 @@ pub(crate) fn parse_temporary(name: &str) -> Option<(&str, Kind)> {
     valid.then_some((job, kind))
 }
 
-/// The name of the tracking bitmap that `job` starts for `lineage`.
-pub(crate) fn tracking(lineage: &str, job: &JobId) -> String {
-    format!("{OURS}{lineage}-{job}")
+/// The name of the tracking bitmap that `job` starts for `lineage` on `disk`.
+pub(crate) fn tracking(lineage: &str, job: &JobId, disk: &DiskId) -> String {
+    format!("{OURS}{lineage}-{job}-{}", digits_of(disk))
 }
 
-/// The lineage and job in a tracking bitmap's name; none where it is not ours.
-pub(crate) fn parse_tracking(name: &str) -> Option<(&str, &str)> {
-    let (lineage, job) = split(name)?;
-    is_id(job).then_some((lineage, job))
+/// What the name of a tracking bitmap says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Tracking<'a> {
+    /// The repository and VM it belongs to.
+    pub lineage: &'a str,
+    /// The job that started it.
+    pub job: &'a str,
+    /// The disk it belongs to. None in a name that was made before names had it; such a bitmap is
+    /// removed, but never believed.
+    disk: Option<&'a str>,
+}
+
+impl Tracking<'_> {
+    /// Whether it was started for `disk`.
+    pub fn is_of(self, disk: &DiskId) -> bool {
+        self.disk == Some(digits_of(disk).as_str())
+    }
+}
+
+/// What a tracking bitmap's name says; none where it is not ours.
+pub(crate) fn parse_tracking(name: &str) -> Option<Tracking<'_>> {
+    let (lineage, rest) = split(name)?;
+    let (job, disk) = match rest.split_once('-') {
+        Some((job, disk)) => (job, Some(disk)),
+        None => (rest, None),
+    };
+    (is_id(job) && disk.is_none_or(is_id)).then_some(Tracking { lineage, job, disk })
+}
+
+/// The digits that stand for a disk in names: FNV-1a of its id. It has to tell the disks of one VM
+/// apart, which their administrator named, and not to withstand an attacker.
+fn digits_of(disk: &DiskId) -> String {
+    let hash = disk.0.bytes().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    });
+    format!("{hash:016x}")
 }
 
 /// Whether `text` can name a lineage or a job.
@@ -144,9 +178,18 @@ mod tests {
             assert_eq!(parse_temporary(&name), Some((job.as_str(), kind)));
             assert_eq!(parse_tracking(&name), None);
         }
-        let name = tracking("0123456789abcdef", &job);
-        assert_eq!(parse_tracking(&name), Some(("0123456789abcdef", job.as_str())));
+        let disk = DiskId("virtio0".into());
+        let name = tracking("0123456789abcdef", &job, &disk);
+        assert_eq!(name.len(), 57);
+        let parsed = parse_tracking(&name).unwrap();
+        assert_eq!((parsed.lineage, parsed.job), ("0123456789abcdef", job.as_str()));
+        assert!(parsed.is_of(&disk) && !parsed.is_of(&DiskId("virtio1".into())));
         assert_eq!(parse_temporary(&name), None);
+        // A name without a disk is ours, and of no disk.
+        let old = format!("vmtide-0123456789abcdef-{job}");
+        assert!(!parse_tracking(&old).unwrap().is_of(&disk));
+        assert_eq!(parse_tracking(&format!("{name}-")), None);
+        assert_eq!(parse_tracking(&format!("{old}-")), None);
         for other in [
             "vmtide",
             "vmtide-backup",
@@ -166,7 +209,7 @@ mod tests {
     #[test]
     fn tracking_ids_come_back_as_they_were() {
         let mark = Mark {
-            bitmap: tracking("0123456789abcdef", &JobId::random()),
+            bitmap: tracking("0123456789abcdef", &JobId::random(), &DiskId("sd0".into())),
             granularity: 65536,
             persistent: true,
             driver: "qcow2".into(),

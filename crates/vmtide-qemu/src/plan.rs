@@ -47,7 +47,7 @@ pub(crate) fn plan(drives: &[Drive], request: &FreezeRequest) -> Vec<DiskPlan> {
                 index,
                 useless: useless(drive, &base, &request.lineage),
                 mark: Mark {
-                    bitmap: names::tracking(&request.lineage, &request.job),
+                    bitmap: names::tracking(&request.lineage, &request.job, &drive.id),
                     granularity: GRANULARITY_BYTES,
                     persistent: drive.keeps_bitmaps,
                     driver: drive.driver.clone(),
@@ -70,8 +70,14 @@ fn find_base(drive: &Drive, request: &FreezeRequest) -> Result<String, FullReaso
             to_bytes: drive.size_bytes,
         });
     }
+    if !is_of(&mark.bitmap, drive) {
+        return Err(FullReason::TrackingLost(format!(
+            "bitmap {} does not belong to disk {}",
+            mark.bitmap, drive.id
+        )));
+    }
     let Some(bitmap) = drive.bitmaps.iter().find(|b| b.name == mark.bitmap) else {
-        return Err(missing(&mark, drive));
+        return Err(missing(&mark, drive, &request.lineage));
     };
     check(bitmap, &mark, drive)?;
     Ok(mark.bitmap)
@@ -84,7 +90,7 @@ pub(crate) fn mark_of(base: &Base, lineage: &str) -> Result<Mark, FullReason> {
     };
     let mark = Mark::parse(id)
         .ok_or_else(|| FullReason::TrackingLost(format!("{id} names no bitmap of QEMU")))?;
-    if names::parse_tracking(&mark.bitmap).is_none_or(|(owner, _)| owner != lineage) {
+    if names::parse_tracking(&mark.bitmap).is_none_or(|name| name.lineage != lineage) {
         return Err(FullReason::TrackingLost(format!(
             "bitmap {} belongs to another repository or VM",
             mark.bitmap
@@ -93,7 +99,22 @@ pub(crate) fn mark_of(base: &Base, lineage: &str) -> Result<Mark, FullReason> {
     Ok(mark)
 }
 
-fn missing(mark: &Mark, drive: &Drive) -> FullReason {
+fn is_of(bitmap: &str, drive: &Drive) -> bool {
+    names::parse_tracking(bitmap).is_some_and(|name| name.is_of(&drive.id))
+}
+
+fn missing(mark: &Mark, drive: &Drive, lineage: &str) -> FullReason {
+    // Images carry their bitmaps along when they change places.
+    let foreign = drive.bitmaps.iter().find(|bitmap| {
+        names::parse_tracking(&bitmap.name)
+            .is_some_and(|name| name.lineage == lineage && !name.is_of(&drive.id))
+    });
+    if let Some(foreign) = foreign {
+        return FullReason::DiskReplaced(format!(
+            "node {} has bitmap {}, which belongs to another disk of this VM",
+            drive.node, foreign.name
+        ));
+    }
     let hint = if mark.persistent {
         "the disk was replaced, restored from a copy, or put on an external snapshot"
     } else {
@@ -136,7 +157,7 @@ fn useless(drive: &Drive, base: &Result<String, FullReason>, lineage: &str) -> V
     let of_lineage: Vec<&Bitmap> = drive
         .bitmaps
         .iter()
-        .filter(|b| names::parse_tracking(&b.name).is_some_and(|(owner, _)| owner == lineage))
+        .filter(|b| names::parse_tracking(&b.name).is_some_and(|name| name.lineage == lineage))
         .collect();
     let undecided = of_lineage.len();
     of_lineage
@@ -160,7 +181,7 @@ mod tests {
 
     fn bitmap(lineage: &str) -> Bitmap {
         Bitmap {
-            name: names::tracking(lineage, &JobId::random()),
+            name: names::tracking(lineage, &JobId::random(), &DiskId("vda".into())),
             granularity_bytes: GRANULARITY_BYTES,
             recording: true,
             persistent: true,
@@ -213,6 +234,23 @@ mod tests {
             assert_eq!(plan[0].base.as_ref(), Ok(&base.name));
             assert_eq!(plan[0].useless.join(" "), other.name);
         }
+    }
+
+    #[test]
+    fn a_bitmap_of_another_disk_is_not_believed() {
+        let job = JobId::random();
+        let name_for = |disk: &str| names::tracking(LINEAGE, &job, &DiskId(disk.into()));
+        let named = |name: &str| Bitmap { name: name.into(), ..bitmap(LINEAGE) };
+        let plan_of = |there: &str, base: &str| {
+            let drive = drive(vec![named(there)]);
+            plan(std::slice::from_ref(&drive), &request(Some(base))).remove(0).base
+        };
+        let (own, other) = (name_for("vda"), name_for("vdb"));
+        assert_eq!(plan_of(&own, &own), Ok(own.clone()));
+        assert!(matches!(plan_of(&other, &own), Err(FullReason::DiskReplaced(_))));
+        assert!(matches!(plan_of(&other, &other), Err(FullReason::TrackingLost(_))));
+        let nameless = format!("vmtide-{LINEAGE}-{job}");
+        assert!(matches!(plan_of(&nameless, &nameless), Err(FullReason::TrackingLost(_))));
     }
 
     #[test]

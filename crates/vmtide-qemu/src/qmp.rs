@@ -6,6 +6,8 @@
 //! missing greeting. The client is shared by threads; commands run one after another.
 
 use crate::channel::{Address, ChannelError, LineChannel};
+use crate::process::identity_of;
+use rustix::net::sockopt::socket_peercred;
 use serde_json::{Value, json};
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -158,6 +160,7 @@ pub struct QmpClient {
     address: Address,
     version: QemuVersion,
     owner: Option<(u32, u32)>,
+    process: Option<String>,
     connection: Mutex<Connection>,
 }
 
@@ -181,11 +184,14 @@ impl QmpClient {
             address: address.to_string(),
             detail: format!("the greeting is {}", shorten(&greeting.to_string())),
         })?;
-        let owner = channel.unix_fd().and_then(peer_owner);
+        let peer = channel.unix_fd().and_then(|fd| socket_peercred(fd).ok());
+        let owner = peer.map(|peer| (peer.uid.as_raw(), peer.gid.as_raw()));
+        let process = peer.and_then(|peer| identity_of(peer.pid));
         let client = Self {
             address: address.clone(),
             version,
             owner,
+            process,
             connection: Mutex::new(Connection {
                 channel,
                 next_id: 1,
@@ -210,6 +216,12 @@ impl QmpClient {
     /// User and group QEMU listens as; none over TCP.
     pub fn owner(&self) -> Option<(u32, u32)> {
         self.owner
+    }
+
+    /// Tells this QEMU process from any other that listens or listened at this address; none over
+    /// TCP, or where the kernel does not tell.
+    pub(crate) fn process(&self) -> Option<&str> {
+        self.process.as_deref()
     }
 
     /// Runs a command that only looks, within [`QUERY_TIMEOUT`].
@@ -385,11 +397,6 @@ fn version_of(greeting: &Value) -> Option<QemuVersion> {
         minor: version["minor"].as_u64()?,
         micro: version["micro"].as_u64()?,
     })
-}
-
-fn peer_owner(socket: std::os::fd::BorrowedFd<'_>) -> Option<(u32, u32)> {
-    let owner = rustix::net::sockopt::socket_peercred(socket).ok()?;
-    Some((owner.uid.as_raw(), owner.gid.as_raw()))
 }
 
 /// Whole milliseconds of a duration.

@@ -42,10 +42,12 @@ impl Session {
             Ok(report)
         });
         match outcome {
-            Ok(report) if report.failed.is_empty() => self.journal.finish(),
+            Ok(report) if report.failed.is_empty() && report.unanswered.is_empty() => {
+                self.journal.finish()
+            }
             Ok(report) => Err(HypervisorError::failed(
                 format!("undo job {}", self.job),
-                report.failed.join("; "),
+                [report.failed, report.unanswered].concat().join("; "),
             )),
             Err(error) => {
                 // With QEMU gone so is all that was made in it; files are left.
@@ -76,7 +78,7 @@ impl Session {
             }
             for bitmap in bitmaps {
                 let ours = names::parse_tracking(&bitmap.name)
-                    .is_some_and(|(lineage, _)| lineage == self.lineage);
+                    .is_some_and(|name| name.lineage == self.lineage);
                 if ours && bitmap.name != plan.mark.bitmap {
                     self.remove_bitmap(node, &bitmap.name, &mut report)?;
                 }

@@ -3,6 +3,7 @@
 use crate::agent::FREEZE_TIMEOUT;
 use crate::channel::Address;
 use percent_encoding::percent_decode_str;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use vmtide_hypervisor::HypervisorError;
@@ -70,7 +71,7 @@ impl QemuTarget {
     }
 
     /// Parses `qemu+unix:///run/vm.qmp?agent=/run/vm.qga&scratch=/var/tmp&name=web&method=filter`
-    /// or `qemu+tcp://host:port?…`. Everything after `?` is optional; `method` is `auto`,
+    /// or `qemu+tcp://localhost:port?…`, which has to be this host. Everything after `?` is optional; `method` is `auto`,
     /// `filter` or `job`. Paths may be percent-encoded.
     ///
     /// # Errors
@@ -98,6 +99,11 @@ impl QemuTarget {
                 .is_none_or(|(host, port)| host.is_empty() || port.parse::<u16>().is_err())
             {
                 return Err(bad("HOST:PORT is missing"));
+            }
+            if !is_this_host(address) {
+                return Err(bad(
+                    "the monitor must be on this host: it asks for no password and encrypts nothing, and disks are read over a local socket",
+                ));
             }
             Address::Tcp(address.into())
         } else {
@@ -140,6 +146,13 @@ impl QemuTarget {
     }
 }
 
+/// Whether `HOST:PORT` can only be reached from this host.
+fn is_this_host(address: &str) -> bool {
+    let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
+    let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+    host == "localhost" || bare.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
 fn decode(text: &str) -> Option<String> {
     Some(percent_decode_str(text).decode_utf8().ok()?.into_owned())
 }
@@ -163,12 +176,19 @@ mod tests {
         for (url, word) in [
             ("qemu+unix://relative", "absolute"),
             ("qemu+tcp://host", "HOST:PORT"),
+            ("qemu+tcp://host:4444", "on this host"),
+            ("qemu+tcp://192.0.2.1:4444", "on this host"),
+            ("qemu+tcp://127.0.0.1.example.org:4444", "on this host"),
             ("http://x", "begin"),
             ("qemu+unix:///a?agnt=/x", "agnt"),
             ("qemu+unix:///a?agent=", "no value"),
         ] {
             let error = QemuTarget::parse_url(url, "/s").unwrap_err().to_string();
             assert!(error.contains(word), "{url}: {error}");
+        }
+        for local in ["localhost:4444", "127.0.0.1:4444", "[::1]:4444"] {
+            let target = QemuTarget::parse_url(&format!("qemu+tcp://{local}"), "/s").unwrap();
+            assert_eq!(target.qmp, Address::Tcp(local.into()));
         }
     }
 }

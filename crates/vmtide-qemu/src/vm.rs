@@ -62,7 +62,7 @@ impl QemuVm {
         for (node, bitmaps) in cleanup::nodes_with_bitmaps(&qmp)? {
             for bitmap in bitmaps {
                 let ours = names::parse_tracking(&bitmap.name)
-                    .is_some_and(|(owner, _)| lineage.is_none_or(|wanted| wanted == owner));
+                    .is_some_and(|name| lineage.is_none_or(|wanted| wanted == name.lineage));
                 if ours {
                     let data = serde_json::json!({"node": node, "name": bitmap.name});
                     qmp.execute("block-dirty-bitmap-remove", data)?;
@@ -102,7 +102,10 @@ impl Hypervisor for QemuVm {
 
     fn reap(&self) -> Result<ReapReport> {
         match self.lock(&JobId::random()) {
-            Ok(_lock) => self.reap_locked(&self.connect()?),
+            Ok(_lock) => {
+                let report = self.reap_locked(&self.connect()?)?;
+                Ok(ReapReport { removed: report.removed, in_use: Vec::new() })
+            }
             Err(HypervisorError::Busy { vm, detail }) => {
                 Ok(ReapReport { removed: Vec::new(), in_use: vec![format!("{vm}: {detail}")] })
             }

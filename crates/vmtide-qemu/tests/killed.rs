@@ -286,6 +286,41 @@ fn what_a_killed_job_left_is_reaped_without_a_new_job() {
     }
 }
 
+/// What the guest wrote to a snapshot's overlay must not vanish when the filter goes.
+#[test]
+fn an_external_snapshot_taken_before_the_reaping_stays_in_use() {
+    let mut bench = Bench::new(FreezeMethod::Filter);
+    let hypervisor = QemuVm::new(bench.target.clone());
+    let mut store = Store::new(LINEAGE);
+    store.backup(&hypervisor);
+    save(&store, &bench.vm.path("store"));
+    let mut job = bench.start_job(true);
+    let mut lines = BufReader::new(job.stdout.take().unwrap()).lines();
+    assert!(lines.any(|line| line.unwrap() == "held"));
+    kill(job.id());
+    job.wait().unwrap();
+
+    let overlay = bench.vm.path("overlay.qcow2");
+    let path = overlay.to_str().unwrap();
+    support::qemu_img(&["create", "-q", "-f", "qcow2", path, &MIB.to_string()]);
+    let node = json!({
+        "driver": "qcow2", "node-name": "overlay0", "backing": null,
+        "file": {"driver": "file", "filename": path},
+    });
+    bench.vm.monitor.run("blockdev-add", node);
+    bench.vm.monitor.run("blockdev-snapshot", json!({"node": "node0", "overlay": "overlay0"}));
+    bench.vm.write(0, 0, 4096, 77);
+    hypervisor.reap().unwrap();
+    bench.vm.assert_clean();
+    let block = bench.vm.monitor.run("query-block", json!({}));
+    let nodes = block.as_array().unwrap().iter().map(|entry| &entry["inserted"]["node-name"]);
+    assert!(nodes.into_iter().any(|node| node == "overlay0"), "{block}");
+    bench.vm.write(0, 65536, 4096, 78);
+    store.backup(&hypervisor);
+    store.assert_equals(&bench.vm.disks, &bench.vm.models());
+    bench.vm.assert_clean();
+}
+
 #[test]
 fn a_guardian_thaws_when_the_job_takes_too_long_and_says_so() {
     let mut bench = Bench::new(FreezeMethod::Filter);

@@ -299,6 +299,74 @@ fn doubt_about_one_disk_is_a_full_read_of_that_disk_only() {
 }
 
 #[test]
+fn disks_that_changed_places_are_read_in_full() {
+    let mut vm = Vm::start(&[("qcow2", 4 * MIB), ("qcow2", 4 * MIB)]);
+    vm.write(0, 0, MIB, 1);
+    vm.write(1, MIB, MIB, 2);
+    let mut store = Store::new(LINEAGE);
+    store.backup(&vm.vm());
+    vm.write(0, 2 * MIB, 512, 3);
+    vm.stop(false);
+    let (first, second) = vm.disks.split_at_mut(1);
+    std::mem::swap(&mut first[0].path, &mut second[0].path);
+    std::mem::swap(&mut first[0].model, &mut second[0].model);
+    vm.start_again();
+    vm.write(1, 3 * MIB, 512, 4);
+    for changes in store.backup(&vm.vm()) {
+        let reason = reason_of(&changes);
+        assert!(matches!(reason, FullReason::DiskReplaced(_)), "{reason}");
+    }
+    store.assert_equals(&vm.disks, &vm.models());
+    assert_eq!(vm.tracking().iter().map(Vec::len).collect::<Vec<_>>(), [1, 1]);
+    vm.write(0, 0, 512, 5);
+    let changes = store.backup(&vm.vm());
+    let changed: Vec<_> = changes.iter().map(|disk| ranges_of(disk).total_bytes()).collect();
+    assert_eq!(changed, [64 * KIB, 0]);
+    store.assert_equals(&vm.disks, &vm.models());
+    vm.assert_clean();
+}
+
+#[test]
+fn a_view_that_somebody_took_away_is_noticed_before_the_commit() {
+    for method in BOTH {
+        let mut vm = Vm::start(&[("qcow2", 4 * MIB), ("raw", 4 * MIB)]);
+        let hypervisor = vm_with(&vm, method);
+        let frozen = hypervisor.freeze(&Store::new(LINEAGE).request()).unwrap();
+        frozen.check().unwrap();
+        vm.write(0, 0, MIB, 1);
+        frozen.check().unwrap();
+        match method {
+            FreezeMethod::Job => {
+                let jobs = vm.monitor.run("query-jobs", json!({}));
+                assert_eq!(jobs.as_array().unwrap().len(), 2);
+                vm.monitor.run("block-job-cancel", json!({"device": jobs[0]["id"], "force": true}));
+                let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+                while vm.monitor.run("query-jobs", json!({})).as_array().unwrap().len() == 2 {
+                    assert!(std::time::Instant::now() < deadline, "the job does not end");
+                }
+            }
+            _ => {
+                // QEMU itself refuses to give the device its old node while the view is open.
+                let device = "/machine/peripheral/vd0/virtio-backend";
+                let data = json!({"path": device, "property": "drive", "value": "node0"});
+                let refusal = vm.monitor.try_run("qom-set", data).unwrap_err();
+                assert!(refusal.contains("Permission conflict"), "{refusal}");
+                frozen.check().unwrap();
+                vm.monitor.run("device_del", json!({"id": "vd1"}));
+                let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+                while vm.monitor.run("query-block", json!({})).to_string().contains("\"vd1\"") {
+                    assert!(std::time::Instant::now() < deadline, "the device stays");
+                }
+            }
+        }
+        let error = frozen.check().unwrap_err().to_string();
+        assert!(error.contains("frozen view of disk vd"), "{error}");
+        frozen.abort().unwrap();
+        vm.assert_clean();
+    }
+}
+
+#[test]
 fn excluded_disks_and_wrong_requests() {
     let mut vm = Vm::start(&[("qcow2", 4 * MIB), ("raw", 4 * MIB)]);
     let store = Store::new(LINEAGE);

@@ -142,7 +142,7 @@ impl ImageFile {
 
 /// A tool of QEMU with nothing to read and messages in English.
 pub(super) fn tool(name: &str) -> Command {
-    let mut command = Command::new(name);
+    let mut command = crate::process::command(name);
     command.env("LC_ALL", "C").stdin(Stdio::null());
     command
 }

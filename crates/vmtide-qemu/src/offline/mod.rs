@@ -290,7 +290,7 @@ impl Work {
             }
             for bitmap in bitmaps {
                 let ours = names::parse_tracking(&bitmap.name)
-                    .is_some_and(|(lineage, _)| lineage == self.lineage);
+                    .is_some_and(|name| name.lineage == self.lineage);
                 if ours
                     && bitmap.name != *kept
                     && let Err(error) = self.image.remove_bitmap(&bitmap.name)

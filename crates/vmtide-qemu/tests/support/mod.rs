@@ -338,7 +338,7 @@ impl Vm {
         assert!(stopped.is_err(), "the NBD server still ran");
         for disk in self.tracking() {
             for name in disk {
-                assert_eq!(name.len(), 40, "bitmap {name} is left");
+                assert_eq!(name.len(), 57, "bitmap {name} is left");
             }
         }
         for directory in ["scratch", "state", "state/journal"] {
