@@ -7,7 +7,7 @@ use crate::{BLOCK_BYTES, ChunkId, Location, RepoError, Result};
 /// The bytes of chunks that are compressed together, at least. Smaller frames compress worse (zstd
 /// sees less); larger ones leave the processor's cache and make reading one block cost more. See
 /// `docs/decisions/0003-frames-and-levels.md`.
-const FRAME_BYTES: usize = 3 << 19;
+const FRAME_BYTES: usize = 2 << 20;
 
 /// One worker's open pack. It goes from disk to disk of a job, so that a VM with many small disks
 /// does not leave many small packs.
