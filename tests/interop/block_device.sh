@@ -10,7 +10,9 @@ fi
 
 WORK="$(mktemp -d "${TMPDIR:-/tmp}/vmtide-block.XXXXXX")"
 DEVICE=""
+MOUNTED=""
 clean_up() {
+    [ -z "$MOUNTED" ] || umount "$MOUNTED"
     [ -z "$DEVICE" ] || losetup --detach "$DEVICE"
     rm -rf "$WORK"
 }
@@ -45,6 +47,31 @@ written = sum(disk["written_bytes"] for disk in summary["disks"])
 assert written == 65536, f"{written} bytes were written for a change of 7: {summary}"
 PYTHON
 
+# A device that is mounted is refused, whatever is asked for, and its file system stays whole.
+mkfs.ext4 -q -F "$DEVICE"
+mkdir "$WORK/mnt"
+mount "$DEVICE" "$WORK/mnt"
+MOUNTED="$WORK/mnt"
+echo precious >"$WORK/mnt/file"
+for how in --force --in-place; do
+    code=0
+    "$VMTIDE_BIN" -q restore disk@latest -r "$WORK/repo" --to "$DEVICE" "$how" >"$WORK/log" 2>&1 || code=$?
+    if [ "$code" -ne 1 ] || ! grep -q "is in use (mounted" "$WORK/log"; then
+        echo "a mounted device was not refused with $how (code $code): $(cat "$WORK/log")" >&2
+        exit 1
+    fi
+done
+umount "$WORK/mnt"
+MOUNTED=""
+e2fsck -fn "$DEVICE" >"$WORK/log" 2>&1
+mount "$DEVICE" "$WORK/mnt"
+MOUNTED="$WORK/mnt"
+[ "$(cat "$WORK/mnt/file")" = precious ]
+umount "$WORK/mnt"
+MOUNTED=""
+"$VMTIDE_BIN" -q restore disk@latest -r "$WORK/repo" --to "$DEVICE" --force >"$WORK/log"
+cmp -n "$((64 << 20))" "$WORK/disk.raw" "$DEVICE"
+
 # A device that is too small is refused before anything is written.
 losetup --detach "$DEVICE"
 truncate -s 32M "$WORK/device"
@@ -55,4 +82,4 @@ if "$VMTIDE_BIN" -q restore disk@latest -r "$WORK/repo" --to "$DEVICE" --force >
     exit 1
 fi
 [ "$before" = "$(sha256sum <"$DEVICE")" ]
-echo "test result: ok. 5 passed; 0 failed"
+echo "test result: ok. 7 passed; 0 failed"

@@ -16,14 +16,19 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// The most extents one answer holds, so that a badly fragmented file does not take memory.
 const MAX_EXTENTS: usize = 1 << 16;
 
+/// The permissions of a new file: a disk holds the secrets of its guest.
+#[cfg(unix)]
+const NEW_FILE_MODE: u32 = 0o600;
+
 /// How to open a raw disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OpenMode {
     /// An existing file or block device, for reading.
     ReadOnly,
-    /// An existing file or block device, for reading and writing.
+    /// An existing file or block device, for reading and writing. A block device is claimed: one
+    /// that is mounted or otherwise in use is refused.
     ReadWrite,
-    /// A new sparse file of this size in bytes; an error where the path exists.
+    /// A new sparse file of this size in bytes, for its owner only; an error where the path exists.
     CreateNew {
         /// The size in bytes.
         size_bytes: u64,
@@ -45,20 +50,31 @@ impl RawDevice {
     /// Opens `path`. A directory, FIFO, socket or character device is refused.
     ///
     /// # Errors
-    /// [`BlockError::Io`] with the path where it cannot be opened, [`BlockError::Unsupported`]
-    /// where it is no disk.
+    /// [`BlockError::Io`] with the path where it cannot be opened, of the kind `ResourceBusy` for
+    /// writing to a block device in use; [`BlockError::Unsupported`] where it is no disk.
     pub fn open(path: impl AsRef<Path>, mode: OpenMode) -> Result<Self> {
         let path = path.as_ref().to_path_buf();
         let mut options = OpenOptions::new();
         options.read(true).write(mode != OpenMode::ReadOnly);
         if matches!(mode, OpenMode::CreateNew { .. }) {
             options.create_new(true);
+            owner_only(&mut options);
         } else {
-            check_is_disk(&path)?;
+            let is_block_device = check_is_disk(&path)?;
+            if is_block_device && mode == OpenMode::ReadWrite {
+                claim(&mut options);
+            }
         }
-        let file = options
-            .open(&path)
-            .map_err(|error| BlockError::io(format!("open {}", path.display()), error))?;
+        let file = options.open(&path).map_err(|error| {
+            let context = match error.kind() {
+                std::io::ErrorKind::ResourceBusy => format!(
+                    "{} is in use (mounted, or part of LVM, RAID, swap or a device mapper target)",
+                    path.display()
+                ),
+                _ => format!("open {}", path.display()),
+            };
+            BlockError::io(context, error)
+        })?;
         if let OpenMode::CreateNew { size_bytes } = mode {
             file.set_len(size_bytes).map_err(|error| {
                 BlockError::io(format!("set the size of {} to {size_bytes}", path.display()), error)
@@ -113,18 +129,41 @@ impl RawDevice {
     }
 }
 
-fn check_is_disk(path: &Path) -> Result<()> {
+/// Gives a file that is made only to its owner.
+#[cfg(unix)]
+fn owner_only(options: &mut OpenOptions) {
+    use std::os::unix::fs::OpenOptionsExt;
+    options.mode(NEW_FILE_MODE);
+}
+
+#[cfg(not(unix))]
+fn owner_only(_options: &mut OpenOptions) {}
+
+/// Opens a block device for nobody else. Linux takes `O_EXCL` without `O_CREAT` on a block device
+/// as a claim, which fails with `EBUSY` while a file system, LVM, RAID or another claim holds it or
+/// a partition of it (open(2)).
+#[cfg(target_os = "linux")]
+fn claim(options: &mut OpenOptions) {
+    use std::os::unix::fs::OpenOptionsExt;
+    options.custom_flags(rustix::fs::OFlags::EXCL.bits().cast_signed());
+}
+
+#[cfg(not(target_os = "linux"))]
+fn claim(_options: &mut OpenOptions) {}
+
+/// Succeeds for a file or a block device; answers with whether it is the latter.
+fn check_is_disk(path: &Path) -> Result<bool> {
     let metadata = std::fs::metadata(path)
         .map_err(|error| BlockError::io(format!("open {}", path.display()), error))?;
     #[cfg(unix)]
-    let is_disk = {
+    let is_block_device = {
         use std::os::unix::fs::FileTypeExt;
-        metadata.is_file() || metadata.file_type().is_block_device()
+        metadata.file_type().is_block_device()
     };
     #[cfg(not(unix))]
-    let is_disk = metadata.is_file();
-    if is_disk {
-        return Ok(());
+    let is_block_device = false;
+    if metadata.is_file() || is_block_device {
+        return Ok(is_block_device);
     }
     let what = if metadata.is_dir() { "a directory" } else { "neither a file nor a block device" };
     Err(BlockError::unsupported(
@@ -336,6 +375,17 @@ mod tests {
         let mut block = [1; 4096];
         disk.read_at(&mut block, 2 << 20).unwrap();
         assert_eq!(block, [0; 4096]);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_new_disk_is_its_owners_alone() {
+        use std::os::unix::fs::PermissionsExt;
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk.raw");
+        RawDevice::open(&path, OpenMode::CreateNew { size_bytes: 4096 }).unwrap();
+        let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
     }
 
     #[test]
