@@ -3,6 +3,7 @@
 //! freeze the VM → learn what changed → store its disks → commit the restore point → release.
 //!
 //! What must hold, and where it is kept:
+//! - The base is chosen under the repository's shared lock, so `prune` cannot take it away.
 //! - Exactly one of [`FrozenVm::commit`] and [`FrozenVm::abort`] is called, whatever happens
 //!   between ([`backup`]).
 //! - The old change tracking is released only after the restore point is committed: that is what
@@ -57,6 +58,9 @@ pub struct BackupJob<'a> {
     pub source: String,
     /// The level.
     pub level: LevelChoice,
+    /// Whether the source's changed ranges come from outside, counted from "the previous restore
+    /// point" whichever that is, and not from change tracking that knows its moment.
+    pub outside_changes: bool,
     /// The consistency; none means the best that can be had, whatever that is.
     pub consistency: Option<Consistency>,
     /// Whether less than [`consistency`](Self::consistency) is acceptable, with a warning.
@@ -109,6 +113,8 @@ pub struct DiskSummary {
 /// Nothing is visible in the repository then, and the VM is released with its tracking as before.
 /// Only what could not be undone on the platform is left, and journalled for the next run.
 pub fn backup(job: &BackupJob<'_>, context: JobContext<'_>) -> Result<BackupSummary> {
+    // From here on: the base that is chosen must not be pruned before it is built on.
+    let _lock = job.repository.lock_shared()?;
     let begun = Instant::now();
     let started = Timestamp::now();
     let mut warnings = Vec::new();
@@ -117,10 +123,12 @@ pub fn backup(job: &BackupJob<'_>, context: JobContext<'_>) -> Result<BackupSumm
         None => job.hypervisor.describe(&job.vm)?.name,
     };
     check_name(&name)?;
-    let base = base::choose(job.repository, &name, job.level)?;
-    if let Some(note) = &base.note {
+    let outside = job.outside_changes.then_some(job.source.as_str());
+    let base = base::choose(job.repository, &name, job.level, outside)?;
+    for note in &base.notes {
         context.warn(&mut warnings, note.clone());
     }
+    warn_of_unknown_exclusions(job, context, &mut warnings)?;
 
     context.phase(Phase::Freeze, &name);
     let frozen = job.hypervisor.freeze(&freeze_request(job, &name, &base, context))?;
@@ -233,6 +241,8 @@ fn store_and_commit(
         disks.push(store_disk(job, &session, base, disk, plan, context)?);
     }
     context.cancel.check()?;
+    // The disks may have stopped being those of one moment while they were read.
+    frozen.check()?;
     context.phase(Phase::Commit, name);
     let draft = PointDraft {
         vm: name.to_owned(),
@@ -260,7 +270,9 @@ fn plan_disks<'a>(
     context: JobContext<'_>,
     warnings: &mut Vec<String>,
 ) -> Result<Vec<(&'a FrozenDisk, DiskChanges)>> {
-    let disks = frozen.disks();
+    // Not every platform leaves excluded disks out by itself.
+    let disks: Vec<_> =
+        frozen.disks().iter().filter(|disk| !job.exclude.contains(&disk.id)).collect();
     if disks.is_empty() {
         return Err(EngineError::refused(
             format!("back up {}", frozen.config().name),
@@ -312,6 +324,28 @@ fn check_sample(
             "bytes {block} differ from the previous restore point and were not reported"
         ))),
     })
+}
+
+/// An exclusion of no disk is a mistake in writing, or of a disk that was detached. A frozen VM no
+/// longer names the disks that are left out, so the platform is asked before.
+fn warn_of_unknown_exclusions(
+    job: &BackupJob<'_>,
+    context: JobContext<'_>,
+    warnings: &mut Vec<String>,
+) -> Result<()> {
+    if job.exclude.is_empty() {
+        return Ok(());
+    }
+    let known = job.hypervisor.describe(&job.vm)?.disks;
+    for excluded in job.exclude.iter().filter(|id| known.iter().all(|disk| disk.id != **id)) {
+        let names: Vec<_> = known.iter().map(|disk| disk.id.to_string()).collect();
+        let message = format!(
+            "disk {excluded} to be left out is none of the VM's disks, which are {}",
+            names.join(", ")
+        );
+        context.warn(warnings, message);
+    }
+    Ok(())
 }
 
 /// A disk that was backed up before and is not there now may have been detached on purpose, or not.

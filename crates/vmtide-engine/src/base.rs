@@ -22,47 +22,67 @@ pub(crate) struct BaseChoice {
     pub newest: Option<RestorePoint>,
     /// Whether the user asked for a full backup, so that missing bases need no other reason.
     pub full_requested: bool,
-    /// Why the level is not the one asked for.
-    pub note: Option<String>,
+    /// What the user should know: why the level is not the one asked for, and which restore points
+    /// cannot be read.
+    pub notes: Vec<String>,
+    /// Why ranges that only name "the previous restore point" must not be trusted.
+    pub doubt: Option<String>,
 }
 
-/// Finds them for a backup of `vm`.
-pub(crate) fn choose(repository: &Repository, vm: &str, wanted: LevelChoice) -> Result<BaseChoice> {
-    let full = |note| BaseChoice {
-        level: Level::Full,
-        parent: None,
-        newest: None,
-        full_requested: wanted == LevelChoice::Full,
-        note,
+/// Finds them for a backup of `vm`. The caller holds the repository's shared lock.
+///
+/// Change tracking names the moment that it counts from, so [`BaseChoice::newest`] may be any point
+/// that can be read. A list of ranges from outside does not: `outside` is then the source, which
+/// must be that of the newest point, and no point may be unreadable, because it may be the newest.
+pub(crate) fn choose(
+    repository: &Repository,
+    vm: &str,
+    wanted: LevelChoice,
+    outside: Option<&str>,
+) -> Result<BaseChoice> {
+    let list = repository.points()?;
+    let mut notes: Vec<String> = list
+        .unreadable
+        .iter()
+        .map(|(object, error)| {
+            format!("restore point {object} cannot be read; run `vmtide verify` ({error})")
+        })
+        .collect();
+    let mut points: Vec<RestorePoint> =
+        list.points.into_iter().filter(|point| point.vm == vm).collect();
+    let last_full = points.iter().rfind(|point| point.level == Level::Full).cloned();
+    let newest = points.pop().filter(|_| wanted != LevelChoice::Full);
+    let (level, parent, newest) = match (wanted, newest, last_full) {
+        (LevelChoice::Full, ..) | (LevelChoice::Auto, None, _) => (Level::Full, None, None),
+        (_, None, _) => {
+            notes.push(format!("full backup: the repository has no restore point of {vm} yet"));
+            (Level::Full, None, None)
+        }
+        (LevelChoice::Differential, Some(_), None) => {
+            notes.push(format!(
+                "full backup: the repository has no full restore point of {vm} to compare with"
+            ));
+            (Level::Full, None, None)
+        }
+        (LevelChoice::Differential, newest, full) => (Level::Differential, full, newest),
+        (LevelChoice::Auto | LevelChoice::Incremental, newest, _) => {
+            (Level::Incremental, newest.clone(), newest)
+        }
     };
-    if wanted == LevelChoice::Full {
-        return Ok(full(None));
-    }
-    let Some(newest) = repository.latest(vm)? else {
-        let note = (wanted != LevelChoice::Auto)
-            .then(|| format!("full backup: the repository has no restore point of {vm} yet"));
-        return Ok(full(note));
-    };
-    if wanted != LevelChoice::Differential {
-        return Ok(BaseChoice {
-            level: Level::Incremental,
-            parent: Some(newest.clone()),
-            newest: Some(newest),
-            full_requested: false,
-            note: None,
-        });
-    }
-    let Some(last_full) = repository.latest_full(vm)? else {
-        return Ok(full(Some(format!(
-            "full backup: the repository has no full restore point of {vm} to compare with"
-        ))));
-    };
+    let doubt = newest.as_ref().zip(outside).and_then(|(newest, source)| {
+        if let Some((object, _)) = list.unreadable.first() {
+            return Some(format!("{object} cannot be read and may be the previous restore point"));
+        }
+        (newest.source != source)
+            .then(|| format!("the previous restore point is of another source, {}", newest.source))
+    });
     Ok(BaseChoice {
-        level: Level::Differential,
-        parent: Some(last_full),
-        newest: Some(newest),
-        full_requested: false,
-        note: None,
+        level,
+        parent,
+        newest,
+        full_requested: wanted == LevelChoice::Full,
+        notes,
+        doubt,
     })
 }
 

@@ -52,6 +52,9 @@ pub(crate) fn decide(disk: &FrozenDisk, base: &BaseChoice) -> DiskChanges {
             })
         }
         (Changes::Ranges(ranges), Some(_)) => {
+            if let Some(doubt) = &base.doubt {
+                return DiskChanges::Everything(FullReason::AnswerDoubtful(doubt.clone()));
+            }
             if ranges.iter().any(|range| range.end() > size_bytes) {
                 return DiskChanges::Everything(FullReason::AnswerDoubtful(format!(
                     "changes past the end of the disk of {size_bytes} bytes"
@@ -120,7 +123,14 @@ mod tests {
                 tracking: TrackingRecord::default(),
             })
         });
-        BaseChoice { level: Level::Incremental, parent: None, newest, full_requested, note: None }
+        BaseChoice {
+            level: Level::Incremental,
+            parent: None,
+            newest,
+            full_requested,
+            notes: Vec::new(),
+            doubt: None,
+        }
     }
 
     fn disk_with(changes: Changes) -> FrozenDisk {
@@ -151,6 +161,8 @@ mod tests {
             reason(ranges(10), &base_of(Some(999), false)),
             FullReason::Resized { from_bytes: 999, to_bytes: 1000 }
         );
+        let doubted = BaseChoice { doubt: Some("x".into()), ..base_of(Some(1000), false) };
+        assert_eq!(reason(ranges(10), &doubted), FullReason::AnswerDoubtful("x".into()));
         assert_eq!(reason(ranges(10), &base_of(None, false)), FullReason::FirstBackup);
         assert_eq!(reason(ranges(10), &base_of(None, true)), FullReason::Requested);
         let lost = FullReason::TrackingLost("gone".into());

@@ -30,6 +30,15 @@ pub enum EngineError {
         /// Why not, and what to do.
         detail: String,
     },
+    /// What was being overwritten is now neither what it was nor what it should become.
+    #[error("{source}; {target} is incomplete now: restore it again")]
+    Incomplete {
+        /// The file, device or export.
+        target: String,
+        /// What happened.
+        #[source]
+        source: Box<EngineError>,
+    },
     /// A local file failed.
     #[error("{context}: {source}")]
     Io {

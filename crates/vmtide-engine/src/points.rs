@@ -3,7 +3,7 @@
 use crate::{EngineError, Result};
 use serde::Serialize;
 use vmtide_block::RangeSet;
-use vmtide_repo::{ObjectId, PointList, Repository, RestorePoint};
+use vmtide_repo::{ObjectId, PointList, RepoError, Repository, RestorePoint};
 
 /// The restore points of one VM, or of all, oldest first; with those that cannot be read.
 ///
@@ -22,6 +22,39 @@ pub fn points(repository: &Repository, vm: Option<&str>) -> Result<PointList> {
         });
     }
     Ok(list)
+}
+
+/// The restore point that `spec` names: its id, the first digits of it, `VM@latest`, `VM` or
+/// `VM@TIME`. The caller holds the repository's shared lock where the point must stay.
+///
+/// A point that cannot be read may be of any VM and any time. While there is one, "the latest" is
+/// not known, and an older point in its place would be a silent loss; so only ids are answered.
+///
+/// # Errors
+/// As [`Repository::resolve`]; [`RepoError::Damaged`] where only an id would do.
+pub fn resolve(repository: &Repository, spec: &str) -> Result<RestorePoint> {
+    let resolved = repository.resolve(spec);
+    match &resolved {
+        Ok(point) if point.id.to_string().starts_with(&spec.to_ascii_lowercase()) => {}
+        Ok(_) | Err(RepoError::NotFound { .. }) => {
+            if let Some((object, error)) = repository.points()?.unreadable.into_iter().next() {
+                return Err(doubtful(spec, &object, error));
+            }
+        }
+        Err(_) => {}
+    }
+    Ok(resolved?)
+}
+
+fn doubtful(spec: &str, object: &str, error: RepoError) -> EngineError {
+    if !error.is_damage() {
+        return error.into();
+    }
+    let detail = format!(
+        "{object} cannot be read and may be what {spec} names: name an older restore point by its \
+         id (see `vmtide points`), and run `vmtide verify` ({error})"
+    );
+    RepoError::damaged(format!("restore point {spec}"), detail).into()
 }
 
 /// How one disk differs between two restore points.

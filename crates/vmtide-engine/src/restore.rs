@@ -105,7 +105,7 @@ pub struct RestoredDisk {
 ///
 /// # Errors
 /// New files are then not there; a target changed in place or a device is incomplete, and the
-/// error says so.
+/// error is [`EngineError::Incomplete`].
 pub fn restore(job: &RestoreJob<'_>, context: JobContext<'_>) -> Result<RestoreSummary> {
     let begun = Instant::now();
     let _lock = job.repository.lock_shared()?;
@@ -177,25 +177,26 @@ fn restore_disk(
         context.progress,
         context.cancel,
     );
-    match copied {
-        Ok(summary) => {
-            prepared.finish(write)?;
-            Ok(RestoredDisk {
-                id: disk.id.clone(),
-                path: write.name(),
-                format: write.format.to_string(),
-                size_bytes: disk.size_bytes,
-                read_bytes: summary.read_bytes,
-                written_bytes: summary.written_bytes,
-                zeroed_bytes: summary.zeroed_bytes,
-            })
-        }
+    let ended = match copied {
+        Ok(summary) => prepared.finish(write).map(|()| summary),
         Err(error) => {
             prepared.discard();
-            if write.is_overwritten() {
-                tracing::error!("{} is incomplete now: restore again", write.name());
-            }
             Err(error.into())
         }
-    }
+    };
+    let summary = ended.map_err(|error| {
+        if !write.is_overwritten() {
+            return error;
+        }
+        EngineError::Incomplete { target: write.name(), source: Box::new(error) }
+    })?;
+    Ok(RestoredDisk {
+        id: disk.id.clone(),
+        path: write.name(),
+        format: write.format.to_string(),
+        size_bytes: disk.size_bytes,
+        read_bytes: summary.read_bytes,
+        written_bytes: summary.written_bytes,
+        zeroed_bytes: summary.zeroed_bytes,
+    })
 }

@@ -1,6 +1,8 @@
 //! Where each restored disk goes: which files, what may be overwritten, and the opening and
 //! closing of targets.
 
+use crate::in_use::{Use, check_not_in_use};
+use crate::peer::NbdPeer;
 use crate::restore::{RestoreJob, RestoreTarget};
 use crate::{EngineError, Result};
 use std::fs::File;
@@ -11,7 +13,7 @@ use vmtide_block::{BlockDevice, OpenMode, RawDevice, WritableBlockDevice, is_zer
 use vmtide_hypervisor::JobId;
 use vmtide_image::qcow2::{Qcow2CreateOptions, Qcow2Writer};
 use vmtide_image::{Format, OpenOptions, open_writable};
-use vmtide_nbd::{NbdDevice, NbdOptions, NbdUrl};
+use vmtide_nbd::{NbdOptions, NbdUrl};
 use vmtide_repo::{DiskRecord, RestorePoint};
 
 /// The file beside the disks that holds the VM's configuration.
@@ -20,6 +22,10 @@ pub(crate) const CONFIG_FILE: &str = "vm-config.json";
 /// How much of the beginning and the end of a device is looked at to tell whether it is in use:
 /// partition tables, file system super blocks and their backups lie there.
 const SIGNATURE_BYTES: u64 = 1 << 20;
+
+/// The most bytes that the name of a VM or disk takes in a file name: two of them, a number and an
+/// extension stay below the 255 that file systems allow.
+const NAME_PART_BYTES: usize = 100;
 
 /// What a restore writes.
 pub(crate) struct Plan {
@@ -173,6 +179,9 @@ fn plan_file(
             "it is neither a file, a directory nor a block device",
         ));
     }
+    if job.force || job.in_place {
+        check_not_in_use(&path, Use::Write)?;
+    }
     if job.force {
         let format = format_for(job, &path)?;
         return Ok(write(Place::NewFile(path), format, false));
@@ -182,7 +191,7 @@ fn plan_file(
     }
     let format = match job.format {
         Some(format) => format,
-        None => vmtide_image::probe(&path)?,
+        None => format_of_existing(&path)?,
     };
     let format = check_writable_format(format)?;
     Ok(write(Place::ExistingFile(path), format, true))
@@ -200,15 +209,36 @@ fn format_for(job: &RestoreJob<'_>, path: &Path) -> Result<Format> {
     if let Some(format) = job.format {
         return check_writable_format(format);
     }
-    let extension = path.extension().map(|extension| extension.to_ascii_lowercase());
-    let by_extension = match extension.as_ref().and_then(|extension| extension.to_str()) {
-        Some("qcow2") => Format::Qcow2,
-        Some("vhdx") => Format::Vhdx,
-        Some("vhd") => Format::Vhd,
-        Some("vmdk") => Format::Vmdk,
-        _ => Format::Raw,
-    };
-    check_writable_format(by_extension)
+    check_writable_format(format_by_extension(path).unwrap_or(Format::Raw))
+}
+
+/// The format that a file's name says, if it says any.
+fn format_by_extension(path: &Path) -> Option<Format> {
+    let extension = path.extension()?.to_ascii_lowercase();
+    match extension.to_str()? {
+        "qcow2" => Some(Format::Qcow2),
+        "vhdx" => Some(Format::Vhdx),
+        "vhd" => Some(Format::Vhd),
+        "vmdk" => Some(Format::Vmdk),
+        "raw" | "img" => Some(Format::Raw),
+        _ => None,
+    }
+}
+
+/// The format of a file that is changed in place. The guest of a raw disk can make it look like
+/// any format, and an image taken for raw would be destroyed: name and content must agree, and a
+/// file whose name says nothing counts as raw only where its content says nothing else.
+fn format_of_existing(path: &Path) -> Result<Format> {
+    let named = format_by_extension(path);
+    let found = vmtide_image::probe(path)?;
+    if found == named.unwrap_or(Format::Raw) {
+        return Ok(found);
+    }
+    let name = named.map_or("does not say its format".to_owned(), |named| format!("says {named}"));
+    Err(EngineError::refused(
+        format!("restore in place to {}", path.display()),
+        format!("its name {name} and its content looks like {found}: add --format"),
+    ))
 }
 
 fn check_writable_format(format: Format) -> Result<Format> {
@@ -223,11 +253,14 @@ fn check_writable_format(format: Format) -> Result<Format> {
 /// A name of a VM or disk as a part of a file name: no separators, nothing hidden, no surprises
 /// for shells.
 pub(crate) fn file_name_of(name: &str) -> String {
-    let safe: String = name
-        .chars()
-        .map(|c| if c.is_alphanumeric() || "._-+".contains(c) { c } else { '_' })
-        .take(100)
-        .collect();
+    let mut safe = String::new();
+    for c in name.chars() {
+        let c = if c.is_alphanumeric() || "._-+".contains(c) { c } else { '_' };
+        if safe.len() + c.len_utf8() > NAME_PART_BYTES {
+            break;
+        }
+        safe.push(c);
+    }
     match safe.trim_start_matches('.') {
         "" => "disk".into(),
         name => name.into(),
@@ -265,7 +298,7 @@ impl Prepared {
                 Self::of_fixed_size(Arc::new(device), write, size_bytes)
             }
             Place::Nbd(url) => {
-                let device = NbdDevice::connect(url, &NbdOptions::default())?;
+                let device = NbdPeer::connect(url, &NbdOptions::default())?;
                 Self::of_fixed_size(Arc::new(device), write, size_bytes)
             }
         }
@@ -374,15 +407,21 @@ fn rename(from: &Path, to: &Path, replace: bool) -> std::io::Result<()> {
         return std::fs::rename(from, to);
     }
     match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
-        // A file system without the flag; that the name was free was seen before.
-        Err(Errno::INVAL | Errno::NOSYS) => std::fs::rename(from, to),
+        // A file system without the flag.
+        Err(Errno::INVAL | Errno::NOSYS) => link_and_unlink(from, to),
         other => Ok(other?),
     }
 }
 
 #[cfg(not(target_os = "linux"))]
-fn rename(from: &Path, to: &Path, _replace: bool) -> std::io::Result<()> {
-    std::fs::rename(from, to)
+fn rename(from: &Path, to: &Path, replace: bool) -> std::io::Result<()> {
+    if replace { std::fs::rename(from, to) } else { link_and_unlink(from, to) }
+}
+
+/// Renames without replacing: a link is only made where the name is free.
+fn link_and_unlink(from: &Path, to: &Path) -> std::io::Result<()> {
+    std::fs::hard_link(from, to)?;
+    std::fs::remove_file(from)
 }
 
 fn sync_directory_of(path: &Path) -> Result<()> {
@@ -409,12 +448,21 @@ fn holds_something(device: &dyn WritableBlockDevice) -> Result<bool> {
     Ok(false)
 }
 
+/// A new file that only its owner may read: a configuration tells much of its VM.
+fn create_for_owner(path: &Path) -> std::io::Result<File> {
+    let mut options = File::options();
+    options.write(true).create_new(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    options.open(path)
+}
+
 /// Writes the VM's configuration as readable JSON, under a temporary name first. Answers with its
 /// path.
 pub(crate) fn write_config(path: &Path, point: &RestorePoint, replace: bool) -> Result<String> {
     let temporary = temporary_beside(path)?;
     let write = || -> std::io::Result<()> {
-        let mut file = File::create_new(&temporary)?;
+        let mut file = create_for_owner(&temporary)?;
         serde_json::to_writer_pretty(&mut file, &point.config)?;
         file.write_all(b"\n")?;
         file.sync_all()
@@ -441,7 +489,44 @@ mod tests {
         assert_eq!(file_name_of("virtio0"), "virtio0");
         assert_eq!(file_name_of("..."), "disk");
         assert_eq!(file_name_of("müller"), "müller");
-        assert!(file_name_of(&"x".repeat(1000)).len() <= 100);
+        assert_eq!(file_name_of(&"x".repeat(1000)).len(), 100);
+        assert_eq!(file_name_of(&"日".repeat(1000)), "日".repeat(33));
+    }
+
+    #[test]
+    fn in_place_name_and_content_must_agree() {
+        let directory = tempfile::tempdir().unwrap();
+        let format = |name: &str, content: &[u8]| {
+            let path = directory.path().join(name);
+            let mut bytes = content.to_vec();
+            bytes.resize(4096, 0);
+            std::fs::write(&path, bytes).unwrap();
+            format_of_existing(&path)
+        };
+        assert_eq!(format("a.raw", b"").unwrap(), Format::Raw);
+        assert_eq!(format("a", b"").unwrap(), Format::Raw);
+        assert_eq!(format("a.qcow2", b"QFI\xfb\0\0\0\x03").unwrap(), Format::Qcow2);
+        for (name, content) in
+            [("b.raw", &b"QFI\xfb"[..]), ("b.img", b"QFI\xfb"), ("b", b"QFI\xfb"), ("b.qcow2", b"")]
+        {
+            let error = format(name, content).unwrap_err();
+            assert!(matches!(error, EngineError::Refused { .. }), "{name}: {error:?}");
+            assert!(error.to_string().contains("--format"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_link_never_replaces() {
+        let directory = tempfile::tempdir().unwrap();
+        let (from, to) = (directory.path().join("a"), directory.path().join("b"));
+        std::fs::write(&from, "new").unwrap();
+        std::fs::write(&to, "old").unwrap();
+        let error = link_and_unlink(&from, &to).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::AlreadyExists);
+        assert_eq!(std::fs::read_to_string(&to).unwrap(), "old");
+        std::fs::remove_file(&to).unwrap();
+        link_and_unlink(&from, &to).unwrap();
+        assert!(!from.exists() && std::fs::read_to_string(&to).unwrap() == "new");
     }
 
     #[test]

@@ -1,13 +1,15 @@
 //! SOURCE: from what a user writes to a platform that can be backed up.
 
+use crate::in_use::{Use, check_not_in_use};
+use crate::peer::NbdPeer;
 use crate::{EngineError, Result};
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use vmtide_block::{BlockDevice, BlockError, RangeSet};
-use vmtide_hypervisor::{DiskId, Hypervisor, HypervisorError, ImageSource};
+use vmtide_hypervisor::{DiskId, Hypervisor, ImageSource};
 use vmtide_image::{BackingPolicy, Format, OpenOptions};
-use vmtide_nbd::{NbdDevice, NbdOptions, NbdUrl};
+use vmtide_nbd::{NbdOptions, NbdUrl};
 use vmtide_qemu::{OfflineImage, QemuTarget, QemuVm};
 use vmtide_repo::Repository;
 
@@ -121,8 +123,10 @@ pub struct SourceOptions {
     pub name: Option<String>,
     /// The format of an image; none probes it.
     pub format: Option<Format>,
-    /// Whether files that an image names are opened.
-    pub backing: BackingPolicy,
+    /// Whether files that an image names are opened. None, where the user said nothing: those in
+    /// the image's directory if [`format`](Self::format) is given, and otherwise none, because a
+    /// guest that makes its raw disk look like qcow2 would choose them.
+    pub backing: Option<BackingPolicy>,
     /// The changed ranges since the previous restore point, from outside.
     pub changes: Option<RangeSet>,
     /// Where journals and locks are kept.
@@ -182,11 +186,9 @@ fn open_image(path: &Path, options: &SourceOptions) -> Result<OpenSource> {
     }
     let format = match options.format {
         Some(format) => format,
-        None => vmtide_image::probe(path)?,
+        None => probe_format(path)?,
     };
-    let open =
-        OpenOptions { format: Some(format), backing: options.backing, ..OpenOptions::default() };
-    let device = vmtide_image::open_read_only(path, &open)?;
+    let device = open_with_policy(path, format, options)?;
     let name = match &options.name {
         Some(name) => name.clone(),
         None => image_name(path)?,
@@ -208,7 +210,54 @@ fn open_image(path: &Path, options: &SourceOptions) -> Result<OpenSource> {
             display: display.display().to_string(),
         });
     }
+    // Tracking needs QEMU's own tools, which see its locks themselves, once what a killed job of ours
+    // left is removed.
+    check_not_in_use(path, Use::Read)?;
     one_disk(name, format, device, options, display.display().to_string())
+}
+
+/// The format of an image by its content. What can only be a raw disk by its name or kind, and
+/// looks like something else, was made so by its guest or is misnamed: the user has to say.
+fn probe_format(path: &Path) -> Result<Format> {
+    let found = vmtide_image::probe(path)?;
+    let is_raw_by_name = path.extension().is_some_and(|extension| extension == "raw");
+    // Anything but a file that can be probed is a block device, all bytes of which are a guest's.
+    if found == Format::Raw || (path.is_file() && !is_raw_by_name) {
+        return Ok(found);
+    }
+    Err(EngineError::refused(
+        format!("read {}", path.display()),
+        format!(
+            "it should be raw and looks like {found}, which a guest can forge: add --format raw \
+             or --format {found}"
+        ),
+    ))
+}
+
+fn open_with_policy(
+    path: &Path,
+    format: Format,
+    options: &SourceOptions,
+) -> Result<Arc<dyn BlockDevice>> {
+    let (backing, is_certain) = match (options.backing, options.format) {
+        (Some(policy), _) => (policy, true),
+        (None, Some(_)) => (BackingPolicy::SameDirectory, true),
+        (None, None) => (BackingPolicy::Refuse, false),
+    };
+    let open = OpenOptions { format: Some(format), backing, ..OpenOptions::default() };
+    let opened = vmtide_image::open_read_only(path, &open);
+    Ok(opened.map_err(|error| match error {
+        BlockError::Unsupported { context, detail } if !is_certain && format == Format::Qcow2 => {
+            BlockError::Unsupported {
+                context,
+                detail: format!(
+                    "{detail}: --backing same-directory, or --format qcow2 (its format was only \
+                     found by its content)"
+                ),
+            }
+        }
+        other => other,
+    })?)
 }
 
 /// Whether the changes of an image are tracked in it, and as which disk. Some where the user asks
@@ -227,6 +276,13 @@ fn tracked_in_image(
     if format != Format::Qcow2 || options.changes.is_some() {
         return Ok(None);
     }
+    let has_tools = ["qemu-img", "qemu-nbd"].into_iter().all(is_in_path);
+    if options.track && !has_tools {
+        return Err(EngineError::refused(
+            format!("track changes in {}", path.display()),
+            "qemu-img and qemu-nbd are needed: install qemu-utils",
+        ));
+    }
     let bitmaps = vmtide_image::image_info(path, Some(format))?.bitmaps;
     let known = options.tracked.iter().find(|disk| {
         let mut parts = disk.tracking.split(':');
@@ -234,7 +290,7 @@ fn tracked_in_image(
     });
     let disk = options.disk_id.clone().or_else(|| known.map(|disk| disk.id.clone()));
     // Nobody asked for QEMU's tools: without them the image is read in full, and that is recorded.
-    let goes_on = known.is_some() && ["qemu-img", "qemu-nbd"].into_iter().all(is_in_path);
+    let goes_on = known.is_some() && has_tools;
     Ok((options.track || goes_on).then_some(disk))
 }
 
@@ -265,18 +321,8 @@ fn open_nbd(url: &NbdUrl, options: &SourceOptions) -> Result<OpenSource> {
         return Err(EngineError::usage("an NBD export is a raw disk: --format does not apply"));
     }
     let connect = NbdOptions { read_only: true, ..NbdOptions::default() };
-    let device = NbdDevice::connect(url, &connect).map_err(|error| connect_error(url, error))?;
+    let device = NbdPeer::connect(url, &connect)?;
     one_disk(name, Format::Raw, Arc::new(device), options, url.to_string())
-}
-
-/// A server that does not speak the protocol is a peer out of order, not damaged data.
-pub(crate) fn connect_error(url: &NbdUrl, error: BlockError) -> EngineError {
-    match error {
-        BlockError::Damaged { detail, .. } => {
-            HypervisorError::protocol(url.to_string(), detail).into()
-        }
-        other => other.into(),
-    }
 }
 
 fn one_disk(
@@ -316,6 +362,33 @@ fn open_qemu(url: &str, options: &SourceOptions) -> Result<OpenSource> {
         name: options.name.clone(),
         display: url.to_owned(),
     })
+}
+
+/// Removes from a running VM the dirty bitmaps that vmtide tracks changes with: those of one
+/// [`lineage`](crate::lineage), or all. The next backup reads in full. Answers with what was
+/// removed, one line each.
+///
+/// # Errors
+/// [`EngineError::Usage`] for a source without bitmaps of ours; what QEMU says.
+pub fn untrack(
+    source: &SourceSpec,
+    state_directory: &Path,
+    lineage: Option<&str>,
+) -> Result<Vec<String>> {
+    match source {
+        SourceSpec::Qemu(url) => {
+            let target = QemuTarget::parse_url(url, state_directory)?;
+            Ok(QemuVm::new(target).end_tracking(lineage)?)
+        }
+        SourceSpec::Image(path) => Err(EngineError::usage(format!(
+            "{}: only a running VM can be untracked (qemu+unix://…); in an image at rest, \
+             `qemu-img bitmap --remove` does it",
+            path.display()
+        ))),
+        SourceSpec::Nbd(url) => {
+            Err(EngineError::usage(format!("{url}: nothing is tracked in an NBD export")))
+        }
+    }
 }
 
 /// The changed ranges of a JSON document `[{"offset":0,"length":65536},…]`, in any order, also
@@ -383,6 +456,42 @@ mod tests {
         let missing = SourceSpec::Image(directory.path().join("none"));
         let error = missing.open(&SourceOptions::default()).err().unwrap();
         assert!(matches!(error, EngineError::NotFound { .. }), "{error}");
+    }
+
+    #[test]
+    fn what_a_guest_can_forge_is_not_believed() {
+        let directory = tempfile::tempdir().unwrap();
+        let secret = directory.path().join("secret");
+        std::fs::write(&secret, vec![1; 65536]).unwrap();
+        let overlay = directory.path().join("web");
+        let backing = vmtide_image::qcow2::CreateBacking {
+            name: "secret".into(),
+            format: Format::Raw,
+            device: Arc::new(
+                vmtide_block::RawDevice::open(&secret, vmtide_block::OpenMode::ReadOnly).unwrap(),
+            ),
+        };
+        let mut create = vmtide_image::qcow2::Qcow2CreateOptions::new(65536);
+        create.backing = Some(backing);
+        drop(vmtide_image::qcow2::Qcow2Writer::create(&overlay, &create).unwrap());
+        let open = |path: &Path, options: &SourceOptions| {
+            SourceSpec::Image(path.into()).open(options).map(drop)
+        };
+        let error = open(&overlay, &SourceOptions::default()).unwrap_err();
+        assert!(error.to_string().contains("--backing same-directory"), "{error}");
+        let given = SourceOptions { format: Some(Format::Qcow2), ..SourceOptions::default() };
+        open(&overlay, &given).unwrap();
+        let policy = Some(BackingPolicy::SameDirectory);
+        open(&overlay, &SourceOptions { backing: policy, ..SourceOptions::default() }).unwrap();
+        let policy = Some(BackingPolicy::Refuse);
+        open(&overlay, &SourceOptions { backing: policy, ..given.clone() }).unwrap_err();
+
+        let raw = directory.path().join("web.raw");
+        std::fs::rename(&overlay, &raw).unwrap();
+        let error = open(&raw, &SourceOptions::default()).unwrap_err();
+        assert!(matches!(error, EngineError::Refused { .. }), "{error:?}");
+        let as_raw = SourceOptions { format: Some(Format::Raw), ..SourceOptions::default() };
+        open(&raw, &as_raw).unwrap();
     }
 
     #[test]

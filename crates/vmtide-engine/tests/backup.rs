@@ -277,3 +277,72 @@ fn a_tracker_that_misses_a_write_is_caught_by_samples() {
     let restored = target.repository.open_disk(&point, "d0").unwrap();
     assert_eq!(content(restored.as_ref()), hypervisor.disks[0].device.memory.to_bytes());
 }
+
+#[test]
+fn a_moment_that_did_not_hold_is_no_restore_point() {
+    let target = TestRepository::new();
+    let hypervisor = ScriptedHypervisor::new(&[("d0", MIB)]);
+    hypervisor.check_fails.store(true, Ordering::SeqCst);
+    let error = run(&job(&target.repository, &hypervisor)).unwrap_err();
+    assert!(error.to_string().contains("scratch space"), "{error}");
+    assert_eq!((target.points(), hypervisor.calls.counts()), (0, (1, 0, 1)));
+}
+
+#[test]
+fn an_exclusion_of_no_disk_is_a_warning() {
+    let target = TestRepository::new();
+    let hypervisor = ScriptedHypervisor::new(&[("d0", MIB)]);
+    let mut wanted = job(&target.repository, &hypervisor);
+    wanted.exclude = vec![DiskId("d9".into())];
+    let summary = run(&wanted).unwrap();
+    assert_eq!(summary.warnings.len(), 1, "{:?}", summary.warnings);
+    let text = &summary.warnings[0];
+    assert!(text.contains("d9") && text.contains("d0"), "{text}");
+}
+
+#[test]
+fn ranges_from_outside_count_from_the_newest_point_of_the_same_source_only() {
+    let target = TestRepository::new();
+    let hypervisor = ScriptedHypervisor::new(&[("d0", MIB)]);
+    let mut wanted = job(&target.repository, &hypervisor);
+    wanted.outside_changes = true;
+    run(&wanted).unwrap();
+    assert!(run(&wanted).unwrap().disks[0].tracking.used);
+
+    wanted.source = "another".into();
+    let newest = run(&wanted).unwrap();
+    let reason = newest.disks[0].tracking.reason.clone().unwrap();
+    assert!(reason.contains("another source, stand-in"), "{reason}");
+    assert!(run(&wanted).unwrap().disks[0].tracking.used);
+
+    // The unreadable one may be the newest: ranges since then say nothing of what was before.
+    let newest = run(&wanted).unwrap();
+    target.damage_point(newest.point);
+    let summary = run(&wanted).unwrap();
+    let reason = summary.disks[0].tracking.reason.clone().unwrap();
+    assert!(reason.contains("cannot be read"), "{reason}");
+    assert!(summary.warnings[0].contains("vmtide verify"), "{:?}", summary.warnings);
+    // Tracking that knows its moment is not in doubt; the user is told all the same.
+    wanted.outside_changes = false;
+    let summary = run(&wanted).unwrap();
+    assert!(summary.disks[0].tracking.used);
+    assert_eq!(summary.warnings.len(), 1, "{:?}", summary.warnings);
+}
+
+#[test]
+fn the_latest_is_not_guessed_while_a_point_is_unreadable() {
+    let target = TestRepository::new();
+    let hypervisor = ScriptedHypervisor::new(&[("d0", MIB)]);
+    let first = run(&job(&target.repository, &hypervisor)).unwrap().point;
+    let second = run(&job(&target.repository, &hypervisor)).unwrap().point;
+    let resolve = |spec: &str| vmtide_engine::resolve(&target.repository, spec);
+    assert_eq!(resolve("web@latest").unwrap().id, second);
+    target.damage_point(second);
+    for spec in ["web@latest", "web", "web@2100-01-01", &second.to_string()] {
+        let error = resolve(spec).unwrap_err();
+        assert!(matches!(error, EngineError::Repo(RepoError::Damaged { .. })), "{spec}: {error}");
+    }
+    assert!(resolve("web").unwrap_err().to_string().contains("by its id"));
+    assert_eq!(resolve(&first.to_string()).unwrap().id, first);
+    assert_eq!(resolve(&first.to_string()[..8].to_uppercase()).unwrap().id, first);
+}

@@ -145,3 +145,28 @@ fn formats_that_cannot_be_written_are_refused_before_anything_is_made() {
     let error = RestoreTarget::parse("s3://bucket/x").unwrap_err();
     assert!(matches!(error, EngineError::Usage(_)), "{error:?}");
 }
+
+#[test]
+fn an_overwrite_that_fails_says_what_it_left() {
+    let (source, _, point) = backed_up(&[("d0", 8 * MIB)]);
+    let file = source.path("disk.raw");
+    std::fs::write(&file, vec![9; 8 * MIB]).unwrap();
+    let mut wanted = restore_to(&source, &point, &file);
+    wanted.in_place = true;
+    let cancel = CancelToken::new();
+    cancel.cancel();
+    let error = go(&wanted, &cancel).unwrap_err();
+    assert!(matches!(error, EngineError::Incomplete { .. }), "{error:?}");
+    assert!(error.to_string().contains("disk.raw is incomplete now"), "{error}");
+}
+
+#[test]
+fn what_is_restored_is_its_owners_alone() {
+    let (source, _, point) = backed_up(&[("d0", MIB)]);
+    let directory = source.path("out/");
+    go(&restore_to(&source, &point, &directory), &CancelToken::new()).unwrap();
+    for name in ["web-d0.raw", "vm-config.json"] {
+        let mode = std::fs::metadata(directory.join(name)).unwrap().mode();
+        assert_eq!(mode & 0o777, 0o600, "{name}");
+    }
+}

@@ -170,9 +170,40 @@ impl Job {
         match result {
             Err(error) if self.is_interrupted() => {
                 tracing::info!(%error, "interrupted");
-                Err(vmtide_block::BlockError::Cancelled.into())
+                Err(interrupted(error))
             }
             other => other,
         }
+    }
+}
+
+/// The interruption that stands for `error`; what it left half done is still told.
+fn interrupted(error: EngineError) -> EngineError {
+    let cancelled = EngineError::from(vmtide_block::BlockError::Cancelled);
+    match error {
+        EngineError::Incomplete { target, .. } => {
+            EngineError::Incomplete { target, source: Box::new(cancelled) }
+        }
+        _ => cancelled,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interrupted_overwrite_says_so() {
+        let error = interrupted(EngineError::Incomplete {
+            target: "/dev/vg/web".into(),
+            source: Box::new(EngineError::refused("x", "y")),
+        });
+        assert_eq!(exit::of_error(&error), Exit::Interrupted);
+        assert_eq!(
+            error.to_string(),
+            "interrupted; /dev/vg/web is incomplete now: restore it again"
+        );
+        let error = interrupted(EngineError::refused("x", "y"));
+        assert_eq!(error.to_string(), "interrupted");
     }
 }

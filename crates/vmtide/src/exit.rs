@@ -58,6 +58,7 @@ pub fn of_error(error: &EngineError) -> Exit {
         EngineError::Usage(_) => Exit::Usage,
         EngineError::NotFound { .. } => Exit::NotFound,
         EngineError::Refused { .. } => Exit::Failed,
+        EngineError::Incomplete { source, .. } => of_error(source),
         EngineError::Io { source, .. } => of_io(source),
         EngineError::Repo(error) => of_repo(error),
         EngineError::Hypervisor(error) => of_hypervisor(error),

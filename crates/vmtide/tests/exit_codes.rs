@@ -341,6 +341,46 @@ fn a_peer_that_talks_nonsense_is_1() {
     let qemu = format!("qemu+unix://{}", socket.display());
     let run = place.run(&["backup", &qemu]).must_end_with(1);
     one_clear_line(&run, "nonsense.sock");
+    place.image("web.raw", MIB);
+    place.run(&["backup", "web.raw"]).must_end_with(0);
+    let run = place.run(&["restore", "web", "--to", &nbd]).must_end_with(1);
+    one_clear_line(&run, "nonsense.sock");
+}
+
+#[test]
+fn missing_tools_of_qemu_are_1_with_what_to_install() {
+    let place = with_a_point();
+    place.run(&["restore", "web", "--to", "web.qcow2"]).must_end_with(0);
+    let mut command = place.command(&["backup", "web.qcow2", "--track"]);
+    let run = finish(command.env("PATH", place.directory.path())).must_end_with(1);
+    one_clear_line(&run, "install qemu-utils");
+    // Nobody needs them who does not ask for tracking.
+    let mut command = place.command(&["backup", "web.qcow2"]);
+    finish(command.env("PATH", place.directory.path())).must_end_with(0);
+}
+
+#[test]
+fn an_unreadable_point_is_not_passed_over() {
+    let place = with_a_point();
+    place.run(&["backup", "web.raw"]).must_end_with(0);
+    let points = place.run(&["points", "--json"]).must_end_with(0).summary();
+    let id = |number: usize| points["points"][number]["id"].as_str().unwrap().to_owned();
+    let newest = files_below(&place.repository().join("points"))
+        .into_iter()
+        .find(|path| path.to_string_lossy().contains(&id(1)))
+        .unwrap();
+    let mut bytes = std::fs::read(&newest).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::remove_file(&newest).unwrap();
+    std::fs::write(&newest, bytes).unwrap();
+    let run = place.run(&["restore", "web@latest", "--to", "back.raw"]).must_end_with(5);
+    one_clear_line(&run, "by its id");
+    assert!(!place.path("back.raw").exists());
+    place.run(&["forget", "web"]).must_end_with(5);
+    place.run(&["restore", &id(0), "--to", "back.raw"]).must_end_with(0);
+    let run = place.run(&["backup", "web.raw"]).must_end_with(3);
+    assert!(run.stderr.contains("vmtide verify"), "{}", run.stderr);
 }
 
 #[test]

@@ -117,6 +117,44 @@ fn changes_can_come_from_standard_input_and_must_fit_the_disk() {
     let mut command = place.command(&["backup", "web.raw", "--changes", "-"]);
     let run = finish(command.write_stdin("[{\"offset\":1048576,\"length\":1}]")).must_end_with(2);
     assert!(run.stderr.contains("past the end"), "{}", run.stderr);
+
+    // Of another disk under the same name they say nothing.
+    std::fs::create_dir(place.path("other")).unwrap();
+    place.image("other/web.raw", MIB);
+    let mut command = place.command(&["backup", "other/web.raw", "--changes", "-", "--json"]);
+    let run = finish(command.write_stdin("[]")).must_end_with(3);
+    assert_eq!(run.summary()["disks"][0]["tracking"]["used"], false);
+}
+
+#[test]
+fn an_image_whose_only_disk_is_left_out_is_not_backed_up() {
+    let place = Place::with_repository();
+    place.image("web.raw", MIB);
+    let run = place.run(&["backup", "web.raw", "--disk-exclude", "disk0"]).must_end_with(1);
+    assert!(run.stderr.contains("no disk to back up"), "{}", run.stderr);
+}
+
+#[test]
+fn a_guest_does_not_choose_which_files_are_read() {
+    let place = Place::with_repository();
+    std::fs::write(place.path("secret"), vec![7; MIB]).unwrap();
+    let made = std::process::Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2", "-b", "secret", "-F", "raw", "web"])
+        .current_dir(place.directory.path())
+        .status();
+    assert!(made.is_ok_and(|status| status.success()), "qemu-img is needed");
+    let run = place.run(&["backup", "web"]).must_end_with(1);
+    assert!(run.stderr.contains("--backing"), "{}", run.stderr);
+    place.run(&["backup", "web", "--backing", "same-directory"]).must_end_with(0);
+    place.run(&["backup", "web", "--format", "qcow2"]).must_end_with(0);
+    std::fs::rename(place.path("web"), place.path("web.raw")).unwrap();
+    let run = place.run(&["backup", "web.raw"]).must_end_with(1);
+    assert!(run.stderr.contains("--format raw"), "{}", run.stderr);
+    let run = place.run(&["restore", "web", "--to", "web.raw", "--in-place"]).must_end_with(1);
+    assert!(run.stderr.contains("--format"), "{}", run.stderr);
+    let arguments = ["restore", "web", "--to", "web.raw", "--in-place", "--format", "raw"];
+    place.run(&arguments).must_end_with(0);
+    assert_eq!(std::fs::read(place.path("web.raw")).unwrap(), vec![7; MIB]);
 }
 
 #[test]

@@ -98,4 +98,26 @@ fn a_running_machine_is_listed_backed_up_and_restored() {
     let excluded = disks[0]["id"].as_str().unwrap();
     let run = place.run(&["backup", &source, "--disk-exclude", excluded, "--json"]);
     assert_eq!(run.must_end_with(0).summary()["disks"].as_array().unwrap().len(), 1);
+
+    // Its images are not copied or changed behind its back.
+    for arguments in [
+        &["backup", "system.qcow2"][..],
+        &["backup", "data.raw"],
+        &["restore", "web", "--disk", "0", "--to", "data.raw", "--in-place"],
+        &["restore", "web", "--disk", "0", "--to", "data.raw", "--force"],
+    ] {
+        let run = place.run(arguments).must_end_with(1);
+        assert!(run.stderr.contains("a running QEMU"), "{arguments:?}: {}", run.stderr);
+    }
+
+    // Tracking ends for this repository, and the next backup knows.
+    let run = place.run(&["vm", "untrack", &source, "--name", "other", "--json"]).must_end_with(0);
+    assert_eq!(run.summary()["removed"].as_array().unwrap().len(), 0);
+    let run = place.run(&["vm", "untrack", &source, "--json"]).must_end_with(0);
+    assert!(!run.summary()["removed"].as_array().unwrap().is_empty());
+    let run = place.run(&["backup", &source, "--json"]).must_end_with(3);
+    for disk in run.summary()["disks"].as_array().unwrap() {
+        assert_eq!(disk["tracking"]["used"], false, "{disk}");
+    }
+    place.run(&["vm", "untrack", "plain.raw"]).must_end_with(2);
 }

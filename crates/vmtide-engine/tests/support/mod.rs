@@ -12,8 +12,8 @@ use vmtide_block::{
 };
 use vmtide_engine::{BackupJob, BackupSummary, Event, JobContext, LevelChoice, Observer, backup};
 use vmtide_hypervisor::{
-    Changes, Consistency, DiskId, FreezeRequest, FrozenDisk, FrozenVm, Hypervisor, HypervisorError,
-    ReapReport, Result, TrackingId, VmConfig, VmSummary,
+    Changes, Consistency, DiskBus, DiskConfig, DiskId, FreezeRequest, FrozenDisk, FrozenVm,
+    Hypervisor, HypervisorError, ReapReport, Result, TrackingId, VmConfig, VmSummary,
 };
 use vmtide_repo::{BackupOptions, Encryption, InitOptions, LocalStore, Repository};
 
@@ -38,6 +38,24 @@ impl TestRepository {
 
     pub fn points(&self) -> usize {
         self.repository.points().unwrap().points.len()
+    }
+
+    /// Flips a bit in the object of a restore point.
+    pub fn damage_point(&self, id: vmtide_repo::ObjectId) {
+        let mut waiting = vec![self.path("repository/points")];
+        while let Some(path) = waiting.pop() {
+            if path.is_dir() {
+                waiting.extend(std::fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path()));
+            } else if path.ends_with(id.to_string()) {
+                let mut bytes = std::fs::read(&path).unwrap();
+                let middle = bytes.len() / 2;
+                bytes[middle] ^= 1;
+                // Objects are read-only; another file takes its place.
+                std::fs::remove_file(&path).unwrap();
+                std::fs::write(&path, bytes).unwrap();
+            }
+        }
+        assert_eq!(self.repository.points().unwrap().unreadable.len(), 1);
     }
 }
 
@@ -113,6 +131,8 @@ pub struct ScriptedHypervisor {
     pub freeze_fails: AtomicBool,
     pub commit_fails: Arc<AtomicBool>,
     pub abort_fails: Arc<AtomicBool>,
+    /// The disks stop being those of one moment.
+    pub check_fails: Arc<AtomicBool>,
     /// Claims to have reached this although more was asked and no downgrade allowed.
     pub lies_about_consistency: AtomicBool,
     pub moment: AtomicU32,
@@ -142,6 +162,7 @@ impl ScriptedHypervisor {
             freeze_fails: AtomicBool::new(false),
             commit_fails: Arc::default(),
             abort_fails: Arc::default(),
+            check_fails: Arc::default(),
             lies_about_consistency: AtomicBool::new(false),
             moment: AtomicU32::new(0),
         }
@@ -178,7 +199,21 @@ impl Hypervisor for ScriptedHypervisor {
     }
 
     fn describe(&self, _vm: &str) -> Result<VmConfig> {
-        Ok(VmConfig { name: "web".into(), platform: "stand-in".into(), ..VmConfig::default() })
+        let disk = |disk: &Arc<ScriptedDisk>| DiskConfig {
+            id: DiskId(disk.id.clone()),
+            size_bytes: disk.device.size_bytes(),
+            bus: DiskBus::Other,
+            format: None,
+            path: None,
+            serial: None,
+            boot_index: None,
+        };
+        Ok(VmConfig {
+            name: "web".into(),
+            platform: "stand-in".into(),
+            disks: self.disks.iter().map(disk).collect(),
+            ..VmConfig::default()
+        })
     }
 
     fn freeze(&self, request: &FreezeRequest) -> Result<Box<dyn FrozenVm>> {
@@ -209,6 +244,7 @@ impl Hypervisor for ScriptedHypervisor {
             calls: Arc::clone(&self.calls),
             commit_fails: Arc::clone(&self.commit_fails),
             abort_fails: Arc::clone(&self.abort_fails),
+            check_fails: Arc::clone(&self.check_fails),
         }))
     }
 
@@ -225,6 +261,7 @@ struct ScriptedFrozen {
     calls: Arc<Calls>,
     commit_fails: Arc<AtomicBool>,
     abort_fails: Arc<AtomicBool>,
+    check_fails: Arc<AtomicBool>,
 }
 
 impl FrozenVm for ScriptedFrozen {
@@ -242,6 +279,12 @@ impl FrozenVm for ScriptedFrozen {
     }
     fn disks(&self) -> &[FrozenDisk] {
         &self.disks
+    }
+    fn check(&self) -> Result<()> {
+        if self.check_fails.load(Ordering::SeqCst) {
+            return Err(HypervisorError::failed("hold the moment", "the scratch space is full"));
+        }
+        Ok(())
     }
     fn commit(self: Box<Self>) -> Result<Vec<String>> {
         self.calls.commits.fetch_add(1, Ordering::SeqCst);
@@ -290,6 +333,7 @@ pub fn job<'a>(repository: &'a Repository, hypervisor: &'a dyn Hypervisor) -> Ba
         name: None,
         source: "stand-in".into(),
         level: LevelChoice::Auto,
+        outside_changes: false,
         consistency: None,
         allow_downgrade: false,
         tags: BTreeMap::new(),

@@ -3,6 +3,7 @@
 use crate::app::{App, Job};
 use crate::commands::vm::BackingArg;
 use crate::exit::Exit;
+use crate::output::Output;
 use crate::table::Table;
 use crate::{repository, units};
 use clap::{Args, ValueEnum};
@@ -26,6 +27,7 @@ Examples:
   vmtide backup qemu+unix:///run/web.qmp -r /backup
   vmtide backup qemu+unix:///run/web.qmp -r /backup --consistency fs --tag job=nightly
   vmtide backup disk.qcow2 -r /backup --name web --level full
+  vmtide backup overlay.qcow2 -r /backup --format qcow2 --backing same-directory
   vmtide backup disk.raw -r /backup --changes changes.json
   vmtide backup web.qcow2 -r /backup --track
 
@@ -66,9 +68,10 @@ pub struct BackupArgs {
     /// The format of a disk image [default: found by its content]
     #[arg(long, value_name = "FORMAT")]
     format: Option<Format>,
-    /// Which files a disk image may name as its backing file
-    #[arg(long, value_name = "WHICH", default_value = "same-directory")]
-    backing: BackingArg,
+    /// Which files a disk image may name as its backing or data file [default: same-directory with
+    /// --format, else refuse]
+    #[arg(long, value_name = "WHICH")]
+    backing: Option<BackingArg>,
     /// Begin to track changes in a qcow2 image of a VM that is off, by a dirty bitmap kept in it;
     /// goes on by itself after that
     #[arg(long)]
@@ -115,7 +118,7 @@ pub fn run(app: &App, args: &BackupArgs) -> Result<Exit> {
     let repository = repository::open(app)?;
     let job = app.begin_job()?;
     let mut exit = Exit::Done;
-    for source in &sources {
+    for (number, source) in sources.iter().enumerate() {
         let ended = match run_one(app, args, &repository, source, changes.as_ref(), &job) {
             Ok(summary) => {
                 show(app, &summary);
@@ -126,10 +129,24 @@ pub fn run(app: &App, args: &BackupArgs) -> Result<Exit> {
         };
         exit = exit.worse(ended);
         if job.is_interrupted() {
-            break;
+            let left = sources.len() - number - 1;
+            return Ok(exit.worse(interrupted(&app.output, ended, left)));
         }
     }
     Ok(exit)
+}
+
+/// How an interrupted run ends that began no backup of its last `left` sources. The source that the
+/// interruption met may have been done at that moment.
+fn interrupted(output: &Output, ended: Exit, left: usize) -> Exit {
+    if left == 0 {
+        return ended;
+    }
+    if ended != Exit::Interrupted {
+        let message = format!("interrupted: {left} sources were not backed up");
+        output.error(&message, Exit::Interrupted);
+    }
+    Exit::Interrupted
 }
 
 fn run_one(
@@ -150,7 +167,7 @@ fn run_one(
     let source = source.open(&SourceOptions {
         name: args.name.clone(),
         format: args.format,
-        backing: args.backing.policy(),
+        backing: args.backing.map(BackingArg::policy),
         changes: changes.cloned(),
         state_directory: app.state_directory(),
         guardian: std::env::current_exe().ok(),
@@ -171,6 +188,7 @@ fn run_one(
             LevelArg::Incremental => LevelChoice::Incremental,
             LevelArg::Differential => LevelChoice::Differential,
         },
+        outside_changes: changes.is_some(),
         consistency: args.consistency,
         allow_downgrade: args.allow_downgrade,
         tags: args.tag.iter().cloned().collect(),
@@ -238,4 +256,19 @@ fn show(app: &App, summary: &BackupSummary) {
         ]);
     }
     output.lines(table.lines().into_iter().map(|line| format!("  {line}")));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interruption_between_two_sources_is_one() {
+        let output = Output::new(false, true);
+        assert_eq!(interrupted(&output, Exit::Done, 1), Exit::Interrupted);
+        assert_eq!(interrupted(&output, Exit::Failed, 2), Exit::Interrupted);
+        assert_eq!(interrupted(&output, Exit::Interrupted, 2), Exit::Interrupted);
+        // All was done before the interruption could have an effect.
+        assert_eq!(interrupted(&output, Exit::Done, 0), Exit::Done);
+    }
 }

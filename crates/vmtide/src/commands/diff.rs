@@ -5,7 +5,7 @@ use crate::exit::Exit;
 use crate::table::Table;
 use crate::{repository, units};
 use clap::Args;
-use vmtide_engine::{DiskChange, Result, diff};
+use vmtide_engine::{DiskChange, Result, diff, resolve};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -33,8 +33,8 @@ pub struct DiffArgs {
 /// Shows the differences.
 pub fn run(app: &App, args: &DiffArgs) -> Result<Exit> {
     let repository = repository::open(app)?;
-    let from = repository.resolve(&args.from)?;
-    let to = repository.resolve(&args.to)?;
+    let from = resolve(&repository, &args.from)?;
+    let to = resolve(&repository, &args.to)?;
     let disks = diff(&repository, &from, &to)?;
     let mut table = Table::new(&["disk", "change", ">bytes", ">ranges"]);
     for disk in &disks {

@@ -8,7 +8,7 @@ use clap::Args;
 use jiff::Span;
 use jiff::tz::TimeZone;
 use vmtide_engine::retention::{Candidate, Decision, RetentionPolicy, decide};
-use vmtide_engine::{EngineError, Result, forget, points};
+use vmtide_engine::{EngineError, Result, forget, points, resolve};
 use vmtide_repo::{ObjectId, PruneReport, Repository};
 
 const EXAMPLES: &str = "\
@@ -123,7 +123,7 @@ pub fn run(app: &App, args: &ForgetArgs) -> Result<Exit> {
 fn named_points(repository: &Repository, specs: &[String]) -> Result<Vec<Decision>> {
     let mut decisions: Vec<Decision> = Vec::with_capacity(specs.len());
     for spec in specs {
-        let point = repository.resolve(spec)?;
+        let point = resolve(repository, spec)?;
         if decisions.iter().all(|decision| decision.point != point.id) {
             decisions.push(Decision {
                 point: point.id,

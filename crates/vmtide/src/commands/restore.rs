@@ -4,7 +4,7 @@ use crate::app::App;
 use crate::exit::Exit;
 use crate::{repository, units};
 use clap::Args;
-use vmtide_engine::{RestoreJob, RestoreTarget, Result, restore};
+use vmtide_engine::{RestoreJob, RestoreTarget, Result, resolve, restore};
 use vmtide_image::Format;
 
 const EXAMPLES: &str = "\
@@ -31,7 +31,8 @@ pub struct RestoreArgs {
     /// Only this disk, by id or by number from 0
     #[arg(long, value_name = "DISK")]
     disk: Option<String>,
-    /// raw or qcow2 [default: by the target's extension, else raw]
+    /// raw or qcow2 [default: by the target's extension, else raw; with --in-place the content must
+    /// agree]
     #[arg(long, value_name = "FORMAT")]
     format: Option<Format>,
     /// Write only what differs into an existing file, device or export
@@ -49,7 +50,9 @@ pub struct RestoreArgs {
 pub fn run(app: &App, args: &RestoreArgs) -> Result<Exit> {
     let target = RestoreTarget::parse(&args.to)?;
     let repository = repository::open(app)?;
-    let point = repository.resolve(&args.point)?;
+    // What is found must not be pruned before it is restored.
+    let _lock = repository.lock_shared()?;
+    let point = resolve(&repository, &args.point)?;
     let job = app.begin_job()?;
     let restore_job = RestoreJob {
         repository: &repository,

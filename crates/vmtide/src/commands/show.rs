@@ -5,7 +5,7 @@ use crate::exit::Exit;
 use crate::table::Table;
 use crate::{repository, units};
 use clap::Args;
-use vmtide_engine::Result;
+use vmtide_engine::{Result, resolve};
 use vmtide_hypervisor::VmConfig;
 use vmtide_repo::RestorePoint;
 
@@ -26,7 +26,7 @@ pub struct ShowArgs {
 /// Shows it.
 pub fn run(app: &App, args: &ShowArgs) -> Result<Exit> {
     let repository = repository::open(app)?;
-    let point = repository.resolve(&args.point)?;
+    let point = resolve(&repository, &args.point)?;
     show(app, &point);
     app.output.summary(&point);
     Ok(Exit::Done)

@@ -4,7 +4,7 @@ use crate::app::App;
 use crate::exit::Exit;
 use crate::{repository, units};
 use clap::Args;
-use vmtide_engine::{Result, verify};
+use vmtide_engine::{Result, resolve, verify};
 use vmtide_repo::VerifyOptions;
 
 const EXAMPLES: &str = "\
@@ -35,7 +35,7 @@ pub fn run(app: &App, args: &VerifyArgs) -> Result<Exit> {
     let repository = repository::open(app)?;
     let mut points = Vec::with_capacity(args.point.len());
     for spec in &args.point {
-        points.push(repository.resolve(spec)?.id);
+        points.push(resolve(&repository, spec)?.id);
     }
     let options = VerifyOptions { points, read_data_percent: args.read_data };
     let job = app.begin_job()?;

@@ -1,12 +1,12 @@
-//! `vmtide vm`: what a source has to back up.
+//! `vmtide vm`: what a source has to back up, and ending to track its changes.
 
 use crate::app::App;
 use crate::exit::Exit;
 use crate::table::Table;
-use crate::units;
+use crate::{repository, units};
 use clap::{Args, Subcommand, ValueEnum};
-use vmtide_engine::Result;
-use vmtide_engine::source::{OpenSource, SourceOptions, SourceSpec};
+use vmtide_engine::source::{OpenSource, SourceOptions, SourceSpec, untrack};
+use vmtide_engine::{Result, lineage};
 use vmtide_hypervisor::VmConfig;
 use vmtide_image::BackingPolicy;
 
@@ -14,7 +14,8 @@ const EXAMPLES: &str = "\
 Examples:
   vmtide vm list qemu+unix:///run/web.qmp
   vmtide vm show qemu+unix:///run/web.qmp
-  vmtide vm show disk.qcow2 --json";
+  vmtide vm show disk.qcow2 --json
+  vmtide vm untrack qemu+unix:///run/web.qmp -r /backup";
 
 /// The options of `vm`.
 #[derive(Debug, Args)]
@@ -30,6 +31,19 @@ enum VmCommand {
     List(SourceArgs),
     /// Show the configuration of a VM
     Show(SourceArgs),
+    /// Remove the dirty bitmaps that track changes for a repository, or with no -r those for all;
+    /// the next backup reads in full
+    Untrack(UntrackArgs),
+}
+
+#[derive(Debug, Args)]
+struct UntrackArgs {
+    /// A running VM of QEMU, as for `vmtide backup`
+    #[arg(value_name = "SOURCE")]
+    source: String,
+    /// The VM's name in the repository [default: the VM's own]
+    #[arg(long, value_name = "VM")]
+    name: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -37,19 +51,18 @@ struct SourceArgs {
     /// As for `vmtide backup`
     #[arg(value_name = "SOURCE")]
     source: String,
-    /// Which files a disk image may name as its backing file
-    #[arg(long, value_name = "WHICH", default_value = "same-directory")]
-    backing: BackingArg,
+    /// Which files a disk image may name as its backing or data file [default: refuse]
+    #[arg(long, value_name = "WHICH")]
+    backing: Option<BackingArg>,
 }
 
 /// Which files an image may lead to. Whoever can write an image's header chooses its backing file,
 /// and would otherwise have any file of this host read into a backup.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum BackingArg {
     /// None: images with a backing file are refused
     Refuse,
     /// Files in the image's own directory
-    #[default]
     SameDirectory,
     /// Any file; for images whose every writer is trusted
     Allow,
@@ -71,12 +84,43 @@ pub fn run(app: &App, args: &VmArgs) -> Result<Exit> {
     match &args.command {
         VmCommand::List(args) => list(app, &open(app, args)?),
         VmCommand::Show(args) => show(app, &open(app, args)?),
+        VmCommand::Untrack(args) => end_tracking(app, args),
     }
+}
+
+fn end_tracking(app: &App, args: &UntrackArgs) -> Result<Exit> {
+    let spec = SourceSpec::parse(&args.source)?;
+    let state_directory = app.state_directory();
+    let lineage = match &app.global.repository {
+        None => None,
+        Some(location) => {
+            let repository = repository::open_at(app, location)?;
+            let name = match &args.name {
+                Some(name) => name.clone(),
+                None => {
+                    let options = SourceOptions {
+                        state_directory: state_directory.clone(),
+                        ..SourceOptions::default()
+                    };
+                    let source = spec.open(&options)?;
+                    source.hypervisor.describe(&source.vm)?.name
+                }
+            };
+            Some(lineage(repository.config().id, &name))
+        }
+    };
+    let removed = untrack(&spec, &state_directory, lineage.as_deref())?;
+    app.output.lines(removed.iter().map(|what| format!("removed {what}")));
+    if removed.is_empty() {
+        app.output.line("there is no tracking to remove");
+    }
+    app.output.summary(&serde_json::json!({ "removed": removed }));
+    Ok(Exit::Done)
 }
 
 fn open(app: &App, args: &SourceArgs) -> Result<OpenSource> {
     SourceSpec::parse(&args.source)?.open(&SourceOptions {
-        backing: args.backing.policy(),
+        backing: args.backing.map(BackingArg::policy),
         state_directory: app.state_directory(),
         ..SourceOptions::default()
     })
