@@ -196,6 +196,7 @@ impl<'a> Cleanup<'a> {
                 }
                 self.give_back(filter, entry["qdev"].as_str().unwrap_or_default())?;
             }
+            self.take_from_under_overlay(filter)?;
             let data = json!({"node-name": filter});
             self.attempt(format!("node {filter}"), "blockdev-del", data)?;
         }
@@ -211,7 +212,7 @@ impl<'a> Cleanup<'a> {
         });
         // What the filter stands on now counts, and not what it was put on: an external snapshot
         // that was taken since stands between, and holds what the guest wrote since.
-        let current = child_of(self.qmp, filter)?;
+        let current = Graph::ask(self.qmp)?.child_of(filter);
         let (path, before) = recorded.unzip();
         let qom_path = path.unwrap_or_else(|| match qdev {
             path if path.starts_with('/') => path.to_owned(),
@@ -230,6 +231,19 @@ impl<'a> Cleanup<'a> {
         };
         let data = json!({"path": qom_path, "property": "drive", "value": original});
         self.attempt(format!("filter in front of {original}"), "qom-set", data).map(drop)
+    }
+
+    /// An external snapshot that was taken of the device, and not of its old node, stands on our
+    /// filter. Streaming into it from what the filter stands on moves no data, because a filter
+    /// has none, and leaves the filter out of the chain.
+    fn take_from_under_overlay(&mut self, filter: &str) -> Result<(), QmpError> {
+        let graph = Graph::ask(self.qmp)?;
+        let (Some(overlay), Some(base)) = (graph.overlay_of(filter), graph.child_of(filter)) else {
+            return Ok(());
+        };
+        let data = json!({"job-id": filter, "device": overlay, "base-node": base});
+        self.attempt(format!("filter under snapshot {overlay}"), "block-stream", data)?;
+        self.wait_until_gone("query-jobs", "id", Kind::Filter)
     }
 
     fn change_bitmaps(&mut self) -> Result<(), QmpError> {
@@ -317,27 +331,49 @@ pub(crate) fn nodes_with_bitmaps(qmp: &QmpClient) -> Result<Vec<(String, Vec<Bit
         .collect())
 }
 
-/// The node that `filter` stands on, from QEMU's debugging view of its graph.
-fn child_of(qmp: &QmpClient, filter: &str) -> Result<Option<String>, QmpError> {
-    let graph = match qmp.query("x-debug-query-block-graph", json!({})) {
-        Ok(graph) => graph,
-        Err(error) if error.is_connection() => return Err(error),
-        Err(_) => return Ok(None),
-    };
-    let nodes = graph["nodes"].as_array().cloned().unwrap_or_default();
-    let edges = graph["edges"].as_array().cloned().unwrap_or_default();
-    let Some(id) = nodes.iter().find(|node| node["name"] == filter).map(|node| &node["id"]) else {
-        return Ok(None);
-    };
-    let child = edges
-        .iter()
-        .find(|edge| edge["parent"] == *id && edge["name"] == "file")
-        .map(|edge| &edge["child"]);
-    Ok(nodes
-        .iter()
-        .find(|node| Some(&node["id"]) == child)
-        .and_then(|node| node["name"].as_str())
-        .map(str::to_owned))
+/// How QEMU's block nodes hang together, from its debugging view.
+struct Graph(Value);
+
+impl Graph {
+    /// Asks for it. Empty where this QEMU does not tell.
+    fn ask(qmp: &QmpClient) -> Result<Self, QmpError> {
+        match qmp.query("x-debug-query-block-graph", json!({})) {
+            Ok(graph) => Ok(Self(graph)),
+            Err(error) if error.is_connection() => Err(error),
+            Err(_) => Ok(Self(Value::Null)),
+        }
+    }
+
+    /// The node that `filter` stands on.
+    fn child_of(&self, filter: &str) -> Option<String> {
+        let id = self.id_of(filter)?;
+        let edge = self.edges().find(|edge| edge["parent"] == *id && edge["name"] == "file")?;
+        self.name_of(&edge["child"])
+    }
+
+    /// The node that has `filter` as its backing.
+    fn overlay_of(&self, filter: &str) -> Option<String> {
+        let id = self.id_of(filter)?;
+        let edge = self.edges().find(|edge| edge["child"] == *id && edge["name"] == "backing")?;
+        self.name_of(&edge["parent"])
+    }
+
+    fn nodes(&self) -> impl Iterator<Item = &Value> {
+        self.0["nodes"].as_array().into_iter().flatten()
+    }
+
+    fn edges(&self) -> impl Iterator<Item = &Value> {
+        self.0["edges"].as_array().into_iter().flatten()
+    }
+
+    fn id_of(&self, name: &str) -> Option<&Value> {
+        self.nodes().find(|node| node["name"] == name).map(|node| &node["id"])
+    }
+
+    fn name_of(&self, id: &Value) -> Option<String> {
+        let node = self.nodes().find(|node| node["id"] == *id)?;
+        node["name"].as_str().map(str::to_owned)
+    }
 }
 
 fn is_empty(list: &Value) -> bool {

@@ -366,6 +366,40 @@ fn a_view_that_somebody_took_away_is_noticed_before_the_commit() {
     }
 }
 
+/// By the device's name a snapshot lands on top of our filter.
+#[test]
+fn an_external_snapshot_during_a_backup_keeps_its_writes() {
+    let mut vm = Vm::start(&[("qcow2", 4 * MIB), ("qcow2", 4 * MIB)]);
+    vm.write(1, 0, 2 * MIB, 1);
+    let mut store = Store::new(LINEAGE);
+    store.backup(&vm.vm());
+    let frozen = vm.vm().freeze(&store.request()).unwrap();
+    vm.write(1, 0, 64 * KIB, 2);
+    let overlay = vm.path("overlay.qcow2");
+    let data = json!({"device": "drive1", "snapshot-file": overlay, "format": "qcow2"});
+    vm.monitor.run("blockdev-snapshot-sync", data);
+    vm.write(1, MIB, 64 * KIB, 3);
+    let error = frozen.check().unwrap_err().to_string();
+    assert!(error.contains("disk vd1"), "{error}");
+    frozen.abort().unwrap();
+    vm.assert_clean();
+    let block = vm.monitor.run("query-block", json!({})).to_string();
+    assert!(block.contains("overlay.qcow2"), "{block}");
+    vm.write(1, 3 * MIB, 64 * KIB, 4);
+    let changes = store.backup(&vm.vm());
+    assert!(ranges_of(&changes[0]).is_empty());
+    assert!(matches!(reason_of(&changes[1]), FullReason::TrackingLost(_)));
+    store.assert_equals(&vm.disks, &vm.models());
+    vm.assert_clean();
+    // The chain of files is as the snapshot made it.
+    let original = vm.disks[1].path.clone();
+    vm.stop(false);
+    let info = support::qemu_img(&["info", overlay.to_str().unwrap()]);
+    assert!(info.contains(&format!("backing file: {}\n", original.display())), "{info}");
+    let info = support::qemu_img(&["check", overlay.to_str().unwrap()]);
+    assert!(info.contains("No errors"), "{info}");
+}
+
 #[test]
 fn excluded_disks_and_wrong_requests() {
     let mut vm = Vm::start(&[("qcow2", 4 * MIB), ("raw", 4 * MIB)]);
