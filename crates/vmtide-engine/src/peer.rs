@@ -73,3 +73,16 @@ impl WritableBlockDevice for NbdPeer {
         self.0.resize(size_bytes).map_err(of_peer)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nonsense_of_a_peer_is_no_damage() {
+        let error = of_peer(BlockError::damaged("nbd://host/x", "a reply to no request"));
+        assert_eq!(error.io_kind(), Some(ErrorKind::InvalidData));
+        assert_eq!(error.to_string(), "nbd://host/x: a reply to no request");
+        assert!(matches!(of_peer(BlockError::Cancelled), BlockError::Cancelled));
+    }
+}

@@ -251,8 +251,8 @@ fn open_with_policy(
             BlockError::Unsupported {
                 context,
                 detail: format!(
-                    "{detail}: --backing same-directory, or --format qcow2 (its format was only \
-                     found by its content)"
+                    "{detail}: add --backing same-directory (its format was only found by its \
+                     content, which a guest can forge)"
                 ),
             }
         }
