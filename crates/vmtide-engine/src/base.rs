@@ -52,8 +52,11 @@ pub(crate) fn choose(
         list.points.into_iter().filter(|point| point.vm == vm).collect();
     let last_full = points.iter().rfind(|point| point.level == Level::Full).cloned();
     let newest = points.pop().filter(|_| wanted != LevelChoice::Full);
+    let is_first = newest.is_none();
+    let newest = sound(repository, newest, &mut notes)?;
     let (level, parent, newest) = match (wanted, newest, last_full) {
         (LevelChoice::Full, ..) | (LevelChoice::Auto, None, _) => (Level::Full, None, None),
+        (_, None, _) if !is_first => (Level::Full, None, None),
         (_, None, _) => {
             notes.push(format!("full backup: the repository has no restore point of {vm} yet"));
             (Level::Full, None, None)
@@ -84,6 +87,31 @@ pub(crate) fn choose(
         notes,
         doubt,
     })
+}
+
+/// The newest point, if its disk maps can be read. If not it is no base: the disks are read in full,
+/// instead of every backup failing until somebody looks.
+fn sound(
+    repository: &Repository,
+    newest: Option<RestorePoint>,
+    notes: &mut Vec<String>,
+) -> Result<Option<RestorePoint>> {
+    let Some(point) = newest else { return Ok(None) };
+    for disk in &point.disks {
+        match repository.open_disk(&point, &disk.id) {
+            Ok(_) => {}
+            Err(error) if error.is_damage() => {
+                notes.push(format!(
+                    "full backup: the previous restore point {} is damaged; run `vmtide verify` \
+                     ({error})",
+                    point.id
+                ));
+                return Ok(None);
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(Some(point))
 }
 
 impl BaseChoice {

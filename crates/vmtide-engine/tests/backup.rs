@@ -346,3 +346,18 @@ fn the_latest_is_not_guessed_while_a_point_is_unreadable() {
     assert_eq!(resolve(&first.to_string()).unwrap().id, first);
     assert_eq!(resolve(&first.to_string()[..8].to_uppercase()).unwrap().id, first);
 }
+
+#[test]
+fn a_damaged_base_is_read_past_with_a_full_backup() {
+    let target = TestRepository::new();
+    let hypervisor = ScriptedHypervisor::new(&[("d0", 4 * MIB)]);
+    hypervisor.write(0, 0, &[7; MIB]);
+    run(&job(&target.repository, &hypervisor)).unwrap();
+    target.damage_maps();
+    let summary = run(&job(&target.repository, &hypervisor)).unwrap();
+    assert_eq!(summary.level, Level::Full);
+    assert!(summary.warnings.iter().any(|warning| warning.contains("is damaged")));
+    let point = target.repository.resolve(&summary.point.to_string()).unwrap();
+    let restored = target.repository.open_disk(&point, "d0").unwrap();
+    assert_eq!(content(restored.as_ref()), hypervisor.disks[0].device.memory.to_bytes());
+}

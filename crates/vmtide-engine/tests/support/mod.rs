@@ -40,6 +40,13 @@ impl TestRepository {
         self.repository.points().unwrap().points.len()
     }
 
+    /// Flips a bit in every map segment.
+    pub fn damage_maps(&self) {
+        for entry in std::fs::read_dir(self.path("repository/maps")).unwrap() {
+            flip_a_bit(&entry.unwrap().path());
+        }
+    }
+
     /// Flips a bit in the object of a restore point.
     pub fn damage_point(&self, id: vmtide_repo::ObjectId) {
         let mut waiting = vec![self.path("repository/points")];
@@ -47,16 +54,20 @@ impl TestRepository {
             if path.is_dir() {
                 waiting.extend(std::fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path()));
             } else if path.ends_with(id.to_string()) {
-                let mut bytes = std::fs::read(&path).unwrap();
-                let middle = bytes.len() / 2;
-                bytes[middle] ^= 1;
-                // Objects are read-only; another file takes its place.
-                std::fs::remove_file(&path).unwrap();
-                std::fs::write(&path, bytes).unwrap();
+                flip_a_bit(&path);
             }
         }
         assert_eq!(self.repository.points().unwrap().unreadable.len(), 1);
     }
+}
+
+fn flip_a_bit(path: &std::path::Path) {
+    let mut bytes = std::fs::read(path).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    // Objects are read-only; another file takes its place.
+    std::fs::remove_file(path).unwrap();
+    std::fs::write(path, bytes).unwrap();
 }
 
 /// A disk whose reads fail from an offset on, when told to.
