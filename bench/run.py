@@ -267,7 +267,7 @@ def main():
     parser.add_argument("--no-warm-up", action="store_true", help="leave out round 0, which also compares restored bytes")
     parser.add_argument("--tools", type=lambda s: s.split(","), help="names, comma separated (default: all)")
     parser.add_argument("--steps", default=",".join(STEPS), help="of `backup`: " + ",".join(STEPS))
-    parser.add_argument("--discard", action="store_true", help="forget earlier figures of this scenario first")
+    parser.add_argument("--discard", action="store_true", help="forget earlier figures first (backup and copy share theirs)")
     parser.add_argument("--output", type=pathlib.Path, default=HERE.parent / "docs/benchmarks.md", help="of `report`: the file to fill")
     parser.add_argument("--note", default="", help="of `report`: a line to print below the machine's description")
     options = parser.parse_args()
