@@ -307,17 +307,18 @@ fn check_sample(
     let (DiskChanges::Ranges(changed), Some(newest)) = (&plan, &base.newest) else {
         return Ok(plan);
     };
-    if job.check_unchanged == 0 {
-        return Ok(plan);
-    }
+    let (source, cancel) = (disk.device.as_ref(), context.cancel);
     let stored = job.repository.open_disk(newest, &disk.id.0)?;
-    let missed = sample::find_missed_change(
-        disk.device.as_ref(),
-        stored.as_ref(),
-        changed,
-        job.check_unchanged,
-        context.cancel,
-    )?;
+    let mut missed = sample::find_lost_end(source, stored.as_ref(), changed, cancel)?;
+    if missed.is_none() {
+        missed = sample::find_missed_change(
+            source,
+            stored.as_ref(),
+            changed,
+            job.check_unchanged,
+            cancel,
+        )?;
+    }
     Ok(match missed {
         None => plan,
         Some(block) => DiskChanges::Everything(FullReason::AnswerDoubtful(format!(

@@ -3,11 +3,14 @@
 //! answer shows; this finds it with a probability that grows with every backup.
 
 use crate::Result;
-use vmtide_block::{BlockDevice, ByteRange, CancelToken, RangeSet};
+use vmtide_block::{BlockDevice, ByteRange, CancelToken, RangeSet, for_each_extent};
 use vmtide_hypervisor::JobId;
 
 /// The length of one sample: what most trackers track by, so that one sample sees one bit.
 const SAMPLE_BYTES: u64 = 64 << 10;
+
+/// The stretch of disk whose stored extents are asked for at once.
+const WINDOW_BYTES: u64 = 1 << 30;
 
 /// Compares `samples` blocks outside of `changed`, at random places. Answers with a block that
 /// differs although it should not.
@@ -37,6 +40,42 @@ pub(crate) fn find_missed_change(
         };
         if !same(source, stored, block)? {
             return Ok(Some(block));
+        }
+    }
+    Ok(None)
+}
+
+/// Compares the last block that holds data and is said to be unchanged. A disk that was made smaller and
+/// then as large as before has zeros at its end, and QEMU's bitmaps do not report them; whatever
+/// was cut off, the last unchanged data lay in it. Answers with the block if it differs.
+///
+/// # Errors
+/// Those of both devices, and of cancelling.
+pub(crate) fn find_lost_end(
+    source: &dyn BlockDevice,
+    stored: &dyn BlockDevice,
+    changed: &RangeSet,
+    cancel: &CancelToken,
+) -> Result<Option<ByteRange>> {
+    let unchanged = changed.complement(stored.size_bytes().min(source.size_bytes()));
+    for range in unchanged.as_slice().iter().rev() {
+        let mut end = range.end();
+        while end > range.offset {
+            let window =
+                ByteRange::from_bounds(end.saturating_sub(WINDOW_BYTES).max(range.offset), end);
+            let mut last = None;
+            for_each_extent(stored, window, cancel, |extent| {
+                if !extent.kind.reads_as_zero() {
+                    last = Some(extent.range);
+                }
+                Ok(())
+            })?;
+            if let Some(data) = last {
+                let start = data.end().saturating_sub(SAMPLE_BYTES).max(data.offset);
+                let block = ByteRange::from_bounds(start, data.end());
+                return Ok((!same(source, stored, block)?).then_some(block));
+            }
+            end = window.offset;
         }
     }
     Ok(None)
@@ -78,6 +117,23 @@ mod tests {
         assert_eq!((next.offset, next.end()), (200_000, 4 << 16));
         assert_eq!(block_at(&set, 100_049).unwrap().end(), 300_000);
         assert_eq!(block_at(&set, 100_050), None);
+    }
+
+    #[test]
+    fn an_end_that_was_cut_off_is_found_unless_it_is_known() {
+        let mut bytes = vec![1; 400 << 10];
+        bytes[300 << 10..].fill(0);
+        let stored = MemoryDevice::from_bytes(bytes.clone());
+        let find = |source: &[u8], changed: &RangeSet| {
+            let source = MemoryDevice::from_bytes(source.to_vec());
+            find_lost_end(&source, &stored, changed, &CancelToken::new()).unwrap()
+        };
+        assert_eq!(find(&bytes, &RangeSet::new()), None);
+        bytes[290 << 10..].fill(0);
+        assert_eq!(find(&bytes, &RangeSet::new()), Some(ByteRange::new(236 << 10, 64 << 10)));
+        let told = RangeSet::from(vec![ByteRange::new(290 << 10, 10 << 10)]);
+        assert_eq!(find(&bytes, &told), None);
+        assert_eq!(find(&bytes, &RangeSet::full(400 << 10)), None);
     }
 
     #[test]
