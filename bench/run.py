@@ -260,6 +260,16 @@ def scale(options):
     rounds(options, picked, work)
 
 
+def discard(scenario):
+    """Forget the figures of one scenario. `backup` and `copy` share a file: only their own rows go."""
+    path = WORK / "results" / ("scale.jsonl" if scenario == "scale" else "backup.jsonl")
+    if scenario == "scale" or not path.exists():
+        return remove(path)
+    copiers = {tool.name for tool in tools.COPY_TOOLS}
+    rows = [line for line in path.read_text().splitlines(True) if (json.loads(line)["tool"] in copiers) != (scenario == "copy")]
+    path.write_text("".join(rows))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("scenario", choices=("backup", "copy", "scale", "report"))
@@ -267,7 +277,7 @@ def main():
     parser.add_argument("--no-warm-up", action="store_true", help="leave out round 0, which also compares restored bytes")
     parser.add_argument("--tools", type=lambda s: s.split(","), help="names, comma separated (default: all)")
     parser.add_argument("--steps", default=",".join(STEPS), help="of `backup`: " + ",".join(STEPS))
-    parser.add_argument("--discard", action="store_true", help="forget earlier figures first (backup and copy share theirs)")
+    parser.add_argument("--discard", action="store_true", help="forget earlier figures of this scenario first")
     parser.add_argument("--output", type=pathlib.Path, default=HERE.parent / "docs/benchmarks.md", help="of `report`: the file to fill")
     parser.add_argument("--note", default="", help="of `report`: a line to print below the machine's description")
     options = parser.parse_args()
@@ -276,7 +286,7 @@ def main():
     if not (WORK / "disk.json").exists():
         sys.exit("no disk.json: run bench/make-disk.py first")
     if options.discard:
-        remove(WORK / "results" / ("scale.jsonl" if options.scenario == "scale" else "backup.jsonl"))
+        discard(options.scenario)
     {"backup": backup, "copy": copy, "scale": scale}[options.scenario](options)
     return None
 
