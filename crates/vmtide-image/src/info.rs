@@ -5,6 +5,7 @@ use crate::probe_device;
 use crate::qcow2::header::{Compression, Header, LAZY_REFCOUNTS, autoclear, incompatible};
 use crate::qcow2::{read_directory, read_snapshots};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::path::Path;
 use vmtide_block::{BlockDevice, OpenMode, RawDevice, Result};
 
@@ -13,13 +14,38 @@ use vmtide_block::{BlockDevice, OpenMode, RawDevice, Result};
 pub struct ImageInfo {
     /// The format.
     pub format: Format,
+    /// The kind within the format, by its usual name (`dynamic`, `monolithicSparse`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub subformat: Option<String>,
     /// The size of the virtual disk in bytes.
     pub size_bytes: u64,
     /// The size of the file in bytes, holes included.
     pub file_size_bytes: u64,
     /// The unit of allocation in bytes, where the format has one.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub cluster_size_bytes: Option<u64>,
+    pub block_size_bytes: Option<u64>,
+    /// The logical sector size in bytes, where the format says it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logical_sector_bytes: Option<u32>,
+    /// The physical sector size in bytes, where the format says it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub physical_sector_bytes: Option<u32>,
+    /// The program that made the image, as it names itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub creator: Option<String>,
+    /// What the image calls itself and its moments, by the names of its specification:
+    /// `virtual_disk_id`, `data_write_guid`, `unique_id`, `cid`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub identifiers: BTreeMap<String, String>,
+    /// The state of the metadata log, where the format has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log: Option<LogState>,
+    /// The hypervisor's change tracking file that the image names (VMDK's `changeTrackPath`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub change_tracking_file: Option<String>,
+    /// The other files that the image's data lies in, as it names them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub extent_files: Vec<String>,
     /// The version of the format, where it has one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub version: Option<u32>,
@@ -53,6 +79,22 @@ pub struct BackingInfo {
     /// Its format's name, where the image gives it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub format: Option<String>,
+    /// The other names it gives, in the order they are tried.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub other_names: Vec<String>,
+    /// What the parent must say of itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub identity: Option<String>,
+}
+
+/// Whether a format's metadata log holds changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogState {
+    /// Nothing to replay.
+    Empty,
+    /// The last writer did not close the image: readers replay the log in memory, writers on disk.
+    Dirty,
 }
 
 /// An internal snapshot.
@@ -125,25 +167,42 @@ pub fn image_info(path: impl AsRef<Path>, format: Option<Format>) -> Result<Imag
     match format {
         Format::Raw => Ok(raw(&file)),
         Format::Qcow2 => qcow2(&file),
-        other => Err(other.not_supported(file.name())),
+        Format::Vhdx => crate::vhdx::info(&file),
+        Format::Vhd => crate::vhd::info(&file),
+        Format::Vmdk => crate::vmdk::info(&file),
+    }
+}
+
+impl ImageInfo {
+    /// What is true of every image of this size; the format's reader fills in the rest.
+    pub const fn new(format: Format, size_bytes: u64, file_size_bytes: u64) -> Self {
+        Self {
+            format,
+            subformat: None,
+            size_bytes,
+            file_size_bytes,
+            block_size_bytes: None,
+            logical_sector_bytes: None,
+            physical_sector_bytes: None,
+            creator: None,
+            identifiers: BTreeMap::new(),
+            log: None,
+            change_tracking_file: None,
+            extent_files: Vec::new(),
+            version: None,
+            backing: None,
+            data_file: None,
+            features: Vec::new(),
+            dirty: false,
+            corrupt: false,
+            snapshots: Vec::new(),
+            bitmaps: Vec::new(),
+        }
     }
 }
 
 fn raw(file: &dyn BlockDevice) -> ImageInfo {
-    ImageInfo {
-        format: Format::Raw,
-        size_bytes: file.size_bytes(),
-        file_size_bytes: file.size_bytes(),
-        cluster_size_bytes: None,
-        version: None,
-        backing: None,
-        data_file: None,
-        features: Vec::new(),
-        dirty: false,
-        corrupt: false,
-        snapshots: Vec::new(),
-        bitmaps: Vec::new(),
-    }
+    ImageInfo::new(Format::Raw, file.size_bytes(), file.size_bytes())
 }
 
 fn qcow2(file: &dyn BlockDevice) -> Result<ImageInfo> {
@@ -158,17 +217,16 @@ fn qcow2(file: &dyn BlockDevice) -> Result<ImageInfo> {
         (header.encryption == 2, "luks"),
     ];
     Ok(ImageInfo {
-        format: Format::Qcow2,
-        size_bytes: header.size_bytes,
-        file_size_bytes: file.size_bytes(),
-        cluster_size_bytes: Some(header.cluster_bytes()),
+        block_size_bytes: Some(header.cluster_bytes()),
         version: Some(header.version),
         snapshots: read_snapshots(file, &header)?.into_iter().map(|entry| entry.info).collect(),
         bitmaps: read_directory(file, &header)?.into_iter().map(|entry| entry.info).collect(),
-        backing: header
-            .backing_name
-            .clone()
-            .map(|name| BackingInfo { name, format: header.backing_format.clone() }),
+        backing: header.backing_name.clone().map(|name| BackingInfo {
+            name,
+            format: header.backing_format.clone(),
+            other_names: Vec::new(),
+            identity: None,
+        }),
         data_file: header.data_file_name.clone(),
         features: features
             .into_iter()
@@ -177,5 +235,6 @@ fn qcow2(file: &dyn BlockDevice) -> Result<ImageInfo> {
             .collect(),
         dirty: header.has(incompatible::DIRTY),
         corrupt: header.has(incompatible::CORRUPT),
+        ..ImageInfo::new(Format::Qcow2, header.size_bytes, file.size_bytes())
     })
 }

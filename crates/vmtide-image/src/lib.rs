@@ -14,11 +14,29 @@
 //! read; see [`qcow2::Qcow2Writer`] for what concurrent writers may expect.
 
 mod bytes;
+mod check;
+mod create;
 mod format;
+mod identity;
+mod image;
 mod info;
 mod open;
+mod parent;
 pub mod qcow2;
+mod table_cache;
+pub mod vhd;
+pub mod vhdx;
+pub mod vmdk;
 
+pub use check::{CheckReport, Problem, Repair, Severity};
+pub use create::{CreateOptions, CreateParent, create_image, subformats};
 pub use format::{Format, probe, probe_device};
-pub use info::{BackingInfo, BitmapInfo, BitmapState, ImageInfo, SnapshotInfo, image_info};
-pub use open::{BackingPolicy, MAX_CHAIN_DEPTH, OpenOptions, open_read_only, open_writable};
+pub use identity::identity;
+pub use image::{CompressedCluster, CompressedWriter, DiskImage, ImageWriter, Placement};
+pub use info::{
+    BackingInfo, BitmapInfo, BitmapState, ImageInfo, LogState, SnapshotInfo, image_info,
+};
+pub use open::{
+    BackingPolicy, Layer, MAX_CHAIN_DEPTH, OpenOptions, open_chain, open_read_only, open_writable,
+};
+pub use parent::ParentLink;

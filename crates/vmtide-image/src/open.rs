@@ -6,8 +6,11 @@
 //! backing file is taken from the image's header or from the caller, never probed.
 
 use crate::format::{Format, probe_device};
+use crate::parent::{ParentLink, find_parent, real_path};
 use crate::qcow2::header::{Header, incompatible};
 use crate::qcow2::{Companions, Qcow2Image, Qcow2Writer};
+use crate::vmdk::{ExtentFiles, VmdkImage, VmdkWriter};
+use crate::{DiskImage, ImageWriter, vhd, vhdx, vmdk};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use vmtide_block::{BlockDevice, BlockError, OpenMode, RawDevice, Result, WritableBlockDevice};
@@ -42,6 +45,21 @@ pub struct OpenOptions {
     /// What to use as the backing disk of the image instead of the file it names; the policy is
     /// not asked.
     pub backing_device: Option<Arc<dyn BlockDevice>>,
+    /// Directories in which parents are looked for by their file name, after the image's own. The
+    /// user named them, so they are searched whatever the policy.
+    pub search: Vec<PathBuf>,
+    /// Takes a parent that does not say of itself what the child wants. For rescuing data: what is
+    /// read may be a mixture of two moments.
+    pub any_parent: bool,
+}
+
+/// One image of an open chain.
+#[derive(Clone)]
+pub struct Layer {
+    /// Where it was opened.
+    pub path: PathBuf,
+    /// The image, reading through the layers below it.
+    pub image: Arc<dyn DiskImage>,
 }
 
 /// Opens the image at `path` for reading, with its backing chain.
@@ -54,7 +72,21 @@ pub fn open_read_only(
     path: impl AsRef<Path>,
     options: &OpenOptions,
 ) -> Result<Arc<dyn BlockDevice>> {
-    Chain::new(options).open(path.as_ref(), options.format, options.backing_device.clone())
+    let image = Chain::new(options).open(path.as_ref(), options.format, true)?;
+    Ok(image)
+}
+
+/// Opens the image at `path` with its chain, and names every layer: the image itself first, the
+/// base last. With [`OpenOptions::backing_device`] there is one layer.
+///
+/// # Errors
+/// As [`open_read_only`].
+pub fn open_chain(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Vec<Layer>> {
+    let mut chain = Chain::new(options);
+    chain.open(path.as_ref(), options.format, true)?;
+    // The deepest was opened first.
+    chain.layers.reverse();
+    Ok(chain.layers)
 }
 
 /// Opens the image at `path` for writing; its backing chain is opened for reading. Nothing else
@@ -65,29 +97,37 @@ pub fn open_read_only(
 pub fn open_writable(
     path: impl AsRef<Path>,
     options: &OpenOptions,
-) -> Result<Arc<dyn WritableBlockDevice>> {
+) -> Result<Arc<dyn ImageWriter>> {
     let path = path.as_ref();
-    let file = RawDevice::open(path, OpenMode::ReadWrite)?;
-    match options.format.map_or_else(|| probe_device(&file), Ok)? {
-        Format::Raw => Ok(Arc::new(file)),
+    let file = Arc::new(RawDevice::open(path, OpenMode::ReadWrite)?);
+    let mut chain = Chain::new(options);
+    chain.enter(path)?;
+    Ok(match options.format.map_or_else(|| probe_device(&file), Ok)? {
+        Format::Raw => file,
         Format::Qcow2 => {
-            let mut chain = Chain::new(options);
-            chain.enter(path)?;
-            let header = Header::read(&file)?;
-            let backing = match &options.backing_device {
-                Some(device) => Some(device.clone()),
-                None => chain.backing(path, &header)?,
-            };
+            let header = Header::read(&*file)?;
+            let backing = chain.backing(path, &header, true)?;
             let data_file = match chain.data_file_path(path, &header)? {
                 Some(path) => Some(Arc::new(RawDevice::open(path, OpenMode::ReadWrite)?)
                     as Arc<dyn WritableBlockDevice>),
                 None => None,
             };
-            let writer = Qcow2Writer::open_device(Arc::new(file), backing, data_file)?;
-            Ok(Arc::new(writer))
+            Arc::new(Qcow2Writer::open_device(file, backing, data_file)?)
         }
-        other => Err(other.not_supported(path.display().to_string())),
-    }
+        Format::Vhdx => {
+            let parent = chain.parent(path, vhdx::parent_link(&*file)?, true)?;
+            Arc::new(vhdx::VhdxWriter::open_device(file, parent)?)
+        }
+        Format::Vhd => {
+            let parent = chain.parent(path, vhd::parent_link(&*file)?, true)?;
+            Arc::new(vhd::VhdWriter::open_device(file, parent)?)
+        }
+        Format::Vmdk => {
+            let parent = chain.parent(path, vmdk::parent_link(&*file)?, true)?;
+            let files = chain.extent_files(path);
+            Arc::new(VmdkWriter::open_device(file, &files, parent)?)
+        }
+    })
 }
 
 /// The state of opening one chain.
@@ -95,39 +135,51 @@ struct Chain<'a> {
     options: &'a OpenOptions,
     /// The real paths on the way down, for finding loops.
     seen: Vec<PathBuf>,
+    /// The layers that are open, the deepest first.
+    layers: Vec<Layer>,
 }
 
 impl<'a> Chain<'a> {
     fn new(options: &'a OpenOptions) -> Self {
-        Self { options, seen: Vec::new() }
+        Self { options, seen: Vec::new(), layers: Vec::new() }
     }
 
     fn open(
         &mut self,
         path: &Path,
         format: Option<Format>,
-        backing_device: Option<Arc<dyn BlockDevice>>,
-    ) -> Result<Arc<dyn BlockDevice>> {
+        is_top: bool,
+    ) -> Result<Arc<dyn DiskImage>> {
         self.enter(path)?;
-        let file = RawDevice::open(path, OpenMode::ReadOnly)?;
-        match format.map_or_else(|| probe_device(&file), Ok)? {
-            Format::Raw => Ok(Arc::new(file)),
+        let file = Arc::new(RawDevice::open(path, OpenMode::ReadOnly)?);
+        let image: Arc<dyn DiskImage> = match format.map_or_else(|| probe_device(&file), Ok)? {
+            Format::Raw => file,
             Format::Qcow2 => {
-                let header = Header::read(&file)?;
-                let backing = match backing_device {
-                    Some(device) => Some(device),
-                    None => self.backing(path, &header)?,
-                };
+                let header = Header::read(&*file)?;
+                let backing = self.backing(path, &header, is_top)?;
                 let data_file = match self.data_file_path(path, &header)? {
                     Some(path) => Some(Arc::new(RawDevice::open(path, OpenMode::ReadOnly)?)
                         as Arc<dyn BlockDevice>),
                     None => None,
                 };
-                let companions = Companions { backing, data_file };
-                Ok(Arc::new(Qcow2Image::open_device(Arc::new(file), companions)?))
+                Arc::new(Qcow2Image::open_device(file, Companions { backing, data_file })?)
             }
-            other => Err(other.not_supported(path.display().to_string())),
-        }
+            Format::Vhdx => {
+                let parent = self.parent(path, vhdx::parent_link(&*file)?, is_top)?;
+                Arc::new(vhdx::VhdxImage::open_device(file, parent)?)
+            }
+            Format::Vhd => {
+                let parent = self.parent(path, vhd::parent_link(&*file)?, is_top)?;
+                Arc::new(vhd::VhdImage::open_device(file, parent)?)
+            }
+            Format::Vmdk => {
+                let parent = self.parent(path, vmdk::parent_link(&*file)?, is_top)?;
+                let files = self.extent_files(path);
+                Arc::new(VmdkImage::open_device(file, &files, parent)?)
+            }
+        };
+        self.layers.push(Layer { path: path.to_path_buf(), image: image.clone() });
+        Ok(image)
     }
 
     fn enter(&mut self, path: &Path) -> Result<()> {
@@ -143,9 +195,37 @@ impl<'a> Chain<'a> {
         Ok(())
     }
 
+    /// Opens the parent that `link` in the image at `child` means; `None` where there is none or
+    /// the policy refuses (the reader then says what is missing).
+    fn parent(
+        &mut self,
+        child: &Path,
+        link: Option<ParentLink>,
+        is_top: bool,
+    ) -> Result<Option<Arc<dyn BlockDevice>>> {
+        let Some(link) = link else {
+            return Ok(None);
+        };
+        if let Some(device) = self.options.backing_device.clone().filter(|_| is_top) {
+            return Ok(Some(device));
+        }
+        match find_parent(child, &link, self.options)? {
+            Some(path) => Ok(Some(self.open(&path, link.format, false)?)),
+            None => Ok(None),
+        }
+    }
+
     /// Opens the backing file that `header` names, where the policy allows; `None` where there is
     /// none or the policy refuses (the reader then says what is missing).
-    fn backing(&mut self, overlay: &Path, header: &Header) -> Result<Option<Arc<dyn BlockDevice>>> {
+    fn backing(
+        &mut self,
+        overlay: &Path,
+        header: &Header,
+        is_top: bool,
+    ) -> Result<Option<Arc<dyn BlockDevice>>> {
+        if let Some(device) = self.options.backing_device.clone().filter(|_| is_top) {
+            return Ok(Some(device));
+        }
         let Some(name) = &header.backing_name else {
             return Ok(None);
         };
@@ -165,7 +245,7 @@ impl<'a> Chain<'a> {
                 ));
             }
         };
-        self.open(&path, Some(format), None).map(Some)
+        Ok(Some(self.open(&path, Some(format), false)?))
     }
 
     fn data_file_path(&self, image: &Path, header: &Header) -> Result<Option<PathBuf>> {
@@ -177,38 +257,71 @@ impl<'a> Chain<'a> {
         }
     }
 
-    /// The path that `name` in `image` means, where the policy allows to open it. Relative names
-    /// start at the image's directory; QEMU does so for backing files but takes data files from
-    /// its working directory, which for a file inside an image means something else every time.
+    fn extent_files(&self, image: &Path) -> PolicyFiles<'a> {
+        PolicyFiles { image: image.to_path_buf(), options: self.options }
+    }
+
     fn resolve(&self, image: &Path, what: &str, name: &str) -> Result<Option<PathBuf>> {
-        let refuse = |detail: &str| {
-            Err(BlockError::unsupported(
-                image.display().to_string(),
-                format!("names the {what} {name:?}, {detail}"),
-            ))
-        };
-        if self.options.backing == BackingPolicy::Refuse {
-            return Ok(None);
-        }
-        let plain = name.strip_prefix("file:").unwrap_or(name);
-        // QEMU takes a colon before the first slash as a protocol: nbd://, json:{...}, rbd:...
-        if plain.split('/').next().is_some_and(|head| head.contains(':')) {
-            return refuse("which is not a plain path");
-        }
-        let directory = real_path(image)?.parent().map_or_else(PathBuf::new, Path::to_path_buf);
-        let path = directory.join(plain);
-        if self.options.backing == BackingPolicy::SameDirectory {
-            // A symbolic link is followed by `real_path` and then no longer lies where it was.
-            let real = real_path(&path)?;
-            if real.parent() != Some(directory.as_path()) || real.file_name() != path.file_name() {
-                return refuse("which is not a plain file in the image's own directory");
-            }
-        }
-        Ok(Some(path))
+        resolve(self.options, image, what, name)
     }
 }
 
-fn real_path(path: &Path) -> Result<PathBuf> {
-    std::fs::canonicalize(path)
-        .map_err(|error| BlockError::io(format!("open {}", path.display()), error))
+/// The extent files of a VMDK, as far as the policy allows.
+struct PolicyFiles<'a> {
+    image: PathBuf,
+    options: &'a OpenOptions,
+}
+
+impl PolicyFiles<'_> {
+    fn path(&self, name: &str) -> Result<PathBuf> {
+        resolve(self.options, &self.image, "extent file", name)?.ok_or_else(|| {
+            BlockError::unsupported(
+                self.image.display().to_string(),
+                format!(
+                    "keeps its data in the extent file {name:?}, which was not opened; allow it \
+                     (backing policy) if you trust the image"
+                ),
+            )
+        })
+    }
+}
+
+impl ExtentFiles for PolicyFiles<'_> {
+    fn open(&self, name: &str) -> Result<Arc<dyn BlockDevice>> {
+        Ok(Arc::new(RawDevice::open(self.path(name)?, OpenMode::ReadOnly)?))
+    }
+
+    fn open_writable(&self, name: &str) -> Result<Arc<dyn WritableBlockDevice>> {
+        Ok(Arc::new(RawDevice::open(self.path(name)?, OpenMode::ReadWrite)?))
+    }
+}
+
+/// The path that `name` in `image` means, where the policy allows to open it. Relative names
+/// start at the image's directory; QEMU does so for backing files but takes data files from
+/// its working directory, which for a file inside an image means something else every time.
+fn resolve(options: &OpenOptions, image: &Path, what: &str, name: &str) -> Result<Option<PathBuf>> {
+    let refuse = |detail: &str| {
+        Err(BlockError::unsupported(
+            image.display().to_string(),
+            format!("names the {what} {name:?}, {detail}"),
+        ))
+    };
+    if options.backing == BackingPolicy::Refuse {
+        return Ok(None);
+    }
+    let plain = name.strip_prefix("file:").unwrap_or(name);
+    // QEMU takes a colon before the first slash as a protocol: nbd://, json:{...}, rbd:...
+    if plain.split('/').next().is_some_and(|head| head.contains(':')) {
+        return refuse("which is not a plain path");
+    }
+    let directory = real_path(image)?.parent().map_or_else(PathBuf::new, Path::to_path_buf);
+    let path = directory.join(plain);
+    if options.backing == BackingPolicy::SameDirectory {
+        // A symbolic link is followed by `real_path` and then no longer lies where it was.
+        let real = real_path(&path)?;
+        if real.parent() != Some(directory.as_path()) || real.file_name() != path.file_name() {
+            return refuse("which is not a plain file in the image's own directory");
+        }
+    }
+    Ok(Some(path))
 }

@@ -7,7 +7,7 @@ use super::read::{Layers, Tables};
 use super::snapshot::{SnapshotEntry, read_snapshots};
 use super::table::{L2Table, l2_offset};
 use crate::bytes::{decode_table, length};
-use crate::{BitmapInfo, SnapshotInfo};
+use crate::{BitmapInfo, DiskImage, Format, Placement, SnapshotInfo};
 use std::sync::Arc;
 use vmtide_block::{BlockDevice, BlockError, ByteRange, Extent, RangeSet, Result};
 
@@ -239,5 +239,16 @@ impl BlockDevice for Qcow2Image {
     fn extents(&self, range: ByteRange) -> Result<Vec<Extent>> {
         self.check_range(range)?;
         self.layers.extents(self, range)
+    }
+}
+
+impl DiskImage for Qcow2Image {
+    fn format(&self) -> Format {
+        Format::Qcow2
+    }
+
+    fn layout(&self, range: ByteRange) -> Result<Vec<Placement>> {
+        self.check_range(range)?;
+        self.layers.layout(self, range)
     }
 }

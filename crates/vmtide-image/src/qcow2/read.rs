@@ -5,6 +5,7 @@ use super::decompress::decompress;
 use super::header::{Compression, Header};
 use super::table::{Geometry, L2Table, Mapping, Run};
 use crate::bytes::length;
+use crate::image::{Placement, push_placement};
 use std::sync::Arc;
 use vmtide_block::{BlockDevice, BlockError, ByteRange, Extent, ExtentKind, Result, push_extent};
 
@@ -184,6 +185,28 @@ impl Layers {
             }
         }
         Ok(extents)
+    }
+
+    /// Where the bytes of `range` are in this image, the backing file not asked.
+    pub(crate) fn layout(&self, tables: &impl Tables, range: ByteRange) -> Result<Vec<Placement>> {
+        let mut placements = Vec::new();
+        let mut at = range.offset;
+        let mut work = 0;
+        while at < range.end() && placements.len() < MAX_EXTENTS && work < MAX_CLUSTERS_PER_CALL {
+            let run = self.run(tables, at, range.end() - at)?;
+            work += run.length / self.geometry.unit_bytes() + 1;
+            let (kind, host, compressed) = match run.mapping {
+                Mapping::Data(host) => (ExtentKind::Data, Some(host), false),
+                Mapping::Compressed { .. } => (ExtentKind::Data, None, true),
+                Mapping::Zero => (ExtentKind::Zero, None, false),
+                Mapping::Unallocated => (ExtentKind::Unallocated, None, false),
+            };
+            let file_offset = host.filter(|_| self.data_file.is_none());
+            let range = ByteRange::new(at, run.length);
+            push_placement(&mut placements, Placement { range, kind, file_offset, compressed });
+            at += run.length;
+        }
+        Ok(placements)
     }
 
     /// Appends one run's extents and returns the bytes they cover.

@@ -5,6 +5,7 @@ use super::image::{Companions, check_readable};
 use super::metadata::Metadata;
 use super::read::{Layers, Tables};
 use super::table::{Geometry, L2Table};
+use crate::ImageWriter;
 use parking_lot::{Condvar, Mutex, RwLock};
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -296,3 +297,5 @@ mod tests {
         }
     }
 }
+
+impl ImageWriter for Qcow2Writer {}

@@ -1,0 +1,126 @@
+//! Creating an image of any format.
+
+use crate::qcow2::{CreateBacking, Qcow2CreateOptions, Qcow2Writer};
+use crate::{Format, ImageWriter};
+use std::path::Path;
+use std::sync::Arc;
+use vmtide_block::{BlockDevice, BlockError, OpenMode, RawDevice, Result};
+
+/// What a new image is like. What is not given is the format's usual default.
+#[derive(Clone)]
+pub struct CreateOptions {
+    /// The format.
+    pub format: Format,
+    /// The kind within the format, by its usual name; see [`subformats`].
+    pub subformat: Option<String>,
+    /// The size of the disk in bytes.
+    pub size_bytes: u64,
+    /// The unit of allocation in bytes: qcow2's cluster, VHDX's and VHD's block, VMDK's grain.
+    pub block_size_bytes: Option<u64>,
+    /// The logical sector size in bytes, 512 or 4096 (VHDX).
+    pub logical_sector_bytes: Option<u32>,
+    /// Whether clusters will be written compressed (qcow2; streamOptimized VMDK always).
+    pub compress: bool,
+    /// The parent of a differencing image.
+    pub parent: Option<CreateParent>,
+}
+
+impl CreateOptions {
+    /// An empty disk in the format's usual kind.
+    pub const fn new(format: Format, size_bytes: u64) -> Self {
+        Self {
+            format,
+            subformat: None,
+            size_bytes,
+            block_size_bytes: None,
+            logical_sector_bytes: None,
+            compress: false,
+            parent: None,
+        }
+    }
+}
+
+/// The parent of a new differencing image.
+#[derive(Clone)]
+pub struct CreateParent {
+    /// Where it is, as the child shall find it: its path relative to the child's directory, or an
+    /// absolute one.
+    pub name: String,
+    /// Its absolute path, for formats that store that as well.
+    pub absolute_path: Option<String>,
+    /// Its format.
+    pub format: Format,
+    /// What it says of itself ([`crate::identity`]), which the child will insist on.
+    pub identity: Option<String>,
+    /// Its disk, for the parts of blocks that a write leaves alone.
+    pub device: Arc<dyn BlockDevice>,
+}
+
+/// The kinds within a format, the default first.
+pub const fn subformats(format: Format) -> &'static [&'static str] {
+    match format {
+        Format::Raw | Format::Qcow2 => &[],
+        Format::Vhdx | Format::Vhd => &["dynamic", "fixed", "differencing"],
+        Format::Vmdk => &[
+            "monolithicSparse",
+            "monolithicFlat",
+            "twoGbMaxExtentSparse",
+            "twoGbMaxExtentFlat",
+            "streamOptimized",
+            "vmfs",
+        ],
+    }
+}
+
+/// Creates an image at `path`, which must not exist. The other files of an image that has several
+/// stand beside it under names that begin with its name; they must not exist either.
+///
+/// # Errors
+/// [`BlockError::Unsupported`] for options that the format does not allow; [`BlockError::Io`] where
+/// a file cannot be made.
+pub fn create_image(
+    path: impl AsRef<Path>,
+    options: &CreateOptions,
+) -> Result<Arc<dyn ImageWriter>> {
+    let path = path.as_ref();
+    check_subformat(path, options)?;
+    match options.format {
+        Format::Raw => {
+            let mode = OpenMode::CreateNew { size_bytes: options.size_bytes };
+            Ok(Arc::new(RawDevice::open(path, mode)?))
+        }
+        Format::Qcow2 => create_qcow2(path, options),
+        other => Err(other.not_supported(path.display().to_string())),
+    }
+}
+
+fn check_subformat(path: &Path, options: &CreateOptions) -> Result<()> {
+    let known = subformats(options.format);
+    match &options.subformat {
+        Some(name) if !known.contains(&name.as_str()) => Err(BlockError::unsupported(
+            path.display().to_string(),
+            match known.is_empty() {
+                true => format!("{} has no subformats; {name:?} was asked for", options.format),
+                false => format!(
+                    "{name:?} is no subformat of {}; known are {}",
+                    options.format,
+                    known.join(", ")
+                ),
+            },
+        )),
+        _ => Ok(()),
+    }
+}
+
+fn create_qcow2(path: &Path, options: &CreateOptions) -> Result<Arc<dyn ImageWriter>> {
+    let mut create = Qcow2CreateOptions::new(options.size_bytes);
+    if let Some(bytes) = options.block_size_bytes {
+        create.cluster_size_bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+    }
+    create.backing = options.parent.as_ref().map(|parent| CreateBacking {
+        name: parent.name.clone(),
+        format: parent.format,
+        device: parent.device.clone(),
+    });
+    Ok(Arc::new(Qcow2Writer::create(path, &create)?))
+}

@@ -1,0 +1,128 @@
+//! Finding the parent of a differencing image.
+//!
+//! A child names its parent by paths that were right where it was written: relative, absolute, in
+//! Windows' or POSIX's spelling. What makes a file the parent is not its path but what it says of
+//! itself (VHDX: DataWriteGuid, VHD: unique id, VMDK: CID), so every candidate is held against
+//! that. Whoever wrote the child chose the paths, so they are followed only as far as
+//! [`BackingPolicy`](crate::BackingPolicy) allows.
+
+use crate::{BackingPolicy, Format, OpenOptions};
+use std::path::{Path, PathBuf};
+use vmtide_block::{BlockError, OpenMode, RawDevice, Result};
+
+/// How a child names its parent. **Untrusted**: whoever wrote the image chose it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ParentLink {
+    /// The names, the one to try first in front: paths in Windows' or POSIX's spelling, relative
+    /// ones from the child's directory.
+    pub names: Vec<String>,
+    /// The parent's format, where the child gives it or its own format implies it.
+    pub format: Option<Format>,
+    /// What the parent must say of itself, one of these ([`crate::identity`]); empty where the
+    /// format knows no such thing.
+    pub identities: Vec<String>,
+}
+
+/// Finds the file that `link` in the image at `child` means; `None` where the policy refuses to
+/// look.
+pub(crate) fn find_parent(
+    child: &Path,
+    link: &ParentLink,
+    options: &OpenOptions,
+) -> Result<Option<PathBuf>> {
+    if options.backing == BackingPolicy::Refuse && options.search.is_empty() {
+        return Ok(None);
+    }
+    let context = child.display().to_string();
+    let mut rejected = Vec::new();
+    for path in candidates(child, link, options)? {
+        if !path.is_file() && !(options.backing == BackingPolicy::Allow && path.exists()) {
+            continue;
+        }
+        if link.identities.is_empty() || options.any_parent {
+            return Ok(Some(path));
+        }
+        let found = link.format.map(|format| parent_identity(&path, format)).transpose();
+        match found {
+            Ok(Some(Some(identity))) if link.identities.contains(&identity) => {
+                return Ok(Some(path));
+            }
+            Ok(identity) => {
+                let identity = identity.flatten().unwrap_or_else(|| "nothing".into());
+                rejected.push(format!("{} says {identity}", path.display()));
+            }
+            Err(error) => rejected.push(error.to_string()),
+        }
+    }
+    let wanted = link.identities.join(" or ");
+    Err(match rejected.is_empty() {
+        true => BlockError::io(
+            format!(
+                "{context}: its parent {:?} was not found beside it{}; give the directory it is \
+                 in (--search DIR)",
+                link.names.first().map_or("", String::as_str),
+                if options.search.is_empty() { "" } else { " or in the directories given" },
+            ),
+            std::io::Error::from(std::io::ErrorKind::NotFound),
+        ),
+        false => BlockError::damaged(
+            context,
+            format!(
+                "the parent must be {wanted}, but {}: it was changed or replaced after this child \
+                 was made",
+                rejected.join("; ")
+            ),
+        ),
+    })
+}
+
+fn parent_identity(path: &Path, format: Format) -> Result<Option<String>> {
+    crate::identity(&RawDevice::open(path, OpenMode::ReadOnly)?, format)
+}
+
+/// The paths to try, in order, each once.
+fn candidates(child: &Path, link: &ParentLink, options: &OpenOptions) -> Result<Vec<PathBuf>> {
+    let real = real_path(child)?;
+    let directory = real.parent().map_or_else(PathBuf::new, Path::to_path_buf);
+    let mut paths: Vec<PathBuf> = Vec::new();
+    for name in &link.names {
+        let plain = posix(name);
+        let base = plain.rsplit('/').next().unwrap_or_default().to_owned();
+        if base.is_empty() || base == "." || base == ".." {
+            continue;
+        }
+        let mut add = |path: PathBuf| {
+            if !paths.contains(&path) {
+                paths.push(path);
+            }
+        };
+        if options.backing == BackingPolicy::Allow {
+            add(directory.join(&plain));
+        }
+        if options.backing != BackingPolicy::Refuse {
+            let beside = directory.join(&base);
+            // A symbolic link could lead out of the directory: only Allow follows it.
+            let is_link = beside.symlink_metadata().is_ok_and(|found| found.is_symlink());
+            if !is_link || options.backing == BackingPolicy::Allow {
+                add(beside);
+            }
+        }
+        for search in &options.search {
+            add(search.join(&base));
+        }
+    }
+    // An image is never its own parent, whatever it says.
+    paths.retain(|path| path.canonicalize().map_or(true, |found| found != real));
+    Ok(paths)
+}
+
+/// A path in this system's spelling: Windows' separators turned, `\\?\` and drives kept as the text
+/// they are (they will not be found, their last component may).
+fn posix(name: &str) -> String {
+    if cfg!(windows) { name.to_owned() } else { name.replace('\\', "/") }
+}
+
+pub(crate) fn real_path(path: &Path) -> Result<PathBuf> {
+    std::fs::canonicalize(path)
+        .map_err(|error| BlockError::io(format!("open {}", path.display()), error))
+}

@@ -1,0 +1,96 @@
+//! VHDX (MS-VHDX).
+
+use crate::{DiskImage, Format, ImageInfo, ImageWriter, ParentLink, Placement};
+use std::sync::Arc;
+use vmtide_block::{BlockDevice, ByteRange, Result, WritableBlockDevice};
+
+/// An image that is open for reading.
+pub enum VhdxImage {}
+
+/// An image that is open for writing.
+pub enum VhdxWriter {}
+
+pub(crate) fn parent_link(file: &dyn BlockDevice) -> Result<Option<ParentLink>> {
+    Err(Format::Vhdx.not_supported(file.name()))
+}
+
+pub(crate) fn identity(file: &dyn BlockDevice) -> Result<String> {
+    Err(Format::Vhdx.not_supported(file.name()))
+}
+
+pub(crate) fn info(file: &dyn BlockDevice) -> Result<ImageInfo> {
+    Err(Format::Vhdx.not_supported(file.name()))
+}
+
+impl VhdxImage {
+    /// Opens an image.
+    ///
+    /// # Errors
+    /// Always.
+    pub fn open_device(
+        file: Arc<dyn BlockDevice>,
+        _parent: Option<Arc<dyn BlockDevice>>,
+    ) -> Result<Self> {
+        Err(Format::Vhdx.not_supported(file.name()))
+    }
+}
+
+impl VhdxWriter {
+    /// Opens an image.
+    ///
+    /// # Errors
+    /// Always.
+    pub fn open_device(
+        file: Arc<dyn WritableBlockDevice>,
+        _parent: Option<Arc<dyn BlockDevice>>,
+    ) -> Result<Self> {
+        Err(Format::Vhdx.not_supported(file.name()))
+    }
+}
+
+impl BlockDevice for VhdxImage {
+    fn name(&self) -> String {
+        match *self {}
+    }
+    fn size_bytes(&self) -> u64 {
+        match *self {}
+    }
+    fn read_at(&self, _buffer: &mut [u8], _offset: u64) -> Result<()> {
+        match *self {}
+    }
+}
+
+impl BlockDevice for VhdxWriter {
+    fn name(&self) -> String {
+        match *self {}
+    }
+    fn size_bytes(&self) -> u64 {
+        match *self {}
+    }
+    fn read_at(&self, _buffer: &mut [u8], _offset: u64) -> Result<()> {
+        match *self {}
+    }
+}
+
+impl DiskImage for VhdxImage {
+    fn format(&self) -> Format {
+        match *self {}
+    }
+    fn layout(&self, _range: ByteRange) -> Result<Vec<Placement>> {
+        match *self {}
+    }
+}
+
+impl WritableBlockDevice for VhdxWriter {
+    fn write_at(&self, _data: &[u8], _offset: u64) -> Result<()> {
+        match *self {}
+    }
+    fn write_zeroes(&self, _range: ByteRange) -> Result<()> {
+        match *self {}
+    }
+    fn flush(&self) -> Result<()> {
+        match *self {}
+    }
+}
+
+impl ImageWriter for VhdxWriter {}
