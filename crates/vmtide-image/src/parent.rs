@@ -36,7 +36,8 @@ pub(crate) fn find_parent(
     let context = child.display().to_string();
     let mut rejected = Vec::new();
     for path in candidates(child, link, options)? {
-        if !path.is_file() && !(options.backing == BackingPolicy::Allow && path.exists()) {
+        let may_be_device = options.backing == BackingPolicy::Allow;
+        if !(path.is_file() || may_be_device && path.exists()) {
             continue;
         }
         if link.identities.is_empty() || options.any_parent {

@@ -268,6 +268,8 @@ impl WritableBlockDevice for Qcow2Writer {
     }
 }
 
+impl ImageWriter for Qcow2Writer {}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -297,5 +299,3 @@ mod tests {
         }
     }
 }
-
-impl ImageWriter for Qcow2Writer {}

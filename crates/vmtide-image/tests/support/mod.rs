@@ -7,6 +7,8 @@
     reason = "a failed unwrap is a failed test"
 )]
 
+pub mod crash;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use vmtide_block::{BlockDevice, ByteRange, CancelToken, for_each_extent};

@@ -17,6 +17,8 @@ const ALLOW: OpenOptions = OpenOptions {
     backing: BackingPolicy::Allow,
     backing_format: None,
     backing_device: None,
+    search: Vec::new(),
+    any_parent: false,
 };
 
 fn qcow2(path: &Path) -> Qcow2Image {
