@@ -1,4 +1,4 @@
-//! Big-endian fields out of and into byte slices, without panics.
+//! Integer fields out of and into byte slices, without panics.
 
 /// The big-endian `u16` at `at`; zero where the slice ends before (callers check lengths first).
 pub(crate) fn be_u16(bytes: &[u8], at: usize) -> u16 {
@@ -13,6 +13,21 @@ pub(crate) fn be_u32(bytes: &[u8], at: usize) -> u32 {
 /// The big-endian `u64` at `at`; zero where the slice ends before.
 pub(crate) fn be_u64(bytes: &[u8], at: usize) -> u64 {
     field(bytes, at).map_or(0, u64::from_be_bytes)
+}
+
+/// The little-endian `u16` at `at`; zero where the slice ends before.
+pub(crate) fn le_u16(bytes: &[u8], at: usize) -> u16 {
+    field(bytes, at).map_or(0, u16::from_le_bytes)
+}
+
+/// The little-endian `u32` at `at`; zero where the slice ends before.
+pub(crate) fn le_u32(bytes: &[u8], at: usize) -> u32 {
+    field(bytes, at).map_or(0, u32::from_le_bytes)
+}
+
+/// The little-endian `u64` at `at`; zero where the slice ends before.
+pub(crate) fn le_u64(bytes: &[u8], at: usize) -> u64 {
+    field(bytes, at).map_or(0, u64::from_le_bytes)
 }
 
 fn field<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
