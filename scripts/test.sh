@@ -29,6 +29,8 @@ FUZZ_SECONDS="${VMTIDE_FUZZ_SECONDS:-60}"
 LIMIT_RUST_S=1500
 LIMIT_E2E_S=900
 LIMIT_FUZZ_BUILD_S=900
+# cargo's own needs come first; a fuzz target lives in less than half.
+FUZZ_ADDRESS_SPACE_KIB=$((1 << 20))
 
 PASSED=0
 FAILED=0
@@ -171,9 +173,18 @@ part_fuzz() {
     unset RUSTC_BOOTSTRAP
 }
 
+# fuzz_one TARGET SECONDS: begins with what earlier runs found (fuzz/corpus) and with the seeds in the tree.
 fuzz_one() {
-    timeout --kill-after=30 $(($2 + 120)) cargo fuzz run --sanitizer none "$1" -- \
-        -max_total_time="$2" -timeout=20 -rss_limit_mb=1024 -print_final_stats=1 >"$LOGS/fuzz-$1" 2>&1 || {
+    local corpus="fuzz/corpus/$1" seeds="fuzz/seeds/$1"
+    local -a inputs=("$corpus")
+    mkdir -p "$corpus"
+    [ ! -d "$seeds" ] || inputs+=("$seeds")
+    # The limit on address space finds large allocations that are never touched, which the one on memory does not.
+    (
+        ulimit -v "$FUZZ_ADDRESS_SPACE_KIB"
+        exec timeout --kill-after=30 $(($2 + 120)) cargo fuzz run --sanitizer none "$1" "${inputs[@]}" -- \
+            -max_total_time="$2" -timeout=20 -rss_limit_mb=1024 -print_final_stats=1
+    ) >"$LOGS/fuzz-$1" 2>&1 || {
         tail -n 40 "$LOGS/fuzz-$1" >&2
         return 1
     }

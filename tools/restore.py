@@ -198,7 +198,9 @@ class Repository:
     def unlock(self, config_data, password):
         """The master key from the first slot that opens (§5)."""
         slots, problem = [], None
-        for digits in self.names("keys"):
+        names = list(self.names("keys"))
+        need(len(names) <= 64, "keys/", "more than 64 key slots")
+        for digits in names:
             try:
                 slots.append(self.slot(digits))
             except Failure as failure:
@@ -231,9 +233,10 @@ class Repository:
         need(isinstance(kdf, dict) and set(kdf) == set(members.split()), name, "kdf")
         if (kdf["algorithm"], kdf["version"]) != ("argon2id", 19):
             raise unsupported(name, f"key derivation {kdf['algorithm']!r}")
-        for member, limit in [("memory_kib", 4 << 20), ("iterations", 64), ("lanes", 16)]:
+        for member, limit in [("memory_kib", 256 << 10), ("iterations", 64), ("lanes", 16)]:
             value = kdf[member]
             need(type(value) is int and 0 < value <= limit, name, f"{member} is {value!r}")
+        need(kdf["memory_kib"] * kdf["iterations"] <= 4 << 20, name, "its key costs too much")
         hex_bytes(name, kdf["salt"], 16)
         hex_bytes(name, slot["sealed_master_key"], 48)
         return slot
@@ -247,7 +250,7 @@ OBJECTS = {
     "point": (b"VMTIDEPT", lambda digits: f"points/{digits}"),
     "forward": (b"VMTIDEFW", lambda digits: f"forward/{digits}"),
 }
-MAX_DIRECTORY = 256 << 20
+MAX_DIRECTORY = {"pack": 16 << 20, "map": 256 << 20, "point": 16 << 20, "forward": 16 << 20}
 
 
 class Object:
@@ -279,7 +282,9 @@ class Object:
         )
         need(magic_end == b"VMTIDEND", self.name, "no trailer at its end")
         need(
-            offset >= HEADER and offset + length + TRAILER == size and length <= MAX_DIRECTORY,
+            offset >= HEADER
+            and offset + length + TRAILER == size
+            and length <= MAX_DIRECTORY[kind],
             self.name,
             "its directory is not before its trailer",
         )
@@ -489,7 +494,7 @@ def read_point(repository, point_id):
     need((point.first, point.second) == (0, 0), name, "its counts are not zero")
     content = point.section(0, HEADER, length, directory[8:])
     try:
-        value = json.loads(decompress(name, content, 64 << 20))
+        value = json.loads(decompress(name, content, 8 << 20))
         for disk in value["disks"]:
             disk["map"] = [hex_bytes(name, digits, 16) for digits in disk["map"]]
             need(type(disk["size_bytes"]) is int and disk["size_bytes"] >= 0, name, "size_bytes")

@@ -1,4 +1,7 @@
 //! The fuzz targets over their seeds, and over every seed cut short and with every byte changed.
+//!
+//! The seeds are kept for the fuzzer too, in `fuzz/seeds`; with `VMTIDE_WRITE_SEEDS=1` set, these
+//! tests write them there.
 
 #![allow(
     clippy::unwrap_used,
@@ -6,7 +9,33 @@
     reason = "a failed unwrap is a failed test, and the numbers here are small"
 )]
 
+use std::path::Path;
 use vmtide_nbd::fuzzing::{client_handshake, client_replies, server_requests};
+
+/// A target as the fuzzer calls it.
+struct Target(&'static str, fn(&[u8]));
+
+const HANDSHAKE: Target = Target("nbd_client_handshake", client_handshake);
+const REPLIES: Target = Target("nbd_client_replies", client_replies);
+const REQUESTS: Target = Target("nbd_server_requests", server_requests);
+
+impl Target {
+    /// Runs the target over the seed, which must be the one in the tree, and mutations of it.
+    fn mutate(&self, name: &str, seed: &[u8]) {
+        self.keep(name, seed);
+        mutate(self.1, seed);
+    }
+
+    fn keep(&self, name: &str, seed: &[u8]) {
+        let home = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/seeds").join(self.0);
+        if std::env::var_os("VMTIDE_WRITE_SEEDS").is_some() {
+            std::fs::create_dir_all(&home).unwrap();
+            std::fs::write(home.join(name), seed).unwrap();
+        }
+        let kept = std::fs::read(home.join(name)).unwrap_or_default();
+        assert!(kept == seed, "{} {name}: another seed is kept; see the top of this file", self.0);
+    }
+}
 
 fn option(option: u32, data: &[u8]) -> Vec<u8> {
     [&b"IHAVEOPT"[..], &option.to_be_bytes(), &(data.len() as u32).to_be_bytes(), data].concat()
@@ -58,7 +87,7 @@ fn handshakes_of_servers() {
         &option_reply(7, 1, &[]),
     ]
     .concat();
-    mutate(client_handshake, &negotiate);
+    HANDSHAKE.mutate("negotiate", &negotiate);
     let list = [
         &[0][..],
         greeting,
@@ -66,9 +95,9 @@ fn handshakes_of_servers() {
         &option_reply(3, 1, &[]),
     ]
     .concat();
-    mutate(client_handshake, &list);
+    HANDSHAKE.mutate("list", &list);
     let by_name = [&[3][..], b"NBDMAGICIHAVEOPT\0\0", &[0; 134]].concat();
-    mutate(client_handshake, &by_name);
+    HANDSHAKE.mutate("by_name", &by_name);
 }
 
 #[test]
@@ -87,13 +116,13 @@ fn replies_of_servers() {
     let data = [&4096u64.to_be_bytes()[..], &[9; 64]].concat();
     let hole = [&4160u64.to_be_bytes()[..], &8128u32.to_be_bytes()].concat();
     let read = [&[1 | 8][..], &chunk(0, 1, &data), &chunk(1, 2, &hole)].concat();
-    mutate(client_replies, &read);
+    REPLIES.mutate("read", &read);
     let status = [0u32, 4096, 0, 4096, 3].map(u32::to_be_bytes).concat();
     let dirty = [7u32, 8192, 1].map(u32::to_be_bytes).concat();
     let statuses = [&[1 | 4][..], &chunk(0, 5, &status), &chunk(1, 5, &dirty)].concat();
-    mutate(client_replies, &statuses);
+    REPLIES.mutate("statuses", &statuses);
     let error = [&5u32.to_be_bytes()[..], &5u16.to_be_bytes(), b"words"].concat();
-    mutate(client_replies, &[&[1][..], &chunk(1, 0x8001, &error)].concat());
+    REPLIES.mutate("error", &[&[1][..], &chunk(1, 0x8001, &error)].concat());
     let extended = [
         &[2 | 8][..],
         &0x6e8a_278c_u32.to_be_bytes(),
@@ -105,8 +134,9 @@ fn replies_of_servers() {
         &8192u32.to_be_bytes(),
     ]
     .concat();
-    mutate(client_replies, &extended);
+    REPLIES.mutate("extended", &extended);
     let simple = [&[8][..], &0x6744_6698_u32.to_be_bytes(), &[0; 12], &[5; 8192]].concat();
+    REPLIES.keep("simple", &simple);
     client_replies(&simple);
     client_replies(&simple[..8000]);
 }
@@ -152,7 +182,7 @@ fn conversations_of_clients() {
         request(0, 99, 0, 0, &[]),
     ]
     .concat();
-    mutate(server_requests, &conversation);
+    REQUESTS.mutate("conversation", &conversation);
     let plain = [
         vec![0, 0, 0, 0],
         option(1, b""),
@@ -169,5 +199,5 @@ fn conversations_of_clients() {
             .concat(),
     ]
     .concat();
-    mutate(server_requests, &plain);
+    REQUESTS.mutate("plain", &plain);
 }

@@ -121,7 +121,7 @@ impl OpenObject {
         reader.read_at(&mut tail, tail_offset)?;
         let mut trailer_bytes = [0; TRAILER_BYTES];
         trailer_bytes.copy_from_slice(&tail[tail.len() - TRAILER_BYTES..]);
-        let trailer = Trailer::decode(&header.object_name(), &trailer_bytes, length)?;
+        let trailer = Trailer::decode(&header, &trailer_bytes, length)?;
         tail.truncate(tail.len() - TRAILER_BYTES);
         let directory = if trailer.directory_offset >= tail_offset {
             tail.split_off(size(trailer.directory_offset - tail_offset, &header)?)
@@ -224,11 +224,11 @@ impl NewObject {
     /// [`RepoError::Invalid`] for a directory no reader would take; those of the store.
     pub fn finish(mut self, directory: &[u8], first_count: u32, second_count: u32) -> Result<()> {
         let directory_length = directory.len() as u64;
-        if directory_length > crate::envelope::MAX_DIRECTORY_BYTES {
+        let limit = self.header.kind.max_directory_bytes();
+        if directory_length > limit {
             return Err(RepoError::Invalid(format!(
-                "{} would need a directory of {directory_length} bytes; the limit is {}",
+                "{} would need a directory of {directory_length} bytes; the limit is {limit}",
                 self.header.object_name(),
-                crate::envelope::MAX_DIRECTORY_BYTES
             )));
         }
         let trailer =

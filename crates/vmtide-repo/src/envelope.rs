@@ -11,9 +11,13 @@ pub const TRAILER_BYTES: usize = 64;
 /// The format version that this code writes. A reader refuses any other.
 pub const VERSION: u16 = 1;
 
-/// The largest directory a reader takes into memory. Packs and segments of this code stay far
-/// below; a hostile trailer may name anything.
-pub const MAX_DIRECTORY_BYTES: u64 = 256 << 20;
+/// The largest directory of a segment a reader takes into memory. A hostile trailer may name
+/// anything; a segment over all chunks of the largest repository stays far below.
+const MAX_SEGMENT_DIRECTORY_BYTES: u64 = 256 << 20;
+
+/// The largest directory of anything else. That of a pack takes twice its length in memory and many
+/// packs are open at once; the fullest pack of this code has one of 5 MiB.
+const MAX_PACK_DIRECTORY_BYTES: u64 = 16 << 20;
 
 const TRAILER_MAGIC: &[u8; 8] = b"VMTIDEND";
 const FLAG_SEALED: u16 = 1;
@@ -53,6 +57,14 @@ impl ObjectKind {
             Self::IndexSegment => format!("index/{id}"),
             Self::Point => format!("points/{id}"),
             Self::Forward => format!("forward/{id}"),
+        }
+    }
+
+    /// The largest directory a reader takes into memory (format §3).
+    pub const fn max_directory_bytes(self) -> u64 {
+        match self {
+            Self::MapSegment | Self::IndexSegment => MAX_SEGMENT_DIRECTORY_BYTES,
+            Self::Pack | Self::Point | Self::Forward => MAX_PACK_DIRECTORY_BYTES,
         }
     }
 
@@ -158,13 +170,17 @@ impl Trailer {
     }
 
     /// Reads the trailer from the last 64 bytes of an object of `object_length` bytes, and checks
-    /// that the directory it names lies between header and trailer and is of a sane size. The hash
+    /// that the directory it names lies between header and trailer and is of a size its kind can have. The hash
     /// is checked by [`verify`](Self::verify) once the directory is there.
     ///
     /// # Errors
     /// [`RepoError::Damaged`].
-    pub fn decode(object: &str, bytes: &[u8; TRAILER_BYTES], object_length: u64) -> Result<Self> {
-        let damaged = |detail: String| Err(RepoError::damaged(object, detail));
+    pub fn decode(
+        header: &Header,
+        bytes: &[u8; TRAILER_BYTES],
+        object_length: u64,
+    ) -> Result<Self> {
+        let damaged = |detail: String| Err(RepoError::damaged(header.object_name(), detail));
         if bytes[..8] != *TRAILER_MAGIC {
             return damaged(format!(
                 "no trailer at byte {}: the object was cut or overwritten",
@@ -191,7 +207,7 @@ impl Trailer {
             .and_then(|end| end.checked_add(TRAILER_BYTES as u64));
         if trailer.directory_offset < HEADER_BYTES as u64
             || end != Some(object_length)
-            || trailer.directory_length > MAX_DIRECTORY_BYTES
+            || trailer.directory_length > header.kind.max_directory_bytes()
         {
             return damaged(format!(
                 "directory at {}+{} does not fit an object of {object_length} bytes",

@@ -8,8 +8,9 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// The most bytes of JSON a reader takes (format §9). A VM with hundreds of disks and its platform's
-/// own documents stays far below.
-const MAX_JSON_BYTES: usize = 64 << 20;
+/// own documents stays far below. Two bytes of hostile JSON become 32 in memory, more while an
+/// array grows: at this length some 200 MiB.
+const MAX_JSON_BYTES: usize = 8 << 20;
 
 /// Which earlier restore point a backup was compared with. Every restore point is complete on its
 /// own, whatever its level.

@@ -7,11 +7,15 @@ use serde::{Deserialize, Serialize};
 use std::io::{Error, ErrorKind};
 use zeroize::Zeroizing;
 
-/// The most a reader takes from a slot. A hostile slot could otherwise ask for any memory and time;
-/// at these limits one attempt takes minutes on one core, and slots are tried cheapest first.
-const MAX_MEMORY_KIB: u32 = 4 << 20;
+/// The most a reader takes from a slot, which anybody who can write to the store may have put there:
+/// no more memory than any other bytes from outside may ask for, and some seconds on one core.
+/// Slots are tried cheapest first, so that such a slot never stands before an honest one.
+const MAX_MEMORY_KIB: u32 = 256 << 10;
 const MAX_ITERATIONS: u32 = 64;
 const MAX_LANES: u32 = 16;
+
+/// The most memory times passes, in KiB: 4 GiB written, some 5 s. The default costs a twentieth.
+const MAX_COST_KIB: u64 = 4 << 20;
 
 /// What Argon2 needs at least, per lane (RFC 9106 §3.1).
 const MIN_MEMORY_KIB_PER_LANE: u32 = 8;
@@ -19,9 +23,9 @@ const MIN_MEMORY_KIB_PER_LANE: u32 = 8;
 /// What one guess of a password costs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KdfParameters {
-    /// Memory in KiB: 8 per lane to 4 GiB.
+    /// Memory in KiB: 8 per lane to 256 MiB.
     pub memory_kib: u32,
-    /// Passes over the memory: 1 to 64.
+    /// Passes over the memory: 1 to 64, and no more than 4 GiB divided by the memory.
     pub iterations: u32,
     /// Lanes that can be computed in parallel: 1 to 16. We compute them one after the other.
     pub lanes: u32,
@@ -50,6 +54,12 @@ impl KdfParameters {
         }
         if !(1..=MAX_ITERATIONS).contains(&iterations) {
             return Err(format!("{iterations} iterations; 1 to {MAX_ITERATIONS} are possible"));
+        }
+        if self.cost() > MAX_COST_KIB {
+            let most = MAX_COST_KIB / u64::from(memory_kib);
+            return Err(format!(
+                "{iterations} iterations over {memory_kib} KiB; {most} are possible"
+            ));
         }
         Ok(())
     }
@@ -121,9 +131,14 @@ mod tests {
     fn parameters_out_of_range_are_refused() {
         let good = KdfParameters { memory_kib: 64, iterations: 1, lanes: 1 };
         assert_eq!(good.check(), Ok(()));
+        assert_eq!(KdfParameters::default().check(), Ok(()));
+        let dearest = KdfParameters { memory_kib: 256 << 10, iterations: 16, lanes: 16 };
+        assert_eq!(dearest.check(), Ok(()));
         for bad in [
             KdfParameters { memory_kib: 7, ..good },
-            KdfParameters { memory_kib: (4 << 20) + 1, ..good },
+            KdfParameters { memory_kib: (256 << 10) + 1, ..good },
+            KdfParameters { memory_kib: 256 << 10, iterations: 17, ..good },
+            KdfParameters { memory_kib: (64 << 10) + 1, iterations: 64, ..good },
             KdfParameters { memory_kib: u32::MAX, ..good },
             KdfParameters { iterations: 0, ..good },
             KdfParameters { iterations: 65, ..good },

@@ -20,8 +20,8 @@ use slot::Slot;
 const PREFIX: &str = "keys/";
 
 /// The most slots that are read. People have a handful; somebody who can write to the store could
-/// have readers look through any number.
-const MAX_SLOTS: usize = 1024;
+/// have readers look through any number, each at the price of [`KdfParameters`]' limits.
+const MAX_SLOTS: usize = 64;
 
 fn object_name(id: ObjectId) -> String {
     format!("{PREFIX}{id}")
@@ -165,6 +165,32 @@ fn read_slots(store: &dyn ObjectStore, repository: ObjectId) -> Result<Slots> {
 
 fn repository_of(store: &dyn ObjectStore) -> Result<ObjectId> {
     Ok(RepositoryConfig::decode(&config::read(store)?)?.id)
+}
+
+/// Reads a slot made of hostile bytes. What is taken must be within the limits of what a reader
+/// spends on it, and come back the same when it is written again. Answers whether it was taken.
+#[allow(clippy::expect_used, reason = "a failure is what the fuzz target is there to find")]
+pub(crate) fn fuzz_slot(bytes: &[u8]) -> bool {
+    let id = ObjectId([1; 16]);
+    let Ok(slot) = Slot::decode(id, bytes) else { return false };
+    assert_eq!(slot.info.kdf.check(), Ok(()), "a slot that costs too much was taken");
+    let again = slot.encode().and_then(|bytes| Slot::decode(id, &bytes));
+    let again = again.expect("what was read can be written and read again");
+    assert_eq!((again.info, again.repository), (slot.info, slot.repository));
+    true
+}
+
+/// The bytes of a sound slot with the cheapest parameters, the seed of a corpus.
+///
+/// # Errors
+/// Those of sealing, which do not happen.
+pub(crate) fn sample_slot() -> Result<Vec<u8>> {
+    let kdf = KdfParameters { memory_kib: 8, iterations: 1, lanes: 1 };
+    let master = MasterKey::from_bytes([3; 32]);
+    let password = Password::new("seed");
+    let mut slot = Slot::seal(ObjectId([2; 16]), b"", &master, "laptop", &password, &kdf)?;
+    slot.info.id = ObjectId([1; 16]);
+    slot.encode()
 }
 
 fn no_slot() -> RepoError {

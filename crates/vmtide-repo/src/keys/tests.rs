@@ -166,7 +166,7 @@ fn hostile_parameters_are_refused_at_once() {
     let original = store.bytes(&object_name(id)).unwrap();
     for (name, to) in [
         ("memory_kib", json!(u32::MAX)),
-        ("memory_kib", json!((4 << 20) + 1)),
+        ("memory_kib", json!((256 << 10) + 1)),
         ("memory_kib", json!(1)),
         ("memory_kib", json!(1_u64 << 40)),
         ("iterations", json!(65)),
