@@ -1,7 +1,8 @@
 //! Creating an image of any format.
 
 use crate::qcow2::{CreateBacking, Qcow2CreateOptions, Qcow2Writer};
-use crate::{Format, ImageWriter};
+use crate::vhdx::{VhdxCreateOptions, VhdxKind, VhdxParent, VhdxWriter};
+use crate::{Format, ImageWriter, vhdx};
 use std::path::Path;
 use std::sync::Arc;
 use vmtide_block::{BlockDevice, BlockError, OpenMode, RawDevice, Result};
@@ -90,6 +91,7 @@ pub fn create_image(
             Ok(Arc::new(RawDevice::open(path, mode)?))
         }
         Format::Qcow2 => create_qcow2(path, options),
+        Format::Vhdx => create_vhdx(path, options),
         other => Err(other.not_supported(path.display().to_string())),
     }
 }
@@ -123,4 +125,61 @@ fn create_qcow2(path: &Path, options: &CreateOptions) -> Result<Arc<dyn ImageWri
         device: parent.device.clone(),
     });
     Ok(Arc::new(Qcow2Writer::create(path, &create)?))
+}
+
+fn create_vhdx(path: &Path, options: &CreateOptions) -> Result<Arc<dyn ImageWriter>> {
+    let refuse = |detail: String| BlockError::unsupported(path.display().to_string(), detail);
+    let mut create = VhdxCreateOptions::new(options.size_bytes);
+    create.block_size_bytes =
+        options.block_size_bytes.map(|bytes| u32::try_from(bytes).unwrap_or(u32::MAX));
+    match (options.subformat.as_deref(), &options.parent) {
+        (Some("differencing"), None) => {
+            return Err(refuse("a differencing image needs a parent".into()));
+        }
+        (Some(kind @ ("fixed" | "dynamic")), Some(_)) => {
+            return Err(refuse(format!("an image with a parent is differencing, not {kind}")));
+        }
+        (Some("fixed"), None) => create.kind = VhdxKind::Fixed,
+        _ => {}
+    }
+    let mut sector_bytes = options.logical_sector_bytes;
+    if let Some(parent) = &options.parent {
+        let (link, parent_sector_bytes) = vhdx_parent(path, parent)?;
+        create.parent = Some(link);
+        sector_bytes = sector_bytes.or(parent_sector_bytes);
+    }
+    create.logical_sector_bytes = sector_bytes.unwrap_or(create.logical_sector_bytes);
+    Ok(Arc::new(VhdxWriter::create(path, &create)?))
+}
+
+/// The parent of a new VHDX, and its logical sector size as far as it can be found.
+fn vhdx_parent(child: &Path, parent: &CreateParent) -> Result<(VhdxParent, Option<u32>)> {
+    let refuse = |detail: String| BlockError::unsupported(child.display().to_string(), detail);
+    if parent.format != Format::Vhdx {
+        return Err(refuse(format!("the parent of a VHDX must be a VHDX, not {}", parent.format)));
+    }
+    let identity = parent.identity.clone();
+    let identity = identity.ok_or_else(|| refuse("its parent has no DataWriteGuid".into()))?;
+    let name = parent.name.as_str();
+    let is_absolute = name.starts_with(['/', '\\']) || name.as_bytes().get(1) == Some(&b':');
+    // What else a child has of its parent. Where the file is not there now, the child is made
+    // without: it needs only the linkage.
+    let beside = child.parent().map_or_else(|| name.into(), |directory| directory.join(name));
+    let at = parent.absolute_path.as_ref().map_or(beside, Into::into);
+    let info = RawDevice::open(at, OpenMode::ReadOnly)
+        .and_then(|file| vhdx::info(&file))
+        .ok()
+        .filter(|info| info.identifiers.values().any(|value| *value == identity));
+    let link = VhdxParent {
+        identity,
+        disk_id: info.as_ref().and_then(|info| info.identifiers.get("virtual_disk_id").cloned()),
+        relative_path: (!is_absolute).then(|| name.to_owned()),
+        absolute_path: parent
+            .absolute_path
+            .clone()
+            .or_else(|| is_absolute.then(|| name.to_owned())),
+        volume_path: None,
+        device: parent.device.clone(),
+    };
+    Ok((link, info.and_then(|info| info.logical_sector_bytes)))
 }

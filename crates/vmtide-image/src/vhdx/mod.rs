@@ -15,15 +15,28 @@ pub(crate) mod log_entry;
 pub(crate) mod metadata;
 pub(crate) mod region;
 
-use crate::{DiskImage, Format, ImageInfo, ImageWriter, ParentLink, Placement};
+mod allocate;
+mod bits;
+mod create;
+mod flush;
+mod log_write;
+mod mapping;
+mod pages;
+mod scan;
+mod write;
+mod writer;
+mod writer_open;
+mod zero;
+
+pub use create::{VhdxCreateOptions, VhdxKind, VhdxParent};
+pub use writer::VhdxWriter;
+
+use crate::{DiskImage, Format, ImageInfo, ParentLink, Placement};
 use std::sync::Arc;
-use vmtide_block::{BlockDevice, ByteRange, Result, WritableBlockDevice};
+use vmtide_block::{BlockDevice, ByteRange, Result};
 
 /// An image that is open for reading.
 pub enum VhdxImage {}
-
-/// An image that is open for writing.
-pub enum VhdxWriter {}
 
 pub(crate) fn parent_link(file: &dyn BlockDevice) -> Result<Option<ParentLink>> {
     Err(Format::Vhdx.not_supported(file.name()))
@@ -50,32 +63,7 @@ impl VhdxImage {
     }
 }
 
-impl VhdxWriter {
-    /// Opens an image.
-    ///
-    /// # Errors
-    /// Always.
-    pub fn open_device(
-        file: Arc<dyn WritableBlockDevice>,
-        _parent: Option<Arc<dyn BlockDevice>>,
-    ) -> Result<Self> {
-        Err(Format::Vhdx.not_supported(file.name()))
-    }
-}
-
 impl BlockDevice for VhdxImage {
-    fn name(&self) -> String {
-        match *self {}
-    }
-    fn size_bytes(&self) -> u64 {
-        match *self {}
-    }
-    fn read_at(&self, _buffer: &mut [u8], _offset: u64) -> Result<()> {
-        match *self {}
-    }
-}
-
-impl BlockDevice for VhdxWriter {
     fn name(&self) -> String {
         match *self {}
     }
@@ -95,17 +83,3 @@ impl DiskImage for VhdxImage {
         match *self {}
     }
 }
-
-impl WritableBlockDevice for VhdxWriter {
-    fn write_at(&self, _data: &[u8], _offset: u64) -> Result<()> {
-        match *self {}
-    }
-    fn write_zeroes(&self, _range: ByteRange) -> Result<()> {
-        match *self {}
-    }
-    fn flush(&self) -> Result<()> {
-        match *self {}
-    }
-}
-
-impl ImageWriter for VhdxWriter {}
