@@ -61,6 +61,14 @@ pub enum Phase {
     Verify,
     /// What no restore point needs is removed.
     Prune,
+    /// A disk is copied into another image.
+    Convert,
+    /// Two disks are compared.
+    Compare,
+    /// The structure of an image is checked.
+    Check,
+    /// A layer of a chain is merged into another.
+    Merge,
 }
 
 /// Takes the events of a job, from one thread at a time.

@@ -1,5 +1,6 @@
 //! The jobs of vmtide, one file per job: [`backup()`], [`restore()`], [`verify()`],
-//! [`retention`], [`prune()`], [`doctor`].
+//! [`retention`], [`prune()`], [`convert()`], [`serve`], [`doctor`]; and what is done with disk
+//! [`image`]s by themselves.
 //!
 //! A job is a function over a repository and a source or target, which it gets as traits and plain
 //! structs. It prints nothing and asks nothing: what it does goes to an [`Observer`], how far it
@@ -10,9 +11,12 @@
 mod backup;
 mod base;
 mod changes;
+mod compressed;
+mod convert;
 pub mod doctor;
 mod error;
 mod events;
+pub mod image;
 mod in_use;
 mod peer;
 mod points;
@@ -21,13 +25,17 @@ mod restore;
 mod restore_target;
 pub mod retention;
 mod sample;
+pub mod serve;
 pub mod source;
+mod target;
 mod verify;
 
 pub use backup::{BackupJob, BackupSummary, DiskSummary, LevelChoice, backup, host_name, lineage};
+pub use convert::{ConvertJob, ConvertSummary, convert};
 pub use error::{EngineError, Result};
 pub use events::{Event, JobContext, Observer, Phase, Silent};
 pub use points::{DiskChange, DiskDifference, diff, forget, points, resolve};
 pub use prune::prune;
 pub use restore::{RestoreJob, RestoreSummary, RestoreTarget, RestoredDisk, restore};
+pub use target::ImageKind;
 pub use verify::verify;

@@ -6,12 +6,12 @@
 //! data is verified by the repository before it gets here.
 
 use crate::events::{JobContext, Phase};
-use crate::restore_target::{self, Prepared, WritePlan};
+use crate::restore_target;
+use crate::target::WritePlan;
 use crate::{EngineError, Result};
 use serde::Serialize;
 use std::path::PathBuf;
 use std::time::Instant;
-use vmtide_block::{BlockDevice, CopyOptions, copy_device};
 use vmtide_image::Format;
 use vmtide_nbd::NbdUrl;
 use vmtide_repo::{DiskRecord, ObjectId, Repository, RestorePoint};
@@ -57,6 +57,8 @@ pub struct RestoreJob<'a> {
     pub disk: Option<String>,
     /// The image format of new files; none goes by the target's extension, else raw.
     pub format: Option<Format>,
+    /// The kind within the format, see [`vmtide_image::subformats`]; none is the format's default.
+    pub subformat: Option<String>,
     /// Change an existing target where it differs, and nowhere else.
     pub in_place: bool,
     /// Replace an existing target.
@@ -161,35 +163,7 @@ fn restore_disk(
     context: JobContext<'_>,
 ) -> Result<RestoredDisk> {
     let source = job.repository.open_disk(job.point, &disk.id)?;
-    let prepared = Prepared::open(write, source.size_bytes())?;
-    let mut options = CopyOptions {
-        target_is_zero: prepared.is_zero,
-        differing_only: write.differing_only,
-        ..CopyOptions::default()
-    };
-    if let Some(workers) = job.workers {
-        options.workers = workers.max(1);
-    }
-    let copied = copy_device(
-        source.as_ref(),
-        prepared.device.as_ref(),
-        &options,
-        context.progress,
-        context.cancel,
-    );
-    let ended = match copied {
-        Ok(summary) => prepared.finish(write).map(|()| summary),
-        Err(error) => {
-            prepared.discard();
-            Err(error.into())
-        }
-    };
-    let summary = ended.map_err(|error| {
-        if !write.is_overwritten() {
-            return error;
-        }
-        EngineError::Incomplete { target: write.name(), source: Box::new(error) }
-    })?;
+    let summary = write.write(source.as_ref(), job.workers, context)?;
     Ok(RestoredDisk {
         id: disk.id.clone(),
         path: write.name(),

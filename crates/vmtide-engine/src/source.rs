@@ -1,14 +1,15 @@
 //! SOURCE: from what a user writes to a platform that can be backed up.
 
+use crate::image::open::{OpenDiskOptions, hint, image_options};
 use crate::in_use::{Use, check_not_in_use};
 use crate::peer::NbdPeer;
 use crate::{EngineError, Result};
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use vmtide_block::{BlockDevice, BlockError, RangeSet};
+use vmtide_block::{BlockDevice, RangeSet};
 use vmtide_hypervisor::{DiskId, Hypervisor, ImageSource};
-use vmtide_image::{BackingPolicy, Format, OpenOptions};
+use vmtide_image::{BackingPolicy, Format};
 use vmtide_nbd::{NbdOptions, NbdUrl};
 use vmtide_qemu::{OfflineImage, QemuTarget, QemuVm};
 use vmtide_repo::Repository;
@@ -124,9 +125,12 @@ pub struct SourceOptions {
     /// The format of an image; none probes it.
     pub format: Option<Format>,
     /// Whether files that an image names are opened. None, where the user said nothing: those in
-    /// the image's directory if [`format`](Self::format) is given, and otherwise none, because a
-    /// guest that makes its raw disk look like qcow2 would choose them.
+    /// the image's directory if [`format`](Self::format) is given or the file's name says the format
+    /// that was found, and otherwise none, because a guest that makes its raw disk look like an
+    /// image would choose them.
     pub backing: Option<BackingPolicy>,
+    /// Directories in which the parents of an image are looked for, beside its own.
+    pub search: Vec<PathBuf>,
     /// The changed ranges since the previous restore point, from outside.
     pub changes: Option<RangeSet>,
     /// Where journals and locks are kept.
@@ -184,11 +188,15 @@ fn open_image(path: &Path, options: &SourceOptions) -> Result<OpenSource> {
             hint: String::new(),
         });
     }
-    let format = match options.format {
-        Some(format) => format,
-        None => probe_format(path)?,
+    let disk = OpenDiskOptions {
+        format: options.format,
+        backing: options.backing,
+        search: options.search.clone(),
+        ..OpenDiskOptions::default()
     };
-    let device = open_with_policy(path, format, options)?;
+    let (open, format) = image_options(path, &disk)?;
+    let device = vmtide_image::open_read_only(path, &open)
+        .map_err(|error| hint(error, path, &disk, format))?;
     let name = match &options.name {
         Some(name) => name.clone(),
         None => image_name(path)?,
@@ -214,50 +222,6 @@ fn open_image(path: &Path, options: &SourceOptions) -> Result<OpenSource> {
     // left is removed.
     check_not_in_use(path, Use::Read)?;
     one_disk(name, format, device, options, display.display().to_string())
-}
-
-/// The format of an image by its content. What can only be a raw disk by its name or kind, and
-/// looks like something else, was made so by its guest or is misnamed: the user has to say.
-fn probe_format(path: &Path) -> Result<Format> {
-    let found = vmtide_image::probe(path)?;
-    let is_raw_by_name = path.extension().is_some_and(|extension| extension == "raw");
-    // Anything but a file that can be probed is a block device, all bytes of which are a guest's.
-    if found == Format::Raw || (path.is_file() && !is_raw_by_name) {
-        return Ok(found);
-    }
-    Err(EngineError::refused(
-        format!("read {}", path.display()),
-        format!(
-            "it should be raw and looks like {found}, which a guest can forge: add --format raw \
-             or --format {found}"
-        ),
-    ))
-}
-
-fn open_with_policy(
-    path: &Path,
-    format: Format,
-    options: &SourceOptions,
-) -> Result<Arc<dyn BlockDevice>> {
-    let (backing, is_certain) = match (options.backing, options.format) {
-        (Some(policy), _) => (policy, true),
-        (None, Some(_)) => (BackingPolicy::SameDirectory, true),
-        (None, None) => (BackingPolicy::Refuse, false),
-    };
-    let open = OpenOptions { format: Some(format), backing, ..OpenOptions::default() };
-    let opened = vmtide_image::open_read_only(path, &open);
-    Ok(opened.map_err(|error| match error {
-        BlockError::Unsupported { context, detail } if !is_certain && format == Format::Qcow2 => {
-            BlockError::Unsupported {
-                context,
-                detail: format!(
-                    "{detail}: add --backing same-directory (its format was only found by its \
-                     content, which a guest can forge)"
-                ),
-            }
-        }
-        other => other,
-    })?)
 }
 
 /// Whether the changes of an image are tracked in it, and as which disk. Some where the user asks

@@ -45,6 +45,7 @@ fn restore_to<'a>(
         target: RestoreTarget::parse(to.to_str().unwrap()).unwrap(),
         disk: None,
         format: None,
+        subformat: None,
         in_place: false,
         force: false,
         workers: Some(2),
@@ -136,12 +137,16 @@ fn several_disks_go_to_a_directory_with_the_configuration() {
 }
 
 #[test]
-fn formats_that_cannot_be_written_are_refused_before_anything_is_made() {
+fn what_a_format_does_not_have_is_refused_before_anything_is_made() {
     let (source, _, point) = backed_up(&[("d0", MIB)]);
     let file = source.path("disk.vhdx");
-    let error = go(&restore_to(&source, &point, &file), &CancelToken::new()).unwrap_err();
-    assert!(error.to_string().contains("not in this build yet"), "{error}");
-    assert!(!file.exists());
+    let mut wanted = restore_to(&source, &point, &file);
+    wanted.subformat = Some("streamOptimized".into());
+    let error = go(&wanted, &CancelToken::new()).unwrap_err();
+    assert!(error.to_string().contains("no subformat of vhdx"), "{error}");
+    let made = std::fs::read_dir(file.parent().unwrap()).unwrap();
+    let names: Vec<_> = made.map(|entry| entry.unwrap().file_name()).collect();
+    assert!(!names.iter().any(|name| name.to_string_lossy().contains("disk.vhdx")), "{names:?}");
     let error = RestoreTarget::parse("s3://bucket/x").unwrap_err();
     assert!(matches!(error, EngineError::Usage(_)), "{error:?}");
 }

@@ -37,6 +37,7 @@ pub use info::{
     BackingInfo, BitmapInfo, BitmapState, ImageInfo, LogState, SnapshotInfo, image_info,
 };
 pub use open::{
-    BackingPolicy, Layer, MAX_CHAIN_DEPTH, OpenOptions, open_chain, open_read_only, open_writable,
+    BackingPolicy, Layer, MAX_CHAIN_DEPTH, OpenOptions, open_chain, open_read_only, open_snapshot,
+    open_writable,
 };
 pub use parent::ParentLink;

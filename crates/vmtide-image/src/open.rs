@@ -89,6 +89,32 @@ pub fn open_chain(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Vec<L
     Ok(chain.layers)
 }
 
+/// Opens the disk as it was in the internal snapshot of the qcow2 image at `path` with this id or
+/// else this name, with the image's chain.
+///
+/// # Errors
+/// As [`open_read_only`]; [`BlockError::Unsupported`] where the image is not qcow2 or has no such
+/// snapshot.
+pub fn open_snapshot(
+    path: impl AsRef<Path>,
+    options: &OpenOptions,
+    id_or_name: &str,
+) -> Result<Arc<dyn BlockDevice>> {
+    let path = path.as_ref();
+    let file = Arc::new(RawDevice::open(path, OpenMode::ReadOnly)?);
+    let format = options.format.map_or_else(|| probe_device(&file), Ok)?;
+    if format != Format::Qcow2 {
+        return Err(BlockError::unsupported(
+            path.display().to_string(),
+            format!("is a {format} image: only qcow2 images have internal snapshots"),
+        ));
+    }
+    let mut chain = Chain::new(options);
+    chain.enter(path)?;
+    let image = chain.open_qcow2(path, file, true)?;
+    Ok(Arc::new(image.open_snapshot(id_or_name)?))
+}
+
 /// Opens the image at `path` for writing; its backing chain is opened for reading. Nothing else
 /// may have it open.
 ///
@@ -154,16 +180,7 @@ impl<'a> Chain<'a> {
         let file = Arc::new(RawDevice::open(path, OpenMode::ReadOnly)?);
         let image: Arc<dyn DiskImage> = match format.map_or_else(|| probe_device(&file), Ok)? {
             Format::Raw => file,
-            Format::Qcow2 => {
-                let header = Header::read(&*file)?;
-                let backing = self.backing(path, &header, is_top)?;
-                let data_file = match self.data_file_path(path, &header)? {
-                    Some(path) => Some(Arc::new(RawDevice::open(path, OpenMode::ReadOnly)?)
-                        as Arc<dyn BlockDevice>),
-                    None => None,
-                };
-                Arc::new(Qcow2Image::open_device(file, Companions { backing, data_file })?)
-            }
+            Format::Qcow2 => Arc::new(self.open_qcow2(path, file, is_top)?),
             Format::Vhdx => {
                 let parent = self.parent(path, vhdx::parent_link(&*file)?, is_top)?;
                 Arc::new(vhdx::VhdxImage::open_device(file, parent)?)
@@ -180,6 +197,23 @@ impl<'a> Chain<'a> {
         };
         self.layers.push(Layer { path: path.to_path_buf(), image: image.clone() });
         Ok(image)
+    }
+
+    fn open_qcow2(
+        &mut self,
+        path: &Path,
+        file: Arc<RawDevice>,
+        is_top: bool,
+    ) -> Result<Qcow2Image> {
+        let header = Header::read(&*file)?;
+        let backing = self.backing(path, &header, is_top)?;
+        let data_file = match self.data_file_path(path, &header)? {
+            Some(path) => {
+                Some(Arc::new(RawDevice::open(path, OpenMode::ReadOnly)?) as Arc<dyn BlockDevice>)
+            }
+            None => None,
+        };
+        Qcow2Image::open_device(file, Companions { backing, data_file })
     }
 
     fn enter(&mut self, path: &Path) -> Result<()> {

@@ -118,6 +118,18 @@ pub enum Command {
     Prune(commands::prune::PruneArgs),
     /// Manage the passwords of a repository
     Key(commands::key::KeyArgs),
+    /// Show what a disk image says of itself
+    Info(commands::info::InfoArgs),
+    /// Show which bytes of a disk hold data, and where they lie
+    Map(commands::map::MapArgs),
+    /// Tell whether two disks hold the same
+    Compare(commands::compare::CompareArgs),
+    /// Make a new disk image, or a child of another one
+    Create(commands::create::CreateArgs),
+    /// Convert a disk into another format, file, device or export
+    Convert(commands::convert::ConvertArgs),
+    /// Serve a disk image or restore point over NBD
+    Serve(commands::serve::ServeArgs),
     /// Look at the virtual machines of a source
     Vm(commands::vm::VmArgs),
     /// Find out what does not work with a source or repository, and what to do

@@ -127,6 +127,10 @@ impl Output {
             Phase::Restore => "restoring",
             Phase::Verify => "verifying",
             Phase::Prune => "pruning",
+            Phase::Convert => "converting",
+            Phase::Compare => "comparing",
+            Phase::Check => "checking",
+            Phase::Merge => "merging",
         };
         let bar = self.bar.lock().clone();
         match bar {

@@ -68,10 +68,13 @@ pub struct BackupArgs {
     /// The format of a disk image [default: found by its content]
     #[arg(long, value_name = "FORMAT")]
     format: Option<Format>,
-    /// Which files a disk image may name as its backing or data file [default: same-directory with
-    /// --format, else refuse]
+    /// Which files a disk image may name as its backing or data file [default: same-directory where
+    /// the format is given or said by the file's name, else refuse]
     #[arg(long, value_name = "WHICH")]
     backing: Option<BackingArg>,
+    /// Look for parents of a disk image in this directory, too; may be repeated
+    #[arg(long, value_name = "DIR", value_hint = clap::ValueHint::DirPath)]
+    search: Vec<std::path::PathBuf>,
     /// Begin to track changes in a qcow2 image of a VM that is off, by a dirty bitmap kept in it;
     /// goes on by itself after that
     #[arg(long)]
@@ -168,6 +171,7 @@ fn run_one(
         name: args.name.clone(),
         format: args.format,
         backing: args.backing.map(BackingArg::policy),
+        search: args.search.clone(),
         changes: changes.cloned(),
         state_directory: app.state_directory(),
         guardian: std::env::current_exe().ok(),

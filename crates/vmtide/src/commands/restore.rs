@@ -31,10 +31,13 @@ pub struct RestoreArgs {
     /// Only this disk, by id or by number from 0
     #[arg(long, value_name = "DISK")]
     disk: Option<String>,
-    /// raw or qcow2 [default: by the target's extension, else raw; with --in-place the content must
-    /// agree]
+    /// raw, qcow2, vhdx, vhd or vmdk [default: by the target's extension, else raw; with --in-place
+    /// the content must agree]
     #[arg(long, value_name = "FORMAT")]
     format: Option<Format>,
+    /// The kind within the format, e.g. fixed or streamOptimized
+    #[arg(long, value_name = "NAME")]
+    subformat: Option<String>,
     /// Write only what differs into an existing file, device or export
     #[arg(long)]
     in_place: bool,
@@ -60,6 +63,7 @@ pub fn run(app: &App, args: &RestoreArgs) -> Result<Exit> {
         target,
         disk: args.disk.clone(),
         format: args.format,
+        subformat: args.subformat.clone(),
         in_place: args.in_place,
         force: args.force,
         workers: args.workers.map(usize::from),

@@ -51,7 +51,8 @@ struct SourceArgs {
     /// As for `vmtide backup`
     #[arg(value_name = "SOURCE")]
     source: String,
-    /// Which files a disk image may name as its backing or data file [default: refuse]
+    /// Which files a disk image may name as its backing or data file [default: same-directory
+    /// where the file's name says its format, else refuse]
     #[arg(long, value_name = "WHICH")]
     backing: Option<BackingArg>,
 }

@@ -1,0 +1,117 @@
+//! Converting a disk: any image, block device or NBD export into any other.
+//!
+//! The source is read as one virtual disk, whatever chain of files it consists of. A new image is
+//! written sparsely in a hidden directory beside its name and gets the name when all of it is there;
+//! devices, exports and existing images are written only when the user says how.
+
+use crate::events::{JobContext, Phase};
+use crate::image::{DiskSpec, OpenDisk, OpenDiskOptions, open::open_disk};
+use crate::target::{ImageKind, TargetRules, WritePlan};
+use crate::{EngineError, Result};
+use serde::Serialize;
+use std::path::Path;
+use std::time::Instant;
+
+/// A conversion.
+#[derive(Clone, Debug)]
+pub struct ConvertJob {
+    /// What to read.
+    pub source: DiskSpec,
+    /// How to open it.
+    pub open: OpenDiskOptions,
+    /// Where to write.
+    pub target: DiskSpec,
+    /// What a new image is like; without a format the target's extension decides.
+    pub kind: ImageKind,
+    /// Replace an existing file; overwrite a device or export that holds data.
+    pub overwrite: bool,
+    /// Change an existing image, device or export where it differs, and nowhere else.
+    pub in_place: bool,
+    /// The number of workers; none suits the machine.
+    pub workers: Option<usize>,
+}
+
+/// What a conversion did. The serialised form is the summary event of `--json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ConvertSummary {
+    /// What was read.
+    pub source: String,
+    /// Its format.
+    pub source_format: String,
+    /// The size of its disk in bytes.
+    pub source_size_bytes: u64,
+    /// What was written.
+    pub target: String,
+    /// Its format.
+    pub format: String,
+    /// The kind within the format, where one was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub subformat: Option<String>,
+    /// The size of its disk in bytes: the source's, rounded up to whole sectors unless raw.
+    pub size_bytes: u64,
+    /// The bytes of data read.
+    pub read_bytes: u64,
+    /// The bytes of data written, before compression.
+    pub written_bytes: u64,
+    /// The bytes of the target made zero explicitly.
+    pub zeroed_bytes: u64,
+    /// How long it took, in milliseconds.
+    pub duration_ms: u64,
+}
+
+/// Converts.
+///
+/// # Errors
+/// A new image is then not there; a target that was overwritten is incomplete, and the error is
+/// [`EngineError::Incomplete`].
+pub fn convert(job: &ConvertJob, context: JobContext<'_>) -> Result<ConvertSummary> {
+    let begun = Instant::now();
+    let rules = TargetRules {
+        verb: "convert",
+        replace_option: "--overwrite",
+        in_place: job.in_place,
+        replace: job.overwrite,
+        kind: job.kind.clone(),
+        default_format: None,
+    };
+    rules.check()?;
+    let plan = match &job.target {
+        DiskSpec::Path(path) => rules.plan_path(path.clone())?,
+        DiskSpec::Nbd(url) => rules.plan_nbd(url)?,
+    };
+    let source = open_disk(&job.source, &job.open)?;
+    check_not_the_source(&source, &plan)?;
+    context.progress.add_total(source.device.size_bytes());
+    context.phase(Phase::Convert, format!("{} to {}", source.name, plan.name()));
+    let copied = plan.write(source.device.as_ref(), job.workers, context)?;
+    let source_size_bytes = source.device.size_bytes();
+    Ok(ConvertSummary {
+        source: source.name,
+        source_format: source.format.to_string(),
+        source_size_bytes,
+        target: plan.name(),
+        format: plan.format.to_string(),
+        subformat: job.kind.subformat.clone(),
+        size_bytes: job.kind.disk_size(plan.format, source_size_bytes),
+        read_bytes: copied.read_bytes,
+        written_bytes: copied.written_bytes,
+        zeroed_bytes: copied.zeroed_bytes,
+        duration_ms: u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX),
+    })
+}
+
+/// Refuses a target that the source is read from: replacing a parent would change every child of it,
+/// and a disk cannot be written over itself.
+fn check_not_the_source(source: &OpenDisk, plan: &WritePlan) -> Result<()> {
+    let real = |path: &Path| path.canonicalize().ok();
+    let Some(target) = plan.path().and_then(real) else {
+        return Ok(());
+    };
+    match source.layers.iter().find(|layer| real(&layer.path).as_ref() == Some(&target)) {
+        Some(_) => Err(EngineError::refused(
+            format!("convert to {}", plan.name()),
+            format!("{} is read from it: give another target", source.name),
+        )),
+        None => Ok(()),
+    }
+}

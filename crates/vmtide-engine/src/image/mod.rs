@@ -1,0 +1,11 @@
+//! What is done with disk images by themselves, without a repository: looking at them, comparing,
+//! creating, keeping their chains, and opening them as sources and targets of other jobs.
+
+pub mod compare;
+pub mod create;
+pub mod info;
+pub mod map;
+pub(crate) mod open;
+pub(crate) mod staged;
+
+pub use open::{DiskSpec, OpenDisk, OpenDiskOptions, format_by_extension, open_disk};

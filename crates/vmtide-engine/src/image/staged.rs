@@ -1,0 +1,271 @@
+//! A new image that gets its name only when it is complete.
+//!
+//! It is made in a hidden directory beside the target, under its own name: an image may consist of
+//! several files, and some formats write these names into it. At the end every file moves out, the
+//! one that names the others last. Until then the wanted name is free, or still what it was; a
+//! failure or an interruption removes the directory, and what a killed process leaves has
+//! `vmtide-partial` in its name.
+
+use crate::{EngineError, Result};
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use vmtide_hypervisor::JobId;
+use vmtide_image::{CreateOptions, ImageWriter, create_image};
+
+/// A new image in the making. Dropping it removes it.
+pub(crate) struct StagedImage {
+    /// The image.
+    pub image: Arc<dyn ImageWriter>,
+    // After the image, so that its files are closed when their directory goes.
+    staging: StagingDirectory,
+    path: PathBuf,
+}
+
+impl StagedImage {
+    /// Creates the image that will be at `path`.
+    ///
+    /// # Errors
+    /// Those of creating; nothing is left then.
+    pub fn create(path: &Path, options: &CreateOptions) -> Result<Self> {
+        let (staging, name) = StagingDirectory::beside(path)?;
+        let image = create_image(staging.0.join(name), options)
+            .map_err(|error| of_final_path(error, &staging.0, path))?;
+        Ok(Self { image, staging, path: path.to_path_buf() })
+    }
+
+    /// Ends the writing and gives the image its name, replacing what is there only if told to.
+    ///
+    /// # Errors
+    /// What the medium says; [`std::io::ErrorKind::AlreadyExists`] inside [`EngineError::Io`] where
+    /// the name was taken meanwhile. The image is then gone.
+    pub fn publish(self, replace: bool) -> Result<()> {
+        let Self { image, staging, path } = self;
+        image.finish()?;
+        drop(image);
+        staging.publish(&path, replace)
+    }
+}
+
+/// An error that names files below the staging directory, as of the files they will become.
+fn of_final_path(error: vmtide_block::BlockError, staging: &Path, path: &Path) -> EngineError {
+    use vmtide_block::BlockError;
+    let staged = format!("{}/", staging.display());
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let target = directory.map_or_else(String::new, |parent| format!("{}/", parent.display()));
+    let plain = |text: String| text.replace(&staged, &target);
+    match error {
+        BlockError::Io { context, source } => BlockError::Io { context: plain(context), source },
+        BlockError::Unsupported { context, detail } => {
+            BlockError::Unsupported { context: plain(context), detail }
+        }
+        other => other,
+    }
+    .into()
+}
+
+/// A directory that is removed with all that is in it when dropped.
+struct StagingDirectory(PathBuf);
+
+impl StagingDirectory {
+    fn beside(path: &Path) -> Result<(Self, OsString)> {
+        let name = file_name(path)?;
+        let directory = path.with_file_name(hidden_name(name));
+        let mut builder = std::fs::DirBuilder::new();
+        #[cfg(unix)]
+        std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+        builder
+            .create(&directory)
+            .map_err(|error| EngineError::io(format!("create {}", path.display()), error))?;
+        Ok((Self(directory), name.to_os_string()))
+    }
+
+    fn publish(self, path: &Path, replace: bool) -> Result<()> {
+        let main = file_name(path)?.to_os_string();
+        let mut names = names_in(&self.0)?;
+        // Whoever names the others comes when they are there.
+        names.retain(|name| *name != main);
+        names.sort();
+        names.push(main);
+        let mut moved: Vec<PathBuf> = Vec::new();
+        for name in names {
+            let (from, to) = (self.0.join(&name), path.with_file_name(&name));
+            if let Err(error) = move_to(&from, &to, replace) {
+                if !replace {
+                    for path in moved {
+                        // Parts of an image that will not be are of no use to anybody.
+                        let _ = std::fs::remove_file(path);
+                    }
+                }
+                return Err(error);
+            }
+            moved.push(to);
+        }
+        drop(self);
+        sync_directory_of(path)
+    }
+}
+
+impl Drop for StagingDirectory {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_dir_all(&self.0) {
+            tracing::warn!(path = %self.0.display(), %error, "cannot remove an unfinished image");
+        }
+    }
+}
+
+fn names_in(directory: &Path) -> Result<Vec<OsString>> {
+    let list = || -> std::io::Result<Vec<OsString>> {
+        std::fs::read_dir(directory)?.map(|entry| Ok(entry?.file_name())).collect()
+    };
+    list().map_err(|error| EngineError::io(format!("list {}", directory.display()), error))
+}
+
+fn file_name(path: &Path) -> Result<&OsStr> {
+    path.file_name()
+        .ok_or_else(|| EngineError::usage(format!("{} does not name a file", path.display())))
+}
+
+/// A hidden name that tells what it is. A long name must not become too long by what is added.
+fn hidden_name(name: &OsStr) -> String {
+    let name: String = name.to_string_lossy().chars().take(40).collect();
+    format!(".{name}.vmtide-partial-{}", JobId::random())
+}
+
+/// A hidden name in the same directory, so that the rename at the end stays in one file system.
+pub(crate) fn temporary_beside(path: &Path) -> Result<PathBuf> {
+    Ok(path.with_file_name(hidden_name(file_name(path)?)))
+}
+
+/// Gives a complete file its name.
+pub(crate) fn publish(temporary: &Path, path: &Path, replace: bool) -> Result<()> {
+    move_to(temporary, path, replace)?;
+    sync_directory_of(path)
+}
+
+fn move_to(from: &Path, to: &Path, replace: bool) -> Result<()> {
+    rename(from, to, replace).map_err(|error| match error.kind() {
+        std::io::ErrorKind::AlreadyExists => EngineError::refused(
+            format!("{} already exists", to.display()),
+            "somebody made it meanwhile; nothing was replaced",
+        ),
+        _ => EngineError::io(format!("rename {} to {}", from.display(), to.display()), error),
+    })
+}
+
+#[cfg(target_os = "linux")]
+fn rename(from: &Path, to: &Path, replace: bool) -> std::io::Result<()> {
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    use rustix::io::Errno;
+    if replace {
+        return std::fs::rename(from, to);
+    }
+    match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        // A file system without the flag.
+        Err(Errno::INVAL | Errno::NOSYS) => link_and_unlink(from, to),
+        other => Ok(other?),
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn rename(from: &Path, to: &Path, replace: bool) -> std::io::Result<()> {
+    if replace { std::fs::rename(from, to) } else { link_and_unlink(from, to) }
+}
+
+/// Renames without replacing: a link is only made where the name is free.
+fn link_and_unlink(from: &Path, to: &Path) -> std::io::Result<()> {
+    std::fs::hard_link(from, to)?;
+    std::fs::remove_file(from)
+}
+
+fn sync_directory_of(path: &Path) -> Result<()> {
+    let directory = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    File::open(directory)
+        .and_then(|directory| directory.sync_all())
+        .map_err(|error| EngineError::io(format!("sync {}", directory.display()), error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vmtide_image::Format;
+
+    fn left_in(directory: &Path) -> Vec<String> {
+        let mut names: Vec<_> = names_in(directory)
+            .unwrap()
+            .into_iter()
+            .map(|name| name.to_string_lossy().into_owned())
+            .collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn an_image_is_there_when_it_is_complete_and_not_before() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk.qcow2");
+        let options = CreateOptions::new(Format::Qcow2, 1 << 20);
+        let staged = StagedImage::create(&path, &options).unwrap();
+        staged.image.write_at(&[7; 512], 0).unwrap();
+        assert!(!path.exists());
+        staged.publish(false).unwrap();
+        assert_eq!(left_in(directory.path()), ["disk.qcow2"]);
+        let again = StagedImage::create(&path, &options).unwrap();
+        assert_eq!(left_in(directory.path()).len(), 2);
+        let error = again.publish(false).unwrap_err();
+        assert!(error.to_string().contains("already exists"), "{error}");
+        drop(StagedImage::create(&path, &options).unwrap());
+        assert_eq!(left_in(directory.path()), ["disk.qcow2"]);
+        StagedImage::create(&path, &options).unwrap().publish(true).unwrap();
+        assert_eq!(left_in(directory.path()), ["disk.qcow2"]);
+    }
+
+    #[test]
+    fn all_files_of_an_image_move_or_none() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk.vmdk");
+        let stage = || {
+            let (staging, _) = StagingDirectory::beside(&path).unwrap();
+            for name in ["disk.vmdk", "disk-s001.vmdk", "disk-s002.vmdk"] {
+                std::fs::write(staging.0.join(name), name).unwrap();
+            }
+            staging
+        };
+        std::fs::write(directory.path().join("disk-s002.vmdk"), "mine").unwrap();
+        stage().publish(&path, false).unwrap_err();
+        assert_eq!(left_in(directory.path()), ["disk-s002.vmdk"]);
+        stage().publish(&path, true).unwrap();
+        assert_eq!(left_in(directory.path()), ["disk-s001.vmdk", "disk-s002.vmdk", "disk.vmdk"]);
+    }
+
+    #[test]
+    fn a_link_never_replaces() {
+        let directory = tempfile::tempdir().unwrap();
+        let (from, to) = (directory.path().join("a"), directory.path().join("b"));
+        std::fs::write(&from, "new").unwrap();
+        std::fs::write(&to, "old").unwrap();
+        let error = link_and_unlink(&from, &to).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::AlreadyExists);
+        assert_eq!(std::fs::read_to_string(&to).unwrap(), "old");
+        std::fs::remove_file(&to).unwrap();
+        link_and_unlink(&from, &to).unwrap();
+        assert!(!from.exists() && std::fs::read_to_string(&to).unwrap() == "new");
+    }
+
+    #[test]
+    fn a_name_taken_meanwhile_is_not_overwritten() {
+        let directory = tempfile::tempdir().unwrap();
+        let (from, to) = (directory.path().join("a"), directory.path().join("b"));
+        std::fs::write(&from, "new").unwrap();
+        std::fs::write(&to, "old").unwrap();
+        let error = publish(&from, &to, false).unwrap_err();
+        assert!(error.to_string().contains("already exists"), "{error}");
+        assert_eq!(std::fs::read_to_string(&to).unwrap(), "old");
+        publish(&from, &to, true).unwrap();
+        assert_eq!(std::fs::read_to_string(&to).unwrap(), "new");
+    }
+}

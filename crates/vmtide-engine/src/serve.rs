@@ -1,0 +1,225 @@
+//! Offering disks over NBD: images of every format, block devices, and the disks of restore points.
+
+use crate::image::open::{hint, image_options, open_disk};
+use crate::image::{DiskSpec, OpenDiskOptions};
+use crate::in_use::{Use, check_not_in_use};
+use crate::{EngineError, Result};
+use serde::Serialize;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::Arc;
+use vmtide_block::BlockDevice;
+use vmtide_image::{ImageWriter, open_writable};
+use vmtide_nbd::{Export, NbdServer, ServerHandle};
+use vmtide_repo::{Repository, RestorePoint};
+
+/// Where a server listens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ListenAddress {
+    /// A Unix socket that is made there.
+    Unix(PathBuf),
+    /// A host and port; port 0 takes any free one.
+    Tcp(String),
+}
+
+impl FromStr for ListenAddress {
+    type Err = String;
+
+    /// Understands `unix:PATH` and `HOST:PORT`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Some(path) = text.strip_prefix("unix:") {
+            return match path {
+                "" => Err("unix: needs a path, e.g. unix:/run/disk.sock".into()),
+                path => Ok(Self::Unix(path.into())),
+            };
+        }
+        let port = text.rsplit_once(':').map(|(_, port)| port.parse::<u16>());
+        match port {
+            Some(Ok(_)) => Ok(Self::Tcp(text.into())),
+            _ => Err(format!("{text:?} is no address: write unix:PATH or HOST:PORT")),
+        }
+    }
+}
+
+/// A disk that can be served.
+pub struct ServedDisk {
+    /// The name of the export; empty for the default one.
+    pub name: String,
+    /// What it is, for people.
+    pub description: String,
+    backing: Backing,
+}
+
+enum Backing {
+    ReadOnly(Arc<dyn BlockDevice>),
+    Writable(Arc<dyn ImageWriter>),
+}
+
+/// One export of a running server. The serialised form is part of the `listening` event.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ServedExport {
+    /// Its URL.
+    pub url: String,
+    /// Its name.
+    pub name: String,
+    /// What it is.
+    pub description: String,
+    /// The size in bytes.
+    pub size_bytes: u64,
+    /// Whether clients can write.
+    pub writable: bool,
+}
+
+/// Opens an image, block device or export to be served under `name`.
+///
+/// # Errors
+/// As opening it; [`EngineError::Usage`] where what cannot be written is to be.
+pub fn open_image(
+    spec: &DiskSpec,
+    options: &OpenDiskOptions,
+    name: &str,
+    writable: bool,
+) -> Result<ServedDisk> {
+    let backing = match spec {
+        DiskSpec::Path(path) if writable && options.snapshot.is_none() => {
+            check_not_in_use(path, Use::Write)?;
+            let (open, format) = image_options(path, options)?;
+            let image =
+                open_writable(path, &open).map_err(|error| hint(error, path, options, format))?;
+            Backing::Writable(image)
+        }
+        _ if writable => {
+            return Err(EngineError::usage(format!(
+                "{} cannot be served writable: only images and block devices can",
+                spec.display()
+            )));
+        }
+        spec => Backing::ReadOnly(open_disk(spec, options)?.device),
+    };
+    Ok(ServedDisk { name: name.into(), description: spec.display(), backing })
+}
+
+/// The disks of a restore point, or the one called `disk`, each under its id. A single one is the
+/// default export.
+///
+/// # Errors
+/// [`EngineError::NotFound`] where there is no such disk; those of the repository.
+pub fn open_point(
+    repository: &Repository,
+    point: &RestorePoint,
+    disk: Option<&str>,
+) -> Result<Vec<ServedDisk>> {
+    let chosen: Vec<_> =
+        point.disks.iter().filter(|record| disk.is_none_or(|disk| record.id == disk)).collect();
+    if chosen.is_empty() {
+        let ids: Vec<_> = point.disks.iter().map(|record| record.id.as_str()).collect();
+        return Err(EngineError::NotFound {
+            what: format!("disk {} in restore point {}", disk.unwrap_or_default(), point.id),
+            hint: format!("it has {}", ids.join(", ")),
+        });
+    }
+    let is_only = chosen.len() == 1;
+    let open = |record: &&vmtide_repo::DiskRecord| {
+        let device = repository.open_disk(point, &record.id)?;
+        Ok(ServedDisk {
+            name: if is_only { String::new() } else { record.id.clone() },
+            description: format!("disk {} of {} at {}", record.id, point.vm, point.time),
+            backing: Backing::ReadOnly(device),
+        })
+    };
+    chosen.iter().map(open).collect()
+}
+
+/// A server that runs.
+pub struct DiskServer {
+    handle: ServerHandle,
+    exports: Vec<ServedExport>,
+    writers: Vec<Arc<dyn ImageWriter>>,
+}
+
+impl DiskServer {
+    /// Begins to serve the disks.
+    ///
+    /// # Errors
+    /// Where the address cannot be listened on.
+    pub fn start(disks: Vec<ServedDisk>, address: &ListenAddress) -> Result<Self> {
+        let mut server = NbdServer::new();
+        let (mut exports, mut writers) = (Vec::new(), Vec::new());
+        for disk in disks {
+            let (export, size_bytes, writable) = match disk.backing {
+                Backing::ReadOnly(device) => {
+                    let size_bytes = device.size_bytes();
+                    (Export::read_only(device), size_bytes, false)
+                }
+                Backing::Writable(image) => {
+                    writers.push(Arc::clone(&image));
+                    let size_bytes = image.size_bytes();
+                    (Export::writable(image).with_fast_zeroes(), size_bytes, true)
+                }
+            };
+            server = server.export(export.named(&disk.name).described(&disk.description));
+            exports.push(ServedExport {
+                url: String::new(),
+                name: disk.name,
+                description: disk.description,
+                size_bytes,
+                writable,
+            });
+        }
+        let handle = match address {
+            #[cfg(unix)]
+            ListenAddress::Unix(path) => {
+                let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+                server.listen_unix(path)?
+            }
+            #[cfg(not(unix))]
+            ListenAddress::Unix(_) => {
+                return Err(EngineError::usage("there are no Unix sockets here: give HOST:PORT"));
+            }
+            ListenAddress::Tcp(address) => server.listen_tcp(address.as_str())?,
+        };
+        for export in &mut exports {
+            export.url = handle.url_of(&export.name).to_string();
+        }
+        Ok(Self { handle, exports, writers })
+    }
+
+    /// What is served, with the URLs.
+    pub fn exports(&self) -> &[ServedExport] {
+        &self.exports
+    }
+
+    /// Whether anybody on the network can connect, and not only this host.
+    pub fn is_exposed(&self) -> bool {
+        self.handle.local_addr().is_some_and(|address| !address.ip().is_loopback())
+    }
+
+    /// Takes no more requests, answers those under way, and closes written images in order.
+    ///
+    /// # Errors
+    /// Where what was written cannot be brought to the medium.
+    pub fn stop(self) -> Result<()> {
+        self.handle.shutdown();
+        for image in self.writers {
+            image.finish()?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_understood() {
+        let parse = |text: &str| text.parse::<ListenAddress>();
+        assert_eq!(parse("unix:/run/x"), Ok(ListenAddress::Unix("/run/x".into())));
+        for text in ["127.0.0.1:10809", "localhost:0", "[::1]:10809"] {
+            assert_eq!(parse(text), Ok(ListenAddress::Tcp(text.into())));
+        }
+        for bad in ["", "unix:", "localhost", "localhost:x", "host:99999", "/run/x"] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+    }
+}
