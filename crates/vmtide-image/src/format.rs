@@ -89,8 +89,8 @@ pub fn probe(path: impl AsRef<Path>) -> Result<Format> {
 /// # Errors
 /// Where the device cannot be read.
 pub fn probe_device(device: &dyn BlockDevice) -> Result<Format> {
-    // The longest signature stands at offset 0: the VMDK descriptor's first line.
-    let mut head = [0u8; 64];
+    // A VMDK descriptor may have comments before the line it is known by.
+    let mut head = [0u8; 512];
     let size_bytes = device.size_bytes();
     let present = length(size_bytes.min(head.len() as u64));
     device.read_at(&mut head[..present], 0)?;
@@ -100,7 +100,8 @@ pub fn probe_device(device: &dyn BlockDevice) -> Result<Format> {
         Format::Vhdx
     } else if head.starts_with(b"KDMV")
         || head.starts_with(b"COWD")
-        || head.starts_with(b"# Disk DescriptorFile")
+        || head.starts_with(SESPARSE_START)
+        || is_vmdk_descriptor(&head[..present])
     {
         Format::Vmdk
     } else if head.starts_with(b"conectix") || has_vhd_footer(device, size_bytes)? {
@@ -109,6 +110,20 @@ pub fn probe_device(device: &dyn BlockDevice) -> Result<Format> {
         Format::Raw
     };
     Ok(format)
+}
+
+/// The first 16 bytes of ESXi's seSparse extents: magic and version.
+const SESPARSE_START: &[u8] = b"\xbe\xba\xfe\xca\0\0\0\0\x01\0\0\0\x02\0\0\0";
+
+/// Whether these bytes begin a VMDK descriptor: its title, or after any comments its version.
+fn is_vmdk_descriptor(head: &[u8]) -> bool {
+    let text = head.strip_prefix(b"\xef\xbb\xbf").unwrap_or(head);
+    if text.starts_with(b"# Disk DescriptorFile") {
+        return true;
+    }
+    let mut lines = text.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii);
+    let first = lines.find(|line| !line.is_empty() && !line.starts_with(b"#"));
+    first.is_some_and(|line| matches!(line, b"version=1" | b"version=2" | b"version=3"))
 }
 
 /// A fixed VHD carries its signature in the last 512 bytes only (VHD specification, "Hard Disk
@@ -140,6 +155,8 @@ mod tests {
         assert_eq!(probe_bytes(b"conectix"), Format::Vhd);
         assert_eq!(probe_bytes(b"KDMV"), Format::Vmdk);
         assert_eq!(probe_bytes(b"# Disk DescriptorFile\n"), Format::Vmdk);
+        assert_eq!(probe_bytes(b"\r\n# made by x\r\nversion=1\r\nCID=1\r\n"), Format::Vmdk);
+        assert_eq!(probe_bytes(b"# a script\nversion=1.2\n"), Format::Raw);
         assert_eq!(probe_bytes(b"QFI\xfa"), Format::Raw);
         let mut fixed_vhd = vec![0; 8192];
         fixed_vhd[8192 - 512..8192 - 504].copy_from_slice(b"conectix");

@@ -16,6 +16,8 @@
 mod bytes;
 mod check;
 mod create;
+#[allow(dead_code, reason = "for the VMDK writer, which follows")]
+mod deflate;
 mod format;
 mod identity;
 mod image;

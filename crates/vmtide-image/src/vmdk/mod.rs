@@ -1,8 +1,44 @@
-//! VMDK (Virtual Disk Format 5.0).
+//! VMDK: VMware's disk format (Virtual Disk Format 5.0), read and written.
+//!
+//! A disk is described by a **descriptor**, a text that lists **extents**: files that hold the disk
+//! one after the other, either as it is (flat) or in **grains** behind tables (sparse). The
+//! descriptor is a file of its own, or lies inside the one sparse extent. A child names its parent
+//! in the descriptor and knows it again by its **content id** (CID).
+//!
+//! | module | noun |
+//! |---|---|
+//! | `descriptor` | the text |
+//! | `hosted`, `cowd`, `sesparse` | the headers of the three kinds of sparse extents |
+//! | `layout`, `map`, `sparse` | from directory and table entries to runs of bytes |
+//! | `compressed`, `scan` | stream-optimized grains, and finding them by their markers |
+//! | `head`, `disk`, `read`, `image` | opening all files of an image, and reading it |
 
-use crate::{DiskImage, Format, ImageInfo, ImageWriter, ParentLink, Placement};
+#![allow(dead_code, reason = "for the writer, which follows")]
+
+mod compressed;
+mod cowd;
+mod descriptor;
+mod disk;
+mod head;
+mod hosted;
+mod image;
+mod info;
+mod layout;
+mod map;
+mod read;
+mod scan;
+mod sesparse;
+mod sparse;
+
+use crate::{Format, ImageWriter};
 use std::sync::Arc;
-use vmtide_block::{BlockDevice, ByteRange, Result, WritableBlockDevice};
+use vmtide_block::{BlockDevice, Result, WritableBlockDevice};
+
+pub use image::VmdkImage;
+pub use info::{identity, info, parent_link};
+
+/// The most sectors of a disk: what a file offset can count.
+const MAX_SECTORS: u64 = (i64::MAX as u64) / 512;
 
 /// The other files of an image, opened by whoever may decide which.
 pub trait ExtentFiles {
@@ -19,37 +55,8 @@ pub trait ExtentFiles {
     fn open_writable(&self, name: &str) -> Result<Arc<dyn WritableBlockDevice>>;
 }
 
-/// An image that is open for reading.
-pub enum VmdkImage {}
-
 /// An image that is open for writing.
 pub enum VmdkWriter {}
-
-pub(crate) fn parent_link(file: &dyn BlockDevice) -> Result<Option<ParentLink>> {
-    Err(Format::Vmdk.not_supported(file.name()))
-}
-
-pub(crate) fn identity(file: &dyn BlockDevice) -> Result<String> {
-    Err(Format::Vmdk.not_supported(file.name()))
-}
-
-pub(crate) fn info(file: &dyn BlockDevice) -> Result<ImageInfo> {
-    Err(Format::Vmdk.not_supported(file.name()))
-}
-
-impl VmdkImage {
-    /// Opens an image.
-    ///
-    /// # Errors
-    /// Always.
-    pub fn open_device(
-        file: Arc<dyn BlockDevice>,
-        _files: &dyn ExtentFiles,
-        _parent: Option<Arc<dyn BlockDevice>>,
-    ) -> Result<Self> {
-        Err(Format::Vmdk.not_supported(file.name()))
-    }
-}
 
 impl VmdkWriter {
     /// Opens an image.
@@ -65,18 +72,6 @@ impl VmdkWriter {
     }
 }
 
-impl BlockDevice for VmdkImage {
-    fn name(&self) -> String {
-        match *self {}
-    }
-    fn size_bytes(&self) -> u64 {
-        match *self {}
-    }
-    fn read_at(&self, _buffer: &mut [u8], _offset: u64) -> Result<()> {
-        match *self {}
-    }
-}
-
 impl BlockDevice for VmdkWriter {
     fn name(&self) -> String {
         match *self {}
@@ -89,20 +84,11 @@ impl BlockDevice for VmdkWriter {
     }
 }
 
-impl DiskImage for VmdkImage {
-    fn format(&self) -> Format {
-        match *self {}
-    }
-    fn layout(&self, _range: ByteRange) -> Result<Vec<Placement>> {
-        match *self {}
-    }
-}
-
 impl WritableBlockDevice for VmdkWriter {
     fn write_at(&self, _data: &[u8], _offset: u64) -> Result<()> {
         match *self {}
     }
-    fn write_zeroes(&self, _range: ByteRange) -> Result<()> {
+    fn write_zeroes(&self, _range: vmtide_block::ByteRange) -> Result<()> {
         match *self {}
     }
     fn flush(&self) -> Result<()> {
