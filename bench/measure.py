@@ -74,6 +74,21 @@ def remove(path):
         path.unlink(missing_ok=True)
 
 
+def data_offsets(handle, piece):
+    """Where the data of a sparse file lies in whole pieces of `piece` bytes, from its start on."""
+    size, at = os.fstat(handle).st_size, 0
+    while at < size:
+        try:
+            at = os.lseek(handle, at, os.SEEK_DATA)
+        except OSError:
+            return
+        end = os.lseek(handle, at, os.SEEK_HOLE)
+        while at + piece <= end:
+            yield at
+            at += piece
+        at = max(at, end)
+
+
 def warm(path):
     """Bring the data of a sparse file into the page cache; holes are not read."""
     handle = os.open(path, os.O_RDONLY)

@@ -90,6 +90,23 @@ def scale_table(groups):
                   "added MiB (16 GiB)", "added MiB (1 TiB)"], out)
 
 
+def qemu_scale_table(groups):
+    """The incremental by QEMU's bitmap on both disks: seconds, what the size costs, bytes read per byte dirty."""
+    small, large = (groups.get((f"incremental {size} GiB", REFERENCE)) for size in (16, 1024))
+    if not small or not large:
+        return "Not measured yet."
+    fulls = [median(groups.get((f"full {size} GiB", REFERENCE), []), "wall_s") for size in (16, 1024)]
+    out = []
+    for name, rows, full in (("16 GiB", small, fulls[0]), ("1 TiB", large, fulls[1])):
+        wall = median(rows, "wall_s")
+        out.append([name, len(rows), f"{wall:.2f}", spread(rows, "wall_s"), f"{(wall / median(small, 'wall_s') - 1) * 100:+.1f} %",
+                    f"{median(rows, 'dirty_bytes') / MIB:.0f}", f"{max(r['read_bytes'] / r['dirty_bytes'] for r in rows):.3f}",
+                    f"{median(rows, 'added_bytes') / MIB:.0f}", f"{max(r['rss_bytes'] for r in rows) / MIB:.0f}",
+                    "–" if full is None else f"{full:.2f}"])
+    return table(["disk", "runs", "incremental, s (median)", "min–max", "difference", "dirty MiB", "bytes read / dirty (largest)", "added MiB",
+                  "peak MiB", "first full backup, s"], out)
+
+
 def memory_table(*sets):
     """Largest peak of every tool and step over all rounds."""
     steps, peaks = [], {}
@@ -156,16 +173,17 @@ def replace(text, name, body):
 
 def write(work, path, note):
     """Fill every section of docs/benchmarks.md."""
-    main, scale = load(work, "backup"), load(work, "scale")
+    main, scale, qemu = (load(work, scenario) for scenario in ("backup", "scale", "scale-qemu"))
     facts = json.loads((work / "disk.json").read_text())
     data, changed = facts["day1"]["allocated_bytes"], facts["changed_bytes"]
     sections = {
-        "machine": machine(work, {**main, **scale}, note),
+        "machine": machine(work, {**main, **scale, **qemu}, note),
         "full": timing_table(main, "full", data, "stored_bytes", "stored MiB"),
         "restore": timing_table(main, "restore", data, "target_bytes", "file MiB"),
         "unchanged": timing_table(main, "unchanged", data, "added_bytes", "added MiB"),
         "incremental": timing_table(main, "incremental", changed, "added_bytes", "added MiB"),
         "scale": scale_table(scale),
+        "scale-qemu": qemu_scale_table(qemu),
         "memory": memory_table(main, scale),
         "commands": commands(work),
     }

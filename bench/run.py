@@ -5,6 +5,7 @@
     bench/run.py backup                       full, restore, unchanged and incremental backup
     bench/run.py copy                         plain copies of the disk, the floor for a restore
     bench/run.py scale                        the same 1 GiB of changes on a 16 GiB and a 1 TiB disk
+    bench/run.py scale-qemu                   the same, of running machines, by QEMU's dirty bitmap
     bench/run.py report                       write docs/benchmarks.md from what was measured
 
 Every round runs every tool once (A B C A B C …), so that what else the machine does falls on
@@ -21,9 +22,10 @@ import subprocess
 import sys
 import time
 
+import qemu_scale
 import report
 import tools
-from measure import WORK, Failed, allocated, apparent, measure, remove, warm, warm_tree
+from measure import WORK, Failed, allocated, apparent, data_offsets, measure, remove, warm, warm_tree
 
 HERE = pathlib.Path(__file__).resolve().parent
 LIVE = WORK / "live/disk.raw"
@@ -43,7 +45,7 @@ def record(scenario, row):
     path.parent.mkdir(exist_ok=True)
     with open(path, "a") as out:
         out.write(json.dumps(row) + "\n")
-    extra = "".join(f" {k}={row[k] / MIB:.0f}MiB" for k in ("stored_bytes", "added_bytes", "target_bytes") if k in row)
+    extra = "".join(f" {k}={row[k] / MIB:.0f}MiB" for k in ("stored_bytes", "added_bytes", "target_bytes", "dirty_bytes", "read_bytes") if k in row)
     print(f"round {row['round']} {row['tool']:<15} {row['step']:<12} {row['wall_s']:8.2f} s wall {row['settled_s']:8.2f} s settled "
           f"{row['cpu_s']:8.2f} s cpu {row['rss_bytes'] / MIB:6.0f} MiB rss{extra}  load {row['load_before']}", flush=True)
 
@@ -178,20 +180,9 @@ def copy(options):
 
 def data_pieces(piece):
     """The non-zero data of the benchmark's disk in pieces of `piece` bytes, from its start on."""
-    handle = os.open(WORK / "disk/disk.raw", os.O_RDONLY)
-    size, at = os.fstat(handle).st_size, 0
-    try:
-        while at < size:
-            at = os.lseek(handle, at, os.SEEK_DATA)
-            end = os.lseek(handle, at, os.SEEK_HOLE)
-            while at + piece <= end:
-                yield os.pread(handle, piece, at)
-                at += piece
-            at = max(at, end)
-    except OSError:
-        return
-    finally:
-        os.close(handle)
+    with open(WORK / "disk/disk.raw", "rb") as disk:
+        for at in data_offsets(disk.fileno(), piece):
+            yield os.pread(disk.fileno(), piece, at)
 
 
 def scale_images(size):
@@ -260,10 +251,19 @@ def scale(options):
     rounds(options, picked, work)
 
 
+def scale_through_qemu(options):
+    """Scenario `scale-qemu`."""
+    try:
+        qemu_scale.run(options, record)
+    except Failed as error:
+        sys.exit(f"FAILED: {error}")
+
+
 def discard(scenario):
     """Forget the figures of one scenario. `backup` and `copy` share a file: only their own rows go."""
-    path = WORK / "results" / ("scale.jsonl" if scenario == "scale" else "backup.jsonl")
-    if scenario == "scale" or not path.exists():
+    scale = scenario.startswith("scale")
+    path = WORK / "results" / (f"{scenario}.jsonl" if scale else "backup.jsonl")
+    if scale or not path.exists():
         return remove(path)
     copiers = {tool.name for tool in tools.COPY_TOOLS}
     rows = [line for line in path.read_text().splitlines(True) if (json.loads(line)["tool"] in copiers) != (scenario == "copy")]
@@ -272,11 +272,12 @@ def discard(scenario):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("scenario", choices=("backup", "copy", "scale", "report"))
+    parser.add_argument("scenario", choices=("backup", "copy", "scale", "scale-qemu", "report"))
     parser.add_argument("--runs", type=int, default=5, help="counted rounds after the warm-up (default 5)")
     parser.add_argument("--no-warm-up", action="store_true", help="leave out round 0, which also compares restored bytes")
     parser.add_argument("--tools", type=lambda s: s.split(","), help="names, comma separated (default: all)")
     parser.add_argument("--steps", default=",".join(STEPS), help="of `backup`: " + ",".join(STEPS))
+    parser.add_argument("--dirty-mib", type=int, default=1024, help="of `scale-qemu`: MiB written between two backups (default 1024)")
     parser.add_argument("--discard", action="store_true", help="forget earlier figures of this scenario first")
     parser.add_argument("--output", type=pathlib.Path, default=HERE.parent / "docs/benchmarks.md", help="of `report`: the file to fill")
     parser.add_argument("--note", default="", help="of `report`: a line to print below the machine's description")
@@ -287,7 +288,7 @@ def main():
         sys.exit("no disk.json: run bench/make-disk.py first")
     if options.discard:
         discard(options.scenario)
-    {"backup": backup, "copy": copy, "scale": scale}[options.scenario](options)
+    {"backup": backup, "copy": copy, "scale": scale, "scale-qemu": scale_through_qemu}[options.scenario](options)
     return None
 
 

@@ -10,6 +10,9 @@
 mod common;
 
 use common::Place;
+use serde_json::{Value, json};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -37,6 +40,7 @@ fn start(place: &Place) -> (Machine, String) {
         .args(["-device", "virtio-blk-pci,drive=d1,id=data"])
         .arg("-qmp")
         .arg(format!("unix:{},server=on,wait=off", socket.display()))
+        .args(["-qmp", "unix:administrator.qmp,server=on,wait=off"])
         .current_dir(place.directory.path())
         .stdin(Stdio::null())
         .stderr(Stdio::null())
@@ -53,9 +57,45 @@ fn start(place: &Place) -> (Machine, String) {
     (machine, format!("qemu+unix://{}", socket.display()))
 }
 
-#[test]
-fn a_running_machine_is_listed_backed_up_and_restored() {
-    let place = Place::with_repository();
+/// What an administrator does at the machine's other monitor.
+struct Administrator(BufReader<UnixStream>);
+
+impl Administrator {
+    fn at(place: &Place) -> Self {
+        let begun = Instant::now();
+        let stream = loop {
+            // The socket may be there before QEMU listens, or not yet.
+            match UnixStream::connect(place.path("administrator.qmp")) {
+                Ok(stream) => break stream,
+                Err(error) => assert!(begun.elapsed() < Duration::from_secs(60), "{error}"),
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        };
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        let mut this = Self(BufReader::new(stream));
+        this.0.read_line(&mut String::new()).unwrap();
+        this.run("qmp_capabilities", &json!({}));
+        this
+    }
+
+    /// Runs a command and waits until it is done.
+    fn run(&mut self, command: &str, arguments: &Value) {
+        let line = format!("{}\n", json!({"execute": command, "arguments": arguments}));
+        self.0.get_mut().write_all(line.as_bytes()).unwrap();
+        loop {
+            let mut line = String::new();
+            assert!(self.0.read_line(&mut line).unwrap() > 0, "{command}: QEMU is gone");
+            let answer: Value = serde_json::from_str(&line).unwrap();
+            assert!(answer.get("error").is_none(), "{command}: {answer}");
+            if answer.get("return").is_some() {
+                return;
+            }
+        }
+    }
+}
+
+/// A qcow2 and a raw disk of the same content; answers with that content.
+fn make_disks(place: &Place) -> Vec<u8> {
     place.image("data.raw", 4 * MIB);
     place.image("plain.raw", 4 * MIB);
     let converted = Command::new("qemu-img")
@@ -63,6 +103,59 @@ fn a_running_machine_is_listed_backed_up_and_restored() {
         .current_dir(place.directory.path())
         .status();
     assert!(converted.is_ok_and(|status| status.success()), "qemu-img is needed");
+    std::fs::read(place.path("plain.raw")).unwrap()
+}
+
+/// Both disks of a restore point, which must hold `expected`.
+fn assert_restored(place: &Place, to: &str, expected: &[u8]) {
+    let restored = place.run(&["restore", "web", "--to", to, "--json"]).must_end_with(0).summary();
+    let disks = restored["disks"].as_array().unwrap();
+    assert_eq!(disks.len(), 2);
+    for disk in disks {
+        let found = std::fs::read(place.path(disk["path"].as_str().unwrap())).unwrap();
+        assert_eq!(found.len(), expected.len(), "{disk}");
+        let differs = found.iter().zip(expected).position(|(found, expected)| found != expected);
+        assert_eq!(differs, None, "first byte that is not as it must be, of {disk}");
+    }
+}
+
+/// QEMU keeps a bitmap through a resize and reports nothing of what was cut off: by size and bitmap
+/// such a disk looks unchanged. Its end is zeros all the same.
+#[test]
+fn a_disk_that_was_cut_and_regrown_between_two_backups_is_read_in_full() {
+    let place = Place::with_repository();
+    let mut expected = make_disks(&place);
+    let (_machine, source) = start(&place);
+    let mut administrator = Administrator::at(&place);
+    place.run(&["backup", &source, "--json"]).must_end_with(0);
+    assert_restored(&place, "first", &expected);
+
+    for disk in ["d0", "d1"] {
+        for size in [MIB, 4 * MIB] {
+            administrator.run("block_resize", &json!({"device": disk, "size": size}));
+        }
+    }
+    expected[MIB..].fill(0);
+    let summary = place.run(&["backup", &source, "--json"]).must_end_with(3).summary();
+    for disk in summary["disks"].as_array().unwrap() {
+        assert_eq!(disk["tracking"]["used"], false, "{disk}");
+        let reason = disk["tracking"]["reason"].as_str().unwrap();
+        assert!(reason.contains("were not reported"), "{reason}");
+    }
+    assert_restored(&place, "second", &expected);
+
+    // Tracking is whole again: the next backup reads what changed, which is nothing.
+    let summary = place.run(&["backup", &source, "--json"]).must_end_with(0).summary();
+    for disk in summary["disks"].as_array().unwrap() {
+        assert_eq!(disk["tracking"]["used"], true, "{disk}");
+    }
+    assert_restored(&place, "third", &expected);
+}
+
+#[test]
+fn a_running_machine_is_listed_backed_up_and_restored() {
+    let place = Place::with_repository();
+    let expected = make_disks(&place);
     let (_machine, source) = start(&place);
 
     let list = place.run(&["vm", "list", &source, "--json"]).must_end_with(0).summary();
@@ -85,17 +178,9 @@ fn a_running_machine_is_listed_backed_up_and_restored() {
         assert_eq!((&disk["tracking"]["used"], &disk["read_bytes"]), (&true.into(), &0.into()));
     }
 
-    let restored = place.run(&["restore", "web", "--to", "out", "--json"]).must_end_with(0);
-    let expected = std::fs::read(place.path("plain.raw")).unwrap();
-    let summary = restored.summary();
-    let disks = summary["disks"].as_array().unwrap();
-    assert_eq!(disks.len(), 2);
-    for disk in disks {
-        let path = place.path(disk["path"].as_str().unwrap());
-        assert_eq!(std::fs::read(path).unwrap(), expected, "{disk}");
-    }
+    assert_restored(&place, "out", &expected);
     assert!(place.path("out/vm-config.json").exists());
-    let excluded = disks[0]["id"].as_str().unwrap();
+    let excluded = full["disks"][0]["id"].as_str().unwrap();
     let run = place.run(&["backup", &source, "--disk-exclude", excluded, "--json"]);
     assert_eq!(run.must_end_with(0).summary()["disks"].as_array().unwrap().len(), 1);
 
