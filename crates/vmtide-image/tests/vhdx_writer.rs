@@ -7,8 +7,12 @@ mod support;
 use proptest::prelude::*;
 use std::path::Path;
 use std::sync::Arc;
-use support::{Random, check_extents, path, pattern, qemu_img, raw_file, read_all, text, try_run};
-use vmtide_block::{BlockDevice, ByteRange, MemoryDevice, WritableBlockDevice};
+use support::{
+    Random, check_extents, path, pattern, qemu_img, qemu_io, raw_file, read_all, text, try_run,
+};
+use vmtide_block::{
+    BlockDevice, ByteRange, MemoryDevice, OpenMode, RawDevice, WritableBlockDevice,
+};
 use vmtide_image::vhdx::{VhdxCreateOptions, VhdxKind, VhdxParent, VhdxWriter};
 use vmtide_image::{CreateOptions, Format, ImageWriter, create_image};
 
@@ -60,6 +64,7 @@ enum Step {
     Zero { at: u64, length: u64 },
     Flush,
     Reopen,
+    Resize(u64),
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -72,6 +77,7 @@ fn step() -> impl Strategy<Value = Step> {
         3 => place.prop_map(|(at, length)| Step::Zero { at, length }),
         2 => Just(Step::Flush),
         1 => Just(Step::Reopen),
+        1 => (1..12_000_000u64).prop_map(Step::Resize),
     ]
 }
 
@@ -147,6 +153,11 @@ fn run_model(shape: &Shape, steps: &[Step]) -> Result<(), TestCaseError> {
                 model[range].fill(0);
             }
             Step::Flush => writer.flush().unwrap(),
+            Step::Resize(bytes) => {
+                let size = bytes.next_multiple_of(u64::from(shape.sector_bytes));
+                writer.resize(size).unwrap();
+                model.resize(usize::try_from(size).unwrap(), 0);
+            }
             Step::Reopen => {
                 writer.finish().unwrap();
                 writer = VhdxWriter::open_device(memory.clone(), parent.clone()).unwrap();
@@ -178,6 +189,53 @@ proptest! {
     ) {
         run_model(&shape, &steps)?;
     }
+}
+
+#[test]
+fn the_block_table_moves_when_it_no_longer_fits() {
+    const GIB: u64 = 1 << 30;
+    let directory = tempfile::tempdir().unwrap();
+    let image = directory.path().join("image.vhdx");
+    // Blocks of 1 MiB: a table of 1 MiB maps 128 GiB.
+    let options =
+        VhdxCreateOptions { block_size_bytes: Some(1 << 20), ..VhdxCreateOptions::new(100 * GIB) };
+    let writer = VhdxWriter::create(&image, &options).unwrap();
+    let mut places = vec![(5 * MIB, 1u8), (60 * GIB, 2), (100 * GIB - 4096, 3)];
+    let check = |disk: &dyn BlockDevice, places: &[(u64, u8)]| {
+        for (at, value) in places {
+            let mut bytes = [0; 8192];
+            let count = usize::try_from(disk.size_bytes() - at).unwrap().min(bytes.len());
+            disk.read_at(&mut bytes[..count], *at).unwrap();
+            assert_eq!(bytes[..4096], [*value; 4096], "at {at}");
+            assert!(vmtide_block::is_zero(&bytes[4096..]), "behind {at}");
+        }
+    };
+    for (at, value) in &places {
+        writer.write_at(&[*value; 4096], *at).unwrap();
+    }
+    for (gib, value) in [(130, 4), (700, 5), (650, 6), (1500, 7)] {
+        writer.resize(gib * GIB).unwrap();
+        assert_eq!(writer.size_bytes(), gib * GIB);
+        places.retain(|(at, _)| *at < gib * GIB - 4096);
+        check(&writer, &places);
+        places.push((gib * GIB - 4096, value));
+        writer.write_at(&[value; 4096], gib * GIB - 4096).unwrap();
+        writer.write_at(&[value; 4096], (gib - 20) * GIB).unwrap();
+        places.push(((gib - 20) * GIB, value));
+        check(&writer, &places);
+    }
+    writer.finish().unwrap();
+    drop(writer);
+    let out = try_run("qemu-img", &["check", "-f", "vhdx", path(&image)]);
+    assert!(out.status.success(), "qemu-img check: {}", text(&out));
+    let reads: Vec<String> =
+        places.iter().map(|(at, value)| format!("read -P {value} {at} 4096")).collect();
+    let reads: Vec<&str> = reads.iter().map(String::as_str).collect();
+    qemu_io(&image, &["-r", "-f", "vhdx"], &reads);
+    let file = RawDevice::open(&image, OpenMode::ReadWrite).unwrap();
+    check(&VhdxWriter::open_device(Arc::new(file), None).unwrap(), &places);
+    // Four tables and twelve blocks, no more.
+    assert!(std::fs::metadata(&image).unwrap().len() < 40 * MIB);
 }
 
 #[test]

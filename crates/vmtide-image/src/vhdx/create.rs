@@ -200,8 +200,7 @@ impl Plan {
             geometry: self.geometry,
             keeps_blocks: self.metadata.leave_blocks_allocated,
             size_item,
-            bat: self.bat,
-            reserved: vec![LOG, METADATA, self.bat],
+            regions,
             journal: Journal::new(headers),
         });
         *writer.space.lock() = Some(space);

@@ -31,6 +31,18 @@ impl VhdxWriter {
     }
 
     fn flush_steps(&self) -> Result<()> {
+        let frees = self.commit_changes()?;
+        if frees.is_empty() {
+            return Ok(());
+        }
+        // Reads and writes that began with an old mapping end before its space is reused.
+        drop(self.gate.write());
+        self.release(&frees)
+    }
+
+    /// Makes all changes durable and answers with what nothing durable refers to any more. The
+    /// caller holds the flush lock.
+    pub(super) fn commit_changes(&self) -> Result<Vec<ByteRange>> {
         let (mut pages, frees, bat) = {
             let mut metadata = self.metadata.write();
             (metadata.pages.take_dirty(), std::mem::take(&mut metadata.frees), metadata.bat)
@@ -42,16 +54,11 @@ impl VhdxWriter {
             self.journal.lock().commit(&*self.file, &pages, self.file.size_bytes())?;
             self.metadata.write().pages.written(&pages);
         }
-        self.give_back(&frees)
+        Ok(frees)
     }
 
-    /// Frees parts of the file that nothing durable refers to any more.
-    fn give_back(&self, frees: &[ByteRange]) -> Result<()> {
-        if frees.is_empty() {
-            return Ok(());
-        }
-        // Reads and writes that began with an old mapping end before its space is reused.
-        drop(self.gate.write());
+    /// Frees parts of the file that nothing durable refers to and nobody uses any more.
+    pub(super) fn release(&self, frees: &[ByteRange]) -> Result<()> {
         let size_bytes = self.file.size_bytes();
         for part in frees {
             let end = part.end().min(size_bytes);

@@ -14,7 +14,7 @@ use super::log_entry::{Change, DESCRIPTOR_BYTES, EntryHeader, LOG_SECTOR_BYTES, 
 use super::pages::Page;
 use crate::bytes::length;
 use std::sync::Arc;
-use vmtide_block::{BlockError, Result, WritableBlockDevice};
+use vmtide_block::{BlockError, ByteRange, Result, WritableBlockDevice};
 
 /// The most pages in one entry, however long the log is: more would only take memory.
 const MAX_ENTRY_PAGES: u64 = 1024;
@@ -32,6 +32,11 @@ impl Journal {
     /// The journal of a file whose log is empty.
     pub(super) const fn new(headers: Headers) -> Self {
         Self { headers, next: 0, sequence_number: 1 }
+    }
+
+    /// Where the log is.
+    pub(super) const fn log(&self) -> ByteRange {
+        self.headers.current.log
     }
 
     /// Says that this file and the disk in it are no longer what they were.

@@ -22,6 +22,7 @@ mod flush;
 mod log_write;
 mod mapping;
 mod pages;
+mod resize;
 mod scan;
 mod write;
 mod writer;

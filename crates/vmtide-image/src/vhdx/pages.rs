@@ -8,7 +8,7 @@ use super::log_entry::LOG_SECTOR_BYTES;
 use crate::bytes::length;
 use std::collections::HashMap;
 use std::sync::Arc;
-use vmtide_block::{BlockDevice, BlockError, Result};
+use vmtide_block::{BlockDevice, BlockError, ByteRange, Result};
 
 /// The unit in which metadata is logged (MS-VHDX 2.3.1.3: a data sector carries 4096 bytes).
 pub(super) const PAGE_BYTES: u64 = LOG_SECTOR_BYTES as u64;
@@ -104,8 +104,8 @@ impl Pages {
     }
 
     /// Forgets the pages in a part of the file, changed or not: it is about to become free.
-    pub(super) fn forget(&mut self, part: std::ops::Range<u64>) {
-        self.cached.retain(|offset, _| !part.contains(offset));
+    pub(super) fn forget(&mut self, part: ByteRange) {
+        self.cached.retain(|offset, _| !part.contains(*offset));
     }
 
     /// The memory the pages take, about.

@@ -30,7 +30,10 @@ impl VhdxWriter {
     pub(super) fn find_space(&self) -> Result<Space> {
         let mut space = Space::new(self.name.clone(), self.file.size_bytes())?;
         let header_section = ByteRange::new(0, MIB);
-        for part in std::iter::once(&header_section).chain(&self.reserved) {
+        let log = self.journal.lock().log();
+        let regions = self.metadata.read().regions.clone();
+        let regions = regions.regions.iter().map(|region| region.range);
+        for part in [header_section, log].into_iter().chain(regions) {
             if !space.mark(part.offset, part.length)? {
                 return Err(BlockError::damaged(
                     &self.name,

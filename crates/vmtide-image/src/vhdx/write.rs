@@ -8,6 +8,7 @@
 //! In a differencing image a block that is written in part is entered as partially present with no
 //! sector of its own; sectors become its own, by their bits, after they are written.
 
+use super::allocate::Space;
 use super::bat::{BITMAP_BLOCK_BYTES, BatEntry, BitmapBlockState, ENTRY_BYTES, PayloadState};
 use super::bits;
 use super::mapping::{BlockBitmap, Place};
@@ -234,8 +235,12 @@ impl VhdxWriter {
             entry.payload_state(),
             Some(PayloadState::Undefined | PayloadState::Zero | PayloadState::Unmapped)
         ) && entry.offset() != 0;
-        let trusted = || self.space.lock().as_ref().is_some_and(|space| space.anchors_trusted());
-        Ok((keeps && trusted()).then(|| entry.offset()))
+        Ok((keeps && self.anchors_trusted()).then(|| entry.offset()))
+    }
+
+    /// Whether the places that blocks without data keep are theirs alone.
+    pub(super) fn anchors_trusted(&self) -> bool {
+        self.space.lock().as_ref().is_some_and(Space::anchors_trusted)
     }
 
     /// Gives a block that is all the parent's a place in the file, with no sector of its own yet,

@@ -4,6 +4,7 @@ use super::allocate::{Claim, Space, UNIT_BYTES};
 use super::bat::{BatEntry, BatIndex, ENTRY_BYTES, Geometry};
 use super::log_write::Journal;
 use super::pages::{PAGE_BYTES, Page, Pages};
+use super::region::{BAT_REGION, RegionTable};
 use crate::ImageWriter;
 use crate::bytes::{le_u64, length};
 use parking_lot::{Condvar, Mutex, RwLock};
@@ -16,7 +17,7 @@ use vmtide_block::{BlockDevice, BlockError, ByteRange, Extent, Result, WritableB
 /// The most memory that pages of the block table and of sector bitmaps take before they are
 /// written to the file and dropped. 32 MiB map 2 PiB in blocks of 32 MiB, and the bitmaps of
 /// 128 GiB of a differencing disk.
-const METADATA_BYTES: u64 = 32 << 20;
+pub(super) const METADATA_BYTES: u64 = 32 << 20;
 
 /// A VHDX that is open for writing.
 ///
@@ -48,8 +49,6 @@ pub struct VhdxWriter {
     pub(super) keeps_blocks: bool,
     /// Where the item that says the disk's size is, in the file.
     pub(super) size_item: u64,
-    /// The log and the regions as they were when the image was opened.
-    pub(super) reserved: Vec<ByteRange>,
     pub(super) size_bytes: AtomicU64,
     pub(super) metadata: RwLock<Metadata>,
     /// What of the file is in use; none until the first change needs it.
@@ -70,22 +69,20 @@ pub struct VhdxWriter {
     /// The image's headers say that this writer changed it.
     pub(super) marked: AtomicBool,
     marking: Mutex<()>,
+    /// Held by the one change of size at a time.
+    pub(super) resizing: Mutex<()>,
 }
 
 /// The metadata that is in memory.
 pub(super) struct Metadata {
     /// Pages of the block table and of sector bitmaps.
     pub(super) pages: Pages,
-    /// Where the block table is.
+    /// Where the region of the block table is.
     pub(super) bat: ByteRange,
+    /// The whole region table.
+    pub(super) regions: RegionTable,
     /// Parts of the file that nothing will refer to once the changes are durable.
     pub(super) frees: Vec<ByteRange>,
-}
-
-impl Metadata {
-    pub(super) const fn new(pages: Pages, bat: ByteRange) -> Self {
-        Self { pages, bat, frees: Vec::new() }
-    }
 }
 
 /// The parts of a [`VhdxWriter`] that opening and creating find out.
@@ -95,8 +92,7 @@ pub(super) struct Parts {
     pub(super) geometry: Geometry,
     pub(super) keeps_blocks: bool,
     pub(super) size_item: u64,
-    pub(super) bat: ByteRange,
-    pub(super) reserved: Vec<ByteRange>,
+    pub(super) regions: RegionTable,
     pub(super) journal: Journal,
 }
 
@@ -109,9 +105,13 @@ impl VhdxWriter {
             geometry: parts.geometry,
             keeps_blocks: parts.keeps_blocks,
             size_item: parts.size_item,
-            reserved: parts.reserved,
             size_bytes: AtomicU64::new(parts.geometry.disk_size_bytes),
-            metadata: RwLock::new(Metadata::new(Pages::default(), parts.bat)),
+            metadata: RwLock::new(Metadata {
+                pages: Pages::default(),
+                bat: parts.regions.find(BAT_REGION).unwrap_or(ByteRange::new(0, 0)),
+                regions: parts.regions,
+                frees: Vec::new(),
+            }),
             space: Mutex::new(None),
             journal: Mutex::new(parts.journal),
             busy: Mutex::new(HashSet::new()),
@@ -121,6 +121,7 @@ impl VhdxWriter {
             poisoned: AtomicBool::new(false),
             marked: AtomicBool::new(false),
             marking: Mutex::new(()),
+            resizing: Mutex::new(()),
         }
     }
 
@@ -309,10 +310,7 @@ impl WritableBlockDevice for VhdxWriter {
     }
 
     fn resize(&self, size_bytes: u64) -> Result<()> {
-        Err(BlockError::unsupported(
-            &self.name,
-            format!("cannot be resized to {size_bytes} bytes yet"),
-        ))
+        self.change_size(size_bytes)
     }
 }
 

@@ -7,7 +7,7 @@ use super::metadata::{Metadata, VIRTUAL_DISK_SIZE};
 use super::region::Regions;
 use super::writer::{Parts, VhdxWriter};
 use std::sync::Arc;
-use vmtide_block::{BlockDevice, BlockError, ByteRange, Result, WritableBlockDevice};
+use vmtide_block::{BlockDevice, BlockError, Result, WritableBlockDevice};
 
 impl VhdxWriter {
     /// Opens an existing image for writing, over any device. A log that is not empty is replayed
@@ -51,16 +51,12 @@ impl VhdxWriter {
             ));
         }
         let size_item = table.find(VIRTUAL_DISK_SIZE).map_or(0, |entry| entry.range.offset);
-        let reserved: Vec<ByteRange> = std::iter::once(log)
-            .chain(regions.table.regions.iter().map(|region| region.range))
-            .collect();
         Ok(Self::assemble(Parts {
             parent: parent.filter(|_| metadata.has_parent),
             geometry,
             keeps_blocks: metadata.leave_blocks_allocated,
             size_item,
-            bat: regions.bat,
-            reserved,
+            regions: regions.table,
             journal: Journal::new(headers),
             file,
         }))
