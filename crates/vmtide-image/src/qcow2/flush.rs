@@ -106,6 +106,7 @@ impl Qcow2Writer {
         frees.sort_unstable();
         // Reads and writes that began with an old mapping end before its clusters are reused.
         drop(self.gate.write());
+        self.layers.compressed.forget();
         let cluster_bits = self.geometry().cluster_bits;
         let unused = self.unused_after(&frees)?;
         for run in unused.chunk_by(|a, b| a + 1 == *b) {

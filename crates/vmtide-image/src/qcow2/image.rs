@@ -1,19 +1,22 @@
 //! A qcow2 image that is open for reading.
 
 use super::bitmap::{BitmapEntry, read_bitmap, read_directory};
-use super::cache::Cache;
-use super::header::{Header, MAX_L1_BYTES, incompatible};
+use super::header::{Header, MAX_L1_BYTES, OFFSET_MASK, incompatible};
 use super::read::{Layers, Tables};
 use super::snapshot::{SnapshotEntry, read_snapshots};
-use super::table::{L2Table, l2_offset};
+use super::table::{Geometry, L2Table, l2_offset};
 use crate::bytes::{decode_table, length};
+use crate::table_cache::{Page, TableCache};
 use crate::{BitmapInfo, DiskImage, Format, Placement, SnapshotInfo};
 use std::sync::Arc;
 use vmtide_block::{BlockDevice, BlockError, ByteRange, Extent, RangeSet, Result};
 
 /// The most memory the L2 tables of one image take. At 64 KiB clusters this maps 256 GiB of disk
-/// at a time; a table that is needed again is read again.
+/// at a time; a slice that is needed again is read again.
 const L2_CACHE_BYTES: u64 = 32 << 20;
+
+/// What a cached slice takes beside its entries.
+const SLICE_OVERHEAD_BYTES: u64 = 96;
 
 /// The other files an image consists of, opened by whoever trusts them.
 #[derive(Clone, Default)]
@@ -26,16 +29,34 @@ pub struct Companions {
 
 /// A qcow2 image that is open for reading, or one of its internal snapshots.
 ///
-/// Any number of threads may read at once: the L1 table is immutable, L2 tables come from a
-/// bounded cache (32 MiB) whose locks are held for a look-up only, and the data is read with no
-/// lock at all. The image must not be written by anybody while it is open here.
+/// Any number of threads may read at once and no lock is held: the L1 table is immutable, L2 tables
+/// come in slices of 4 KiB from a bounded cache (32 MiB) without locks. A read that the tables in
+/// memory map to one place costs one read of the file. The image must not be written by anybody
+/// while it is open here.
 pub struct Qcow2Image {
     header: Header,
     layers: Arc<Layers>,
     size_bytes: u64,
     l1: Vec<u64>,
-    /// Tables by their offset in the file, so that snapshots share what they have in common.
-    cache: Arc<Cache<L2Table>>,
+    /// Slices of L2 tables, by their place on the disk.
+    cache: TableCache<L2Table>,
+}
+
+/// A slice of an L2 table in the cache.
+pub(crate) struct Slice(Arc<Page<L2Table>>);
+
+impl std::ops::Deref for Slice {
+    type Target = L2Table;
+
+    fn deref(&self) -> &L2Table {
+        &self.0.entries
+    }
+}
+
+fn new_cache(geometry: &Geometry, l1: &[u64]) -> TableCache<L2Table> {
+    let slices = geometry.cluster_bytes() / geometry.slice_bytes();
+    let most = L2_CACHE_BYTES / (geometry.slice_bytes() + SLICE_OVERHEAD_BYTES);
+    TableCache::new((l1.len() as u64).saturating_mul(slices), length(most))
 }
 
 impl Qcow2Image {
@@ -49,7 +70,7 @@ impl Qcow2Image {
         let header = Header::read(&*file)?;
         check_readable(&header, &file.name(), &companions)?;
         let l1 = read_l1(&*file, header.l1_offset, header.l1_entries)?;
-        let cache = Arc::new(Cache::new(L2_CACHE_BYTES, header.cluster_bytes()));
+        let cache = new_cache(&Geometry::of(&header), &l1);
         let data_file = companions.data_file.filter(|_| header.has(incompatible::EXTERNAL_DATA));
         let backing = companions.backing;
         Ok(Self {
@@ -105,8 +126,8 @@ impl Qcow2Image {
             header: self.header.clone(),
             layers: self.layers.clone(),
             size_bytes: entry.info.size_bytes,
+            cache: new_cache(&self.layers.geometry, &l1),
             l1,
-            cache: self.cache.clone(),
         })
     }
 
@@ -205,20 +226,24 @@ pub(crate) fn read_l1(file: &dyn BlockDevice, offset: u64, entries: u32) -> Resu
 }
 
 impl Tables for Qcow2Image {
-    fn table(&self, l1_index: u64) -> Result<Option<Arc<L2Table>>> {
-        let entry = self.l1.get(length(l1_index)).copied().unwrap_or(0);
+    type Table = Slice;
+
+    fn table_at(&self, offset: u64) -> Result<Option<Slice>> {
         let layers = &self.layers;
-        let size_bytes = layers.file.size_bytes();
-        let Some(offset) = l2_offset(&layers.name, &layers.geometry, l1_index, entry, size_bytes)?
-        else {
+        let geometry = &layers.geometry;
+        let (l1_index, l2_index) = geometry.indices(offset);
+        let entry = self.l1.get(length(l1_index)).copied().unwrap_or(0);
+        if entry & OFFSET_MASK == 0 {
             return Ok(None);
-        };
-        if let Some(table) = self.cache.get(offset) {
-            return Ok(Some(table));
         }
-        let table = Arc::new(L2Table::read(&*layers.file, &layers.geometry, offset)?);
-        self.cache.insert(offset, table.clone());
-        Ok(Some(table))
+        let slice = l2_index / geometry.slice_entries();
+        let number = l1_index * (geometry.cluster_bytes() / geometry.slice_bytes()) + slice;
+        let read = || {
+            let size_bytes = layers.file.size_bytes();
+            let table = l2_offset(&layers.name, geometry, l1_index, entry, size_bytes)?;
+            L2Table::read_slice(&*layers.file, geometry, table.unwrap_or_default(), slice)
+        };
+        self.cache.get_or_read(number, read).map(|page| Some(Slice(page)))
     }
 }
 

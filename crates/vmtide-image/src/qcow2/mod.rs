@@ -7,7 +7,7 @@
 //! changes images and keeps the reference counts right.
 
 mod bitmap;
-mod cache;
+mod compressed;
 mod create;
 mod decompress;
 mod flush;

@@ -1,17 +1,13 @@
 //! Reading through the mapping: what the read-only image, its snapshots and the writer share.
 
-use super::cache::Cache;
-use super::decompress::decompress;
-use super::header::{Compression, Header};
+use super::compressed::Compressed;
+use super::header::Header;
 use super::table::{Geometry, L2Table, Mapping, Run};
 use crate::bytes::length;
 use crate::image::{Placement, push_placement};
+use std::ops::Deref;
 use std::sync::Arc;
 use vmtide_block::{BlockDevice, BlockError, ByteRange, Extent, ExtentKind, Result, push_extent};
-
-/// The most memory that decompressed clusters take, for readers that ask in smaller pieces than a
-/// cluster; without it a 4 KiB scan of a 64 KiB-cluster image decompresses everything 16 times.
-const DECOMPRESSED_BYTES: u64 = 4 << 20;
 
 /// The most extents in one answer.
 const MAX_EXTENTS: usize = 1 << 16;
@@ -20,9 +16,13 @@ const MAX_EXTENTS: usize = 1 << 16;
 /// one L2 table; the caller gets its turn (and its chance to cancel) within milliseconds.
 const MAX_CLUSTERS_PER_CALL: u64 = 1 << 20;
 
-/// Gives the L2 table for an L1 index; `None` where there is none.
+/// Gives L2 tables, whole or in slices.
 pub(crate) trait Tables {
-    fn table(&self, l1_index: u64) -> Result<Option<Arc<L2Table>>>;
+    type Table: Deref<Target = L2Table>;
+
+    /// The table, or the slice of it, that maps the disk at `offset`; none where the L1 entry
+    /// leads to no table.
+    fn table_at(&self, offset: u64) -> Result<Option<Self::Table>>;
 }
 
 /// The files under an image and what is needed to read them.
@@ -33,8 +33,7 @@ pub(crate) struct Layers {
     pub(crate) data_file: Option<Arc<dyn BlockDevice>>,
     pub(crate) backing: Option<Arc<dyn BlockDevice>>,
     pub(crate) geometry: Geometry,
-    compression: Compression,
-    decompressed: Cache<Vec<u8>>,
+    pub(super) compressed: Compressed,
 }
 
 impl Layers {
@@ -50,15 +49,13 @@ impl Layers {
             data_file,
             backing,
             geometry: Geometry::of(header),
-            compression: header.compression,
-            decompressed: Cache::new(DECOMPRESSED_BYTES, header.cluster_bytes()),
+            compressed: Compressed::new(header),
         }
     }
 
     /// The run at `offset`, at most `limit` bytes.
     pub(crate) fn run(&self, tables: &impl Tables, offset: u64, limit: u64) -> Result<Run> {
-        let (l1_index, _) = self.geometry.indices(offset);
-        match tables.table(l1_index)? {
+        match tables.table_at(offset)? {
             Some(table) => table.run(&self.name, &self.geometry, offset, limit),
             None => {
                 let span = self.geometry.l2_span();
@@ -67,30 +64,39 @@ impl Layers {
         }
     }
 
-    /// Fills `buffer` from `offset`; the caller has checked the range.
+    /// Fills `buffer` from `offset`; the caller has checked the range. Stored bytes that follow
+    /// each other in the file are read as one, whatever tables map them.
     pub(crate) fn read(&self, tables: &impl Tables, buffer: &mut [u8], offset: u64) -> Result<()> {
         let mut rest = buffer;
         let mut at = offset;
+        let mut next = None;
         while !rest.is_empty() {
-            let run = self.run(tables, at, rest.len() as u64)?;
-            let (piece, after) = rest.split_at_mut(length(run.length));
-            self.read_run(run.mapping, piece, at)?;
-            at += run.length;
-            rest = after;
-        }
-        Ok(())
-    }
-
-    fn read_run(&self, mapping: Mapping, piece: &mut [u8], at: u64) -> Result<()> {
-        match mapping {
-            Mapping::Zero => piece.fill(0),
-            Mapping::Data(host) => self.read_host(host, piece)?,
-            Mapping::Unallocated => self.read_backing(piece, at)?,
-            Mapping::Compressed { offset, length } => {
-                let cluster = self.compressed_cluster(offset, length, at)?;
-                let inside = crate::bytes::length(at % self.geometry.cluster_bytes());
-                piece.copy_from_slice(&cluster[inside..inside + piece.len()]);
+            let wanted = rest.len() as u64;
+            let run = match next.take() {
+                Some(run) => run,
+                None => self.run(tables, at, wanted)?,
+            };
+            let mut bytes = run.length;
+            match run.mapping {
+                Mapping::Data(host) => {
+                    while bytes < wanted {
+                        let after = self.run(tables, at + bytes, wanted - bytes)?;
+                        if after.mapping != Mapping::Data(host + bytes) {
+                            next = Some(after);
+                            break;
+                        }
+                        bytes += after.length;
+                    }
+                    self.read_host(host, &mut rest[..length(bytes)])?;
+                }
+                Mapping::Compressed { offset, length } => {
+                    bytes = self.read_compressed(tables, rest, at, (offset, length))?;
+                }
+                Mapping::Zero => rest[..length(bytes)].fill(0),
+                Mapping::Unallocated => self.read_backing(&mut rest[..length(bytes)], at)?,
             }
+            at += bytes;
+            rest = &mut rest[length(bytes)..];
         }
         Ok(())
     }
@@ -100,15 +106,16 @@ impl Layers {
     fn read_host(&self, host: u64, piece: &mut [u8]) -> Result<()> {
         let device = self.data_file.as_ref().unwrap_or(&self.file);
         let size_bytes = device.size_bytes();
-        if host + piece.len() as u64 <= size_bytes {
+        let end = host + piece.len() as u64;
+        if end <= size_bytes {
             return device.read_at(piece, host);
         }
-        let cluster_start = host & !(self.geometry.cluster_bytes() - 1);
-        if cluster_start >= size_bytes {
+        let last_cluster = (end - 1) & !(self.geometry.cluster_bytes() - 1);
+        if last_cluster >= size_bytes {
             return Err(BlockError::damaged(
                 device.name(),
                 format!(
-                    "data cluster at {cluster_start:#x} is past the end of the file of \
+                    "data cluster at {last_cluster:#x} is past the end of the file of \
                      {size_bytes} bytes: the image is truncated"
                 ),
             ));
@@ -136,31 +143,6 @@ impl Layers {
         backing.read_at(stored, at)
     }
 
-    fn compressed_cluster(&self, offset: u64, bytes: u64, at: u64) -> Result<Arc<Vec<u8>>> {
-        if let Some(cluster) = self.decompressed.get(offset) {
-            return Ok(cluster);
-        }
-        let damaged = |detail: String| {
-            BlockError::damaged(
-                &self.name,
-                format!("compressed cluster at {offset:#x} (disk offset {at}): {detail}"),
-            )
-        };
-        // The last sector need not be there in full: the file may end with the data.
-        let size_bytes = self.file.size_bytes();
-        let available = bytes.min(size_bytes.saturating_sub(offset));
-        if available == 0 {
-            return Err(damaged(format!("past the end of the file of {size_bytes} bytes")));
-        }
-        let mut compressed = vec![0u8; length(available)];
-        self.file.read_at(&mut compressed, offset)?;
-        let mut cluster = vec![0u8; length(self.geometry.cluster_bytes())];
-        decompress(self.compression, &compressed, &mut cluster).map_err(damaged)?;
-        let cluster = Arc::new(cluster);
-        self.decompressed.insert(offset, cluster.clone());
-        Ok(cluster)
-    }
-
     /// What `range` holds, merged through the backing chain; a prefix of it, as
     /// [`BlockDevice::extents`] allows. The caller has checked the range.
     pub(crate) fn extents(&self, tables: &impl Tables, range: ByteRange) -> Result<Vec<Extent>> {
@@ -168,19 +150,20 @@ impl Layers {
         let mut at = range.offset;
         let mut work = 0;
         while at < range.end() && extents.len() < MAX_EXTENTS && work < MAX_CLUSTERS_PER_CALL {
-            let (l1_index, _) = self.geometry.indices(at);
-            let mut table = tables.table(l1_index)?;
-            let table_end = (at | (self.geometry.l2_span() - 1)).saturating_add(1).min(range.end());
-            work += 1;
-            while at < table_end && extents.len() < MAX_EXTENTS {
-                let limit = table_end - at;
-                let run = match &mut table {
-                    Some(table) => table.run(&self.name, &self.geometry, at, limit)?,
-                    None => Run { mapping: Mapping::Unallocated, length: limit },
-                };
-                if table.is_some() {
-                    work += run.length / self.geometry.unit_bytes() + 1;
-                }
+            let Some(table) = tables.table_at(at)? else {
+                let run = self.run(tables, at, range.end() - at)?;
+                work += 1;
+                at += self.push_run(&mut extents, run, at)?;
+                continue;
+            };
+            let table_end = (at | (self.geometry.l2_span() - 1)).saturating_add(1);
+            let first = at;
+            while at < range.end().min(table_end)
+                && extents.len() < MAX_EXTENTS
+                && (at == first || table.maps(&self.geometry, at))
+            {
+                let run = table.run(&self.name, &self.geometry, at, range.end() - at)?;
+                work += run.length / self.geometry.unit_bytes() + 1;
                 at += self.push_run(&mut extents, run, at)?;
             }
         }

@@ -8,6 +8,9 @@ use vmtide_block::{BlockDevice, BlockError, Result};
 /// The subclusters of a cluster where L2 entries are extended.
 pub(crate) const SUBCLUSTERS: u64 = 32;
 
+/// The bytes of an L2 table that readers keep as one.
+const SLICE_BYTES: u64 = 4096;
+
 /// What an open image's geometry is: constants that all lookups share.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Geometry {
@@ -44,6 +47,18 @@ impl Geometry {
     /// The bytes of disk one L2 table maps.
     pub(crate) const fn l2_span(&self) -> u64 {
         self.l2_entries() << self.cluster_bits
+    }
+
+    /// The bytes of a table that are read as one: QEMU's default, too. A random read of a disk
+    /// whose tables do not fit the cache costs one of these; larger ones would cost more there and
+    /// save little elsewhere.
+    pub(crate) const fn slice_bytes(&self) -> u64 {
+        if self.cluster_bytes() < SLICE_BYTES { self.cluster_bytes() } else { SLICE_BYTES }
+    }
+
+    /// The entries of a slice.
+    pub(crate) const fn slice_entries(&self) -> u64 {
+        self.slice_bytes() / 8 / self.words()
     }
 
     /// The bytes that are mapped as one: a subcluster, or a cluster where there are none.
@@ -83,25 +98,50 @@ pub(crate) struct Run {
     pub(crate) length: u64,
 }
 
-/// One L2 table in memory.
+/// One L2 table in memory, or a slice of one.
 #[derive(Clone, Debug)]
 pub(crate) struct L2Table {
-    /// Where it is in the file, for error messages.
+    /// Where the whole table is in the file, for error messages.
     pub(crate) offset: u64,
+    /// The index of the first entry that is here.
+    first: u64,
     /// The entries, one or two words each.
     words: Vec<u64>,
 }
 
 impl L2Table {
     pub(crate) fn empty(geometry: &Geometry, offset: u64) -> Self {
-        Self { offset, words: vec![0; length(geometry.cluster_bytes() / 8)] }
+        Self { offset, first: 0, words: vec![0; length(geometry.cluster_bytes() / 8)] }
     }
 
     /// Reads the table at `offset`, which the caller has checked.
     pub(crate) fn read(file: &dyn BlockDevice, geometry: &Geometry, offset: u64) -> Result<Self> {
         let mut bytes = vec![0u8; length(geometry.cluster_bytes())];
         file.read_at(&mut bytes, offset)?;
-        Ok(Self { offset, words: decode_table(&bytes) })
+        Ok(Self { offset, first: 0, words: decode_table(&bytes) })
+    }
+
+    /// Reads the slice with this index of the table at `offset`, which the caller has checked.
+    pub(crate) fn read_slice(
+        file: &dyn BlockDevice,
+        geometry: &Geometry,
+        offset: u64,
+        slice: u64,
+    ) -> Result<Self> {
+        let mut bytes = vec![0u8; length(geometry.slice_bytes())];
+        file.read_at(&mut bytes, offset + slice * geometry.slice_bytes())?;
+        let first = slice * geometry.slice_entries();
+        Ok(Self { offset, first, words: decode_table(&bytes) })
+    }
+
+    /// Whether the entry for the disk at `offset` of this table's span is here.
+    pub(crate) fn maps(&self, geometry: &Geometry, offset: u64) -> bool {
+        (self.first..self.end(geometry)).contains(&geometry.indices(offset).1)
+    }
+
+    /// The index of the entry after the last that is here.
+    fn end(&self, geometry: &Geometry) -> u64 {
+        self.first + self.words.len() as u64 / geometry.words()
     }
 
     pub(crate) fn to_bytes(&self) -> Vec<u8> {
@@ -110,18 +150,18 @@ impl L2Table {
 
     /// The entry and, where entries are extended, the subcluster bitmap (zero where not).
     pub(crate) fn entry(&self, geometry: &Geometry, index: u64) -> (u64, u64) {
-        let at = length(index * geometry.words());
+        let at = length(index.wrapping_sub(self.first).saturating_mul(geometry.words()));
         let word = |at: usize| self.words.get(at).copied().unwrap_or(0);
-        (word(at), if geometry.extended { word(at + 1) } else { 0 })
+        (word(at), if geometry.extended { word(at.saturating_add(1)) } else { 0 })
     }
 
     pub(crate) fn set_entry(&mut self, geometry: &Geometry, index: u64, entry: u64, bitmap: u64) {
-        let at = length(index * geometry.words());
+        let at = length(index.wrapping_sub(self.first).saturating_mul(geometry.words()));
         if let Some(word) = self.words.get_mut(at) {
             *word = entry;
         }
         if geometry.extended
-            && let Some(word) = self.words.get_mut(at + 1)
+            && let Some(word) = self.words.get_mut(at.saturating_add(1))
         {
             *word = bitmap;
         }
@@ -182,7 +222,8 @@ impl L2Table {
         Ok(if present { Mapping::Data(host) } else { Mapping::Unallocated })
     }
 
-    /// The longest run from `offset`, at most `limit` bytes and not past this table's end.
+    /// The longest run from `offset`, which lies in this table, at most `limit` bytes and not past
+    /// the table's end.
     pub(crate) fn run(
         &self,
         name: &str,
@@ -205,8 +246,13 @@ impl L2Table {
             }
             mapping => mapping,
         };
-        let limit = limit.min(geometry.l2_span() - offset % geometry.l2_span());
+        let end = self.end(geometry) << geometry.cluster_bits;
+        let limit = limit.min(end - offset % geometry.l2_span());
         let mut run = unit - inside;
+        if !geometry.extended {
+            run +=
+                self.like_the_first(geometry, geometry.indices(offset).1) << geometry.cluster_bits;
+        }
         while run < limit {
             let next = at(offset + run)?;
             let continues = match (first, next) {
@@ -222,6 +268,26 @@ impl L2Table {
             run += unit;
         }
         Ok(Run { mapping: first, length: run.min(limit) })
+    }
+
+    /// How many entries after the standard one at `index`, which was found sound, go on as it does
+    /// by their very words: the next cluster of the file, or the same where it has none. What
+    /// differs in a flag is left to a closer look.
+    fn like_the_first(&self, geometry: &Geometry, index: u64) -> u64 {
+        let at = length(index.wrapping_sub(self.first));
+        let Some((first, rest)) = self.words.get(at..).and_then(<[u64]>::split_first) else {
+            return 0;
+        };
+        let is_data = first & OFFSET_MASK != 0 && first & 1 == 0;
+        let step = if is_data { geometry.cluster_bytes() } else { 0 };
+        // The masked bits end where the sum of any sound offset and all steps would carry.
+        let room = (OFFSET_MASK - (first & OFFSET_MASK)) >> geometry.cluster_bits;
+        let mut next = *first;
+        let goes_on = |word: &&u64| {
+            next = next.wrapping_add(step);
+            **word == next
+        };
+        rest.iter().take(length(room)).take_while(goes_on).count() as u64
     }
 }
 

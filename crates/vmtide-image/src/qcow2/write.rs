@@ -1,7 +1,6 @@
 //! Writing data: in place where the cluster is ours alone, into new clusters otherwise.
 
 use super::header::{COMPRESSED, COPIED, OFFSET_MASK};
-use super::read::Tables;
 use super::refcount::Claim;
 use super::table::{L2Table, Mapping, SUBCLUSTERS};
 use super::writer::Qcow2Writer;

@@ -178,6 +178,18 @@ impl Qcow2Writer {
         Ok(())
     }
 
+    /// The L2 table for an L1 index; none where there is none.
+    pub(super) fn table(&self, l1_index: u64) -> Result<Option<Arc<L2Table>>> {
+        if let Some(table) = self.metadata.read().cached(l1_index) {
+            return Ok(table);
+        }
+        let mut metadata = self.metadata.write();
+        if metadata.memory_bytes() > METADATA_BYTES {
+            metadata.drop_clean();
+        }
+        metadata.load(&*self.file, l1_index)
+    }
+
     /// Keeps other threads from changing the mapping of these clusters of the disk.
     pub(super) fn hold(&self, clusters: std::ops::Range<u64>) -> Hold<'_> {
         let mut busy = self.busy.lock();
@@ -211,15 +223,10 @@ impl Drop for Hold<'_> {
 }
 
 impl Tables for Qcow2Writer {
-    fn table(&self, l1_index: u64) -> Result<Option<Arc<L2Table>>> {
-        if let Some(table) = self.metadata.read().cached(l1_index) {
-            return Ok(table);
-        }
-        let mut metadata = self.metadata.write();
-        if metadata.memory_bytes() > METADATA_BYTES {
-            metadata.drop_clean();
-        }
-        metadata.load(&*self.file, l1_index)
+    type Table = Arc<L2Table>;
+
+    fn table_at(&self, offset: u64) -> Result<Option<Arc<L2Table>>> {
+        self.table(self.geometry().indices(offset).0)
     }
 }
 

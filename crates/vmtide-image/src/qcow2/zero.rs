@@ -1,7 +1,6 @@
 //! Making ranges zero: clusters are given back or flagged, and only what cannot be is written.
 
 use super::header::{COPIED, OFFSET_MASK};
-use super::read::Tables;
 use super::table::SUBCLUSTERS;
 use super::write::clusters_of;
 use super::writer::Qcow2Writer;
