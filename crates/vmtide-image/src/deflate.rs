@@ -16,12 +16,22 @@ impl Inflater {
     /// bytes that came out; what follows the stream is not looked at.
     pub(crate) fn zlib(&mut self, data: &[u8], target: &mut [u8]) -> Result<usize, String> {
         let room = target.len();
-        self.0.zlib_decompress(data, target).map_err(|error| match error {
-            DecompressionError::BadData => "bad zlib data".into(),
-            DecompressionError::InsufficientSpace => {
-                format!("the zlib data is longer than {room} bytes")
-            }
-        })
+        self.0.zlib_decompress(data, target).map_err(|error| explain(&error, "zlib", room))
+    }
+
+    /// As [`zlib`](Self::zlib) for a raw deflate stream (RFC 1951).
+    pub(crate) fn raw(&mut self, data: &[u8], target: &mut [u8]) -> Result<usize, String> {
+        let room = target.len();
+        self.0.deflate_decompress(data, target).map_err(|error| explain(&error, "deflate", room))
+    }
+}
+
+fn explain(error: &DecompressionError, what: &str, room: usize) -> String {
+    match error {
+        DecompressionError::BadData => format!("bad {what} data"),
+        DecompressionError::InsufficientSpace => {
+            format!("the {what} data is longer than {room} bytes")
+        }
     }
 }
 

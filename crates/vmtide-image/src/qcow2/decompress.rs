@@ -2,6 +2,7 @@
 //! frame, followed by whatever the last sector holds. Exactly one cluster comes out, or an error.
 
 use super::header::Compression;
+use crate::deflate::Inflater;
 use flate2::{Decompress, FlushDecompress};
 use std::io::Read;
 use zstd::zstd_safe;
@@ -13,7 +14,7 @@ const ZSTD_WINDOW_LOG_MAX: u32 = 23;
 /// What decompressing needs, made once for all clusters of one read.
 #[derive(Default)]
 pub(crate) struct Decompressor {
-    deflate: Option<libdeflater::Decompressor>,
+    deflate: Option<Inflater>,
     zstd: Option<zstd_safe::DCtx<'static>>,
 }
 
@@ -27,8 +28,8 @@ impl Decompressor {
     ) -> Result<(), String> {
         match compression {
             Compression::Zlib => {
-                let decoder = self.deflate.get_or_insert_with(libdeflater::Decompressor::new);
-                match decoder.deflate_decompress(compressed, cluster) {
+                let decoder = self.deflate.get_or_insert_with(Inflater::new);
+                match decoder.raw(compressed, cluster) {
                     Ok(bytes) if bytes == cluster.len() => Ok(()),
                     // What is not one whole stream: the tolerant decoder decides, or says why not.
                     _ => inflate(compressed, cluster),
