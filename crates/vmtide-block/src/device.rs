@@ -96,6 +96,24 @@ pub trait WritableBlockDevice: BlockDevice {
     }
 }
 
+impl<T: BlockDevice + ?Sized> BlockDevice for &T {
+    fn name(&self) -> String {
+        (**self).name()
+    }
+    fn size_bytes(&self) -> u64 {
+        (**self).size_bytes()
+    }
+    fn block_size_bytes(&self) -> u32 {
+        (**self).block_size_bytes()
+    }
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        (**self).read_at(buffer, offset)
+    }
+    fn extents(&self, range: ByteRange) -> Result<Vec<Extent>> {
+        (**self).extents(range)
+    }
+}
+
 impl<T: BlockDevice + ?Sized> BlockDevice for std::sync::Arc<T> {
     fn name(&self) -> String {
         (**self).name()

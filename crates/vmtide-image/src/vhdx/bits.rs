@@ -5,22 +5,38 @@ use std::ops::Range;
 /// Whether the bit at `from` is set, and how many bits from it on, before `limit`, are the same.
 /// Bits past the end of the bytes are not set.
 pub(super) fn run(bytes: &[u8], from: u64, limit: u64) -> (bool, u64) {
-    let is_set = bit(bytes, from);
-    let whole = if is_set { u8::MAX } else { 0 };
+    let is_set = word(bytes, from / 8) >> (from % 8) & 1 == 1;
     let mut at = from;
     while at < limit {
-        if at.is_multiple_of(8)
-            && limit - at >= 8
-            && usize::try_from(at / 8).ok().and_then(|index| bytes.get(index)) == Some(&whole)
-        {
-            at += 8;
-        } else if bit(bytes, at) == is_set {
-            at += 1;
-        } else {
+        // Eight bytes at a time, flipped where need be so that the run is one of ones.
+        let (inside, flip) = (at % 8, if is_set { 0 } else { u64::MAX });
+        let count = u64::from(((word(bytes, at / 8) ^ flip) >> inside).trailing_ones());
+        at += count;
+        if count < 64 - inside {
             break;
         }
     }
-    (is_set, at.max(from) - from)
+    (is_set, at.min(limit).max(from) - from)
+}
+
+/// The bits of eight bytes from the byte at `index`; those past the end are not set.
+fn word(bytes: &[u8], index: u64) -> u64 {
+    let rest = usize::try_from(index).ok().and_then(|index| bytes.get(index..)).unwrap_or_default();
+    match rest.first_chunk() {
+        Some(whole) => u64::from_le_bytes(*whole),
+        None => rest.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte)),
+    }
+}
+
+/// The number of set bits among those from `from` up to and without `end`.
+pub(super) fn count(bytes: &[u8], from: u64, end: u64) -> u64 {
+    let (mut total, mut at) = (0, from);
+    while at < end {
+        let (is_set, bits) = run(bytes, at, end);
+        total += if is_set { bits } else { 0 };
+        at += bits.max(1);
+    }
+    total
 }
 
 /// Sets or clears bits; those past the end of the bytes are none.
@@ -38,16 +54,33 @@ pub(super) fn fill(bytes: &mut [u8], bits: Range<u64>, is_set: bool) {
     }
 }
 
-fn bit(bytes: &[u8], at: u64) -> bool {
-    usize::try_from(at / 8)
-        .ok()
-        .and_then(|index| bytes.get(index))
-        .is_some_and(|byte| byte >> (at % 8) & 1 == 1)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn runs_and_counts_are_those_of_the_bits_one_by_one() {
+        // Runs from one bit to many words.
+        let mut bytes = vec![0u8; 61];
+        bytes[3..9].fill(0xff);
+        bytes[9] = 0x07;
+        bytes[20] = 0xa5;
+        bytes[30..61].fill(0xff);
+        bytes[40] = 0xfe;
+        let mut bits: Vec<bool> =
+            (0..bytes.len() * 8).map(|at| bytes[at / 8] >> (at % 8) & 1 == 1).collect();
+        bits.resize(bits.len() + 80, false);
+        for from in 0..bits.len() {
+            for end in [from + 1, from + 7, from + 65, bits.len()] {
+                let end = end.min(bits.len());
+                let length = bits[from..end].iter().take_while(|bit| **bit == bits[from]).count();
+                let found = run(&bytes, from as u64, end as u64);
+                assert_eq!(found, (bits[from], length as u64), "{from}..{end}");
+            }
+        }
+        let set = bits[5..450].iter().filter(|bit| **bit).count() as u64;
+        assert_eq!(count(&bytes, 5, 450), set);
+    }
 
     #[test]
     fn bits_are_filled_and_runs_are_found() {

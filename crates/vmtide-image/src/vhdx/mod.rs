@@ -1,24 +1,32 @@
 //! VHDX (MS-VHDX).
 //!
 //! One noun of the specification per file: [`guid`], [`checksum`], [`header`] (file identifier and
-//! the two headers), [`region`] (what is where), [`metadata`] and [`locator`] (what the disk is and
-//! who its parent is), [`bat`] (where its blocks are), [`log_entry`] and the log they stand in.
+//! the two headers), [`log_entry`], [`log`] and [`replay`] (changes that may not have reached their
+//! place), [`region`] (what is where), [`metadata`] and [`locator`] (what the disk is and who its
+//! parent is), [`bat`] and [`bits`] (where its blocks and sectors are). [`tables`] is all of it
+//! that an open image holds; [`VhdxImage`] reads, [`VhdxWriter`] writes.
 
-#![allow(dead_code, reason = "the reader and the writer are being built on these")]
+#![allow(dead_code, reason = "the writer is being built on these")]
 
 pub(crate) mod bat;
 pub(crate) mod checksum;
 pub(crate) mod guid;
 pub(crate) mod header;
 pub(crate) mod locator;
+pub(crate) mod log;
 pub(crate) mod log_entry;
 pub(crate) mod metadata;
 pub(crate) mod region;
+pub(crate) mod replay;
+pub(crate) mod tables;
 
 mod allocate;
 mod bits;
+mod check;
 mod create;
 mod flush;
+mod image;
+mod info;
 mod log_write;
 mod mapping;
 mod pages;
@@ -29,58 +37,31 @@ mod writer;
 mod writer_open;
 mod zero;
 
+#[allow(unused_imports, reason = "the dispatch over formats is being built")]
+pub(crate) use check::check;
 pub use create::{VhdxCreateOptions, VhdxKind, VhdxParent};
+pub use image::VhdxImage;
+pub(crate) use info::info;
 pub use writer::VhdxWriter;
 
-use crate::{DiskImage, Format, ImageInfo, ParentLink, Placement};
-use std::sync::Arc;
-use vmtide_block::{BlockDevice, ByteRange, Result};
+use crate::ParentLink;
+use vmtide_block::{BlockDevice, Result};
 
-/// An image that is open for reading.
-pub enum VhdxImage {}
-
+/// How a differencing image names its parent; `None` for an image without one.
+///
+/// # Errors
+/// As [`VhdxImage::open_device`].
 pub(crate) fn parent_link(file: &dyn BlockDevice) -> Result<Option<ParentLink>> {
-    Err(Format::Vhdx.not_supported(file.name()))
+    header::read_creator(file)?;
+    let (tables, _) = tables::Tables::replayed(file)?;
+    Ok(tables.parent_link())
 }
 
+/// The DataWriteGuid, by which children know their parent: lower case without braces.
+///
+/// # Errors
+/// Where neither header is valid.
 pub(crate) fn identity(file: &dyn BlockDevice) -> Result<String> {
-    Err(Format::Vhdx.not_supported(file.name()))
-}
-
-pub(crate) fn info(file: &dyn BlockDevice) -> Result<ImageInfo> {
-    Err(Format::Vhdx.not_supported(file.name()))
-}
-
-impl VhdxImage {
-    /// Opens an image.
-    ///
-    /// # Errors
-    /// Always.
-    pub fn open_device(
-        file: Arc<dyn BlockDevice>,
-        _parent: Option<Arc<dyn BlockDevice>>,
-    ) -> Result<Self> {
-        Err(Format::Vhdx.not_supported(file.name()))
-    }
-}
-
-impl BlockDevice for VhdxImage {
-    fn name(&self) -> String {
-        match *self {}
-    }
-    fn size_bytes(&self) -> u64 {
-        match *self {}
-    }
-    fn read_at(&self, _buffer: &mut [u8], _offset: u64) -> Result<()> {
-        match *self {}
-    }
-}
-
-impl DiskImage for VhdxImage {
-    fn format(&self) -> Format {
-        match *self {}
-    }
-    fn layout(&self, _range: ByteRange) -> Result<Vec<Placement>> {
-        match *self {}
-    }
+    header::read_creator(file)?;
+    Ok(header::Headers::read(file)?.current.data_write_guid.to_string())
 }
