@@ -2,7 +2,7 @@
 """Measure vmtide and its peers side by side on one machine, on one disk, in turn.
 
     bench/make-disk.py                        once: makes the disk
-    bench/run.py backup                       full, restore, unchanged and incremental backup
+    bench/run.py backup                       full, restore, and the backups of the days after
     bench/run.py copy                         plain copies of the disk, the floor for a restore
     bench/run.py scale                        the same 1 GiB of changes on a 16 GiB and a 1 TiB disk
     bench/run.py scale-qemu                   the same, of running machines, by QEMU's dirty bitmap
@@ -29,7 +29,7 @@ from measure import WORK, Failed, allocated, apparent, data_offsets, measure, re
 
 HERE = pathlib.Path(__file__).resolve().parent
 LIVE = WORK / "live/disk.raw"
-STEPS = ("full", "restore", "unchanged", "incremental")
+STEPS = ("full", "restore", "unchanged", "day2", "incremental")
 MIB, GIB = 1 << 20, 1 << 30
 SCALE_SIZES = (16 * GIB, 1024 * GIB)
 SCALE_BASE = GIB
@@ -100,30 +100,45 @@ def restore_step(tool, number, source, compare):
     return row
 
 
+def next_step(tool, number, step, compare, changes=None):
+    """A further backup into the repository: of the disk that did not change, or of the next day's. When asked, it is
+    restored and compared; that is not measured."""
+    image, age = (WORK / "disk/disk.raw", 1000) if step == "unchanged" else (WORK / "day2.raw", 0)
+    put_live(image, int(time.time()) - age)
+    size = apparent(tool.stored())
+    row = timed(tool, step, number, tool.backup(LIVE, changes))
+    record("backup", {**row, "added_bytes": apparent(tool.stored()) - size})
+    if compare and step != "unchanged":
+        restore_step(tool, number, LIVE, compare)
+
+
 def backup_chain(tool, number, steps, compare):
-    """Full backup, restore, backup of the untouched disk, backup of the next day's disk."""
-    day1, day2 = WORK / "disk/disk.raw", WORK / "day2.raw"
-    now = int(time.time())
-    put_live(day1, now - 3000)
+    """Full backup, restore, backup of the untouched disk, backup of the next day's disk: by reading it, and, of tools
+    that take one, by a list of what changed."""
+    put_live(WORK / "disk/disk.raw", int(time.time()) - 3000)
     fresh(tool)
     row = timed(tool, "full", number, tool.backup(LIVE))
-    size = apparent(tool.stored())
-    record("backup", {**row, "stored_bytes": size})
+    record("backup", {**row, "stored_bytes": apparent(tool.stored())})
     if "restore" in steps:
         warm_tree(tool.repo)
         warm(LIVE)
         record("backup", restore_step(tool, number, LIVE, compare))
     if not tool.dedups:
         return
-    for step, image, changes in (("unchanged", day1, None), ("incremental", day2, WORK / "changes.json")):
-        if step not in steps:
-            continue
-        now = int(time.time())
-        put_live(image, now - 1000 if step == "unchanged" else now)
-        row = timed(tool, step, number, tool.backup(LIVE, changes))
-        grown = apparent(tool.stored())
-        record("backup", {**row, "added_bytes": grown - size})
-        size = grown
+    if "unchanged" in steps:
+        next_step(tool, number, "unchanged", compare)
+    by_list = "incremental" in steps and tool.takes_changes
+    before = tool.home / "before"
+    if by_list and "day2" in steps:
+        # Both begin from the same repository. Its objects are never changed, so that links are a copy.
+        subprocess.run(["cp", "-al", str(tool.repo), str(before)], check=True)
+    if "day2" in steps:
+        next_step(tool, number, "day2", compare)
+    if by_list:
+        if before.exists():
+            remove(tool.repo)
+            before.rename(tool.repo)
+        next_step(tool, number, "incremental", compare, WORK / "changes.json")
 
 
 def chosen(names, classes):

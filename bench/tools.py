@@ -32,6 +32,8 @@ class Tool:
     label = ""
     setting = ""
     dedups = True
+    # Whether `backup` makes use of a list of changed ranges.
+    takes_changes = False
     # Exit codes that mean the work is done.
     ok = (0,)
 
@@ -149,6 +151,7 @@ class Borg1(Borg):
 class Vmtide(Tool):
     name, label, setting = "vmtide", "vmtide", "default"
     options = ()
+    takes_changes = True
     # 3 is done with a warning, such as a disk read in full for want of tracking.
     ok = (0, 3)
 

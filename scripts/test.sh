@@ -103,7 +103,7 @@ check_scripts() {
 }
 
 check_python() {
-    PYTHONPYCACHEPREFIX="$LOGS/pycache" python3 -m compileall -q "$REPO_ROOT/tests/e2e"
+    PYTHONPYCACHEPREFIX="$LOGS/pycache" python3 -m compileall -q "$REPO_ROOT/tests/e2e" "$REPO_ROOT/bench" "$REPO_ROOT/tools"
 }
 
 part_lint() {
