@@ -5,8 +5,8 @@
 //! sequential access and small enough to share the tail of a disk between workers.
 
 use crate::{
-    BlockDevice, BlockError, ByteRange, CancelToken, Extent, Progress, Result, WritableBlockDevice,
-    for_each_extent, is_zero,
+    AlignedBuffer, BlockDevice, BlockError, ByteRange, CancelToken, Extent, Progress, Result,
+    WritableBlockDevice, for_each_extent, is_zero,
 };
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -77,6 +77,7 @@ pub fn copy_device(
     cancel: &CancelToken,
 ) -> Result<CopySummary> {
     target.check_range(ByteRange::new(0, source.size_bytes()))?;
+    target.expect_bulk_writes();
     let copier = Copier {
         source,
         target,
@@ -123,7 +124,7 @@ impl Copier<'_> {
 
     fn work_until_done(&self) -> Result<()> {
         let size_bytes = self.source.size_bytes();
-        let mut buffer = vec![0u8; BUFFER_BYTES];
+        let mut buffer = AlignedBuffer::new(BUFFER_BYTES);
         let mut present = vec![0u8; if self.options.differing_only { BUFFER_BYTES } else { 0 }];
         loop {
             let start = self.next_span.fetch_add(SPAN_BYTES, Ordering::Relaxed);

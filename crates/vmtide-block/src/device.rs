@@ -82,6 +82,11 @@ pub trait WritableBlockDevice: BlockDevice {
     /// What the medium says. After an error the state of earlier writes is unknown.
     fn flush(&self) -> Result<()>;
 
+    /// Says that much will be written in large pieces and not be read again soon: a restore, a
+    /// conversion. A device may then write past the operating system's cache, which saves a copy of
+    /// every byte and does not push out what others need. Only a hint; results are the same.
+    fn expect_bulk_writes(&self) {}
+
     /// Changes the size. New bytes read as zeros; bytes past a smaller size are gone.
     ///
     /// # Errors

@@ -10,9 +10,11 @@
 //! Everything here blocks the calling thread and is safe to call from many threads. There is no
 //! global state.
 
+mod aligned;
 mod cancel;
 mod copy;
 mod device;
+mod direct;
 mod error;
 mod extent;
 mod memory;
@@ -22,6 +24,7 @@ mod range_set;
 mod raw;
 mod zero;
 
+pub use aligned::AlignedBuffer;
 pub use cancel::CancelToken;
 pub use copy::{CopyOptions, CopySummary, copy_device};
 pub use device::{BlockDevice, ReadOnlyView, WritableBlockDevice, all_extents, for_each_extent};

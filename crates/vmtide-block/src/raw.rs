@@ -5,12 +5,14 @@
 //! with a guarantee of zeros. A file system without either still works: everything is data, and
 //! zeros are written.
 
+use crate::direct::DirectFile;
 use crate::{
     BlockDevice, BlockError, ByteRange, Extent, ExtentKind, Result, WritableBlockDevice,
     push_extent,
 };
 use std::fs::{File, OpenOptions};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The most extents one answer holds, so that a badly fragmented file does not take memory.
@@ -39,6 +41,8 @@ pub enum OpenMode {
 #[derive(Debug)]
 pub struct RawDevice {
     file: File,
+    /// The same file for writing past the page cache.
+    direct: OnceLock<Option<DirectFile>>,
     path: PathBuf,
     size_bytes: AtomicU64,
     block_size_bytes: u32,
@@ -99,6 +103,7 @@ impl RawDevice {
         let block_size_bytes = if fixed_size { logical_block_size(&file) } else { 512 };
         Ok(Self {
             file,
+            direct: OnceLock::new(),
             path,
             size_bytes: AtomicU64::new(size_bytes),
             block_size_bytes,
@@ -218,7 +223,18 @@ impl WritableBlockDevice for RawDevice {
     fn write_at(&self, data: &[u8], offset: u64) -> Result<()> {
         let range = ByteRange::new(offset, data.len() as u64);
         self.check_write(range)?;
+        if let Some(Some(direct)) = self.direct.get()
+            && direct.try_write(data, offset).map_err(|error| self.io("write", range, error))?
+        {
+            return Ok(());
+        }
         write_all_at(&self.file, data, offset).map_err(|error| self.io("write", range, error))
+    }
+
+    fn expect_bulk_writes(&self) {
+        if self.writable {
+            self.direct.get_or_init(|| DirectFile::open(&self.path, &self.file));
+        }
     }
 
     fn write_zeroes(&self, range: ByteRange) -> Result<()> {
@@ -263,7 +279,7 @@ fn read_exact_at(file: &File, buffer: &mut [u8], offset: u64) -> std::io::Result
 }
 
 #[cfg(unix)]
-fn write_all_at(file: &File, data: &[u8], offset: u64) -> std::io::Result<()> {
+pub(crate) fn write_all_at(file: &File, data: &[u8], offset: u64) -> std::io::Result<()> {
     std::os::unix::fs::FileExt::write_all_at(file, data, offset)
 }
 
@@ -283,7 +299,7 @@ fn read_exact_at(file: &File, mut buffer: &mut [u8], mut offset: u64) -> std::io
 }
 
 #[cfg(windows)]
-fn write_all_at(file: &File, mut data: &[u8], mut offset: u64) -> std::io::Result<()> {
+pub(crate) fn write_all_at(file: &File, mut data: &[u8], mut offset: u64) -> std::io::Result<()> {
     use std::os::windows::fs::FileExt;
     while !data.is_empty() {
         let count = file.seek_write(data, offset)?;

@@ -44,24 +44,29 @@ impl<K: Hash + Eq + Clone, V: ?Sized> ByteCache<K, V> {
         Some(value)
     }
 
-    /// Keeps a value that takes `bytes`, and lets others go for it.
-    pub(crate) fn put(&self, key: K, value: Arc<V>, bytes: usize) {
+    /// Keeps a value that takes `bytes`, and lets others go for it: the last of them comes back, in
+    /// case its memory is of use.
+    pub(crate) fn put(&self, key: K, value: Arc<V>, bytes: usize) -> Option<Arc<V>> {
         let mut inner = self.inner.lock();
         inner.stamp += 1;
         let stamp = inner.stamp;
-        if let Some((_, old, _)) = inner.values.insert(key.clone(), (value, bytes, stamp)) {
-            inner.bytes -= old;
+        let mut evicted = None;
+        if let Some((old, old_bytes, _)) = inner.values.insert(key.clone(), (value, bytes, stamp)) {
+            inner.bytes -= old_bytes;
+            evicted = Some(old);
         }
         inner.bytes += bytes;
         inner.order.push_back((key, stamp));
         while inner.bytes > self.limit_bytes {
             let Some((key, stamp)) = inner.order.pop_front() else { break };
             if inner.values.get(&key).is_some_and(|value| value.2 == stamp)
-                && let Some((_, freed, _)) = inner.values.remove(&key)
+                && let Some((value, freed, _)) = inner.values.remove(&key)
             {
                 inner.bytes -= freed;
+                evicted = Some(value);
             }
         }
+        evicted
     }
 }
 

@@ -265,6 +265,10 @@ impl WritableBlockDevice for Qcow2Writer {
         self.zero_range(range)
     }
 
+    fn expect_bulk_writes(&self) {
+        self.data_file.as_ref().unwrap_or(&self.file).expect_bulk_writes();
+    }
+
     fn flush(&self) -> Result<()> {
         self.flush_tables()
     }

@@ -296,9 +296,9 @@ impl<'a> Mover<'a> {
             if !numbers.clone().any(|number| live.contains(number)) {
                 continue;
             }
-            pack.read_stored(frame..frame + 1, &mut stored)?;
+            let sealed = pack.read_stored(frame..frame + 1, &mut stored)?;
             content.resize(pack.content_length(frame), 0);
-            pack.decode(frame, &mut stored, &mut content, &mut self.decoder)?;
+            pack.decode(frame, sealed, &mut content, &mut self.decoder)?;
             let first_block = pack.blocks_of(frame).start;
             let mut kept = Vec::new();
             let mut kept_content = Vec::new();

@@ -277,8 +277,7 @@ fn read_pack(
             end += 1;
         }
         match pack.read_stored(frame..end, &mut stored) {
-            Ok(()) => {
-                let mut rest = stored.as_mut_slice();
+            Ok(mut rest) => {
                 for number in frame..end {
                     let length = pack.frames()[number].stored_length as usize;
                     let (this, after) = rest.split_at_mut(length);

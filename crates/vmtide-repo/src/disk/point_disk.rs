@@ -37,6 +37,8 @@ pub struct PointDisk {
 struct Scratch {
     decoder: FrameDecoder,
     stored: Vec<u8>,
+    /// The memory of a frame that left the cache, for the next one.
+    spare: Vec<u8>,
 }
 
 impl PointDisk {
@@ -60,7 +62,9 @@ impl PointDisk {
         let scratch = self.scratch.lock().pop();
         let mut scratch = match scratch {
             Some(scratch) => scratch,
-            None => Scratch { decoder: FrameDecoder::new()?, stored: Vec::new() },
+            None => {
+                Scratch { decoder: FrameDecoder::new()?, stored: Vec::new(), spare: Vec::new() }
+            }
         };
         let end = offset + buffer.len() as u64;
         let blocks = offset / BLOCK..end.div_ceil(BLOCK);
@@ -128,10 +132,10 @@ impl PointDisk {
         while frame <= last_frame {
             let batch = batch_from(pack, frame, last_frame);
             let cached = self.frames.get(&(pack.id(), frame));
+            let mut stored: &mut [u8] = &mut [];
             if cached.is_none() {
-                pack.read_stored(frame..batch, &mut scratch.stored)?;
+                stored = pack.read_stored(frame..batch, &mut scratch.stored)?;
             }
-            let mut stored_at = 0;
             let batch = if cached.is_some() { frame + 1 } else { batch };
             for number in frame..batch {
                 let entry = &pack.frames()[number];
@@ -145,17 +149,19 @@ impl PointDisk {
                     target.copy_from_slice(&content[wanted]);
                     continue;
                 }
-                let stored_end = stored_at + entry.stored_length as usize;
-                let stored = &mut scratch.stored[stored_at..stored_end];
-                stored_at = stored_end;
+                let rest = std::mem::take(&mut stored);
+                let (this, after) = rest.split_at_mut(entry.stored_length as usize);
+                stored = after;
                 if from == content_start && to == content_end {
-                    pack.decode(number, stored, target, &mut scratch.decoder)?;
+                    pack.decode(number, this, target, &mut scratch.decoder)?;
                 } else {
-                    let mut content = vec![0; pack.content_length(number)];
-                    pack.decode(number, stored, &mut content, &mut scratch.decoder)?;
+                    let mut content = std::mem::take(&mut scratch.spare);
+                    content.resize(pack.content_length(number), 0);
+                    pack.decode(number, this, &mut content, &mut scratch.decoder)?;
                     target.copy_from_slice(&content[wanted]);
                     let bytes = content.len();
-                    self.frames.put((pack.id(), number), Arc::new(content), bytes);
+                    let evicted = self.frames.put((pack.id(), number), Arc::new(content), bytes);
+                    scratch.spare = evicted.and_then(Arc::into_inner).unwrap_or_default();
                 }
             }
             frame = batch;

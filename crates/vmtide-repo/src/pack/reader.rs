@@ -118,16 +118,26 @@ impl Pack {
         Err(RepoError::damaged(&self.name, detail))
     }
 
-    /// Reads the stored bytes of neighbouring frames in one go into `stored`.
-    pub(crate) fn read_stored(&self, frames: Range<usize>, stored: &mut Vec<u8>) -> Result<()> {
+    /// Reads the stored bytes of neighbouring frames in one go. They are the part of `stored` that
+    /// comes back; the vector itself only ever grows, so that reusing it costs nothing.
+    pub(crate) fn read_stored<'a>(
+        &self,
+        frames: Range<usize>,
+        stored: &'a mut Vec<u8>,
+    ) -> Result<&'a mut [u8]> {
         let frames = &self.directory.frames[frames];
-        stored.clear();
-        let (Some(first), Some(last)) = (frames.first(), frames.last()) else { return Ok(()) };
+        let (Some(first), Some(last)) = (frames.first(), frames.last()) else {
+            return Ok(&mut []);
+        };
         let length = last.offset + u64::from(last.stored_length) - first.offset;
         let length = usize::try_from(length)
             .map_err(|_| RepoError::damaged(&self.name, "frames longer than memory"))?;
-        stored.resize(length, 0);
-        self.object.reader.read_at(stored, first.offset)
+        if stored.len() < length {
+            stored.resize(length, 0);
+        }
+        let stored = &mut stored[..length];
+        self.object.reader.read_at(stored, first.offset)?;
+        Ok(stored)
     }
 
     /// Verifies frame `number` of the pack, whose stored bytes these are, and puts its chunks into
