@@ -1,6 +1,9 @@
 //! Checking an image's structure, and repairing what can be repaired without guessing.
 
+use crate::{Format, OpenOptions, probe_device, vhd};
 use serde::{Deserialize, Serialize};
+use std::path::Path;
+use vmtide_block::{BlockDevice, OpenMode, RawDevice, Result};
 
 /// How many problems a report lists; more are only counted, so that an image that is nothing but
 /// damage does not take all memory.
@@ -71,4 +74,35 @@ pub enum Repair {
     Leaks,
     /// All that can be repaired without guessing.
     All,
+}
+
+/// Checks the structure of the image at `path`, and repairs what `repair` allows. Of a chain only
+/// this image is looked at. The format is probed where the options do not give it. A raw disk has
+/// no structure to check.
+///
+/// # Errors
+/// [`vmtide_block::BlockError::Damaged`] where the image is so damaged that nothing more can be said
+/// of it; what the medium says.
+pub fn check_image(
+    path: impl AsRef<Path>,
+    options: &OpenOptions,
+    repair: Repair,
+) -> Result<CheckReport> {
+    let path = path.as_ref();
+    let mode = match repair {
+        Repair::Nothing => OpenMode::ReadOnly,
+        Repair::Leaks | Repair::All => OpenMode::ReadWrite,
+    };
+    let file = RawDevice::open(path, mode)?;
+    let format = options.format.map_or_else(|| probe_device(&file), Ok)?;
+    match (format, repair) {
+        (Format::Raw, _) => Ok(CheckReport {
+            size_bytes: file.size_bytes(),
+            allocated_bytes: file.size_bytes(),
+            ..CheckReport::default()
+        }),
+        (Format::Vhd, Repair::Nothing) => vhd::check(&file),
+        (Format::Vhd, repair) => vhd::repair(&file, repair),
+        (other, _) => Err(other.not_supported(file.name())),
+    }
 }

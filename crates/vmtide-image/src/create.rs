@@ -92,6 +92,7 @@ pub fn create_image(
         }
         Format::Qcow2 => create_qcow2(path, options),
         Format::Vhdx => create_vhdx(path, options),
+        Format::Vhd => Ok(Arc::new(crate::vhd::create(path, options)?)),
         other => Err(other.not_supported(path.display().to_string())),
     }
 }

@@ -30,7 +30,7 @@ pub mod vhd;
 pub mod vhdx;
 pub mod vmdk;
 
-pub use check::{CheckReport, Problem, Repair, Severity};
+pub use check::{CheckReport, Problem, Repair, Severity, check_image};
 pub use create::{CreateOptions, CreateParent, create_image, subformats};
 pub use format::{Format, probe, probe_device};
 pub use identity::identity;

@@ -1,96 +1,30 @@
-//! VHD (Virtual Hard Disk Image Format Specification 1.0).
+//! VHD (Virtual Hard Disk Image Format Specification 1.0, Microsoft 2006): Virtual PC's, Hyper-V's
+//! older and Azure's format.
+//!
+//! A **fixed** VHD is the bytes of the disk and a footer. A **dynamic** one has a table of blocks
+//! of usually 2 MiB that are allocated when they are written; a **differencing** one is dynamic and
+//! has, in a bitmap in front of each block, a bit per sector that says whether the sector is its
+//! own or the parent's. All numbers are big-endian. The largest disk is 2040 GiB.
 
-use crate::{DiskImage, Format, ImageInfo, ImageWriter, ParentLink, Placement};
-use std::sync::Arc;
-use vmtide_block::{BlockDevice, ByteRange, Result, WritableBlockDevice};
+mod bitmap;
+mod check;
+mod create;
+mod flush;
+mod footer;
+mod geometry;
+mod grow;
+mod header;
+mod image;
+mod info;
+mod parent;
+mod read;
+mod write;
+mod writer;
 
-/// An image that is open for reading.
-pub enum VhdImage {}
-
-/// An image that is open for writing.
-pub enum VhdWriter {}
-
-pub(crate) fn parent_link(file: &dyn BlockDevice) -> Result<Option<ParentLink>> {
-    Err(Format::Vhd.not_supported(file.name()))
-}
-
-pub(crate) fn identity(file: &dyn BlockDevice) -> Result<String> {
-    Err(Format::Vhd.not_supported(file.name()))
-}
-
-pub(crate) fn info(file: &dyn BlockDevice) -> Result<ImageInfo> {
-    Err(Format::Vhd.not_supported(file.name()))
-}
-
-impl VhdImage {
-    /// Opens an image.
-    ///
-    /// # Errors
-    /// Always.
-    pub fn open_device(
-        file: Arc<dyn BlockDevice>,
-        _parent: Option<Arc<dyn BlockDevice>>,
-    ) -> Result<Self> {
-        Err(Format::Vhd.not_supported(file.name()))
-    }
-}
-
-impl VhdWriter {
-    /// Opens an image.
-    ///
-    /// # Errors
-    /// Always.
-    pub fn open_device(
-        file: Arc<dyn WritableBlockDevice>,
-        _parent: Option<Arc<dyn BlockDevice>>,
-    ) -> Result<Self> {
-        Err(Format::Vhd.not_supported(file.name()))
-    }
-}
-
-impl BlockDevice for VhdImage {
-    fn name(&self) -> String {
-        match *self {}
-    }
-    fn size_bytes(&self) -> u64 {
-        match *self {}
-    }
-    fn read_at(&self, _buffer: &mut [u8], _offset: u64) -> Result<()> {
-        match *self {}
-    }
-}
-
-impl BlockDevice for VhdWriter {
-    fn name(&self) -> String {
-        match *self {}
-    }
-    fn size_bytes(&self) -> u64 {
-        match *self {}
-    }
-    fn read_at(&self, _buffer: &mut [u8], _offset: u64) -> Result<()> {
-        match *self {}
-    }
-}
-
-impl DiskImage for VhdImage {
-    fn format(&self) -> Format {
-        match *self {}
-    }
-    fn layout(&self, _range: ByteRange) -> Result<Vec<Placement>> {
-        match *self {}
-    }
-}
-
-impl WritableBlockDevice for VhdWriter {
-    fn write_at(&self, _data: &[u8], _offset: u64) -> Result<()> {
-        match *self {}
-    }
-    fn write_zeroes(&self, _range: ByteRange) -> Result<()> {
-        match *self {}
-    }
-    fn flush(&self) -> Result<()> {
-        match *self {}
-    }
-}
-
-impl ImageWriter for VhdWriter {}
+pub(crate) use check::{check, repair};
+pub(crate) use create::create;
+pub use create::{MAX_DISK_BYTES, VhdCreateOptions, VhdKind, VhdParent};
+pub use image::VhdImage;
+pub(crate) use info::{identity, info};
+pub(crate) use parent::parent_link;
+pub use writer::VhdWriter;
