@@ -13,7 +13,7 @@ use support::{
 use vmtide_block::{
     BlockDevice, ByteRange, MemoryDevice, OpenMode, RawDevice, WritableBlockDevice,
 };
-use vmtide_image::vhdx::{VhdxCreateOptions, VhdxKind, VhdxParent, VhdxWriter};
+use vmtide_image::vhdx::{VhdxCreateOptions, VhdxImage, VhdxKind, VhdxParent, VhdxWriter};
 use vmtide_image::{CreateOptions, Format, ImageWriter, create_image};
 
 const MIB: u64 = 1 << 20;
@@ -60,10 +60,19 @@ fn qemu_reads_what_is_written() {
 
 #[derive(Clone, Debug)]
 enum Step {
-    Write { at: u64, length: u64, value: u8 },
-    Zero { at: u64, length: u64 },
+    Write {
+        at: u64,
+        length: u64,
+        value: u8,
+    },
+    Zero {
+        at: u64,
+        length: u64,
+    },
     Flush,
     Reopen,
+    /// Ends without finishing, so that the next one has to replay the log.
+    Leave,
     Resize(u64),
 }
 
@@ -77,6 +86,7 @@ fn step() -> impl Strategy<Value = Step> {
         3 => place.prop_map(|(at, length)| Step::Zero { at, length }),
         2 => Just(Step::Flush),
         1 => Just(Step::Reopen),
+        1 => Just(Step::Leave),
         1 => (1..12_000_000u64).prop_map(Step::Resize),
     ]
 }
@@ -153,6 +163,12 @@ fn run_model(shape: &Shape, steps: &[Step]) -> Result<(), TestCaseError> {
                 model[range].fill(0);
             }
             Step::Flush => writer.flush().unwrap(),
+            Step::Leave => {
+                writer.flush().unwrap();
+                let reader = VhdxImage::open_device(memory.clone(), parent.clone()).unwrap();
+                prop_assert!(read_all(&reader) == model, "the reader of a live log differs");
+                writer = VhdxWriter::open_device(memory.clone(), parent.clone()).unwrap();
+            }
             Step::Resize(bytes) => {
                 let size = bytes.next_multiple_of(u64::from(shape.sector_bytes));
                 writer.resize(size).unwrap();
@@ -169,7 +185,7 @@ fn run_model(shape: &Shape, steps: &[Step]) -> Result<(), TestCaseError> {
     }
     prop_assert!(read_all(&writer) == model, "the open writer differs");
     writer.finish().unwrap();
-    let reader = VhdxWriter::open_device(memory.clone(), parent.clone()).unwrap();
+    let reader = VhdxImage::open_device(memory.clone(), parent.clone()).unwrap();
     prop_assert!(read_all(&reader) == model, "the reader differs");
     check_extents(&reader, &model);
     if parent.is_none() && shape.sector_bytes == 512 {

@@ -1,10 +1,10 @@
 //! Opening an existing VHDX for writing.
 
-use super::bat::Geometry;
 use super::header::{Headers, read_creator};
 use super::log_write::Journal;
-use super::metadata::{Metadata, VIRTUAL_DISK_SIZE};
-use super::region::Regions;
+use super::metadata::VIRTUAL_DISK_SIZE;
+use super::replay::replay_onto;
+use super::tables::Tables;
 use super::writer::{Parts, VhdxWriter};
 use std::sync::Arc;
 use vmtide_block::{BlockDevice, BlockError, Result, WritableBlockDevice};
@@ -24,33 +24,17 @@ impl VhdxWriter {
         parent: Option<Arc<dyn BlockDevice>>,
     ) -> Result<Self> {
         read_creator(&*file)?;
-        let headers = Headers::read(&*file)?;
-        if headers.current.is_log_dirty() {
-            return Err(BlockError::unsupported(file.name(), "its log must be replayed first"));
-        }
-        let log = headers.current.log;
-        let regions = Regions::read(&*file, log)?;
-        let (metadata, table) = Metadata::read(&*file, regions.metadata)?;
-        let geometry = Geometry::of(&metadata);
-        if geometry.table_bytes() > regions.bat.length {
-            return Err(BlockError::damaged(
-                file.name(),
-                format!(
-                    "the block table region at {:#x} has {} bytes, a disk of {} bytes needs {}",
-                    regions.bat.offset,
-                    regions.bat.length,
-                    metadata.disk_size_bytes,
-                    geometry.table_bytes()
-                ),
-            ));
-        }
+        let mut headers = Headers::read(&*file)?;
+        replay_onto(&*file, &mut headers)?;
+        let Tables { headers, regions, metadata, items, geometry } = Tables::read(&*file, headers)?;
         if metadata.has_parent && parent.is_none() {
             return Err(BlockError::unsupported(
                 file.name(),
-                "is a differencing image whose parent was not opened; allow it or name it",
+                "is a differencing image whose parent was not opened; allow it (backing policy) \
+                 if you trust the image, or give the directory it is in (--search DIR)",
             ));
         }
-        let size_item = table.find(VIRTUAL_DISK_SIZE).map_or(0, |entry| entry.range.offset);
+        let size_item = items.find(VIRTUAL_DISK_SIZE).map_or(0, |entry| entry.range.offset);
         Ok(Self::assemble(Parts {
             parent: parent.filter(|_| metadata.has_parent),
             geometry,
