@@ -104,6 +104,27 @@ fn seeds_of_points_forwards_and_documents_are_sound() {
     assert!(crate::keys::fuzz_slot(&slot), "the seed of a key slot is not taken");
 }
 
+/// A few kilobytes that ask for much memory: refused before it is taken.
+#[test]
+fn what_grows_beyond_its_kind_is_refused() {
+    let warning = |length: usize| {
+        let json = String::from_utf8(seed_of("repo_point", "json")[1..].to_vec()).unwrap();
+        let json = json.replace("tracking lost", &"x".repeat(length));
+        let forged = sections::json_point(json.as_bytes()).unwrap();
+        crate::point::read(&forged.context, FORGED)
+    };
+    assert_eq!(warning((8 << 20) - 2000).unwrap().warnings.len(), 1);
+    let error = warning(8 << 20).unwrap_err();
+    assert!(error.to_string().contains("does not decompress"), "{error}");
+
+    let kinds = [ObjectKind::Pack, ObjectKind::Point, ObjectKind::Forward, ObjectKind::MapSegment];
+    for (kind, taken) in kinds.into_iter().zip([false, false, false, true]) {
+        let directory = vec![0; (16 << 20) + 1];
+        let object = forge::put(kind, &[], &directory, (0, 0)).unwrap().open();
+        assert_eq!(object.is_some(), taken, "{kind:?}");
+    }
+}
+
 #[test]
 fn mutations_of_seeds_are_harmless() {
     for seed in seeds().unwrap() {
