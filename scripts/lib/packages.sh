@@ -27,6 +27,12 @@ package_installed() {
     [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]
 }
 
+# package_available PACKAGE: whether it can be installed. Being named by another package, as rustup is in Debian 12, is
+# enough for `apt-cache show`, but not for this.
+package_available() {
+    have apt-cache && apt-cache policy "$1" 2>/dev/null | grep '^ *Candidate: [^(]' >/dev/null
+}
+
 # ensure_packages WHY PACKAGE…: installs those that are missing.
 ensure_packages() {
     local why="$1" package

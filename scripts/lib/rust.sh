@@ -28,7 +28,7 @@ ensure_rust() {
 ensure_rustup() {
     local installer
     say "    installing Rust (at least $1) for this user with rustup, in ${CARGO_HOME:-$HOME/.cargo} and ${RUSTUP_HOME:-$HOME/.rustup}"
-    if ! have rustup && apt-cache show rustup >/dev/null 2>&1; then
+    if ! have rustup && package_available rustup; then
         ensure_packages "installing Rust" rustup
     fi
     if have rustup; then
