@@ -1,6 +1,6 @@
 //! Checking an image's structure, and repairing what can be repaired without guessing.
 
-use crate::{Format, OpenOptions, probe_device, vhd};
+use crate::{Format, OpenOptions, probe_device, vhd, vhdx};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 use vmtide_block::{BlockDevice, OpenMode, RawDevice, Result};
@@ -101,6 +101,8 @@ pub fn check_image(
             allocated_bytes: file.size_bytes(),
             ..CheckReport::default()
         }),
+        (Format::Vhdx, Repair::Nothing) => vhdx::check(&file),
+        (Format::Vhdx, repair) => vhdx::repair(&file, repair),
         (Format::Vhd, Repair::Nothing) => vhd::check(&file),
         (Format::Vhd, repair) => vhd::repair(&file, repair),
         (other, _) => Err(other.not_supported(file.name())),

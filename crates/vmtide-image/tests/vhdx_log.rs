@@ -197,10 +197,8 @@ fn ranges_of_zeros_and_pages_over_each_other() {
     let page = [(at + MIB + 8192, [0x77; 4096]), (at + 3 * MIB, [0x78; 4096])];
     let over = [(at + 4096, [0x79; 4096])];
     let first = Entry { zeros: &[(at, 2 * MIB)], ..entry(1, 0, &page) };
-    let second = Entry {
-        zeros: &[(at + MIB + 4096, 4096), (at + 3 * MIB, 8192)],
-        ..entry(2, 0, &over)
-    };
+    let second =
+        Entry { zeros: &[(at + MIB + 4096, 4096), (at + 3 * MIB, 8192)], ..entry(2, 0, &over) };
     let second_at = first.bytes().len() as u64;
     image.log = vec![(0, first.bytes()), (second_at, second.bytes())];
     let mut expected: Vec<u8> = (1..=4u8).flat_map(|n| vec![n; 1 << 20]).collect();

@@ -30,6 +30,7 @@ mod info;
 mod log_write;
 mod mapping;
 mod pages;
+mod repair;
 mod resize;
 mod scan;
 mod write;
@@ -37,11 +38,11 @@ mod writer;
 mod writer_open;
 mod zero;
 
-#[allow(unused_imports, reason = "the dispatch over formats is being built")]
 pub(crate) use check::check;
 pub use create::{VhdxCreateOptions, VhdxKind, VhdxParent};
 pub use image::VhdxImage;
 pub(crate) use info::info;
+pub(crate) use repair::repair;
 pub use writer::VhdxWriter;
 
 use crate::ParentLink;
