@@ -53,6 +53,12 @@ pub trait ImageWriter: WritableBlockDevice {
         self.flush()
     }
 
+    /// What the image will say of itself for its children once it is changed
+    /// ([`crate::identity`]), where a change makes it say something else and none was made yet.
+    fn next_identity(&self) -> Option<String> {
+        None
+    }
+
     /// The way to write compressed clusters, for images that were created for it.
     fn compressed(&self) -> Option<&dyn CompressedWriter> {
         None

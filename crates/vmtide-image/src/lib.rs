@@ -14,6 +14,7 @@
 //! read; see [`qcow2::Qcow2Writer`] for what concurrent writers may expect.
 
 mod bytes;
+mod chain;
 mod check;
 mod create;
 #[allow(dead_code, reason = "for the VMDK writer, which follows")]
@@ -30,6 +31,10 @@ pub mod vhd;
 pub mod vhdx;
 pub mod vmdk;
 
+pub use chain::{
+    ChainLayer, ChainParent, CommitOptions, CommitSummary, NewParent, ParentState, RebaseOptions,
+    RebaseSummary, commit_image, find_children, list_chain, rebase_image,
+};
 pub use check::{CheckReport, Problem, Repair, Severity, check_image};
 pub use create::{CreateOptions, CreateParent, create_image, subformats};
 pub use format::{Format, probe, probe_device};

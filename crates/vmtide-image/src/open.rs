@@ -333,7 +333,12 @@ impl ExtentFiles for PolicyFiles<'_> {
 /// The path that `name` in `image` means, where the policy allows to open it. Relative names
 /// start at the image's directory; QEMU does so for backing files but takes data files from
 /// its working directory, which for a file inside an image means something else every time.
-fn resolve(options: &OpenOptions, image: &Path, what: &str, name: &str) -> Result<Option<PathBuf>> {
+pub(crate) fn resolve(
+    options: &OpenOptions,
+    image: &Path,
+    what: &str,
+    name: &str,
+) -> Result<Option<PathBuf>> {
     let refuse = |detail: &str| {
         Err(BlockError::unsupported(
             image.display().to_string(),

@@ -23,6 +23,51 @@ pub struct ParentLink {
     pub identities: Vec<String>,
 }
 
+/// What looking for a parent found.
+pub(crate) enum Search {
+    /// This file, which says of itself what the child wants (or the caller takes any).
+    Found(PathBuf),
+    /// The policy forbids to look.
+    Refused,
+    /// No file under any of the names.
+    Missing,
+    /// Files, but none is the parent: each with what it says of itself, or why that is not known.
+    Others(Vec<(PathBuf, String)>),
+}
+
+/// Looks for the file that `link` in the image at `child` means.
+pub(crate) fn look_for_parent(
+    child: &Path,
+    link: &ParentLink,
+    options: &OpenOptions,
+) -> Result<Search> {
+    if options.backing == BackingPolicy::Refuse && options.search.is_empty() {
+        return Ok(Search::Refused);
+    }
+    let mut others = Vec::new();
+    for path in candidates(child, link, options)? {
+        let may_be_device = options.backing == BackingPolicy::Allow;
+        if !(path.is_file() || may_be_device && path.exists()) {
+            continue;
+        }
+        if link.identities.is_empty() || options.any_parent {
+            return Ok(Search::Found(path));
+        }
+        let found = link.format.map(|format| parent_identity(&path, format)).transpose();
+        match found {
+            Ok(Some(Some(identity))) if link.identities.contains(&identity) => {
+                return Ok(Search::Found(path));
+            }
+            Ok(identity) => {
+                let identity = identity.flatten().unwrap_or_else(|| "nothing".into());
+                others.push((path, identity));
+            }
+            Err(error) => others.push((path, format!("({error})"))),
+        }
+    }
+    Ok(if others.is_empty() { Search::Missing } else { Search::Others(others) })
+}
+
 /// Finds the file that `link` in the image at `child` means; `None` where the policy refuses to
 /// look.
 pub(crate) fn find_parent(
@@ -30,34 +75,11 @@ pub(crate) fn find_parent(
     link: &ParentLink,
     options: &OpenOptions,
 ) -> Result<Option<PathBuf>> {
-    if options.backing == BackingPolicy::Refuse && options.search.is_empty() {
-        return Ok(None);
-    }
     let context = child.display().to_string();
-    let mut rejected = Vec::new();
-    for path in candidates(child, link, options)? {
-        let may_be_device = options.backing == BackingPolicy::Allow;
-        if !(path.is_file() || may_be_device && path.exists()) {
-            continue;
-        }
-        if link.identities.is_empty() || options.any_parent {
-            return Ok(Some(path));
-        }
-        let found = link.format.map(|format| parent_identity(&path, format)).transpose();
-        match found {
-            Ok(Some(Some(identity))) if link.identities.contains(&identity) => {
-                return Ok(Some(path));
-            }
-            Ok(identity) => {
-                let identity = identity.flatten().unwrap_or_else(|| "nothing".into());
-                rejected.push(format!("{} says {identity}", path.display()));
-            }
-            Err(error) => rejected.push(error.to_string()),
-        }
-    }
-    let wanted = link.identities.join(" or ");
-    Err(match rejected.is_empty() {
-        true => BlockError::io(
+    match look_for_parent(child, link, options)? {
+        Search::Found(path) => Ok(Some(path)),
+        Search::Refused => Ok(None),
+        Search::Missing => Err(BlockError::io(
             format!(
                 "{context}: its parent {:?} was not found beside it{}; give the directory it is \
                  in (--search DIR)",
@@ -65,16 +87,23 @@ pub(crate) fn find_parent(
                 if options.search.is_empty() { "" } else { " or in the directories given" },
             ),
             std::io::Error::from(std::io::ErrorKind::NotFound),
-        ),
-        false => BlockError::damaged(
-            context,
-            format!(
-                "the parent must be {wanted}, but {}: it was changed or replaced after this child \
-                 was made",
-                rejected.join("; ")
-            ),
-        ),
-    })
+        )),
+        Search::Others(others) => {
+            let wanted = link.identities.join(" or ");
+            let others: Vec<String> = others
+                .iter()
+                .map(|(path, identity)| format!("{} says {identity}", path.display()))
+                .collect();
+            Err(BlockError::damaged(
+                context,
+                format!(
+                    "the parent must be {wanted}, but {}: it was changed or replaced after this \
+                     child was made",
+                    others.join("; ")
+                ),
+            ))
+        }
+    }
 }
 
 fn parent_identity(path: &Path, format: Format) -> Result<Option<String>> {

@@ -158,7 +158,6 @@ impl Footer {
         be_u64(&self.bytes, field::DATA_OFFSET)
     }
 
-    #[cfg(test)]
     pub(crate) fn set_data_offset(&mut self, offset: u64) {
         put(&mut self.bytes, field::DATA_OFFSET, &offset.to_be_bytes());
     }

@@ -18,6 +18,7 @@ mod image;
 mod info;
 mod parent;
 mod read;
+mod set_parent;
 mod write;
 mod writer;
 
@@ -27,4 +28,5 @@ pub use create::{MAX_DISK_BYTES, VhdCreateOptions, VhdKind, VhdParent};
 pub use image::VhdImage;
 pub(crate) use info::{identity, info};
 pub(crate) use parent::parent_link;
+pub(crate) use set_parent::set_parent;
 pub use writer::VhdWriter;

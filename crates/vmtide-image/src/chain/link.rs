@@ -1,0 +1,89 @@
+//! How each format names a parent, and is given another one.
+
+use crate::parent::real_path;
+use crate::qcow2::header::Header;
+use crate::{Format, ParentLink, vhd, vhdx, vmdk};
+use std::path::{Component, Path, PathBuf};
+use vmtide_block::{BlockDevice, BlockError, Result, WritableBlockDevice};
+
+/// How the image names its parent; `None` where it has none.
+pub(super) fn link_of(file: &dyn BlockDevice, format: Format) -> Result<Option<ParentLink>> {
+    match format {
+        Format::Raw => Ok(None),
+        Format::Qcow2 => {
+            let header = Header::read(file)?;
+            let Some(name) = header.backing_name.clone() else {
+                return Ok(None);
+            };
+            let format = header.backing_format.as_deref().map(str::parse).transpose()?;
+            Ok(Some(ParentLink { names: vec![name], format, identities: Vec::new() }))
+        }
+        Format::Vhdx => vhdx::parent_link(file),
+        Format::Vhd => vhd::parent_link(file),
+        Format::Vmdk => vmdk::parent_link(file),
+    }
+}
+
+/// The parent that an image is to name.
+#[derive(Clone, Debug)]
+pub(crate) struct LinkTarget {
+    /// Its path from the child's directory, in this system's spelling.
+    pub(crate) name: String,
+    /// Its absolute path.
+    pub(crate) absolute_path: String,
+    /// Its format.
+    pub(crate) format: Format,
+    /// What it says of itself.
+    pub(crate) identity: Option<String>,
+    /// What it will say of itself after a change that is about to be made; the child must take
+    /// both.
+    pub(crate) next_identity: Option<String>,
+}
+
+/// Lets the image in `file` name another parent, or none. At every moment, also of a crash, it names the old
+/// one or the new one. The disk it holds is not looked at.
+///
+/// # Errors
+/// [`BlockError::Unsupported`] where the format cannot have this parent; what the medium says.
+pub(super) fn set_parent(
+    file: &dyn WritableBlockDevice,
+    format: Format,
+    target: Option<&LinkTarget>,
+) -> Result<()> {
+    match format {
+        Format::Vhd => vhd::set_parent(file, target),
+        other => Err(BlockError::unsupported(
+            file.name(),
+            format!("a {other} image cannot be given another parent"),
+        )),
+    }
+}
+
+/// The name of `parent` as the image at `child` shall store it: from the child's directory where
+/// both are on one file system tree, else absolute.
+pub(super) fn stored_name(child: &Path, parent: &Path) -> Result<(String, String)> {
+    let (child, parent) = (real_path(child)?, real_path(parent)?);
+    let directory: Vec<Component<'_>> =
+        child.parent().map_or_else(Vec::new, |path| path.components().collect());
+    let target: Vec<Component<'_>> = parent.components().collect();
+    let common = directory.iter().zip(&target).take_while(|(a, b)| a == b).count();
+    let absolute = text(&parent)?;
+    if common == 0 {
+        return Ok((absolute.clone(), absolute));
+    }
+    let mut relative = PathBuf::new();
+    for _ in common..directory.len() {
+        relative.push("..");
+    }
+    relative.extend(target.iter().skip(common));
+    Ok((text(&relative)?, absolute))
+}
+
+fn text(path: &Path) -> Result<String> {
+    path.to_str().map(str::to_owned).ok_or_else(|| {
+        BlockError::unsupported(
+            path.display().to_string(),
+            "its path is no Unicode text, which images cannot store; rename it",
+        )
+    })
+}
