@@ -2,6 +2,7 @@
 
 use crate::qcow2::{CreateBacking, Qcow2CreateOptions, Qcow2Writer};
 use crate::vhdx::{VhdxCreateOptions, VhdxKind, VhdxParent, VhdxWriter};
+use crate::vmdk::{VmdkCreateOptions, VmdkKind, VmdkParent, VmdkWriter};
 use crate::{Format, ImageWriter, vhdx};
 use std::path::Path;
 use std::sync::Arc;
@@ -93,7 +94,7 @@ pub fn create_image(
         Format::Qcow2 => create_qcow2(path, options),
         Format::Vhdx => create_vhdx(path, options),
         Format::Vhd => Ok(Arc::new(crate::vhd::create(path, options)?)),
-        other => Err(other.not_supported(path.display().to_string())),
+        Format::Vmdk => create_vmdk(path, options),
     }
 }
 
@@ -126,6 +127,40 @@ fn create_qcow2(path: &Path, options: &CreateOptions) -> Result<Arc<dyn ImageWri
         device: parent.device.clone(),
     });
     Ok(Arc::new(Qcow2Writer::create(path, &create)?))
+}
+
+fn create_vmdk(path: &Path, options: &CreateOptions) -> Result<Arc<dyn ImageWriter>> {
+    let refuse = |detail: String| BlockError::unsupported(path.display().to_string(), detail);
+    let mut create = VmdkCreateOptions::new(options.size_bytes);
+    if let Some(kind) = options.subformat.as_deref().and_then(VmdkKind::from_name) {
+        create.kind = kind;
+    } else if options.compress {
+        create.kind = VmdkKind::StreamOptimized;
+    }
+    if options.compress && create.kind != VmdkKind::StreamOptimized {
+        return Err(refuse(format!(
+            "{} images are not compressed; only streamOptimized is",
+            create.kind.name()
+        )));
+    }
+    if let Some(bytes) = options.block_size_bytes {
+        create.grain_size_bytes = bytes;
+    }
+    if let Some(parent) = &options.parent {
+        if parent.format != Format::Vmdk {
+            return Err(refuse(format!(
+                "the parent of a VMDK must be a VMDK, not {}",
+                parent.format
+            )));
+        }
+        let identity = parent.identity.clone();
+        create.parent = Some(VmdkParent {
+            hint: parent.name.clone(),
+            content_id: identity.ok_or_else(|| refuse("its parent has no content id".into()))?,
+            device: parent.device.clone(),
+        });
+    }
+    Ok(Arc::new(VmdkWriter::create(path, &create)?))
 }
 
 fn create_vhdx(path: &Path, options: &CreateOptions) -> Result<Arc<dyn ImageWriter>> {

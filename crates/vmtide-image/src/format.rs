@@ -19,7 +19,7 @@ pub enum Format {
     Vhdx,
     /// Hyper-V's and Azure's older format. Recognised only.
     Vhd,
-    /// VMware's format. Recognised only.
+    /// VMware's format (Virtual Disk Format 5.0).
     Vmdk,
 }
 

@@ -17,7 +17,6 @@ mod bytes;
 mod chain;
 mod check;
 mod create;
-#[allow(dead_code, reason = "for the VMDK writer, which follows")]
 mod deflate;
 mod format;
 mod identity;

@@ -94,7 +94,7 @@ fn damage_at_random_never_panics_or_hangs() {
     let text = descriptor("streamOptimized", None, "RW 586 SPARSE \"x\"");
     let seeds = [
         stream(&content, &text, StreamEnd::Footer),
-        stream(&content, &text, StreamEnd::NoTables),
+        stream(&content, &text, StreamEnd::BadFooter),
         cowd(&content, 1),
         sesparse(&content, Hole::Zero),
         header(&[]),

@@ -18,13 +18,22 @@ const MAX_EXTENTS: usize = 4096;
 /// What `parentCID` is where there is no parent (Virtual Disk Format 5.0, "The Header").
 pub(super) const NO_PARENT: u32 = u32::MAX;
 
+/// The content ids, in the short and in the long form; both change with the first write.
+pub(super) const CID: &str = "cid";
+pub(super) const LONG_CONTENT_ID: &str = "ddb.longcontentid";
+
+/// The file of changed blocks, which a writer that does not keep it must take out.
+pub(super) const CHANGE_TRACK_PATH: &str = "changetrackpath";
+
+const CHANGED_IN_PLACE: [&str; 3] = [CID, LONG_CONTENT_ID, CHANGE_TRACK_PATH];
+
 /// What a descriptor says.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Descriptor {
     /// The content id: changes with the first write after an open.
     pub(super) cid: Option<u32>,
-    /// Where the digits of the content id stand in the descriptor, for changing them in place.
-    pub(super) cid_digits: Option<(usize, usize)>,
+    /// Where values that a writer changes in place stand in the descriptor: offset and length.
+    pub(super) places: BTreeMap<&'static str, (usize, usize)>,
     /// The parent's content id when this child was made; none where there is no parent.
     pub(super) parent_cid: Option<u32>,
     /// The parent's path as its writer knew it.
@@ -141,19 +150,28 @@ impl Descriptor {
         }
         if let Some((key, value)) = text.split_once('=') {
             let key = key.trim().to_ascii_lowercase();
-            self.entry(key, unquote(value), line, at)?;
+            self.remember_place(&key, unquote(value), line, at);
+            self.entry(key, unquote(value))?;
         }
         Ok(())
     }
 
-    fn entry(&mut self, key: String, value: &str, line: &str, at: usize) -> Result<(), String> {
+    /// Remembers where a value is that a writer changes. Bytes are characters only in ASCII, and
+    /// these values are nothing else.
+    fn remember_place(&mut self, key: &str, value: &str, line: &str, at: usize) {
+        let known = CHANGED_IN_PLACE.into_iter().find(|known| *known == key);
+        let found = line
+            .split_once('=')
+            .and_then(|(before, after)| after.find(value).map(|inside| before.len() + 1 + inside));
+        if let (Some(known), Some(found), true) = (known, found, line.is_ascii()) {
+            self.places.entry(known).or_insert((at + found, value.len()));
+        }
+    }
+
+    fn entry(&mut self, key: String, value: &str) -> Result<(), String> {
         match key.as_str() {
             "cid" if self.cid.is_none() => {
                 self.cid = Some(content_id(value)?);
-                // The digits in the bytes: only ASCII stands before them, so characters are bytes.
-                if let Some(found) = line.find(value).filter(|_| line.is_ascii()) {
-                    self.cid_digits = Some((at + found, value.len()));
-                }
             }
             "parentcid" if !self.entries.contains_key("parentcid") => {
                 self.parent_cid = Some(content_id(value)?).filter(|cid| *cid != NO_PARENT);
@@ -265,7 +283,7 @@ mod tests {
         bytes.extend(b"RW 1 NONSENSE");
         let found = Descriptor::parse(&bytes).unwrap();
         assert_eq!(found.cid, Some(0x7e5b_80a7));
-        let (at, count) = found.cid_digits.unwrap();
+        let (at, count) = found.places[CID];
         assert_eq!(&bytes[at..at + count], b"7e5b80a7");
         assert_eq!(found.parent_cid, None);
         assert_eq!(found.create_type.as_deref(), Some("streamOptimized"));

@@ -9,6 +9,7 @@ use super::layout::SparseLayout;
 use super::map::{Map, Mapping, Uniform};
 use super::scan::scan;
 use super::sparse::{ScannedMap, SparseMap};
+use super::sparse_writer::SparseWriter;
 use std::sync::Arc;
 use vmtide_block::{BlockDevice, BlockError, ByteRange, Result, WritableBlockDevice};
 
@@ -41,6 +42,8 @@ pub(super) struct Part {
     pub(super) flat: bool,
     pub(super) map: Arc<dyn Map>,
     pub(super) compressed: Option<CompressedGrains>,
+    /// The map again, where it may be changed.
+    pub(super) sparse_writer: Option<Arc<SparseWriter>>,
 }
 
 /// An open disk.
@@ -66,6 +69,7 @@ impl Disk {
         check_parent(&name, descriptor.as_ref().map(|(text, _)| text), parent.is_some())?;
         let mut opening = Opening {
             files,
+            parent: parent.clone(),
             is_writable: file.writer.is_some(),
             share: 1,
             parts: Vec::new(),
@@ -121,6 +125,7 @@ fn check_parent(name: &str, descriptor: Option<&Descriptor>, is_given: bool) -> 
 /// The work of opening the extents.
 struct Opening<'a> {
     files: &'a dyn ExtentFiles,
+    parent: Option<Arc<dyn BlockDevice>>,
     is_writable: bool,
     /// How many sparse extents share the memory for tables.
     share: u64,
@@ -182,6 +187,7 @@ impl Opening<'_> {
             in_main_file: false,
             map: Arc::new(Uniform(mapping)),
             compressed: None,
+            sparse_writer: None,
         });
     }
 
@@ -207,8 +213,22 @@ impl Opening<'_> {
 
     fn sparse(&mut self, file: Handle, access: Access, sectors: u64, is_main: bool) -> Result<()> {
         let share = self.share;
+        let mut sparse_writer = None;
         let (layout, map): (SparseLayout, Arc<dyn Map>) = match Head::read(&*file.reader)? {
-            Head::Hosted { header, .. } => hosted_map(&file.reader, &header, share)?,
+            Head::Hosted { header, .. } => match &file.writer {
+                Some(writer) if access == Access::ReadWrite => {
+                    let made = SparseWriter::open(
+                        writer.clone(),
+                        &header,
+                        self.parent.clone(),
+                        ByteRange::new(self.at, sectors * SECTOR),
+                    )?;
+                    let made = Arc::new(made);
+                    sparse_writer = Some(made.clone());
+                    (header.layout(), made)
+                }
+                _ => hosted_map(&file.reader, &header, share)?,
+            },
             Head::Esx(_) if file.writer.is_some() => return Err(esx_writing(&*file.reader)),
             Head::Esx(layout) => {
                 let map = SparseMap::open(file.reader.clone(), layout.clone(), share)?;
@@ -240,6 +260,7 @@ impl Opening<'_> {
             flat: false,
             map,
             compressed,
+            sparse_writer,
         });
         Ok(())
     }

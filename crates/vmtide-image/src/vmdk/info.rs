@@ -114,7 +114,6 @@ fn describe(info: &mut ImageInfo, descriptor: &Descriptor, is_embedded: bool) {
         info.version = entry("version").and_then(|version| version.parse().ok());
     }
     info.change_tracking_file = entry("changetrackpath");
-    info.creator = entry("ddb.toolsversion").map(|version| format!("VMware Tools {version}"));
     let ids = [
         ("cid", descriptor.cid.map(content_id)),
         ("parent_cid", descriptor.parent_cid.map(content_id)),

@@ -12,11 +12,13 @@
 //! | `layout`, `map`, `sparse` | from directory and table entries to runs of bytes |
 //! | `compressed`, `scan` | stream-optimized grains, and finding them by their markers |
 //! | `head`, `disk`, `read`, `image` | opening all files of an image, and reading it |
-
-#![allow(dead_code, reason = "for the writer, which follows")]
+//! | `describe`, `create` | new descriptors and images |
+//! | `tables`, `sparse_writer`, `stream`, `writer` | writing |
 
 mod compressed;
 mod cowd;
+mod create;
+mod describe;
 mod descriptor;
 mod disk;
 mod head;
@@ -29,13 +31,19 @@ mod read;
 mod scan;
 mod sesparse;
 mod sparse;
+mod sparse_writer;
+mod stream;
+mod tables;
+mod writer;
 
-use crate::{Format, ImageWriter};
 use std::sync::Arc;
-use vmtide_block::{BlockDevice, Result, WritableBlockDevice};
+use vmtide_block::{BlockDevice, BlockError, Result, WritableBlockDevice};
 
+pub use create::{VmdkCreateOptions, VmdkParent};
+pub use describe::VmdkKind;
 pub use image::VmdkImage;
 pub use info::{identity, info, parent_link};
+pub use writer::VmdkWriter;
 
 /// The most sectors of a disk: what a file offset can count.
 const MAX_SECTORS: u64 = (i64::MAX as u64) / 512;
@@ -55,45 +63,15 @@ pub trait ExtentFiles {
     fn open_writable(&self, name: &str) -> Result<Arc<dyn WritableBlockDevice>>;
 }
 
-/// An image that is open for writing.
-pub enum VmdkWriter {}
+/// For images that consist of one file.
+struct NoFiles;
 
-impl VmdkWriter {
-    /// Opens an image.
-    ///
-    /// # Errors
-    /// Always.
-    pub fn open_device(
-        file: Arc<dyn WritableBlockDevice>,
-        _files: &dyn ExtentFiles,
-        _parent: Option<Arc<dyn BlockDevice>>,
-    ) -> Result<Self> {
-        Err(Format::Vmdk.not_supported(file.name()))
+impl ExtentFiles for NoFiles {
+    fn open(&self, name: &str) -> Result<Arc<dyn BlockDevice>> {
+        Err(BlockError::io(name, std::io::ErrorKind::NotFound))
+    }
+
+    fn open_writable(&self, name: &str) -> Result<Arc<dyn WritableBlockDevice>> {
+        Err(BlockError::io(name, std::io::ErrorKind::NotFound))
     }
 }
-
-impl BlockDevice for VmdkWriter {
-    fn name(&self) -> String {
-        match *self {}
-    }
-    fn size_bytes(&self) -> u64 {
-        match *self {}
-    }
-    fn read_at(&self, _buffer: &mut [u8], _offset: u64) -> Result<()> {
-        match *self {}
-    }
-}
-
-impl WritableBlockDevice for VmdkWriter {
-    fn write_at(&self, _data: &[u8], _offset: u64) -> Result<()> {
-        match *self {}
-    }
-    fn write_zeroes(&self, _range: vmtide_block::ByteRange) -> Result<()> {
-        match *self {}
-    }
-    fn flush(&self) -> Result<()> {
-        match *self {}
-    }
-}
-
-impl ImageWriter for VmdkWriter {}

@@ -2,11 +2,12 @@
 //! or lead out of the file.
 //!
 //! A stream is written from front to back and each grain says where it belongs, so the tables at
-//! the end are a convenience. What a scan cannot tell is whether the stream is complete, except by
-//! the end-of-stream marker: without it the download or the export was cut off, and the extent is
-//! refused, because what is missing would read as zeros.
+//! the end are a convenience. What a scan cannot tell is whether the stream is complete: the end of
+//! the stream is a sector of zeros, which a download that was cut off has as well. So the marker of
+//! what comes last, the footer or else the directory, must have been passed before it; otherwise
+//! the extent is refused, because what is missing would read as zeros.
 
-use super::hosted::{GRAIN_MARKER_BYTES, HostedHeader, SECTOR, marker};
+use super::hosted::{GRAIN_MARKER_BYTES, HostedHeader, IN_FOOTER, SECTOR, marker};
 use crate::bytes::{le_u32, le_u64};
 use vmtide_block::{BlockDevice, BlockError, Result};
 
@@ -42,6 +43,11 @@ pub(super) fn scan(file: &dyn BlockDevice, header: &HostedHeader) -> Result<Scan
     let sectors = file.size_bytes() / SECTOR;
     let mut sector = start(header);
     let mut grains = Vec::new();
+    let last = match header.directory_offset {
+        IN_FOOTER => marker::FOOTER,
+        _ => marker::GRAIN_DIRECTORY,
+    };
+    let mut is_complete = false;
     loop {
         if sector >= sectors {
             return damaged(sector, "the file ends without the end of the stream".into());
@@ -51,8 +57,16 @@ pub(super) fn scan(file: &dyn BlockDevice, header: &HostedHeader) -> Result<Scan
         let (value, size, kind) = (le_u64(&bytes, 0), le_u32(&bytes, 8), le_u32(&bytes, 12));
         if size == 0 {
             match kind {
-                marker::END_OF_STREAM if value == 0 => break,
-                marker::GRAIN_TABLE | marker::GRAIN_DIRECTORY | marker::FOOTER => {}
+                marker::END_OF_STREAM if value == 0 && is_complete => break,
+                marker::END_OF_STREAM if value == 0 => {
+                    return damaged(
+                        sector,
+                        "the stream ends without its tables: it was cut off".into(),
+                    );
+                }
+                marker::GRAIN_TABLE | marker::GRAIN_DIRECTORY | marker::FOOTER => {
+                    is_complete |= kind == last;
+                }
                 other => {
                     return damaged(sector, format!("type {other} of {value} sectors is unknown"));
                 }

@@ -179,6 +179,8 @@ pub enum StreamEnd {
     Footer,
     /// The tables, but no footer: the header in front says where they are.
     FrontDirectory,
+    /// As `Footer`, but the footer is damaged.
+    BadFooter,
     /// Grains and the end of the stream.
     NoTables,
     /// Cut off after the grains.
@@ -219,7 +221,7 @@ pub fn stream(disk: &[u8], text: &str, end: StreamEnd) -> Vec<u8> {
             bytes.extend(packed);
             bytes.resize(bytes.len().next_multiple_of(512), 0);
         }
-        if matches!(end, StreamEnd::Footer | StreamEnd::FrontDirectory) {
+        if end != StreamEnd::NoTables && end != StreamEnd::CutOff {
             bytes.extend(marker(4, 1));
             directory.extend(sector(&bytes).to_le_bytes());
             bytes.extend(entries);
@@ -228,14 +230,15 @@ pub fn stream(disk: &[u8], text: &str, end: StreamEnd) -> Vec<u8> {
     match end {
         StreamEnd::CutOff => return bytes,
         StreamEnd::NoTables => {}
-        StreamEnd::Footer | StreamEnd::FrontDirectory => {
+        StreamEnd::Footer | StreamEnd::BadFooter | StreamEnd::FrontDirectory => {
             directory.resize(directory.len().next_multiple_of(512), 0);
             bytes.extend(marker(directory.len() as u64 / 512, 2));
             let at = u64::from(sector(&bytes));
             put64(&mut header, 56, at);
             bytes.extend(directory);
-            if end == StreamEnd::Footer {
+            if end != StreamEnd::FrontDirectory {
                 bytes.extend(marker(1, 3));
+                header[0] ^= u8::from(end == StreamEnd::BadFooter);
                 bytes.extend(&header);
             } else {
                 bytes[..512].copy_from_slice(&header);
