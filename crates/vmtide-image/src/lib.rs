@@ -19,6 +19,8 @@ mod check;
 mod create;
 mod deflate;
 mod format;
+#[doc(hidden)]
+pub mod fuzzing;
 mod identity;
 mod image;
 mod info;

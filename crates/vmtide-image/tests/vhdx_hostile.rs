@@ -286,14 +286,14 @@ fn a_check_finds_what_is_wrong_in_the_bat() {
         (1, 5, "payload block 1 has the state 5"),
         (1, at | FULL, "the file's 0x400000 is in use"),
         (2, MIB | FULL, "payload block 2 at 0x100000: the file's 0x100000 is in use"),
-        (2, 2 * MIB | FULL, "the file's 0x200000 is in use"),
-        (2, 3 * MIB | FULL, "the file's 0x300000 is in use"),
+        (2, (2 * MIB) | FULL, "the file's 0x200000 is in use"),
+        (2, (3 * MIB) | FULL, "the file's 0x300000 is in use"),
         (2, FULL, "payload block 2 at 0x0 is not behind the first MiB"),
         (3, (at + MIB) | FULL, "is not behind the first MiB and inside the file"),
-        (3, u64::MAX << 20 | FULL, "is not behind the first MiB and inside the file"),
+        (3, (u64::MAX << 20) | FULL, "is not behind the first MiB and inside the file"),
         (3, (at + MIB) | PARTIAL, "payload block 3 is partially present: no parent"),
         (3, 8, "0x0000000000000008 has reserved bits set, 0x8"),
-        (3, 1 << 19 | ZERO, "has reserved bits set, 0x80000"),
+        (3, (1 << 19) | ZERO, "has reserved bits set, 0x80000"),
     ] {
         let mut image = image();
         image.bat.insert(block, entry);

@@ -1,9 +1,9 @@
 //! VHDX (MS-VHDX).
 //!
-//! One noun of the specification per file: [`guid`], [`checksum`], [`header`] (file identifier and
-//! the two headers), [`log_entry`], [`log`] and [`replay`] (changes that may not have reached their
-//! place), [`region`] (what is where), [`metadata`] and [`locator`] (what the disk is and who its
-//! parent is), [`bat`] and [`bits`] (where its blocks and sectors are). [`tables`] is all of it
+//! One noun of the specification per file: `guid`, `checksum`, `header` (file identifier and
+//! the two headers), `log_entry`, `log` and `replay` (changes that may not have reached their
+//! place), `region` (what is where), `metadata` and `locator` (what the disk is and who its
+//! parent is), `bat` and `bits` (where its blocks and sectors are). `tables` is all of it
 //! that an open image holds; [`VhdxImage`] reads, [`VhdxWriter`] writes.
 
 #![allow(dead_code, reason = "the writer is being built on these")]
