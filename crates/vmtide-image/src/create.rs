@@ -3,7 +3,7 @@
 use crate::qcow2::{CreateBacking, Qcow2CreateOptions, Qcow2Writer};
 use crate::vhdx::{VhdxCreateOptions, VhdxKind, VhdxParent, VhdxWriter};
 use crate::vmdk::{VmdkCreateOptions, VmdkKind, VmdkParent, VmdkWriter};
-use crate::{Format, ImageWriter, vhdx};
+use crate::{Format, ImageInfo, ImageWriter, vhdx};
 use std::path::Path;
 use std::sync::Arc;
 use vmtide_block::{BlockDevice, BlockError, OpenMode, RawDevice, Result};
@@ -180,16 +180,19 @@ fn create_vhdx(path: &Path, options: &CreateOptions) -> Result<Arc<dyn ImageWrit
     }
     let mut sector_bytes = options.logical_sector_bytes;
     if let Some(parent) = &options.parent {
-        let (link, parent_sector_bytes) = vhdx_parent(path, parent)?;
+        let (link, info) = vhdx_parent(path, parent)?;
         create.parent = Some(link);
-        sector_bytes = sector_bytes.or(parent_sector_bytes);
+        // A child takes over what the guest sees of the disk (MS-VHDX 2.6.1.2, IsVirtualDisk).
+        sector_bytes = sector_bytes.or(info.as_ref().and_then(|info| info.logical_sector_bytes));
+        let physical = info.and_then(|info| info.physical_sector_bytes);
+        create.physical_sector_bytes = physical.unwrap_or(create.physical_sector_bytes);
     }
     create.logical_sector_bytes = sector_bytes.unwrap_or(create.logical_sector_bytes);
     Ok(Arc::new(VhdxWriter::create(path, &create)?))
 }
 
-/// The parent of a new VHDX, and its logical sector size as far as it can be found.
-fn vhdx_parent(child: &Path, parent: &CreateParent) -> Result<(VhdxParent, Option<u32>)> {
+/// The parent of a new VHDX, and what it says of itself where its file can be found.
+fn vhdx_parent(child: &Path, parent: &CreateParent) -> Result<(VhdxParent, Option<ImageInfo>)> {
     let refuse = |detail: String| BlockError::unsupported(child.display().to_string(), detail);
     if parent.format != Format::Vhdx {
         return Err(refuse(format!("the parent of a VHDX must be a VHDX, not {}", parent.format)));
@@ -217,5 +220,5 @@ fn vhdx_parent(child: &Path, parent: &CreateParent) -> Result<(VhdxParent, Optio
         volume_path: None,
         device: parent.device.clone(),
     };
-    Ok((link, info.and_then(|info| info.logical_sector_bytes)))
+    Ok((link, info))
 }

@@ -38,7 +38,8 @@ impl VhdxWriter {
         Ok(Self::assemble(Parts {
             parent: parent.filter(|_| metadata.has_parent),
             geometry,
-            keeps_blocks: metadata.leave_blocks_allocated,
+            // The flag means nothing in a differencing image (MS-VHDX 2.6.2.1).
+            keeps_blocks: metadata.leave_blocks_allocated && !metadata.has_parent,
             size_item,
             regions: regions.table,
             journal: Journal::new(headers),
