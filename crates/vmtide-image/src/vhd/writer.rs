@@ -352,6 +352,10 @@ impl WritableBlockDevice for VhdWriter {
         self.zero_range(&state, range)
     }
 
+    fn expect_bulk_writes(&self) {
+        self.file.expect_bulk_writes();
+    }
+
     fn flush(&self) -> Result<()> {
         self.flush_tables()
     }

@@ -305,6 +305,10 @@ impl WritableBlockDevice for VhdxWriter {
         self.zero_range(range)
     }
 
+    fn expect_bulk_writes(&self) {
+        self.file.expect_bulk_writes();
+    }
+
     fn flush(&self) -> Result<()> {
         self.flush_metadata()
     }

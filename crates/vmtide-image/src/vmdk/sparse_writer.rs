@@ -257,6 +257,11 @@ impl SparseWriter {
         Ok(sector)
     }
 
+    /// Hands the hint to the file.
+    pub(super) fn expect_bulk_writes(&self) {
+        self.file.expect_bulk_writes();
+    }
+
     pub(super) fn flush(&self) -> Result<()> {
         self.tables.flush()
     }

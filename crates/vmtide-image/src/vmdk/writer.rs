@@ -213,6 +213,17 @@ impl OpenDisk {
         })
     }
 
+    fn expect_bulk_writes(&self) {
+        for part in &self.disk.parts {
+            if let Some(file) = part.file.as_ref().and_then(|file| file.writer.as_ref()) {
+                file.expect_bulk_writes();
+            }
+            if let Some(sparse) = &part.sparse_writer {
+                sparse.expect_bulk_writes();
+            }
+        }
+    }
+
     fn each_writer(&self, finish: bool) -> Result<()> {
         for part in &self.disk.parts {
             match (&part.sparse_writer, part.file.as_ref().and_then(|file| file.writer.as_ref())) {
@@ -274,6 +285,12 @@ impl WritableBlockDevice for VmdkWriter {
             _ if range.is_empty() => Ok(()),
             Inner::Disk(open) => open.write_zeroes(range),
             Inner::Stream(stream) => stream.write_zeroes(range),
+        }
+    }
+
+    fn expect_bulk_writes(&self) {
+        if let Inner::Disk(open) = &self.inner {
+            open.expect_bulk_writes();
         }
     }
 
