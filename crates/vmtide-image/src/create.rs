@@ -23,8 +23,37 @@ pub struct CreateOptions {
     pub logical_sector_bytes: Option<u32>,
     /// Whether clusters will be written compressed (qcow2; streamOptimized VMDK always).
     pub compress: bool,
+    /// How clusters are compressed where the format has a choice (qcow2); zlib, which every program
+    /// reads, where it is not given.
+    pub compression: Option<Compression>,
     /// The parent of a differencing image.
     pub parent: Option<CreateParent>,
+}
+
+/// How clusters are compressed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Compression {
+    /// Deflate; in qcow2 raw with a window of 4 KiB.
+    #[default]
+    Zlib,
+    /// Zstandard: several times faster at the same size. QEMU reads it since 5.1 (2020), other
+    /// programs seldom.
+    Zstd,
+}
+
+impl std::str::FromStr for Compression {
+    type Err = BlockError;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "zlib" => Ok(Self::Zlib),
+            "zstd" => Ok(Self::Zstd),
+            _ => Err(BlockError::unsupported(
+                format!("compression {name:?}"),
+                "is unknown; known are zlib and zstd",
+            )),
+        }
+    }
 }
 
 impl CreateOptions {
@@ -37,6 +66,7 @@ impl CreateOptions {
             block_size_bytes: None,
             logical_sector_bytes: None,
             compress: false,
+            compression: None,
             parent: None,
         }
     }
@@ -121,6 +151,8 @@ fn create_qcow2(path: &Path, options: &CreateOptions) -> Result<Arc<dyn ImageWri
     if let Some(bytes) = options.block_size_bytes {
         create.cluster_size_bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
     }
+    create.compress = options.compress;
+    create.compression = options.compression.unwrap_or_default();
     create.backing = options.parent.as_ref().map(|parent| CreateBacking {
         name: parent.name.clone(),
         format: parent.format,

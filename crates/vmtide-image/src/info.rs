@@ -1,8 +1,9 @@
 //! What an image says of itself.
 
+use crate::Compression;
 use crate::format::Format;
 use crate::probe_device;
-use crate::qcow2::header::{Compression, Header, LAZY_REFCOUNTS, autoclear, incompatible};
+use crate::qcow2::header::{Header, LAZY_REFCOUNTS, autoclear, incompatible};
 use crate::qcow2::{read_directory, read_snapshots};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;

@@ -37,7 +37,7 @@ pub use chain::{
     RebaseSummary, commit_image, find_children, list_chain, rebase_image,
 };
 pub use check::{CheckReport, Problem, Repair, Severity, check_image};
-pub use create::{CreateOptions, CreateParent, create_image, subformats};
+pub use create::{Compression, CreateOptions, CreateParent, create_image, subformats};
 pub use format::{Format, probe, probe_device};
 pub use identity::identity;
 pub use image::{CompressedCluster, CompressedWriter, DiskImage, ImageWriter, Placement};

@@ -12,7 +12,7 @@ use vmtide_block::{BlockDevice, MemoryDevice, Result, WritableBlockDevice};
 use vmtide_image::qcow2::{
     Companions, CreateBacking, Qcow2CreateOptions, Qcow2Image, Qcow2Version, Qcow2Writer,
 };
-use vmtide_image::{Format, ImageWriter};
+use vmtide_image::{Compression, Format, ImageWriter};
 
 fn read(files: &Files, backing: Option<Arc<dyn BlockDevice>>) -> Result<Arc<dyn BlockDevice>> {
     let companions = Companions { backing, data_file: None };
@@ -64,6 +64,45 @@ fn a_new_image_survives_every_cut() {
         let subject = subject(name, created(&options), vec![0; 120_000]);
         let mut recording = Recording::begin(&subject);
         recording.random_steps(u64::from(options.cluster_size_bytes), 16, 20_000);
+        recording.finish();
+        recording.enumerate(&Sampling::default());
+    }
+}
+
+#[test]
+fn compressed_clusters_that_share_a_cluster_of_the_file_survive_every_cut() {
+    let content = pattern(4, 250_000);
+    for (bits, compression) in [(12, Compression::Zlib), (16, Compression::Zstd)] {
+        let options = Qcow2CreateOptions {
+            cluster_size_bytes: 1 << bits,
+            compression,
+            compress: true,
+            ..Qcow2CreateOptions::new(content.len() as u64)
+        };
+        let create = |files: &Files| -> Result<Arc<dyn ImageWriter>> {
+            Ok(Arc::new(Qcow2Writer::create_device(files.main(), &options)?))
+        };
+        let subject = Subject {
+            valid_from: ValidFrom::Opened,
+            write: &create,
+            ..subject(format!("compressed, {bits} bits"), Vec::new(), vec![0; content.len()])
+        };
+        let mut recording = Recording::begin(&subject);
+        for (index, data) in content.chunks(1 << bits).enumerate() {
+            let at = (index << bits) as u64;
+            if data.iter().any(|byte| *byte != 0) {
+                recording.write_by(at, data, |writer| {
+                    let compressed = writer.compressed().unwrap();
+                    compressed.append(at, compressed.compress(data)?)
+                });
+            }
+            match index % 13 {
+                // Overwritten, so that places between compressed clusters become free.
+                7 => recording.write(at / 2, &[6; 3000]),
+                3 | 11 => recording.flush(),
+                _ => {}
+            }
+        }
         recording.finish();
         recording.enumerate(&Sampling::default());
     }

@@ -71,11 +71,11 @@ fn run_model(shape: &Shape, steps: &[Step]) -> Result<(), TestCaseError> {
         }
     });
     let options = Qcow2CreateOptions {
-        size_bytes: shape.size,
         cluster_size_bytes: 1 << shape.bits,
         version: shape.version,
         extended_l2: shape.extended,
         backing: backing.clone(),
+        ..Qcow2CreateOptions::new(shape.size)
     };
     let memory = Arc::new(MemoryDevice::new(0));
     let mut writer = Qcow2Writer::create_device(memory.clone(), &options).unwrap();

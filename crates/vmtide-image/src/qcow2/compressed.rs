@@ -6,9 +6,10 @@
 //! next one.
 
 use super::decompress::Decompressor;
-use super::header::{Compression, Header};
+use super::header::Header;
 use super::read::{Layers, Tables};
 use super::table::Mapping;
+use crate::Compression;
 use crate::bytes::length;
 use crate::table_cache::TableCache;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -1,5 +1,6 @@
 //! Creating an image.
 
+use super::compress::Compressor;
 use super::header::{
     CLUSTER_BITS, Header, MAGIC, MAX_L1_BYTES, MAX_NAME_BYTES, extension, incompatible,
 };
@@ -7,6 +8,7 @@ use super::metadata::Metadata;
 use super::refcount::Refcounts;
 use super::table::Geometry;
 use super::writer::Qcow2Writer;
+use crate::Compression;
 use crate::bytes::{length, put};
 use crate::format::Format;
 use std::collections::{BTreeSet, HashMap};
@@ -46,6 +48,11 @@ pub struct Qcow2CreateOptions {
     pub version: Qcow2Version,
     /// Whether clusters have 32 subclusters (needs version 3 and clusters of at least 16 KiB).
     pub extended_l2: bool,
+    /// How compressed clusters are compressed. Zstandard needs version 3.
+    pub compression: Compression,
+    /// Whether the writer offers to write compressed clusters
+    /// ([`ImageWriter::compressed`](crate::ImageWriter::compressed)).
+    pub compress: bool,
     /// What unallocated clusters read as.
     pub backing: Option<CreateBacking>,
 }
@@ -58,6 +65,8 @@ impl Qcow2CreateOptions {
             cluster_size_bytes: 64 << 10,
             version: Qcow2Version::V3,
             extended_l2: false,
+            compression: Compression::Zlib,
+            compress: false,
             backing: None,
         }
     }
@@ -120,6 +129,13 @@ impl Plan {
         let mut header = Header::empty(version, bits, options.size_bytes);
         if options.extended_l2 {
             header.incompatible |= incompatible::EXTENDED_L2;
+        }
+        if options.compression == Compression::Zstd {
+            if version < 3 {
+                return refuse("Zstandard clusters need version 3".into());
+            }
+            header.compression = Compression::Zstd;
+            header.incompatible |= incompatible::COMPRESSION_TYPE;
         }
         let entries = options.size_bytes.div_ceil(Geometry::of(&header).l2_span());
         if options.size_bytes > i64::MAX as u64 || entries * 8 > MAX_L1_BYTES {
@@ -184,11 +200,13 @@ impl Plan {
             l1_dirty: BTreeSet::new(),
             header_dirty: false,
             tables: HashMap::new(),
+            packed_end: 0,
             refcounts,
         };
         let backing = options.backing.as_ref().map(|b| b.device.clone());
         let bytes = self.header_bytes();
-        let writer = Qcow2Writer::assemble(file, None, backing, self.header, metadata);
+        let mut writer = Qcow2Writer::assemble(file, None, backing, self.header, metadata);
+        writer.compressor = options.compress.then(|| Compressor::new(options.compression));
         // All that the header leads to is durable before there is a header: until then the file
         // is no image. (The flush patches header fields that are written in full right after.)
         writer.flush()?;
@@ -222,6 +240,7 @@ impl Plan {
             put(&mut bytes, 96, &header.refcount_order.to_be_bytes());
             let header_length = u32::try_from(HEADER_BYTES).unwrap_or(0);
             put(&mut bytes, 100, &header_length.to_be_bytes());
+            put(&mut bytes, 104, &[u8::from(header.compression == Compression::Zstd)]);
         }
         bytes.extend_from_slice(&self.extensions);
         bytes.extend_from_slice(name.as_bytes());

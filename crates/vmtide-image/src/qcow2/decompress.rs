@@ -1,7 +1,7 @@
 //! Compressed clusters (qcow2 specification, "compression_type"): raw deflate or one Zstandard
 //! frame, followed by whatever the last sector holds. Exactly one cluster comes out, or an error.
 
-use super::header::Compression;
+use crate::Compression;
 use crate::deflate::Inflater;
 use flate2::{Decompress, FlushDecompress};
 use std::io::Read;

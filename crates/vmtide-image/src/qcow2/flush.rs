@@ -130,6 +130,8 @@ impl Qcow2Writer {
     /// Which of the sorted `frees` lose their last reference.
     fn unused_after(&self, frees: &[u64]) -> Result<Vec<u64>> {
         let mut metadata = self.metadata.write();
+        // Nothing is packed behind compressed data in a cluster that is about to go.
+        metadata.packed_end = 0;
         let mut unused = Vec::new();
         for same in frees.chunk_by(|a, b| a == b) {
             let Some(cluster) = same.first() else {

@@ -2,6 +2,7 @@
 //! extensions"), checked field by field before anything is followed.
 
 use super::table::Geometry;
+use crate::Compression;
 use crate::bytes::{be_u32, be_u64, length};
 use vmtide_block::{BlockDevice, BlockError, ByteRange, Result};
 
@@ -63,15 +64,6 @@ pub(crate) mod extension {
     pub(crate) const BACKING_FORMAT: u32 = 0xe279_2aca;
     pub(crate) const BITMAPS: u32 = 0x2385_2875;
     pub(crate) const DATA_FILE: u32 = 0x4441_5441;
-}
-
-/// How compressed clusters are compressed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Compression {
-    /// Raw deflate with a 4 KiB window.
-    Zlib,
-    /// A Zstandard frame.
-    Zstd,
 }
 
 /// Where the bitmap directory is.

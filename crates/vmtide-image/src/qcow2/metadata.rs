@@ -26,6 +26,8 @@ pub(super) struct Metadata {
     /// The header's size and L1 fields differ from the file's.
     pub(super) header_dirty: bool,
     pub(super) tables: HashMap<u64, CachedTable>,
+    /// Where the last compressed cluster ends in the file and the next may begin; 0 for nowhere.
+    pub(super) packed_end: u64,
     pub(super) refcounts: Refcounts,
 }
 
@@ -38,6 +40,7 @@ impl Metadata {
             l1_dirty: BTreeSet::new(),
             header_dirty: false,
             tables: HashMap::new(),
+            packed_end: 0,
             refcounts: Refcounts::read(file, header)?,
         })
     }

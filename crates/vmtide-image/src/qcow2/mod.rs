@@ -7,6 +7,7 @@
 //! changes images and keeps the reference counts right.
 
 mod bitmap;
+mod compress;
 mod compressed;
 mod create;
 mod decompress;

@@ -194,6 +194,18 @@ impl Refcounts {
         Ok(())
     }
 
+    /// Takes one more reference to a cluster that is in use. Returns whether there was room for it
+    /// in the count's bits.
+    pub(super) fn retain(&mut self, file: &dyn BlockDevice, cluster: u64) -> Result<bool> {
+        let count = self.get(file, cluster)?;
+        let most = if self.order == 6 { u64::MAX } else { (1 << (1u32 << self.order)) - 1 };
+        if count == 0 || count >= most {
+            return Ok(false);
+        }
+        self.set_loaded(cluster, count + 1)?;
+        Ok(true)
+    }
+
     /// Claims up to `want` neighbouring clusters, wherever the first free ones are.
     pub(super) fn claim(&mut self, file: &dyn BlockDevice, want: u64) -> Result<Claim> {
         if let Some(claim) = self.claim_hole(file, want)? {

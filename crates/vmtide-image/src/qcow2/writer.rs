@@ -1,11 +1,12 @@
 //! A qcow2 image that is open for writing.
 
+use super::compress::Compressor;
 use super::header::{Header, autoclear, incompatible};
 use super::image::{Companions, check_readable};
 use super::metadata::Metadata;
 use super::read::{Layers, Tables};
 use super::table::{Geometry, L2Table};
-use crate::ImageWriter;
+use crate::{CompressedWriter, ImageWriter};
 use parking_lot::{Condvar, Mutex, RwLock};
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -53,6 +54,8 @@ pub struct Qcow2Writer {
     /// The image is marked as changed by us (see [`super::marks`]).
     pub(super) marked: AtomicBool,
     pub(super) marking: Mutex<()>,
+    /// Compresses, where the image was created for it.
+    pub(super) compressor: Option<Compressor>,
     /// The file was made longer here, so what is not in use at its end may be cut off.
     pub(super) grown: AtomicBool,
 }
@@ -118,6 +121,7 @@ impl Qcow2Writer {
             poisoned: AtomicBool::new(false),
             marked: AtomicBool::new(false),
             marking: Mutex::new(()),
+            compressor: None,
             grown: AtomicBool::new(false),
         }
     }
@@ -279,7 +283,11 @@ impl WritableBlockDevice for Qcow2Writer {
     }
 }
 
-impl ImageWriter for Qcow2Writer {}
+impl ImageWriter for Qcow2Writer {
+    fn compressed(&self) -> Option<&dyn CompressedWriter> {
+        self.compressor.as_ref().map(|_| self as &dyn CompressedWriter)
+    }
+}
 
 #[cfg(test)]
 mod tests {
