@@ -55,8 +55,12 @@ pub trait ImageWriter: WritableBlockDevice {
 
     /// What the image will say of itself for its children once it is changed
     /// ([`crate::identity`]), where a change makes it say something else and none was made yet.
-    fn next_identity(&self) -> Option<String> {
-        None
+    /// Children that are told before the change know the image at every moment.
+    ///
+    /// # Errors
+    /// Where no new identity can be made.
+    fn next_identity(&self) -> Result<Option<String>> {
+        Ok(None)
     }
 
     /// The way to write compressed clusters, for images that were created for it.

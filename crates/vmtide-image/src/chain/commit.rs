@@ -83,7 +83,7 @@ pub fn commit_image(
     let broken_children = other_children(parent, path, options)?;
     let writer = open_parent(parent, options)?;
     let mut link = None;
-    if let Some(next) = writer.next_identity() {
+    if let Some(next) = writer.next_identity()? {
         let target = link_target(path, parent, Some(next))?;
         relink(path, child.format, &target)?;
         link = Some(target);

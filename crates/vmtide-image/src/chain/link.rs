@@ -52,6 +52,7 @@ pub(super) fn set_parent(
 ) -> Result<()> {
     match format {
         Format::Vhd => vhd::set_parent(file, target),
+        Format::Vhdx => vhdx::set_parent(file, target),
         other => Err(BlockError::unsupported(
             file.name(),
             format!("a {other} image cannot be given another parent"),

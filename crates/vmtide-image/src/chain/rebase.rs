@@ -188,7 +188,7 @@ fn refuse_if_unknown_afterwards(
     writer: &dyn ImageWriter,
     options: &RebaseOptions,
 ) -> Result<()> {
-    if writer.next_identity().is_none() || options.force {
+    if options.force || writer.next_identity()?.is_none() {
         return Ok(());
     }
     let children = find_children(path, &options.open.search)?;

@@ -108,7 +108,6 @@ impl VhdWriter {
         };
         let footer = plan.footer.encode();
         if let Some(header) = &plan.header {
-            file.write_at(&footer, 0)?;
             file.write_at(&header.encode(), header.offset)?;
             let table = u64::from(header.table_entries) * 4;
             let bytes = vec![0xff; length(table.next_multiple_of(FOOTER_BYTES))];
@@ -116,8 +115,13 @@ impl VhdWriter {
             for (offset, text) in &plan.locators {
                 file.write_at(text, *offset)?;
             }
+            // All that a footer promises is durable before there is one: until then the file is
+            // no image.
+            file.flush()?;
+            file.write_at(&footer, 0)?;
         }
         file.write_at(&footer, plan.body_bytes)?;
+        file.flush()?;
         Self::open_device(file, parent)
     }
 }

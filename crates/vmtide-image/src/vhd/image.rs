@@ -156,7 +156,15 @@ impl Tables for CachedTables {
             read_entries(&*self.file, header, first, PAGE_ENTRIES.min(self.entries - first))
         })?;
         let entry = page.entries.get(length(inside)).copied();
-        Ok(entry.and_then(|entry| header.blocks().start(entry)))
+        match entry.and_then(|entry| header.blocks().start(entry)) {
+            // Where the footer's copy is. Other overlaps only show the guest the image's own
+            // tables; this is what a table of zeros, which was never written, looks like.
+            Some(0) => Err(BlockError::damaged(
+                self.file.name(),
+                format!("block table at {:#x}, entry {block}: 0 is no block", header.table_offset),
+            )),
+            start => Ok(start),
+        }
     }
 
     fn sectors(&self, block: u64, start: u64, first: u64, end: u64) -> Result<(bool, u64)> {

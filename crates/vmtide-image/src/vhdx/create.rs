@@ -299,6 +299,6 @@ fn locator(parent: &VhdxParent) -> Result<ParentLocator, String> {
     Ok(ParentLocator { entries })
 }
 
-fn windows_spelling(path: &str) -> String {
+pub(super) fn windows_spelling(path: &str) -> String {
     path.replace('/', "\\")
 }

@@ -26,12 +26,14 @@ pub(super) struct Journal {
     next: u64,
     /// The next entry's number.
     sequence_number: u64,
+    /// The DataWriteGuid of the next change of the disk, where somebody asked for it.
+    next_data_write_guid: Option<Guid>,
 }
 
 impl Journal {
     /// The journal of a file whose log is empty.
     pub(super) const fn new(headers: Headers) -> Self {
-        Self { headers, next: 0, sequence_number: 1 }
+        Self { headers, next: 0, sequence_number: 1, next_data_write_guid: None }
     }
 
     /// Where the log is.
@@ -39,12 +41,32 @@ impl Journal {
         self.headers.current.log
     }
 
+    /// The DataWriteGuid that the next call of [`renew_guids`](Self::renew_guids) gives the image.
+    ///
+    /// # Errors
+    /// Where the system has no random bytes.
+    pub(super) fn next_data_write_guid(&mut self) -> Result<Guid> {
+        let guid = self.next_data_write_guid.map_or_else(Guid::random, Ok)?;
+        self.next_data_write_guid = Some(guid);
+        Ok(guid)
+    }
+
+    /// Says that only this file changed, and not the disk in it.
+    ///
+    /// # Errors
+    /// What the file says.
+    pub(super) fn renew_file_guid(&mut self, file: &dyn WritableBlockDevice) -> Result<()> {
+        let file_write_guid = Guid::random()?;
+        self.headers.update(file, |header| header.file_write_guid = file_write_guid)
+    }
+
     /// Says that this file and the disk in it are no longer what they were.
     ///
     /// # Errors
     /// What the file says.
     pub(super) fn renew_guids(&mut self, file: &dyn WritableBlockDevice) -> Result<()> {
-        let (file_write_guid, data_write_guid) = (Guid::random()?, Guid::random()?);
+        let (file_write_guid, data_write_guid) = (Guid::random()?, self.next_data_write_guid()?);
+        self.next_data_write_guid = None;
         self.headers.update(file, |header| {
             header.file_write_guid = file_write_guid;
             header.data_write_guid = data_write_guid;
@@ -80,8 +102,8 @@ impl Journal {
         Ok(())
     }
 
-    /// How many pages one entry may change: as many as fill half of the log.
-    fn entry_pages(&self) -> u64 {
+    /// How many pages one call of [`commit`](Self::commit) changes all or none of: as many as fill half of the log.
+    pub(super) fn entry_pages(&self) -> u64 {
         let sectors = self.headers.current.log.length / LOG_SECTOR_BYTES as u64 / 2;
         let descriptors = (LOG_SECTOR_BYTES / DESCRIPTOR_BYTES) as u64;
         // Each sector of descriptors serves as many pages; the header takes the place of two.

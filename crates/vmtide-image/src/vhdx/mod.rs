@@ -33,6 +33,7 @@ mod pages;
 mod repair;
 mod resize;
 mod scan;
+mod set_parent;
 mod write;
 mod writer;
 mod writer_open;
@@ -43,6 +44,7 @@ pub use create::{VhdxCreateOptions, VhdxKind, VhdxParent};
 pub use image::VhdxImage;
 pub(crate) use info::info;
 pub(crate) use repair::repair;
+pub(crate) use set_parent::set_parent;
 pub use writer::VhdxWriter;
 
 use crate::ParentLink;

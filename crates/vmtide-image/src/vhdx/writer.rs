@@ -319,6 +319,13 @@ impl WritableBlockDevice for VhdxWriter {
 }
 
 impl ImageWriter for VhdxWriter {
+    fn next_identity(&self) -> Result<Option<String>> {
+        if self.marked.load(Ordering::Acquire) {
+            return Ok(None);
+        }
+        Ok(Some(self.journal.lock().next_data_write_guid()?.to_string()))
+    }
+
     /// Flushes, empties the log, and cuts the free space off the end of the file. A later change
     /// opens the image anew.
     fn finish(&self) -> Result<()> {
