@@ -90,7 +90,23 @@ install_tools() {
     # libnbd's tools and nbdkit are independent implementations that the tests compare with; tools/restore.py gets
     # its Python packages in an environment of its own.
     ensure_packages "the tests" libnbd-bin nbdkit e2fsprogs fdisk mount openssl python3 python3-venv
+    # Other readers of disk images, to compare with.
+    ensure_packages "the tests of disk images" libvhdi-utils libvmdk-utils 7zip
+    ensure_dissect
     ensure_packages "checking the scripts" shellcheck
+}
+
+# ensure_dissect: Python with dissect.hypervisor, in an environment of its own where the system's does not have it.
+ensure_dissect() {
+    local venv="$REPO_ROOT/target/python-readers"
+    python3 -c 'import dissect.hypervisor' 2>/dev/null && return 0
+    if [ ! -x "$venv/bin/python3" ]; then
+        say "    installing for the tests of disk images: dissect.hypervisor (Python), in $venv"
+        python3 -m venv "$venv" || die "could not make a Python environment in $venv"
+        "$venv/bin/pip" install --quiet --disable-pip-version-check dissect.hypervisor ||
+            die "could not install dissect.hypervisor (needed for the tests of disk images)"
+    fi
+    PATH="$venv/bin:$PATH"
 }
 
 check_scripts() {

@@ -1,8 +1,10 @@
 //! Checking an image's structure, and repairing what can be repaired without guessing.
 
-use crate::{Format, OpenOptions, probe_device, vhd, vhdx};
+use crate::open::extent_files;
+use crate::{Format, OpenOptions, probe_device, vhd, vhdx, vmdk};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
+use std::sync::Arc;
 use vmtide_block::{BlockDevice, OpenMode, RawDevice, Result};
 
 /// How many problems a report lists; more are only counted, so that an image that is nothing but
@@ -105,6 +107,13 @@ pub fn check_image(
         (Format::Vhdx, repair) => vhdx::repair(&file, repair),
         (Format::Vhd, Repair::Nothing) => vhd::check(&file),
         (Format::Vhd, repair) => vhd::repair(&file, repair),
+        (Format::Vmdk, repair) => {
+            let files = extent_files(path, options);
+            match repair {
+                Repair::Nothing => vmdk::check(Arc::new(file), &files),
+                repair => vmdk::repair(Arc::new(file), &files, repair),
+            }
+        }
         (other, _) => Err(other.not_supported(file.name())),
     }
 }

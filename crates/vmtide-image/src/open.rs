@@ -292,7 +292,7 @@ impl<'a> Chain<'a> {
     }
 
     fn extent_files(&self, image: &Path) -> PolicyFiles<'a> {
-        PolicyFiles { image: image.to_path_buf(), options: self.options }
+        extent_files(image, self.options)
     }
 
     fn resolve(&self, image: &Path, what: &str, name: &str) -> Result<Option<PathBuf>> {
@@ -300,8 +300,13 @@ impl<'a> Chain<'a> {
     }
 }
 
+/// The extent files of the VMDK at `image`, as far as the policy allows.
+pub(crate) fn extent_files<'a>(image: &Path, options: &'a OpenOptions) -> PolicyFiles<'a> {
+    PolicyFiles { image: image.to_path_buf(), options }
+}
+
 /// The extent files of a VMDK, as far as the policy allows.
-struct PolicyFiles<'a> {
+pub(crate) struct PolicyFiles<'a> {
     image: PathBuf,
     options: &'a OpenOptions,
 }

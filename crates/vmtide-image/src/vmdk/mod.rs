@@ -13,14 +13,17 @@
 //! | `compressed`, `scan` | stream-optimized grains, and finding them by their markers |
 //! | `head`, `disk`, `read`, `image` | opening all files of an image, and reading it |
 //! | `describe`, `create` | new descriptors and images |
+//! | `check`, `grains` | what is wrong, and repairing it |
 //! | `tables`, `sparse_writer`, `stream`, `writer` | writing |
 
+mod check;
 mod compressed;
 mod cowd;
 mod create;
 mod describe;
 mod descriptor;
 mod disk;
+mod grains;
 mod head;
 mod hosted;
 mod image;
@@ -39,6 +42,7 @@ mod writer;
 use std::sync::Arc;
 use vmtide_block::{BlockDevice, BlockError, Result, WritableBlockDevice};
 
+pub(crate) use check::{check, repair};
 pub use create::{VmdkCreateOptions, VmdkParent};
 pub use describe::VmdkKind;
 pub use image::VmdkImage;

@@ -119,7 +119,8 @@ pub(super) fn locate_table(
     first.map_err(|detail| BlockError::damaged(file.name(), detail))
 }
 
-fn table_in_file(
+/// Where a grain table is by its directory entry, held against the size of the file.
+pub(super) fn table_in_file(
     file: &dyn BlockDevice,
     layout: &SparseLayout,
     table: u64,
