@@ -14,6 +14,7 @@ use vmtide_block::{
 };
 
 const PAGE: u64 = 4096;
+type Page = Box<[u8; 4096]>;
 const SECTOR: u64 = 512;
 /// The most of the file that is stored; writing more is an error.
 const MOST_PAGES: usize = 16 << 10;
@@ -25,7 +26,7 @@ pub struct SparseFile(RwLock<Content>);
 
 struct Content {
     size_bytes: u64,
-    pages: BTreeMap<u64, Box<[u8; PAGE as usize]>>,
+    pages: BTreeMap<u64, Page>,
 }
 
 impl SparseFile {
@@ -151,7 +152,7 @@ impl WritableBlockDevice for SparseFile {
             if content.pages.len() >= MOST_PAGES && !content.pages.contains_key(&page) {
                 return Err(BlockError::unsupported("fuzz", "no space left"));
             }
-            let page = content.pages.entry(page).or_insert_with(|| Box::new([0; PAGE as usize]));
+            let page = content.pages.entry(page).or_insert_with(|| Box::new([0; 4096]));
             page[inside..inside + bytes].copy_from_slice(&rest[..bytes]);
             rest = &rest[bytes..];
         }
