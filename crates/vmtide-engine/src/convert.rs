@@ -17,7 +17,7 @@ use std::time::Instant;
 pub struct ConvertJob {
     /// What to read.
     pub source: DiskSpec,
-    /// How to open it.
+    /// How to open it; where the parents of a target that is changed in place are, too.
     pub open: OpenDiskOptions,
     /// Where to write.
     pub target: DiskSpec,
@@ -72,6 +72,7 @@ pub fn convert(job: &ConvertJob, context: JobContext<'_>) -> Result<ConvertSumma
         in_place: job.in_place,
         replace: job.overwrite,
         kind: job.kind.clone(),
+        open: job.open.clone(),
         default_format: None,
     };
     rules.check()?;

@@ -1,5 +1,6 @@
 //! Where the disks of a restore point go: which file for each, and the VM's configuration beside them.
 
+use crate::image::OpenDiskOptions;
 use crate::image::staged::{publish, temporary_beside};
 use crate::restore::{RestoreJob, RestoreTarget};
 use crate::target::{ImageKind, TargetRules, WritePlan};
@@ -38,6 +39,7 @@ pub(crate) fn plan(job: &RestoreJob<'_>, disks: &[&DiskRecord]) -> Result<Plan> 
             subformat: job.subformat.clone(),
             ..ImageKind::default()
         },
+        open: OpenDiskOptions::default(),
         default_format: Some(Format::Raw),
     };
     rules.check()?;

@@ -2,7 +2,7 @@
 //! device that is changed in place, or an NBD export; what may be overwritten; and the writing.
 
 use crate::compressed::copy_compressed;
-use crate::image::open::format_by_extension;
+use crate::image::open::{OpenDiskOptions, format_by_extension};
 use crate::image::staged::StagedImage;
 use crate::in_use::{Use, check_not_in_use};
 use crate::peer::NbdPeer;
@@ -13,7 +13,7 @@ use vmtide_block::{
     BlockDevice, CopyOptions, CopySummary, OpenMode, RawDevice, WritableBlockDevice, copy_device,
     is_zero,
 };
-use vmtide_image::{CreateOptions, Format, ImageWriter, OpenOptions, open_writable};
+use vmtide_image::{BackingPolicy, CreateOptions, Format, ImageWriter, OpenOptions, open_writable};
 use vmtide_nbd::{NbdOptions, NbdUrl};
 
 /// How much of the beginning and the end of a device is looked at to tell whether it is in use:
@@ -78,6 +78,8 @@ pub(crate) struct TargetRules {
     pub replace: bool,
     /// What new images are like.
     pub kind: ImageKind,
+    /// How an image that is changed in place is opened: its parents.
+    pub open: OpenDiskOptions,
     /// The format where neither the user nor the extension says one; none refuses then.
     pub default_format: Option<Format>,
 }
@@ -298,7 +300,16 @@ impl WritePlan {
     }
 
     fn open_existing(&self, path: &Path, size_bytes: u64) -> Result<Target> {
-        let options = OpenOptions { format: Some(self.format), ..OpenOptions::default() };
+        let given = &self.rules.open;
+        let options = OpenOptions {
+            format: Some(self.format),
+            // Its format is certain, or it would not be changed in place.
+            backing: given.backing.unwrap_or(BackingPolicy::SameDirectory),
+            backing_format: given.backing_format,
+            search: given.search.clone(),
+            any_parent: given.any_parent,
+            ..OpenOptions::default()
+        };
         let image = open_writable(path, &options)?;
         let wanted = self.rules.kind.disk_size(self.format, size_bytes);
         if image.size_bytes() != wanted {

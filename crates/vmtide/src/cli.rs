@@ -122,12 +122,17 @@ pub enum Command {
     Info(commands::info::InfoArgs),
     /// Show which bytes of a disk hold data, and where they lie
     Map(commands::map::MapArgs),
+    /// Check the structure of a disk image, and repair it
+    Check(commands::check::CheckArgs),
     /// Tell whether two disks hold the same
     Compare(commands::compare::CompareArgs),
     /// Make a new disk image, or a child of another one
     Create(commands::create::CreateArgs),
     /// Convert a disk into another format, file, device or export
     Convert(commands::convert::ConvertArgs),
+    /// List, rebase and merge images that read through other images
+    #[command(visible_alias = "snapshot-chain")]
+    Chain(commands::chain::ChainArgs),
     /// Serve a disk image or restore point over NBD
     Serve(commands::serve::ServeArgs),
     /// Look at the virtual machines of a source

@@ -102,9 +102,15 @@ fn wait_for(socket: &Path) {
 
 /// An image served by qemu-nbd, writable, as its own format.
 fn qemu_nbd(place: &Place, image: &str, format: &str) -> (Server, String) {
+    qemu_nbd_with(place, image, format, &[])
+}
+
+fn qemu_nbd_with(place: &Place, image: &str, format: &str, options: &[&str]) -> (Server, String) {
     let socket = place.path(&format!("{image}.sock"));
     let child = Command::new("qemu-nbd")
-        .args(["-t", "-e", "8", "-f", format, "-k"])
+        .args(["-t", "-e", "8", "-f", format])
+        .args(options)
+        .arg("-k")
         .arg(&socket)
         .arg(place.path(image))
         .spawn()
@@ -139,7 +145,9 @@ fn info_tells_what_an_image_says_of_itself() {
     std::fs::remove_file(place.path("base.qcow2")).unwrap();
     let text = place.run(&["info", "top.qcow2"]).must_end_with(0).stdout;
     assert!(text.contains("base.qcow2"), "{text}");
-    one_clear_line(&place.run(&["info", "top.qcow2", "--chain"]).must_end_with(6), "base.qcow2");
+    let run = place.run(&["info", "top.qcow2", "--chain"]).must_end_with(3);
+    assert!(run.stderr.contains("base.qcow2"), "{}", run.stderr);
+    one_clear_line(&place.run(&["map", "top.qcow2"]).must_end_with(6), "base.qcow2");
 }
 
 #[test]
@@ -537,4 +545,152 @@ fn backup_and_restore_take_images_with_parents() {
         finish(&mut place.command(&["restore", "top", "--to", "x.qcow2", "--subformat", "thick"]));
     one_clear_line(&run.must_end_with(1), "thick");
     assert!(!place.path("x.qcow2").exists());
+}
+
+/// A kind of image: extension, qemu-img's format, options of qemu-img and of vmtide.
+type Kind = (&'static str, &'static str, &'static [&'static str], &'static [&'static str]);
+
+/// Every kind that is written.
+const KINDS: &[Kind] = &[
+    ("raw", "raw", &[], &[]),
+    ("qcow2", "qcow2", &[], &[]),
+    ("qcow2", "qcow2", &["-o", "cluster_size=4k"], &["--block-size", "4K"]),
+    ("vhdx", "vhdx", &[], &[]),
+    ("vhdx", "vhdx", &["-o", "subformat=fixed"], &["--subformat", "fixed"]),
+    ("vhdx", "vhdx", &["-o", "block_size=1M"], &["--block-size", "1M"]),
+    ("vhd", "vpc", &["-o", "force_size=on"], &[]),
+    ("vhd", "vpc", &["-o", "subformat=fixed,force_size=on"], &["--subformat", "fixed"]),
+];
+
+/// The name of the image of one kind as the source of a pair.
+fn source_name(index: usize, kind: &Kind) -> String {
+    format!("in{index}.{}", kind.0)
+}
+
+#[test]
+fn every_kind_becomes_every_other_and_qemu_finds_the_same() {
+    let place = Place::new();
+    sparse_disk(&place, "disk.raw", 5 * MIB + 512);
+    for (index, kind) in KINDS.iter().enumerate() {
+        let name = source_name(index, kind);
+        let options = [&["convert", "-f", "raw", "-O", kind.1][..], kind.2, &["disk.raw", &name]];
+        must(&place, "qemu-img", &options.concat());
+    }
+    let before = names(&place);
+    for (from, source) in KINDS.iter().enumerate() {
+        for target in KINDS {
+            let (input, output) = (source_name(from, source), format!("out.{}", target.0));
+            let arguments = [&["convert", "-q", &input, &output][..], target.3].concat();
+            place.run(&arguments).must_end_with(0);
+            must_equal(&place, ("disk.raw", "raw"), (&output, target.1));
+            place.run(&["compare", "disk.raw", &output]).must_end_with(0);
+            for name in names(&place).into_iter().filter(|name| !before.contains(name)) {
+                assert!(name.starts_with("out"), "{name}");
+                std::fs::remove_file(place.path(&name)).unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+fn every_kind_goes_through_exports_and_restores() {
+    let place = Place::with_repository();
+    sparse_disk(&place, "disk.raw", 3 * MIB);
+    place.run(&["backup", "disk.raw", "--name", "disk"]).must_end_with(0);
+    let (_server, url) = qemu_nbd_with(&place, "disk.raw", "raw", &["-r"]);
+    for (index, kind) in KINDS.iter().enumerate() {
+        let name = format!("from-export{index}.{}", kind.0);
+        place.run(&[&["convert", &url, &name][..], kind.3].concat()).must_end_with(0);
+        must_equal(&place, ("disk.raw", "raw"), (&name, kind.1));
+        // And into an export.
+        let blank = format!("blank{index}.raw");
+        std::fs::write(place.path(&blank), vec![0; 4 * MIB]).unwrap();
+        let (target, target_url) = qemu_nbd(&place, &blank, "raw");
+        place.run(&["convert", &name, &target_url]).must_end_with(0);
+        drop(target);
+        must_equal(&place, ("disk.raw", "raw"), (&blank, "raw"));
+        if kind.3.first().is_some_and(|option| *option != "--subformat") {
+            continue;
+        }
+        let restored = format!("restored{index}.{}", kind.0);
+        let arguments = [&["restore", "disk", "--to", &restored][..], kind.3].concat();
+        place.run(&arguments).must_end_with(0);
+        must_equal(&place, ("disk.raw", "raw"), (&restored, kind.1));
+        place.run(&["backup", &restored, "--name", "again"]).must_end_with(0);
+        let back = format!("back{index}.raw");
+        place.run(&["restore", "again", "--to", &back]).must_end_with(0);
+        place.run(&["compare", "disk.raw", &back]).must_end_with(0);
+    }
+}
+
+#[test]
+fn check_finds_damage_and_repairs_it() {
+    let place = Place::new();
+    sparse_disk(&place, "disk.raw", 5 * MIB);
+    place.run(&["convert", "disk.raw", "disk.vhd"]).must_end_with(0);
+    let run = place.run(&["check", "disk.vhd"]).must_end_with(0);
+    assert!(run.stdout.contains("no errors"), "{}", run.stdout);
+    // Without its footer the image has only the copy in front.
+    let path = place.path("disk.vhd");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let end = bytes.len() - 512;
+    bytes[end..].fill(0);
+    std::fs::write(&path, bytes).unwrap();
+    let run = place.run(&["check", "disk.vhd", "--json"]).must_end_with(5);
+    let found = run.summary();
+    assert!(found["errors"].as_u64().unwrap() > 0, "{found}");
+    assert!(found["problems"][0]["detail"].as_str().unwrap().contains("footer"), "{found}");
+    let run = place.run(&["check", "disk.vhd", "--repair", "--json"]).must_end_with(0).summary();
+    assert_eq!(run["errors"], 0);
+    assert!(run["repair"]["repaired"].as_u64().unwrap() > 0, "{run}");
+    place.run(&["check", "disk.vhd"]).must_end_with(0);
+    must_equal(&place, ("disk.raw", "raw"), ("disk.vhd", "vpc"));
+    place.run(&["check", "disk.raw"]).must_end_with(0);
+    place.run(&["check", "disk.vhd", "--repair=some"]).must_end_with(2);
+    one_clear_line(&place.run(&["check", "none.vhd"]).must_end_with(6), "none.vhd");
+}
+
+#[test]
+fn chains_are_listed_rebased_and_merged() {
+    for format in ["vhd"] {
+        let place = Place::new();
+        sparse_disk(&place, "disk.raw", 6 * MIB);
+        let (base, top) = (format!("base.{format}"), format!("top.{format}"));
+        place.run(&["convert", "disk.raw", &base]).must_end_with(0);
+        place.run(&["create", &top, "--parent", &base]).must_end_with(0);
+        let list = place.run(&["chain", "list", &top, "--json"]).must_end_with(0).summary();
+        assert_eq!(list["layers"].as_array().unwrap().len(), 2, "{list}");
+        assert_eq!(list["complete"], true, "{list}");
+        // What the child shall hold: written in place, through vmtide.
+        must(&place, "qemu-io", &["-f", "raw", "-c", "write -P 66 2M 1M", "disk.raw"]);
+        let in_place = ["convert", "disk.raw", &top, "--in-place", "--json"];
+        let written = place.run(&in_place).must_end_with(0).summary()["written_bytes"].clone();
+        assert!((MIB as u64..2 * MIB as u64).contains(&written.as_u64().unwrap()), "{written}");
+        place.run(&["compare", "disk.raw", &top]).must_end_with(0);
+        place.run(&["compare", "disk.raw", &base]).must_end_with(1);
+        // A parent that moved is found again, or named anew.
+        std::fs::create_dir(place.path("moved")).unwrap();
+        std::fs::rename(place.path(&base), place.path("moved").join(&base)).unwrap();
+        place.run(&["chain", "list", &top]).must_end_with(3);
+        let moved = format!("moved/{base}");
+        let relink = ["chain", "rebase", &top, "--parent", &moved, "--relink-only"];
+        place.run(&relink).must_end_with(0);
+        place
+            .run(&["compare", "disk.raw", &top, "--search", "moved", "--backing", "allow"])
+            .must_end_with(0);
+        let merge = [
+            "snapshot-chain",
+            "commit",
+            &top,
+            "--search",
+            "moved",
+            "--backing",
+            "allow",
+            "--delete",
+        ];
+        let run = place.run(&merge).must_end_with(0);
+        assert!(run.stdout.contains("merged into"), "{}", run.stdout);
+        assert!(!place.path(&top).exists());
+        place.run(&["compare", "disk.raw", &moved]).must_end_with(0);
+    }
 }

@@ -1,11 +1,11 @@
 //! What an image says of itself, and what lies beside it.
 
-use super::open::{OpenDiskOptions, hint, image_options};
+use super::open::OpenDiskOptions;
 use crate::Result;
 use serde::Serialize;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use vmtide_image::{Format, ImageInfo, image_info, open_chain};
+use vmtide_image::{Format, ImageInfo, image_info};
 
 /// The extensions of the files in which Hyper-V keeps its resilient change tracking, beside a VHDX.
 const TRACKING_EXTENSIONS: [&str; 2] = ["rct", "mrt"];
@@ -50,15 +50,21 @@ pub fn report(path: &Path, format: Option<Format>) -> Result<ImageReport> {
     })
 }
 
-/// The image at `path` and all its parents, the image first.
+/// The image at `path` and its parents, the image first, as far as they are found; and what is wrong
+/// with the last one's parent, where the chain is not complete.
 ///
 /// # Errors
-/// As [`report`]; where a parent is missing, is not the one the child was made from, or may not be
-/// opened.
-pub fn report_chain(path: &Path, options: &OpenDiskOptions) -> Result<Vec<ImageReport>> {
-    let (open, format) = image_options(path, options)?;
-    let layers = open_chain(path, &open).map_err(|error| hint(error, path, options, format))?;
-    layers.iter().map(|layer| report(&layer.path, Some(layer.image.format()))).collect()
+/// As [`report`] of every image found.
+pub fn report_chain(
+    path: &Path,
+    options: &OpenDiskOptions,
+) -> Result<(Vec<ImageReport>, Option<String>)> {
+    let layers = super::chain::list(path, options)?;
+    let reports = layers
+        .iter()
+        .map(|layer| report(&layer.path, Some(layer.format)))
+        .collect::<Result<_>>()?;
+    Ok((reports, super::chain::broken_end(&layers)))
 }
 
 fn tracking_files(path: &Path) -> Vec<PathBuf> {

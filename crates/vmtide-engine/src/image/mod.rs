@@ -1,6 +1,8 @@
 //! What is done with disk images by themselves, without a repository: looking at them, comparing,
 //! creating, keeping their chains, and opening them as sources and targets of other jobs.
 
+pub mod chain;
+pub mod check;
 pub mod compare;
 pub mod create;
 pub mod info;

@@ -18,7 +18,8 @@ Examples:
   vmtide info web-snap3.avhdx --chain --search /vm/base
   vmtide info disk.vmdk --json | jq .size_bytes
 
-Without --chain no other file is opened, so it works where the parents are missing.";
+Without --chain no other file is opened. With it, code 3 tells of a parent that is missing or is not
+the one its child was made from.";
 
 /// The options of `info`.
 #[derive(Debug, Args)]
@@ -50,17 +51,21 @@ struct Summary<'a> {
 pub fn run(app: &App, args: &InfoArgs) -> Result<Exit> {
     let top = report(&args.image, args.format)?;
     show(app, &top);
-    let mut chain = None;
+    let (mut chain, mut broken) = (None, None);
     if args.chain {
-        let layers = report_chain(&args.image, &args.open.options(args.format))?;
+        let (layers, end) = report_chain(&args.image, &args.open.options(args.format))?;
         for layer in layers.iter().skip(1) {
             app.output.line("");
             show(app, layer);
         }
         chain = Some(layers);
+        broken = end;
+    }
+    if let Some(broken) = &broken {
+        app.output.warning(broken);
     }
     app.output.summary(&Summary { image: &top, chain: chain.as_deref() });
-    Ok(Exit::Done)
+    Ok(Exit::with_warnings(broken.is_some()))
 }
 
 fn show(app: &App, report: &ImageReport) {

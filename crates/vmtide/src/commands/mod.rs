@@ -1,6 +1,8 @@
 //! The commands, one file each: its options with their help, and what it does with them.
 
 pub mod backup;
+pub mod chain;
+pub mod check;
 pub mod compare;
 pub mod completions;
 pub mod convert;
