@@ -5,9 +5,11 @@
 
 mod sparse;
 mod vhdx;
+mod vmdk;
 
 pub use sparse::{SparseFile, pack};
 pub use vhdx::vhdx_read;
+pub use vmdk::{vmdk_read, vmdk_write};
 
 use crate::{CheckReport, DiskImage};
 use vmtide_block::{ByteRange, ExtentKind};

@@ -148,6 +148,7 @@ fn check_sparse(file: &Handle, repair: Repair, report: &mut CheckReport) -> Resu
                 (found.layout(), descriptor.max(1).saturating_mul(SECTOR))
             }
             None => {
+                header.layout().validate(&reader.name())?;
                 report.size_bytes += header.layout().size_bytes();
                 report.add(error_of(format!(
                     "{}: VMDK footer: it is not at the end of the file: the stream was cut off, or \

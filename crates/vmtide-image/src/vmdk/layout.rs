@@ -61,7 +61,7 @@ pub(super) enum Grain {
 
 impl SparseLayout {
     pub(super) const fn grain_bytes(&self) -> u64 {
-        self.grain_sectors * SECTOR
+        self.grain_sectors.saturating_mul(SECTOR)
     }
 
     pub(super) const fn entry_bytes(&self) -> u64 {
@@ -78,7 +78,7 @@ impl SparseLayout {
     }
 
     pub(super) const fn size_bytes(&self) -> u64 {
-        self.capacity_sectors * SECTOR
+        self.capacity_sectors.saturating_mul(SECTOR)
     }
 
     pub(super) const fn grains(&self) -> u64 {
