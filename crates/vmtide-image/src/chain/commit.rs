@@ -11,7 +11,7 @@ use super::children::find_children;
 use super::link::{LinkTarget, set_parent, stored_name};
 use super::list::{ChainLayer, list_chain};
 use crate::parent::real_path;
-use crate::{DiskImage, Format, ImageWriter, OpenOptions, identity, open_chain, open_writable};
+use crate::{DiskImage, ImageWriter, OpenOptions, identity, open_chain, open_writable};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -85,7 +85,7 @@ pub fn commit_image(
     let mut link = None;
     if let Some(next) = writer.next_identity()? {
         let target = link_target(path, parent, Some(next))?;
-        relink(path, child.format, &target)?;
+        set_parent(path, child.format, Some(&target))?;
         link = Some(target);
     }
     let image = open_alone(path, child, options)?;
@@ -102,7 +102,7 @@ pub fn commit_image(
     if let Some(mut target) = link {
         target.identity.clone_from(&parent_identity);
         target.next_identity = None;
-        relink(path, child.format, &target)?;
+        set_parent(path, child.format, Some(&target))?;
     }
     Ok(CommitSummary {
         parent: parent.path.clone(),
@@ -176,11 +176,6 @@ fn link_target(
         identity: parent.identity.clone(),
         next_identity,
     })
-}
-
-fn relink(path: &Path, format: Format, target: &LinkTarget) -> Result<()> {
-    let file = RawDevice::open(path, OpenMode::ReadWrite)?;
-    set_parent(&file, format, Some(target))
 }
 
 /// Copies the image's own ranges; answers with the bytes written and the bytes zeroed.

@@ -2,9 +2,9 @@
 
 use crate::parent::real_path;
 use crate::qcow2::header::Header;
-use crate::{Format, ParentLink, vhd, vhdx, vmdk};
+use crate::{Format, ParentLink, qcow2, vhd, vhdx, vmdk};
 use std::path::{Component, Path, PathBuf};
-use vmtide_block::{BlockDevice, BlockError, Result, WritableBlockDevice};
+use vmtide_block::{BlockDevice, BlockError, OpenMode, RawDevice, Result};
 
 /// How the image names its parent; `None` where it has none.
 pub(super) fn link_of(file: &dyn BlockDevice, format: Format) -> Result<Option<ParentLink>> {
@@ -40,23 +40,23 @@ pub(crate) struct LinkTarget {
     pub(crate) next_identity: Option<String>,
 }
 
-/// Lets the image in `file` name another parent, or none. At every moment, also of a crash, it names the old
-/// one or the new one. The disk it holds is not looked at.
+/// Lets the image at `path` name another parent, or none. At every moment, also of a crash, it
+/// names the old one or the new one. The disk it holds is not looked at.
 ///
 /// # Errors
 /// [`BlockError::Unsupported`] where the format cannot have this parent; what the medium says.
-pub(super) fn set_parent(
-    file: &dyn WritableBlockDevice,
-    format: Format,
-    target: Option<&LinkTarget>,
-) -> Result<()> {
+pub(super) fn set_parent(path: &Path, format: Format, target: Option<&LinkTarget>) -> Result<()> {
+    if format == Format::Vmdk {
+        // Where the descriptor is a file of its own, another file takes its place.
+        return vmdk::set_parent(path, target);
+    }
+    let file = RawDevice::open(path, OpenMode::ReadWrite)?;
     match format {
-        Format::Vhd => vhd::set_parent(file, target),
-        Format::Vhdx => vhdx::set_parent(file, target),
-        other => Err(BlockError::unsupported(
-            file.name(),
-            format!("a {other} image cannot be given another parent"),
-        )),
+        Format::Raw => Err(BlockError::unsupported(file.name(), "a raw disk has no parent")),
+        Format::Qcow2 => qcow2::set_parent(&file, target),
+        Format::Vhdx => vhdx::set_parent(&file, target),
+        Format::Vhd => vhd::set_parent(&file, target),
+        Format::Vmdk => Ok(()),
     }
 }
 

@@ -14,8 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use vmtide_block::{
-    BlockDevice, BlockError, ByteRange, CancelToken, Extent, ExtentKind, OpenMode, Progress,
-    RawDevice, Result, is_zero,
+    BlockDevice, BlockError, ByteRange, CancelToken, Extent, ExtentKind, Progress, Result, is_zero,
 };
 
 /// The size of one comparison.
@@ -94,8 +93,7 @@ pub fn rebase_image(
     if !options.relink_only {
         summary = copy_differences(path, child, options, progress, cancel)?;
     }
-    let file = RawDevice::open(path, OpenMode::ReadWrite)?;
-    set_parent(&file, child.format, target.as_ref())?;
+    set_parent(path, child.format, target.as_ref())?;
     Ok(summary)
 }
 

@@ -4,6 +4,7 @@ use super::descriptor::{Descriptor, ExtentType};
 use super::head::{Head, effective_header};
 use super::hosted::{SECTOR, flag};
 use super::layout::{Kind, SparseLayout};
+use super::set_parent::NEXT_PARENT_CID;
 use crate::{BackingInfo, Format, ImageInfo, ParentLink};
 use vmtide_block::{BlockDevice, BlockError, Result};
 
@@ -18,10 +19,13 @@ pub fn parent_link(file: &dyn BlockDevice) -> Result<Option<ParentLink>> {
 
 fn link(descriptor: &Descriptor) -> Option<ParentLink> {
     let cid = descriptor.parent_cid?;
+    let mut identities = vec![content_id(cid)];
+    // The parent was being written when this was: it has the one or the other.
+    identities.extend(descriptor.entries.get(NEXT_PARENT_CID).cloned());
     Some(ParentLink {
         names: descriptor.parent_hint.iter().cloned().collect(),
         format: Some(Format::Vmdk),
-        identities: vec![content_id(cid)],
+        identities,
     })
 }
 

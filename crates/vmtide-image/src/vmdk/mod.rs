@@ -15,6 +15,7 @@
 //! | `describe`, `create` | new descriptors and images |
 //! | `check`, `grains` | what is wrong, and repairing it |
 //! | `tables`, `sparse_writer`, `stream`, `writer` | writing |
+//! | `set_parent` | naming another parent |
 
 mod check;
 mod compressed;
@@ -33,6 +34,7 @@ mod map;
 mod read;
 mod scan;
 mod sesparse;
+mod set_parent;
 mod sparse;
 mod sparse_writer;
 mod stream;
@@ -47,6 +49,7 @@ pub use create::{VmdkCreateOptions, VmdkParent};
 pub use describe::VmdkKind;
 pub use image::VmdkImage;
 pub use info::{identity, info, parent_link};
+pub(crate) use set_parent::set_parent;
 pub use writer::VmdkWriter;
 
 /// The most sectors of a disk: what a file offset can count.

@@ -4,6 +4,7 @@ use super::ExtentFiles;
 use super::create::random_ids;
 use super::descriptor::{Access, CHANGE_TRACK_PATH, CID, Descriptor, LONG_CONTENT_ID};
 use super::disk::{Disk, Handle, Part};
+use super::info::content_id;
 use super::map::Mapping;
 use super::stream::StreamWriter;
 use crate::{CompressedWriter, ImageWriter};
@@ -38,7 +39,9 @@ struct OpenDisk {
     main: Arc<dyn WritableBlockDevice>,
     /// Whether the content id is that of a disk that was written.
     changed: AtomicBool,
-    changing: Mutex<()>,
+    /// The ids of the disk once it is written, where somebody asked for them; locked while they
+    /// are brought to the file.
+    next_ids: Mutex<Option<(u32, [u8; 28])>>,
 }
 
 impl VmdkWriter {
@@ -87,7 +90,7 @@ impl VmdkWriter {
                 disk,
                 main: file,
                 changed: AtomicBool::new(is_new),
-                changing: Mutex::new(()),
+                next_ids: Mutex::new(None),
             })),
         })
     }
@@ -99,12 +102,12 @@ impl OpenDisk {
         if self.changed.load(Ordering::Acquire) {
             return Ok(());
         }
-        let _one = self.changing.lock();
+        let mut next_ids = self.next_ids.lock();
         if self.changed.load(Ordering::Acquire) {
             return Ok(());
         }
         if let Some((descriptor, start)) = &self.disk.descriptor {
-            let (cid, random) = random_ids(&self.disk.name)?;
+            let (cid, random) = self.choose_ids(descriptor, &mut next_ids)?;
             self.change_ids(descriptor, *start, cid, &random)?;
             if let Some((at, _)) = descriptor.places.get(CHANGE_TRACK_PATH) {
                 self.comment_out(*start, *at)?;
@@ -115,6 +118,40 @@ impl OpenDisk {
         Ok(())
     }
 
+    /// The ids that the disk gets with its first change; always the same.
+    fn choose_ids(
+        &self,
+        descriptor: &Descriptor,
+        chosen: &mut Option<(u32, [u8; 28])>,
+    ) -> Result<(u32, [u8; 28])> {
+        if let Some(chosen) = *chosen {
+            return Ok(chosen);
+        }
+        let (mut cid, random) = random_ids(&self.disk.name)?;
+        if let Some((_, digits)) = descriptor.places.get(CID) {
+            let bits = 4 * u32::try_from(*digits).unwrap_or(8).min(8);
+            cid &= u32::MAX.checked_shr(32 - bits).unwrap_or(0);
+            if descriptor.cid == Some(cid) {
+                cid ^= 1;
+            }
+        }
+        *chosen = Some((cid, random));
+        Ok((cid, random))
+    }
+
+    /// The content id that the disk gets with its first change, where it has one to change.
+    fn next_content_id(&self) -> Result<Option<String>> {
+        match &self.disk.descriptor {
+            Some((descriptor, _))
+                if descriptor.places.contains_key(CID) && !self.changed.load(Ordering::Acquire) =>
+            {
+                let (cid, _) = self.choose_ids(descriptor, &mut self.next_ids.lock())?;
+                Ok(Some(content_id(cid)))
+            }
+            _ => Ok(None),
+        }
+    }
+
     /// Writes new content ids over the old ones, in as many digits as there are.
     fn change_ids(
         &self,
@@ -123,13 +160,7 @@ impl OpenDisk {
         cid: u32,
         random: &[u8],
     ) -> Result<()> {
-        let mut cid = cid;
         if let Some((at, digits)) = descriptor.places.get(CID) {
-            let bits = 4 * u32::try_from(*digits).unwrap_or(8).min(8);
-            cid &= u32::MAX.checked_shr(32 - bits).unwrap_or(0);
-            if descriptor.cid == Some(cid) {
-                cid ^= 1;
-            }
             let text = format!("{cid:0width$x}", width = *digits);
             self.main.write_at(text.as_bytes(), start + *at as u64)?;
         }
@@ -303,6 +334,13 @@ impl WritableBlockDevice for VmdkWriter {
 }
 
 impl ImageWriter for VmdkWriter {
+    fn next_identity(&self) -> Result<Option<String>> {
+        match &self.inner {
+            Inner::Disk(open) => open.next_content_id(),
+            Inner::Stream(_) => Ok(None),
+        }
+    }
+
     fn finish(&self) -> Result<()> {
         match &self.inner {
             Inner::Disk(open) => open.each_writer(true),
