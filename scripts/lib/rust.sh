@@ -37,8 +37,10 @@ ensure_rustup() {
     fi
     ensure_packages "downloading rustup" curl ca-certificates
     installer="$(mktemp)"
-    curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs -o "$installer" ||
+    if ! curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs -o "$installer"; then
+        rm -f "$installer"
         die "cannot download rustup: check the network, or install Rust $1 or newer by hand"
+    fi
     sh "$installer" -y --no-modify-path --profile minimal --component clippy,rustfmt --default-toolchain stable >&2
     rm -f "$installer"
 }
