@@ -313,6 +313,23 @@ fn a_check_finds_what_is_wrong_in_the_bat() {
 }
 
 #[test]
+fn where_an_empty_log_is_matters_to_a_check_only() {
+    for log_bytes in [0, 4096, 3 << 20] {
+        let mut image = image();
+        image.log_bytes = log_bytes;
+        let disk = open(image.in_memory()).unwrap();
+        let mut byte = [0];
+        disk.read_at(&mut byte, 0).unwrap();
+        assert_eq!(byte, [0x5a]);
+        let path = tempfile::tempdir().unwrap();
+        let path = path.path().join("image.vhdx");
+        image.in_file(&path);
+        let report = check_image(&path, &OpenOptions::default(), Repair::Nothing).unwrap();
+        assert!(found(&report, Severity::Error, "the log of"), "{report:?}");
+    }
+}
+
+#[test]
 fn a_check_of_a_child_counts_its_sectors() {
     let mut image = Image::child(5 * MIB, 2 * MIB);
     let at = image.payload_at();

@@ -126,6 +126,18 @@ fn a_child_without_its_parent_is_refused() {
     let refused = open_read_only(&child, &OpenOptions::default()).err().unwrap().to_string();
     assert!(refused.contains("depends on the parent"), "{refused}");
     let parent = directory.path().join("fat-parent.vhdx");
+    // A child that does not say which file its parent is takes none, wherever it lies.
+    let mut bytes = std::fs::read(&child).unwrap();
+    let key: Vec<u8> = "parent_linkage".encode_utf16().flat_map(u16::to_le_bytes).collect();
+    for at in 0..bytes.len() - key.len() {
+        if bytes[at..].starts_with(&key) {
+            bytes[at] = b'q';
+        }
+    }
+    let nameless = directory.path().join("nameless.vhdx");
+    std::fs::write(&nameless, bytes).unwrap();
+    let refused = open_read_only(&nameless, &beside()).err().unwrap().to_string();
+    assert!(refused.contains("which the locator lacks"), "{refused}");
     std::fs::remove_file(&parent).unwrap();
     let missing = open_read_only(&child, &beside()).err().unwrap().to_string();
     assert!(missing.contains("was not found"), "{missing}");

@@ -82,11 +82,6 @@ impl Geometry {
         1 << self.ratio_bits
     }
 
-    /// The bytes of disk that a chunk maps.
-    pub(crate) const fn chunk_bytes(&self) -> u64 {
-        1 << (self.block_bits + self.ratio_bits)
-    }
-
     /// The payload blocks of the disk.
     pub(crate) const fn block_count(&self) -> u64 {
         self.disk_size_bytes.div_ceil(self.block_bytes())
@@ -312,7 +307,7 @@ mod tests {
         }
         assert_eq!(geometry.bitmap_index(ChunkNumber(74)), BatIndex(index));
         assert_eq!(geometry.entry_count(), index + 1);
-        assert_eq!(geometry.chunk_bytes(), 4 << 30);
+        assert_eq!(geometry.block_bytes() * geometry.chunk_ratio(), 4 << 30);
         assert_eq!(geometry.bitmap_bit((4 << 30) + 512 * 9), 9);
     }
 

@@ -191,7 +191,14 @@ impl Check<'_> {
             self.units.use_range(range);
         }
         self.units.use_range(ByteRange::new(0, MIB));
-        self.units.use_range(self.tables.headers.current.log);
+        let log = self.tables.headers.current.log;
+        if let Some(twice) = self.units.use_range(log) {
+            let detail = format!(
+                "header: the log of {} bytes at {:#x}: the file's {twice:#x} is in use",
+                log.length, log.offset
+            );
+            self.add(Severity::Error, detail);
+        }
         Ok(())
     }
 

@@ -6,8 +6,6 @@
 //! parent is), `bat` and `bits` (where its blocks and sectors are). `tables` is all of it
 //! that an open image holds; [`VhdxImage`] reads, [`VhdxWriter`] writes.
 
-#![allow(dead_code, reason = "the writer is being built on these")]
-
 pub(crate) mod bat;
 pub(crate) mod checksum;
 pub(crate) mod guid;
@@ -57,7 +55,13 @@ use vmtide_block::{BlockDevice, Result};
 pub(crate) fn parent_link(file: &dyn BlockDevice) -> Result<Option<ParentLink>> {
     header::read_creator(file)?;
     let (tables, _) = tables::Tables::replayed(file)?;
-    Ok(tables.parent_link())
+    Ok(tables.parent_link().map(|mut link| {
+        if link.identities.is_empty() {
+            // A path alone makes no file the parent: none will say this of itself.
+            link.identities.push("named by a parent_linkage, which the locator lacks".into());
+        }
+        link
+    }))
 }
 
 /// The DataWriteGuid, by which children know their parent: lower case without braces.

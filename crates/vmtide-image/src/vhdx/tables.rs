@@ -31,7 +31,10 @@ impl Tables {
     /// As [`Regions::read`] and [`Metadata::read`]; [`BlockError::Damaged`] where the BAT's region
     /// is too small for the disk or not inside the file.
     pub(crate) fn read(file: &dyn BlockDevice, headers: Headers) -> Result<Self> {
-        let regions = Regions::read(file, headers.current.log)?;
+        // Where an empty log is does not matter to a reader.
+        let is_dirty = headers.current.is_log_dirty();
+        let log = if is_dirty { headers.current.log } else { ByteRange::new(0, 0) };
+        let regions = Regions::read(file, log)?;
         let (metadata, items) = Metadata::read(file, regions.metadata)?;
         let geometry = Geometry::of(&metadata);
         let tables = Self { headers, regions, metadata, items, geometry };
