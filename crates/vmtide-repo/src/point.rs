@@ -12,6 +12,9 @@ use std::collections::BTreeMap;
 /// array grows: at this length some 200 MiB.
 const MAX_JSON_BYTES: usize = 8 << 20;
 
+/// The most JSON objects in them. The smallest, of seven bytes, becomes some 660 in memory: 40 MiB.
+const MAX_JSON_OBJECTS: usize = 64 << 10;
+
 /// Which earlier restore point a backup was compared with. Every restore point is complete on its
 /// own, whatever its level.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -126,6 +129,10 @@ pub(crate) fn write(context: &RepoContext, point: &RestorePoint) -> Result<()> {
     if json.len() > MAX_JSON_BYTES {
         return Err(invalid(&format!("{} bytes of JSON, more than fits", json.len())));
     }
+    let objects = count_objects(&json);
+    if objects > MAX_JSON_OBJECTS {
+        return Err(invalid(&format!("{objects} JSON objects, more than a reader takes")));
+    }
     let mut section = zstd::bulk::compress(&json, 3).map_err(|error| invalid(&error))?;
     let mut object = context.create_object(ObjectKind::Point, point.id)?;
     object.write_section(0, &[], &mut section)?;
@@ -154,6 +161,10 @@ pub(crate) fn read(context: &RepoContext, id: ObjectId) -> Result<RestorePoint> 
     let content = opened.cipher.open(0, &[], &mut section)?;
     let json = decompress_bounded(content, MAX_JSON_BYTES)
         .ok_or_else(|| damaged("it does not decompress"))?;
+    let objects = count_objects(&json);
+    if objects > MAX_JSON_OBJECTS {
+        return Err(damaged(&format!("{objects} JSON objects; {MAX_JSON_OBJECTS} are possible")));
+    }
     let point: RestorePoint = serde_json::from_slice(&json)
         .map_err(|error| damaged(&format!("its JSON cannot be read: {error}")))?;
     if point.id != id {
@@ -162,10 +173,43 @@ pub(crate) fn read(context: &RepoContext, id: ObjectId) -> Result<RestorePoint> 
     Ok(point)
 }
 
+/// How many objects begin in a JSON text; of what is none, any number.
+fn count_objects(json: &[u8]) -> usize {
+    let (mut objects, mut in_text, mut escaped) = (0, false, false);
+    for byte in json {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_text => escaped = true,
+            b'"' => in_text = !in_text,
+            b'{' if !in_text => objects += 1,
+            _ => {}
+        }
+    }
+    objects
+}
+
 /// Decompresses one zstd frame of at most `limit` bytes. The frame says how long it is; a frame that
 /// lies is caught by the limit, one that does not say is refused.
 pub(crate) fn decompress_bounded(frame: &[u8], limit: usize) -> Option<Vec<u8>> {
     let length = zstd::zstd_safe::get_frame_content_size(frame).ok()??;
     let length = usize::try_from(length).ok().filter(|length| *length <= limit)?;
     zstd::bulk::decompress(frame, length).ok().filter(|content| content.len() == length)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::count_objects;
+
+    #[test]
+    fn objects_are_counted_outside_of_text() {
+        for (json, objects) in [
+            (r#"{"a":[{},{}]}"#, 3),
+            (r#"["{{{",{"b":"{\"{"},"\\",{}]"#, 2),
+            ("", 0),
+            (r#""\"#, 0),
+            ("{{{", 3),
+        ] {
+            assert_eq!(count_objects(json.as_bytes()), objects, "{json}");
+        }
+    }
 }

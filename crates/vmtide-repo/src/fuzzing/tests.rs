@@ -117,6 +117,16 @@ fn what_grows_beyond_its_kind_is_refused() {
     let error = warning(8 << 20).unwrap_err();
     assert!(error.to_string().contains("does not decompress"), "{error}");
 
+    let objects = |count: usize| {
+        let json = String::from_utf8(seed_of("repo_point", "json")[1..].to_vec()).unwrap();
+        let more = format!("\"config\":{{\"more\":[{}0],", r#"{"":0},"#.repeat(count));
+        let forged = sections::json_point(json.replace("\"config\":{", &more).as_bytes()).unwrap();
+        crate::point::read(&forged.context, FORGED)
+    };
+    assert!(objects(65_000).is_ok());
+    let error = objects(65_536).unwrap_err();
+    assert!(error.to_string().contains("JSON objects"), "{error}");
+
     let kinds = [ObjectKind::Pack, ObjectKind::Point, ObjectKind::Forward, ObjectKind::MapSegment];
     for (kind, taken) in kinds.into_iter().zip([false, false, false, true]) {
         let directory = vec![0; (16 << 20) + 1];
