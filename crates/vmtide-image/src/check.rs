@@ -9,7 +9,7 @@ use vmtide_block::{BlockDevice, OpenMode, RawDevice, Result};
 
 /// How many problems a report lists; more are only counted, so that an image that is nothing but
 /// damage does not take all memory.
-const MAX_LISTED: usize = 1000;
+pub(crate) const MAX_LISTED: usize = 1000;
 
 /// What a check found.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -4,10 +4,12 @@
 //! tests. None may panic, allocate by a length that was not checked, or run without an end.
 
 mod sparse;
+mod vhd;
 mod vhdx;
 mod vmdk;
 
 pub use sparse::{SparseFile, pack};
+pub use vhd::{vhd_read, vhd_write};
 pub use vhdx::vhdx_read;
 pub use vmdk::{vmdk_read, vmdk_write};
 

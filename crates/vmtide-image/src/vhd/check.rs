@@ -4,6 +4,7 @@ use super::footer::{FOOTER_BYTES, Footer, Kind, Located};
 use super::header::{HEADER_BYTES, Header};
 use super::image::{Opened, read_bitmap};
 use super::writer::read_table;
+use crate::check::MAX_LISTED;
 use crate::{CheckReport, Problem, Repair, Severity};
 use vmtide_block::{BlockDevice, BlockError, Result, WritableBlockDevice};
 
@@ -34,13 +35,15 @@ pub(crate) fn repair(file: &dyn WritableBlockDevice, repair: Repair) -> Result<C
         }
         if found.bad_trailer {
             write_trailer(file, found.used, &bytes)?;
-            found.tail_leaked = false;
         }
-        found.mark_repaired(Severity::Error, FOOTER_PROBLEM);
+        let count = u64::from(found.bad_copy) + u64::from(found.bad_trailer);
+        found.bad_trailer = false;
+        found.mark_repaired(Severity::Error, FOOTER_PROBLEM, count);
     }
     if repair != Repair::Nothing && found.tail_leaked && !found.bad_trailer {
+        // Where a footer was written just now the file is cut off already, and stays so.
         write_trailer(file, found.used, &found.footer.encode())?;
-        found.mark_repaired(Severity::Leak, TAIL_PROBLEM);
+        found.mark_repaired(Severity::Leak, TAIL_PROBLEM, 1);
     }
     Ok(found.report)
 }
@@ -81,21 +84,16 @@ impl Examined {
         self.report.add(Problem { severity, detail, repaired: false });
     }
 
-    fn mark_repaired(&mut self, severity: Severity, prefix: &str) {
-        let problems = std::mem::take(&mut self.report.problems);
-        // Every problem is listed: those of a footer come first, and there is one tail.
-        for mut problem in problems {
-            let is_meant = problem.severity == severity && problem.detail.starts_with(prefix);
-            if is_meant && !problem.repaired {
-                problem.repaired = true;
-                self.report.repaired += 1;
-                match severity {
-                    Severity::Error => self.report.errors -= 1,
-                    Severity::Leak => self.report.leaks -= 1,
-                    Severity::Note => {}
-                }
-            }
-            self.report.problems.push(problem);
+    /// Counts so many problems as repaired, and those that are listed.
+    fn mark_repaired(&mut self, severity: Severity, prefix: &str, count: u64) {
+        self.report.repaired += count;
+        match severity {
+            Severity::Error => self.report.errors -= count,
+            Severity::Leak => self.report.leaks -= count,
+            Severity::Note => {}
+        }
+        for problem in &mut self.report.problems {
+            problem.repaired |= problem.severity == severity && problem.detail.starts_with(prefix);
         }
     }
 }
@@ -132,15 +130,15 @@ fn examine(file: &dyn BlockDevice) -> Result<Examined> {
         return Ok(found);
     }
     let entries = read_table(file, &opened)?;
-    let mut problems = Vec::new();
-    let mut last_end = walk_blocks(file, &opened, &entries, |problem| {
-        problems.push(problem);
+    let errors_before = found.report.errors;
+    let last_end = walk_blocks(file, &opened, &entries, |problem| {
+        // What is not listed needs no words: a table can be nothing but damage.
+        let is_listed = found.report.problems.len() < MAX_LISTED;
+        let detail = if is_listed { problem.to_string() } else { String::new() };
+        found.add(problem.severity(), detail);
         Ok(())
     })?;
-    for problem in problems {
-        found.add(problem.severity(), problem.to_string());
-    }
-    last_end = last_end.next_multiple_of(FOOTER_BYTES);
+    let last_end = last_end.next_multiple_of(FOOTER_BYTES);
     found.used = last_end;
     let tail = located.body_bytes(file).saturating_sub(last_end);
     if tail >= opened.shape().stored_bytes() + MAX_PADDING {
@@ -150,12 +148,19 @@ fn examine(file: &dyn BlockDevice) -> Result<Examined> {
             format!("{TAIL_PROBLEM}: nothing refers to the {tail} bytes from {last_end:#x} on"),
         );
     }
-    found.report.allocated_bytes = allocated(file, &opened, &entries)?;
+    // Only of blocks that share nothing there are no more bitmaps than the file has bytes.
+    let is_sound = found.report.errors == errors_before;
+    found.report.allocated_bytes = allocated(file, &opened, &entries, is_sound)?;
     Ok(found)
 }
 
-/// The bytes of disk that the blocks store.
-fn allocated(file: &dyn BlockDevice, opened: &Opened, entries: &[u32]) -> Result<u64> {
+/// The bytes of disk that the blocks store; whole blocks unless their bitmaps are to be read.
+fn allocated(
+    file: &dyn BlockDevice,
+    opened: &Opened,
+    entries: &[u32],
+    with_bitmaps: bool,
+) -> Result<u64> {
     let shape = opened.shape();
     let mut bytes = 0;
     for (block, entry) in (0u64..).zip(entries) {
@@ -163,8 +168,7 @@ fn allocated(file: &dyn BlockDevice, opened: &Opened, entries: &[u32]) -> Result
             continue;
         };
         let size = shape.block_bytes.min(opened.size_bytes - block * shape.block_bytes);
-        let is_inside = start + shape.bitmap_bytes <= file.size_bytes();
-        if opened.kind() == Kind::Dynamic || !is_inside {
+        if opened.kind() == Kind::Dynamic || !with_bitmaps {
             bytes += size;
             continue;
         }

@@ -25,6 +25,7 @@ mod writer;
 pub(crate) use check::{check, repair};
 pub(crate) use create::create;
 pub use create::{MAX_DISK_BYTES, VhdCreateOptions, VhdKind, VhdParent};
+pub(crate) use footer::checksum;
 pub use image::VhdImage;
 pub(crate) use info::{identity, info};
 pub(crate) use parent::parent_link;
