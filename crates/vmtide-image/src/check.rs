@@ -1,7 +1,7 @@
 //! Checking an image's structure, and repairing what can be repaired without guessing.
 
 use crate::open::extent_files;
-use crate::{Format, OpenOptions, probe_device, vhd, vhdx, vmdk};
+use crate::{Format, OpenOptions, probe_device, qcow2, vhd, vhdx, vmdk};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 use std::sync::Arc;
@@ -114,6 +114,7 @@ pub fn check_image(
                 repair => vmdk::repair(Arc::new(file), &files, repair),
             }
         }
-        (other, _) => Err(other.not_supported(file.name())),
+        (Format::Qcow2, Repair::Nothing) => qcow2::check(&file),
+        (Format::Qcow2, repair) => qcow2::repair(&file, repair),
     }
 }

@@ -36,7 +36,7 @@ pub(crate) struct BitmapEntry {
     pub(crate) flags_offset: u64,
     pub(crate) flags: u32,
     table_offset: u64,
-    table_entries: u32,
+    pub(crate) table_entries: u32,
 }
 
 /// Reads the bitmap directory; empty where the image has no bitmaps.
@@ -188,6 +188,34 @@ pub(crate) fn read_bitmap(
         dirty.push_bits(first_bit, &bits);
     }
     Ok(dirty.set)
+}
+
+/// The clusters of the file that a bitmap's table and bits take.
+pub(crate) fn bitmap_clusters(
+    file: &dyn BlockDevice,
+    header: &Header,
+    entry: &BitmapEntry,
+) -> Result<Vec<u64>> {
+    let table = ByteRange::new(entry.table_offset, u64::from(entry.table_entries) * 8);
+    let inside = table.checked_end().is_some_and(|end| end <= file.size_bytes());
+    if table.length > MAX_BITMAP_BYTES / header.cluster_bytes() * 8
+        || !table.offset.is_multiple_of(header.cluster_bytes())
+        || !inside
+    {
+        return Err(BlockError::damaged(
+            format!("{}: bitmap {:?}", file.name(), entry.info.name),
+            format!(
+                "its table of {} entries at {:#x} is not cluster-aligned inside the file",
+                entry.table_entries, table.offset
+            ),
+        ));
+    }
+    let mut bytes = vec![0u8; length(table.length)];
+    file.read_at(&mut bytes, table.offset)?;
+    let bits = header.cluster_bits;
+    let own = table.offset >> bits..table.end().div_ceil(header.cluster_bytes());
+    let stored = decode_table(&bytes).into_iter().map(|value| value & OFFSET_MASK);
+    Ok(own.chain(stored.filter(|offset| *offset != 0).map(|offset| offset >> bits)).collect())
 }
 
 /// Collects dirty bits, in order, as ranges of bounded number.

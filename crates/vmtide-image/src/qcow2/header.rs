@@ -33,6 +33,7 @@ pub(crate) mod field {
     pub(crate) const L1_OFFSET: usize = 40;
     pub(crate) const REFCOUNT_TABLE_OFFSET: usize = 48;
     pub(crate) const REFCOUNT_TABLE_CLUSTERS: usize = 56;
+    pub(crate) const INCOMPATIBLE: usize = 72;
     pub(crate) const AUTOCLEAR: usize = 88;
     pub(crate) const V2_LENGTH: usize = 72;
     pub(crate) const V3_LENGTH: usize = 104;

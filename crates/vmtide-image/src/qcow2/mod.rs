@@ -7,6 +7,7 @@
 //! changes images and keeps the reference counts right.
 
 mod bitmap;
+mod check;
 mod compress;
 mod compressed;
 mod create;
@@ -27,6 +28,7 @@ mod writer;
 mod zero;
 
 pub(crate) use bitmap::read_directory;
+pub(crate) use check::{check, repair};
 pub use create::{CreateBacking, Qcow2CreateOptions, Qcow2Version};
 pub use image::{Companions, Qcow2Image};
 pub(crate) use set_parent::set_parent;

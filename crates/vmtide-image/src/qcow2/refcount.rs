@@ -359,7 +359,7 @@ impl Refcounts {
 }
 
 /// Reads one count; below 8 bits the first count is in the lowest bits of a byte.
-fn get_count(block: &[u8], order: u32, entry: u64) -> u64 {
+pub(super) fn get_count(block: &[u8], order: u32, entry: u64) -> u64 {
     let at = |entry: u64| block.get(length(entry)).copied().unwrap_or(0);
     if order < 3 {
         let bits = 1u64 << order;
@@ -370,7 +370,8 @@ fn get_count(block: &[u8], order: u32, entry: u64) -> u64 {
     (0..bytes).fold(0, |count, index| count << 8 | u64::from(at(entry * bytes + index)))
 }
 
-fn set_count(block: &mut [u8], order: u32, entry: u64, count: u64) {
+/// Sets one count; higher bits than it has are lost.
+pub(super) fn set_count(block: &mut [u8], order: u32, entry: u64, count: u64) {
     if order < 3 {
         let bits = 1u64 << order;
         let shift = entry * bits % 8;

@@ -15,6 +15,13 @@ pub(crate) struct SnapshotEntry {
     pub(crate) info: SnapshotInfo,
     pub(crate) l1_offset: u64,
     pub(crate) l1_entries: u32,
+    /// The bytes of the entry, padding included.
+    table_bytes: u64,
+}
+
+/// The bytes of the whole snapshot table.
+pub(crate) fn table_bytes(entries: &[SnapshotEntry]) -> u64 {
+    entries.iter().map(|entry| entry.table_bytes).sum()
 }
 
 /// Reads the snapshot table.
@@ -25,9 +32,9 @@ pub(crate) fn read_snapshots(
     let mut entries = Vec::new();
     let mut at = header.snapshots_offset;
     for index in 0..header.snapshot_count {
-        let (entry, size) = read_entry(file, header, index, at)?;
+        let entry = read_entry(file, header, index, at)?;
+        at += entry.table_bytes;
         entries.push(entry);
-        at += size;
     }
     Ok(entries)
 }
@@ -37,7 +44,7 @@ fn read_entry(
     header: &Header,
     index: u32,
     at: u64,
-) -> Result<(SnapshotEntry, u64)> {
+) -> Result<SnapshotEntry> {
     let damaged = |detail: String| {
         BlockError::damaged(
             file.name(),
@@ -87,6 +94,7 @@ fn read_entry(
         },
         l1_offset,
         l1_entries: be_u32(&fixed, 8),
+        table_bytes: (FIXED_BYTES + variable_bytes).next_multiple_of(8),
     };
-    Ok((entry, (FIXED_BYTES + variable_bytes).next_multiple_of(8)))
+    Ok(entry)
 }
