@@ -2,8 +2,8 @@
 //!
 //! A disk image is a file in a format: here the bytes of a virtual disk are found in it and put
 //! behind [`vmtide_block::BlockDevice`], so that backup, restore, conversion and the network
-//! servers never learn about formats. **Raw** (files and block devices) and **qcow2** are read and
-//! written; VHDX, VHD and VMDK are recognised and refused by name.
+//! servers never learn about formats. **Raw** (files and block devices), **qcow2**, **VHDX**,
+//! **VHD** and **VMDK** are read and written.
 //!
 //! Images are hostile input. Every offset is checked against the file before it is followed, every
 //! table has a size limit, and what an image says about *other* files (its backing file, its

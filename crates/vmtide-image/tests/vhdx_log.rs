@@ -6,9 +6,12 @@ mod support;
 #[path = "support/vhdx.rs"]
 mod vhdx;
 
+use std::path::Path;
 use std::sync::Arc;
+use support::crash::{Files, Recording, Sampling, Subject, ValidFrom};
+use support::{path, qemu_img, read_all, text, try_run};
 use vhdx::{BAT_AT, Entry, FULL, Image, KIB, LOG_AT, METADATA_AT, MIB, guid, put};
-use vmtide_block::{BlockDevice, MemoryDevice, WritableBlockDevice};
+use vmtide_block::{BlockDevice, MemoryDevice, OpenMode, RawDevice, Result, WritableBlockDevice};
 use vmtide_image::ImageWriter;
 use vmtide_image::vhdx::{VhdxImage, VhdxWriter};
 
@@ -208,10 +211,10 @@ fn ranges_of_zeros_and_pages_over_each_other() {
     expected[3 << 20..(3 << 20) + 8192].fill(0);
     let file = image.in_memory();
     let disk = VhdxImage::open_device(file.clone(), None).unwrap();
-    assert!(support::read_all(&disk) == expected);
+    assert!(read_all(&disk) == expected);
     support::check_extents(&disk, &expected);
     let writer = VhdxWriter::open_device(file, None).unwrap();
-    assert!(support::read_all(&writer) == expected);
+    assert!(read_all(&writer) == expected);
 }
 
 #[test]
@@ -358,4 +361,62 @@ fn a_log_of_nothing_but_heads_is_looked_at_once() {
     let error = VhdxImage::open_device(file, None).err().unwrap().to_string();
     assert!(error.contains("no sequence is complete"), "{error}");
     assert!(before.elapsed().as_secs() < 20, "{:?}", before.elapsed());
+}
+
+/// QEMU replays the log of a copy and then reads what vmtide reads from the image itself.
+fn check_with_qemu(image: &Path) {
+    let (copy, raw) = (image.with_extension("copy.vhdx"), image.with_extension("raw"));
+    std::fs::copy(image, &copy).unwrap();
+    let out = try_run("qemu-img", &["check", "-f", "vhdx", "-r", "all", path(&copy)]);
+    assert!(out.status.success(), "qemu-img check: {}", text(&out));
+    qemu_img(&["convert", "-f", "vhdx", "-O", "raw", path(&copy), path(&raw)]);
+    let file = Arc::new(RawDevice::open(image, OpenMode::ReadOnly).unwrap());
+    let disk = read_all(&VhdxImage::open_device(file, None).unwrap());
+    assert!(std::fs::read(&raw).unwrap() == disk, "QEMU reads another disk");
+}
+
+#[test]
+fn a_replay_that_is_cut_off_is_done_again() {
+    let mut image = Image::new(2 * MIB, MIB);
+    image.log_guid = guid(LIVE);
+    let at = image.payload_at();
+    image.block(1, FULL, at);
+    image.data.push((at, vec![7; 1 << 20]));
+    let mut page = [0; 4096];
+    put(&mut page, 0, &((at + MIB) | FULL).to_le_bytes());
+    put(&mut page, 8, &(at | FULL).to_le_bytes());
+    let (pages, zeros) = ([(BAT_AT, page), (at + 8192, [9; 4096])], [(at + 65536, 8192)]);
+    let end = at + 2 * MIB;
+    // QEMU makes the file no longer where LastFileOffset is a multiple of 1 MiB, as it always is.
+    image.file_bytes = end;
+    let first = Entry { last: end, ..entry(3, 0, &pages) };
+    let second = Entry { last: end, zeros: &zeros, ..entry(4, 0, &[]) };
+    let second_at = first.bytes().len() as u64;
+    image.log = vec![(0, first.bytes()), (second_at, second.bytes())];
+    let mut content = vec![0; 2 << 20];
+    content[1 << 20..].fill(7);
+    content[(1 << 20) + 8192..(1 << 20) + 12288].fill(9);
+    content[(1 << 20) + 65536..(1 << 20) + 65536 + 8192].fill(0);
+    let subject = Subject {
+        name: "replay".into(),
+        start: vec![("image.vhdx".into(), image.in_memory().to_bytes())],
+        content,
+        valid_from: ValidFrom::Start,
+        write: &|files: &Files| -> Result<Arc<dyn ImageWriter>> {
+            Ok(Arc::new(VhdxWriter::open_device(files.main(), None)?))
+        },
+        read: &|files: &Files| -> Result<Arc<dyn BlockDevice>> {
+            Ok(Arc::new(VhdxImage::open_device(files.main(), None)?))
+        },
+        rewrite: Some(&|files: &Files| -> Result<Arc<dyn ImageWriter>> {
+            Ok(Arc::new(VhdxWriter::open_device(files.main(), None)?))
+        }),
+        beside: Vec::new(),
+        check: Some(&check_with_qemu),
+    };
+    let mut recording = Recording::begin(&subject);
+    recording.write(5000, &[1; 9000]);
+    recording.finish();
+    let sampling = Sampling { check_every: 10, rewrite_every: 7, ..Sampling::default() };
+    assert!(recording.enumerate(&sampling) > 50);
 }

@@ -338,3 +338,42 @@ fn what_qemu_makes() {
         std::fs::remove_file(&image).unwrap();
     }
 }
+
+#[test]
+fn threads_share_an_image_and_its_caches() {
+    // More chunks than there are places for pages of bitmaps, and one page of bitmap in each.
+    let mut image = Image::child(3000 * 128 * MIB, 128 * MIB);
+    image.file_bytes = image.payload_at() + 256 * MIB;
+    let at = image.payload_at();
+    for block in 0..3000 {
+        // All blocks share one place: only the bits differ, and those of every chunk are one
+        // block's, too.
+        image.block(block, PARTIAL, at + 128 * MIB);
+    }
+    for chunk in 0..3000u64.div_ceil(image.ratio()) {
+        image.bitmap(chunk, FULL, at);
+    }
+    image.data = vec![(at, vec![0b1010_0101; 1 << 20])];
+    image.data.push((at + 128 * MIB, vec![1; 1 << 20]));
+    let directory = tempfile::tempdir().unwrap();
+    let file = image.in_file(&directory.path().join("child.vhdx"));
+    let parent = Arc::new(MemoryDevice::from_bytes(vec![2; 1 << 20]));
+    let disk = VhdxImage::open_device(file, Some(parent)).unwrap();
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let disk = &disk;
+            scope.spawn(move || {
+                let mut random = Random(thread + 1);
+                let mut buffer = [0; 4096];
+                for _ in 0..3000 {
+                    let block = random.below(3000);
+                    let inside = random.below(200) * 4096;
+                    disk.read_at(&mut buffer, block * 128 * MIB + inside).unwrap();
+                    let below = if block == 0 { 2 } else { 0 };
+                    let sectors: Vec<u8> = buffer.chunks(512).map(|sector| sector[77]).collect();
+                    assert_eq!(sectors, [1, below, 1, below, below, 1, below, 1]);
+                }
+            });
+        }
+    });
+}

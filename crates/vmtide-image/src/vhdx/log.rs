@@ -87,10 +87,12 @@ impl ActiveLog {
         self.entries.len()
     }
 
-    /// The size that the file must have before its pages are changed, in bytes.
+    /// The size that the file must have before its pages are changed, in bytes: at least the
+    /// head's LastFileOffset, in whole MiB where that is more than the file has.
     pub(crate) fn file_size_bytes(&self, file: &dyn BlockDevice) -> u64 {
         let last = self.entries.last().map_or(0, |(_, head)| head.last_file_offset);
-        file.size_bytes().max(last)
+        let size_bytes = file.size_bytes();
+        if last > size_bytes { last.next_multiple_of(MIB) } else { size_bytes }
     }
 
     fn check_size(&self, file: &dyn BlockDevice) -> Result<()> {
