@@ -258,7 +258,7 @@ impl WritePlan {
                     None => copy_device(source, &*staged.image, &options, progress, cancel),
                 };
                 copied.map_err(EngineError::from).and_then(|summary| {
-                    staged.publish(self.rules.replace).map_err(|error| self.taken(error))?;
+                    staged.publish()?;
                     Ok(summary)
                 })
             }
@@ -275,19 +275,11 @@ impl WritePlan {
         })
     }
 
-    /// The error of a name that somebody else took meanwhile says what can be done.
-    fn taken(&self, error: EngineError) -> EngineError {
-        match (&error, self.path()) {
-            (EngineError::Refused { .. }, Some(path)) => self.rules.already_there(path),
-            _ => error,
-        }
-    }
-
     fn open(&self, size_bytes: u64) -> Result<Target> {
         match &self.place {
             Place::NewFile(path) => {
                 let create = self.rules.kind.create_options(self.format, size_bytes);
-                Ok(Target::New(StagedImage::create(path, &create)?))
+                Ok(Target::New(StagedImage::create(path, &create, self.rules.replace)?))
             }
             Place::ExistingFile(path) => self.open_existing(path, size_bytes),
             Place::Device(path) => self

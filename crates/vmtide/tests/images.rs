@@ -554,12 +554,28 @@ type Kind = (&'static str, &'static str, &'static [&'static str], &'static [&'st
 const KINDS: &[Kind] = &[
     ("raw", "raw", &[], &[]),
     ("qcow2", "qcow2", &[], &[]),
+    ("qcow2", "qcow2", &["-c"], &["--compress"]),
     ("qcow2", "qcow2", &["-o", "cluster_size=4k"], &["--block-size", "4K"]),
     ("vhdx", "vhdx", &[], &[]),
     ("vhdx", "vhdx", &["-o", "subformat=fixed"], &["--subformat", "fixed"]),
     ("vhdx", "vhdx", &["-o", "block_size=1M"], &["--block-size", "1M"]),
     ("vhd", "vpc", &["-o", "force_size=on"], &[]),
     ("vhd", "vpc", &["-o", "subformat=fixed,force_size=on"], &["--subformat", "fixed"]),
+    ("vmdk", "vmdk", &[], &[]),
+    ("vmdk", "vmdk", &["-o", "subformat=monolithicFlat"], &["--subformat", "monolithicFlat"]),
+    (
+        "vmdk",
+        "vmdk",
+        &["-o", "subformat=twoGbMaxExtentSparse"],
+        &["--subformat", "twoGbMaxExtentSparse"],
+    ),
+    (
+        "vmdk",
+        "vmdk",
+        &["-o", "subformat=twoGbMaxExtentFlat"],
+        &["--subformat", "twoGbMaxExtentFlat"],
+    ),
+    ("vmdk", "vmdk", &["-o", "subformat=streamOptimized"], &["--subformat", "streamOptimized"]),
 ];
 
 /// The name of the image of one kind as the source of a pair.
@@ -624,6 +640,18 @@ fn every_kind_goes_through_exports_and_restores() {
 }
 
 #[test]
+fn a_failure_in_an_image_of_several_files_leaves_none_of_them() {
+    let place = Place::new();
+    sparse_disk(&place, "disk.raw", 3 * MIB);
+    std::fs::write(place.path("out-flat.vmdk"), "mine").unwrap();
+    let before = names(&place);
+    let arguments = ["convert", "disk.raw", "out.vmdk", "--subformat", "monolithicFlat"];
+    one_clear_line(&place.run(&arguments).must_end_with(1), "out-flat.vmdk");
+    assert_eq!(names(&place), before);
+    assert_eq!(std::fs::read(place.path("out-flat.vmdk")).unwrap(), b"mine");
+}
+
+#[test]
 fn check_finds_damage_and_repairs_it() {
     let place = Place::new();
     sparse_disk(&place, "disk.raw", 5 * MIB);
@@ -652,7 +680,7 @@ fn check_finds_damage_and_repairs_it() {
 
 #[test]
 fn chains_are_listed_rebased_and_merged() {
-    for format in ["vhd"] {
+    for format in ["qcow2", "vhdx", "vhd", "vmdk"] {
         let place = Place::new();
         sparse_disk(&place, "disk.raw", 6 * MIB);
         let (base, top) = (format!("base.{format}"), format!("top.{format}"));
@@ -693,4 +721,18 @@ fn chains_are_listed_rebased_and_merged() {
         assert!(!place.path(&top).exists());
         place.run(&["compare", "disk.raw", &moved]).must_end_with(0);
     }
+}
+
+#[test]
+fn an_image_is_made_independent_of_its_parents() {
+    let place = Place::new();
+    sparse_disk(&place, "disk.raw", 4 * MIB);
+    place.run(&["convert", "disk.raw", "base.qcow2"]).must_end_with(0);
+    place.run(&["create", "top.qcow2", "--parent", "base.qcow2"]).must_end_with(0);
+    place.run(&["chain", "rebase", "top.qcow2"]).must_end_with(2);
+    place.run(&["chain", "rebase", "top.qcow2", "--no-parent"]).must_end_with(0);
+    std::fs::remove_file(place.path("base.qcow2")).unwrap();
+    must_equal(&place, ("disk.raw", "raw"), ("top.qcow2", "qcow2"));
+    let run = place.run(&["chain", "commit", "top.qcow2"]).must_end_with(1);
+    one_clear_line(&run, "no parent");
 }

@@ -77,7 +77,7 @@ pub fn create(job: &CreateJob) -> Result<CreateSummary> {
     let named = parent.as_ref().map(|parent| parent.name.clone());
     options.parent = parent;
     let size_bytes = options.size_bytes;
-    StagedImage::create(&job.path, &options)?.publish(job.overwrite)?;
+    StagedImage::create(&job.path, &options, job.overwrite)?.publish()?;
     Ok(CreateSummary {
         path: job.path.clone(),
         format,

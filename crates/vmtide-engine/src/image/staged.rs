@@ -21,27 +21,36 @@ pub(crate) struct StagedImage {
     // After the image, so that its files are closed when their directory goes.
     staging: StagingDirectory,
     path: PathBuf,
+    replace: bool,
 }
 
 impl StagedImage {
-    /// Creates the image that will be at `path`.
+    /// Creates the image that will be at `path`, in place of what is there only if told to.
     ///
     /// # Errors
-    /// Those of creating; nothing is left then.
-    pub fn create(path: &Path, options: &CreateOptions) -> Result<Self> {
+    /// Those of creating; [`EngineError::Refused`] where one of its files exists. Nothing is left.
+    pub fn create(path: &Path, options: &CreateOptions, replace: bool) -> Result<Self> {
         let (staging, name) = StagingDirectory::beside(path)?;
         let image = create_image(staging.0.join(name), options)
             .map_err(|error| of_final_path(error, &staging.0, path))?;
-        Ok(Self { image, staging, path: path.to_path_buf() })
+        if !replace {
+            for name in names_in(&staging.0)? {
+                let to = path.with_file_name(name);
+                if to.symlink_metadata().is_ok() {
+                    return Err(already_exists(&to));
+                }
+            }
+        }
+        Ok(Self { image, staging, path: path.to_path_buf(), replace })
     }
 
-    /// Ends the writing and gives the image its name, replacing what is there only if told to.
+    /// Ends the writing and gives the image its name.
     ///
     /// # Errors
-    /// What the medium says; [`std::io::ErrorKind::AlreadyExists`] inside [`EngineError::Io`] where
-    /// the name was taken meanwhile. The image is then gone.
-    pub fn publish(self, replace: bool) -> Result<()> {
-        let Self { image, staging, path } = self;
+    /// What the medium says; [`EngineError::Refused`] where a name was taken meanwhile. The image is
+    /// then gone.
+    pub fn publish(self) -> Result<()> {
+        let Self { image, staging, path, replace } = self;
         image.finish()?;
         drop(image);
         staging.publish(&path, replace)
@@ -146,12 +155,16 @@ pub(crate) fn publish(temporary: &Path, path: &Path, replace: bool) -> Result<()
 
 fn move_to(from: &Path, to: &Path, replace: bool) -> Result<()> {
     rename(from, to, replace).map_err(|error| match error.kind() {
-        std::io::ErrorKind::AlreadyExists => EngineError::refused(
-            format!("{} already exists", to.display()),
-            "somebody made it meanwhile; nothing was replaced",
-        ),
+        std::io::ErrorKind::AlreadyExists => already_exists(to),
         _ => EngineError::io(format!("rename {} to {}", from.display(), to.display()), error),
     })
+}
+
+fn already_exists(path: &Path) -> EngineError {
+    EngineError::refused(
+        format!("{} already exists", path.display()),
+        "nothing was replaced; remove it, or say that it may be replaced",
+    )
 }
 
 #[cfg(target_os = "linux")]
@@ -209,18 +222,19 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("disk.qcow2");
         let options = CreateOptions::new(Format::Qcow2, 1 << 20);
-        let staged = StagedImage::create(&path, &options).unwrap();
-        staged.image.write_at(&[7; 512], 0).unwrap();
+        let create = |replace| StagedImage::create(&path, &options, replace);
+        let (first, second) = (create(false).unwrap(), create(false).unwrap());
+        first.image.write_at(&[7; 512], 0).unwrap();
         assert!(!path.exists());
-        staged.publish(false).unwrap();
-        assert_eq!(left_in(directory.path()), ["disk.qcow2"]);
-        let again = StagedImage::create(&path, &options).unwrap();
         assert_eq!(left_in(directory.path()).len(), 2);
-        let error = again.publish(false).unwrap_err();
+        first.publish().unwrap();
+        let error = second.publish().unwrap_err();
         assert!(error.to_string().contains("already exists"), "{error}");
-        drop(StagedImage::create(&path, &options).unwrap());
+        let error = create(false).err().unwrap();
+        assert!(error.to_string().contains("already exists"), "{error}");
+        drop(create(true).unwrap());
         assert_eq!(left_in(directory.path()), ["disk.qcow2"]);
-        StagedImage::create(&path, &options).unwrap().publish(true).unwrap();
+        create(true).unwrap().publish().unwrap();
         assert_eq!(left_in(directory.path()), ["disk.qcow2"]);
     }
 
