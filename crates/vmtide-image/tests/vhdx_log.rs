@@ -420,3 +420,34 @@ fn a_replay_that_is_cut_off_is_done_again() {
     let sampling = Sampling { check_every: 10, rewrite_every: 7, ..Sampling::default() };
     assert!(recording.enumerate(&sampling) > 50);
 }
+
+#[test]
+fn more_changes_than_are_kept_in_memory_are_a_writers() {
+    let mut image = image();
+    image.log_bytes = 12 << 20;
+    // The metadata and the BAT stand where this log would: it goes behind everything.
+    let directory = tempfile::tempdir().unwrap();
+    let at = image.payload_at();
+    image.block(1, FULL, at + MIB);
+    image.file_bytes = 4096 * MIB;
+    let zeros: Vec<(u64, u64)> =
+        (0..(1 << 18) + 1).map(|n| (at + 8 * MIB + n * 8192, 4096)).collect();
+    let entry = Entry { zeros: &zeros, ..entry(1, 0, &[]) }.bytes();
+    let path = directory.path().join("image.vhdx");
+    let file = RawDevice::open(&path, OpenMode::CreateNew { size_bytes: 0 }).unwrap();
+    image.write(&file);
+    let log_at = 4096 * MIB;
+    file.resize(log_at + (12 << 20)).unwrap();
+    file.write_at(&entry, log_at).unwrap();
+    for (header_at, sequence) in [(64 * KIB, 5u64), (128 * KIB, 6)] {
+        let mut header = image.header(sequence);
+        put(&mut header, 72, &log_at.to_le_bytes());
+        vhdx::seal(&mut header);
+        file.write_at(&header, header_at).unwrap();
+    }
+    let file = Arc::new(file);
+    let error = VhdxImage::open_device(file.clone(), None).err().unwrap().to_string();
+    assert!(error.contains("too many changes to replay in memory"), "{error}");
+    drop(VhdxWriter::open_device(file.clone(), None).unwrap());
+    assert_eq!(firsts(&VhdxImage::open_device(file, None).unwrap()), [0, 2, 0, 0]);
+}

@@ -21,6 +21,9 @@ use vmtide_block::{BlockDevice, BlockError, ByteRange, Result};
 const SECTOR: u64 = LOG_SECTOR_BYTES as u64;
 /// How much of the log is read at once.
 const WINDOW_BYTES: u64 = 256 << 10;
+/// The most valid entries of a log, some 20 MiB of memory. Hypervisors' logs of 1 MiB have room for
+/// 256.
+const MAX_ENTRIES: usize = 1 << 16;
 /// No file of a 64 TiB disk with its tables and bitmaps is larger; a log that wants the file to be
 /// made larger is damaged.
 const MAX_FILE_BYTES: u64 = 128 << 40;
@@ -57,7 +60,8 @@ impl ActiveLog {
     /// # Errors
     /// [`BlockError::Damaged`] where the log should hold entries and none is live, where it is not
     /// inside the file, and where the file is shorter than when the head was written;
-    /// [`BlockError::Unsupported`] for a version of the log that is not known.
+    /// [`BlockError::Unsupported`] for a version of the log that is not known, and for more than
+    /// 65,536 valid entries.
     pub(crate) fn find(file: &dyn BlockDevice, header: &Header) -> Result<Option<Self>> {
         if !header.is_log_dirty() {
             return Ok(None);
@@ -266,6 +270,15 @@ fn scan(ring: &mut Ring<'_>, header: &Header) -> Result<Vec<(u64, EntryHeader)>>
             Some(entry) if is_valid(ring, position, &entry)? => {
                 let bytes = u64::from(entry.entry_bytes);
                 found.push((position, entry));
+                if found.len() > MAX_ENTRIES {
+                    return Err(BlockError::unsupported(
+                        ring.file.name(),
+                        format!(
+                            "log at {:#x}: more than {MAX_ENTRIES} valid entries",
+                            ring.log.offset
+                        ),
+                    ));
+                }
                 bytes
             }
             _ => SECTOR,

@@ -15,9 +15,10 @@ use vmtide_block::{
     push_extent,
 };
 
-/// The most separate changes that are laid over a file, some 64 MiB of memory. A log that holds
-/// more has gigabytes, a hundred times what hypervisors make; a writer can replay it all the same.
-const MAX_PATCHES: usize = 1 << 19;
+/// The most separate changes that are laid over a file, some 25 MiB of memory. A log of pages that
+/// holds more has a gigabyte, a hundred times what hypervisors make; a writer can replay it all the
+/// same.
+const MAX_PATCHES: usize = 1 << 18;
 
 /// A file as it is once its log has been replayed.
 ///
@@ -52,7 +53,7 @@ impl<D: BlockDevice> Replayed<D> {
     ///
     /// # Errors
     /// As [`ActiveLog::find`] and [`ActiveLog::for_each_change`]; [`BlockError::Unsupported`] for a
-    /// log of more than half a million changes.
+    /// log of more than 262,144 changes.
     pub(crate) fn open(file: D, headers: &Headers) -> Result<Self> {
         let Some(log) = ActiveLog::find(&file, &headers.current)? else {
             let size_bytes = file.size_bytes();
