@@ -34,17 +34,6 @@ impl Format {
             Self::Vmdk => "vmdk",
         }
     }
-
-    /// The error for a format that is only recognised, not read.
-    pub(crate) fn not_supported(self, context: impl Into<String>) -> BlockError {
-        BlockError::unsupported(
-            context,
-            format!(
-                "{} images are not supported yet by this build; convert it to raw or qcow2 first",
-                self.name()
-            ),
-        )
-    }
 }
 
 impl fmt::Display for Format {
