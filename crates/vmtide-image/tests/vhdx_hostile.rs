@@ -12,7 +12,8 @@ use vhdx::{BAT_AT, FULL, Image, KIB, METADATA_AT, MIB, PARTIAL, ZERO, put, seal}
 use vmtide_block::{BlockDevice, BlockError, MemoryDevice, WritableBlockDevice};
 use vmtide_image::vhdx::VhdxImage;
 use vmtide_image::{
-    CheckReport, Format, OpenOptions, Repair, Severity, check_image, identity, image_info,
+    BackingPolicy, CheckReport, Format, OpenOptions, Repair, Severity, check_image, identity,
+    image_info, open_read_only,
 };
 
 /// A disk of four blocks, of which the first is in the file.
@@ -204,6 +205,26 @@ fn parent_locators() {
     assert_eq!(backing.name, r"..\p.vhdx");
     assert_eq!(backing.other_names, [r"\\?\Volume{1}\p.vhdx", r"C:\p.vhdx"]);
     assert_eq!(backing.identity.as_deref(), Some("abcdefab-2222-3333-4444-555555555555"));
+}
+
+#[test]
+fn chains_that_come_back_are_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let beside = OpenOptions { backing: BackingPolicy::SameDirectory, ..OpenOptions::default() };
+    let write = |name: &str, parent: &str| {
+        let mut image = Image::child(4 * MIB, MIB);
+        image.locator[1].1 = format!(r".\{parent}");
+        let path = directory.path().join(name);
+        image.in_file(&path);
+        path
+    };
+    // All of these say the identity that all of these want.
+    write("b.vhdx", "c.vhdx");
+    write("c.vhdx", "a.vhdx");
+    let ring = open_read_only(write("a.vhdx", "b.vhdx"), &beside).err().unwrap().to_string();
+    assert!(ring.contains("the backing chain comes back to this image"), "{ring}");
+    let own = open_read_only(write("own.vhdx", "own.vhdx"), &beside).err().unwrap().to_string();
+    assert!(own.contains("was not found beside it"), "{own}");
 }
 
 #[test]
