@@ -206,7 +206,7 @@ fn raw(file: &dyn BlockDevice) -> ImageInfo {
     ImageInfo::new(Format::Raw, file.size_bytes(), file.size_bytes())
 }
 
-fn qcow2(file: &dyn BlockDevice) -> Result<ImageInfo> {
+pub(crate) fn qcow2(file: &dyn BlockDevice) -> Result<ImageInfo> {
     let header = Header::read(file)?;
     let features = [
         (header.has(incompatible::EXTENDED_L2), "extended-l2"),

@@ -3,11 +3,13 @@
 //! Each function is one target of the `fuzz` package and is also run over a small corpus by the
 //! tests. None may panic, allocate by a length that was not checked, or run without an end.
 
+mod qcow2;
 mod sparse;
 mod vhd;
 mod vhdx;
 mod vmdk;
 
+pub use qcow2::{qcow2_read, qcow2_write};
 pub use sparse::{SparseFile, pack};
 pub use vhd::{vhd_read, vhd_write};
 pub use vhdx::vhdx_read;
