@@ -1,10 +1,10 @@
 //! A VHDX image that is open for reading.
 
-use super::bat::{BITMAP_BLOCK_BYTES, BatEntry, BatIndex, BlockNumber, ENTRY_BYTES};
-use super::bat::{BitmapBlockState, ChunkNumber, Geometry, PayloadState};
-use super::bits;
+use super::bat::{BITMAP_BLOCK_BYTES, BatEntry, BatIndex, BitmapBlockState};
+use super::bat::{ChunkNumber, ENTRY_BYTES, Geometry};
 use super::header::{MIB, read_creator};
 use super::tables::Tables;
+use super::walk::{Mapping, Run, Walk};
 use crate::bytes::{le_u64, length};
 use crate::image::push_placement;
 use crate::table_cache::{Page, TableCache};
@@ -14,24 +14,24 @@ use vmtide_block::{BlockDevice, BlockError, ByteRange, Extent, ExtentKind, Resul
 
 /// The entries of the BAT that are read together: 16 KiB. More would make a random read of a large
 /// disk slow, fewer a scan.
-const BAT_PAGE_ENTRIES: u64 = 2048;
+pub(super) const BAT_PAGE_ENTRIES: u64 = 2048;
 /// The most pages of the BAT in memory, 16 MiB: 64 TiB of disk at 32 MiB blocks, 2 TiB at 1 MiB.
 const BAT_PAGES: usize = 1024;
 /// The bytes of a sector bitmap that are read together; 16 MiB of disk at 512-byte sectors.
-const BITMAP_PAGE_BYTES: u64 = 4096;
+pub(super) const BITMAP_PAGE_BYTES: u64 = 4096;
 /// The most pages of sector bitmaps in memory, 8 MiB: 32 GiB of partially present blocks.
 const BITMAP_PAGES: usize = 2048;
 /// The most extents in one answer.
 const MAX_EXTENTS: usize = 1 << 16;
 /// The most blocks, or runs of sectors, that one call of `extents` looks at: the caller gets its
 /// turn, and its chance to cancel, within milliseconds.
-const MAX_RUNS_PER_CALL: u64 = 1 << 20;
+pub(super) const MAX_RUNS_PER_CALL: u64 = 1 << 20;
 /// Data runs at least this long are asked for holes in the file. A look costs two system calls; a
 /// smaller run is read as fast.
 const LEAST_HOLE_RUN: u64 = 256 << 10;
 
-type BatPage = Page<Box<[BatEntry]>>;
-type BitmapPage = Page<Box<[u8]>>;
+pub(super) type BatPage = Page<Box<[BatEntry]>>;
+pub(super) type BitmapPage = Page<Box<[u8]>>;
 
 /// A VHDX image that is open for reading, with the parent it reads through.
 ///
@@ -42,12 +42,12 @@ type BitmapPage = Page<Box<[u8]>>;
 pub struct VhdxImage {
     name: String,
     file: Arc<dyn BlockDevice>,
-    file_bytes: u64,
+    pub(super) file_bytes: u64,
     parent: Option<Arc<dyn BlockDevice>>,
-    geometry: Geometry,
+    pub(super) geometry: Geometry,
     bat: ByteRange,
-    bat_cache: TableCache<Box<[BatEntry]>>,
-    bitmap_cache: TableCache<Box<[u8]>>,
+    pub(super) bat_cache: TableCache<Box<[BatEntry]>>,
+    pub(super) bitmap_cache: TableCache<Box<[u8]>>,
 }
 
 impl VhdxImage {
@@ -98,21 +98,49 @@ impl VhdxImage {
         })
     }
 
-    fn damaged(&self, detail: String) -> BlockError {
+    pub(super) fn damaged(&self, detail: String) -> BlockError {
         BlockError::damaged(&self.name, detail)
     }
 
     /// The bytes of an entry's place in the file, for messages.
-    const fn entry_at(&self, index: BatIndex) -> u64 {
+    pub(super) const fn entry_at(&self, index: BatIndex) -> u64 {
         self.bat.offset + index.0 * ENTRY_BYTES
     }
 
-    fn read_bat_page(&self, number: u64) -> Result<Box<[BatEntry]>> {
+    pub(super) fn read_bat_page(&self, number: u64) -> Result<Box<[BatEntry]>> {
         let start = number * BAT_PAGE_ENTRIES * ENTRY_BYTES;
         let bytes = (BAT_PAGE_ENTRIES * ENTRY_BYTES).min(self.bat.length.saturating_sub(start));
         let mut page = vec![0; length(bytes)];
         self.file.read_at(&mut page, self.bat.offset + start)?;
         Ok(page.chunks_exact(8).map(|entry| BatEntry(le_u64(entry, 0))).collect())
+    }
+
+    /// Reads a piece of the sector bitmap that `entry`, at `index`, says where it is.
+    pub(super) fn read_bitmap_page(
+        &self,
+        chunk: ChunkNumber,
+        index: BatIndex,
+        entry: BatEntry,
+        start: u64,
+    ) -> Result<Box<[u8]>> {
+        let offset = entry.offset();
+        let end = offset.checked_add(start + BITMAP_PAGE_BYTES);
+        let inside = offset >= MIB && end.is_some_and(|end| end <= self.file_bytes);
+        if entry.bitmap_state() != Some(BitmapBlockState::Present) || !inside {
+            return Err(self.damaged(format!(
+                "BAT entry {} at {:#x}: the sector bitmap of chunk {} has the state {} and is at \
+                 {offset:#x}; partially present blocks need it present (6), behind the first MiB \
+                 and inside the file of {} bytes",
+                index.0,
+                self.entry_at(index),
+                chunk.0,
+                entry.raw_state(),
+                self.file_bytes
+            )));
+        }
+        let mut page = vec![0; length(BITMAP_PAGE_BYTES)];
+        self.file.read_at(&mut page, offset + start)?;
+        Ok(page.into_boxed_slice())
     }
 
     /// Fills `buffer` from the parent, which may be shorter than this disk.
@@ -188,208 +216,6 @@ impl VhdxImage {
         };
         push_extent(extents, Extent { range, kind });
         Ok(run.length)
-    }
-}
-
-/// Where a run of the disk is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Mapping {
-    /// At this byte of the file.
-    File(u64),
-    /// Nowhere: zeros.
-    Zero,
-    /// In the parent; where there is none, zeros.
-    Below,
-}
-
-impl Mapping {
-    const fn kind(self) -> ExtentKind {
-        match self {
-            Self::File(_) => ExtentKind::Data,
-            Self::Zero => ExtentKind::Zero,
-            Self::Below => ExtentKind::Unallocated,
-        }
-    }
-
-    /// Whether `next` continues this mapping after `length` bytes.
-    fn is_continued_by(self, next: Self, length: u64) -> bool {
-        match (self, next) {
-            (Self::File(offset), Self::File(next)) => offset + length == next,
-            (one, other) => one == other,
-        }
-    }
-}
-
-/// A run of the disk with one mapping.
-#[derive(Clone, Copy, Debug)]
-struct Run {
-    mapping: Mapping,
-    length: u64,
-}
-
-/// A walk over the disk that keeps the pages it is in.
-struct Walk<'a> {
-    image: &'a VhdxImage,
-    bat_page: Option<(u64, Arc<BatPage>)>,
-    bitmap_page: Option<(u64, Arc<BitmapPage>)>,
-    /// The runs looked at.
-    steps: u64,
-    /// The run after the last one that was joined, with where it begins.
-    ahead: Option<(u64, Run)>,
-}
-
-impl<'a> Walk<'a> {
-    const fn new(image: &'a VhdxImage) -> Self {
-        Self { image, bat_page: None, bitmap_page: None, steps: 0, ahead: None }
-    }
-
-    fn entry(&mut self, index: BatIndex) -> Result<BatEntry> {
-        let (number, inside) = (index.0 / BAT_PAGE_ENTRIES, length(index.0 % BAT_PAGE_ENTRIES));
-        let page = match &mut self.bat_page {
-            Some((held, page)) if *held == number => page,
-            slot => {
-                let image = self.image;
-                let page = image.bat_cache.get_or_read(number, || image.read_bat_page(number))?;
-                &mut slot.insert((number, page)).1
-            }
-        };
-        Ok(page.entries.get(inside).copied().unwrap_or_default())
-    }
-
-    /// The whole run at `at`, as far as mappings continue each other, at most `limit` bytes.
-    fn run(&mut self, at: u64, limit: u64) -> Result<Run> {
-        let mut run = match self.ahead.take() {
-            Some((start, run)) if start == at => Run { length: run.length.min(limit), ..run },
-            _ => self.piece(at, limit)?,
-        };
-        while run.length < limit && self.steps < MAX_RUNS_PER_CALL {
-            let next_at = at + run.length;
-            let next = self.piece(next_at, limit - run.length)?;
-            if !run.mapping.is_continued_by(next.mapping, run.length) {
-                self.ahead = Some((next_at, next));
-                break;
-            }
-            run.length += next.length;
-        }
-        Ok(run)
-    }
-
-    /// The run at `at` inside its block, at most `limit` bytes.
-    fn piece(&mut self, at: u64, limit: u64) -> Result<Run> {
-        self.steps += 1;
-        let geometry = self.image.geometry;
-        let block = geometry.block_of(at);
-        let inside = at & (geometry.block_bytes() - 1);
-        let length = limit.min(geometry.block_bytes() - inside);
-        let index = geometry.payload_index(block);
-        let entry = self.entry(index)?;
-        let mapping = match entry.payload_state() {
-            Some(PayloadState::NotPresent) => Mapping::Below,
-            Some(PayloadState::Undefined | PayloadState::Zero | PayloadState::Unmapped) => {
-                Mapping::Zero
-            }
-            Some(PayloadState::FullyPresent) => self.in_file(block, index, entry, inside)?,
-            Some(PayloadState::PartiallyPresent) if geometry.has_parent => {
-                let (is_present, length) = self.bits(at, length)?;
-                let mapping = match is_present {
-                    true => self.in_file(block, index, entry, inside)?,
-                    false => Mapping::Below,
-                };
-                return Ok(Run { mapping, length });
-            }
-            _ => {
-                return Err(self.image.damaged(format!(
-                    "BAT entry {} at {:#x}: the state of payload block {} is {}, which {}",
-                    index.0,
-                    self.image.entry_at(index),
-                    block.0,
-                    entry.raw_state(),
-                    if entry.raw_state() == 7 { "needs a parent" } else { "does not exist" }
-                )));
-            }
-        };
-        Ok(Run { mapping, length })
-    }
-
-    /// Where byte `inside` of a block is in the file. All of the block that is disk must be there.
-    fn in_file(
-        &self,
-        block: BlockNumber,
-        index: BatIndex,
-        entry: BatEntry,
-        inside: u64,
-    ) -> Result<Mapping> {
-        let image = self.image;
-        let offset = entry.offset();
-        let end = offset.checked_add(image.geometry.bytes_of(block));
-        if offset < MIB || end.is_none_or(|end| end > image.file_bytes) {
-            return Err(image.damaged(format!(
-                "BAT entry {} at {:#x}: payload block {} at {offset:#x} is not behind the first \
-                 MiB and inside the file of {} bytes",
-                index.0,
-                image.entry_at(index),
-                block.0,
-                image.file_bytes
-            )));
-        }
-        Ok(Mapping::File(offset + inside))
-    }
-
-    /// Whether the sector at `at` is in this image, and for how many bytes that goes on; `limit`
-    /// does not leave the block.
-    fn bits(&mut self, at: u64, limit: u64) -> Result<(bool, u64)> {
-        let geometry = self.image.geometry;
-        let chunk = geometry.chunk_of(geometry.block_of(at));
-        let bit = geometry.bitmap_bit(at);
-        let bits_per_page = BITMAP_PAGE_BYTES * 8;
-        let page_in_chunk = bit / bits_per_page;
-        let number = chunk.0 * (BITMAP_BLOCK_BYTES / BITMAP_PAGE_BYTES) + page_in_chunk;
-        if self.bitmap_page.as_ref().is_none_or(|(held, _)| *held != number) {
-            let image = self.image;
-            let index = geometry.bitmap_index(chunk);
-            let entry = self.entry(index)?;
-            let page = image.bitmap_cache.get_or_read(number, || {
-                image.read_bitmap_page(chunk, index, entry, page_in_chunk * BITMAP_PAGE_BYTES)
-            })?;
-            self.bitmap_page = Some((number, page));
-        }
-        let bytes: &[u8] = self.bitmap_page.as_ref().map_or(&[], |(_, page)| &page.entries);
-        let from = bit % bits_per_page;
-        // The first sector may begin before `at`.
-        let skipped = at & (geometry.sector_bytes() - 1);
-        let end = bits_per_page.min(from + (skipped + limit).div_ceil(geometry.sector_bytes()));
-        let (is_present, sectors) = bits::run(bytes, from, end);
-        let run_bytes = (sectors << geometry.sector_bits) - skipped;
-        Ok((is_present, run_bytes.min(limit)))
-    }
-}
-
-impl VhdxImage {
-    fn read_bitmap_page(
-        &self,
-        chunk: ChunkNumber,
-        index: BatIndex,
-        entry: BatEntry,
-        start: u64,
-    ) -> Result<Box<[u8]>> {
-        let offset = entry.offset();
-        let end = offset.checked_add(start + BITMAP_PAGE_BYTES);
-        let inside = offset >= MIB && end.is_some_and(|end| end <= self.file_bytes);
-        if entry.bitmap_state() != Some(BitmapBlockState::Present) || !inside {
-            return Err(self.damaged(format!(
-                "BAT entry {} at {:#x}: the sector bitmap of chunk {} has the state {} and is at \
-                 {offset:#x}; partially present blocks need it present (6), behind the first MiB \
-                 and inside the file of {} bytes",
-                index.0,
-                self.entry_at(index),
-                chunk.0,
-                entry.raw_state(),
-                self.file_bytes
-            )));
-        }
-        let mut page = vec![0; length(BITMAP_PAGE_BYTES)];
-        self.file.read_at(&mut page, offset + start)?;
-        Ok(page.into_boxed_slice())
     }
 }
 

@@ -4,7 +4,7 @@
 //! the two headers), `log_entry`, `log` and `replay` (changes that may not have reached their
 //! place), `region` (what is where), `metadata` and `locator` (what the disk is and who its
 //! parent is), `bat` and `bits` (where its blocks and sectors are). `tables` is all of it
-//! that an open image holds; [`VhdxImage`] reads, [`VhdxWriter`] writes.
+//! that an open image holds; [`VhdxImage`] reads, by its `walk`, [`VhdxWriter`] writes.
 
 pub(crate) mod bat;
 pub(crate) mod checksum;
@@ -32,6 +32,7 @@ mod repair;
 mod resize;
 mod scan;
 mod set_parent;
+mod walk;
 mod write;
 mod writer;
 mod writer_open;
