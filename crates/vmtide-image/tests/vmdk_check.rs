@@ -154,6 +154,22 @@ fn lost_mixed_and_wasted_grains_are_found() {
 }
 
 #[test]
+fn a_descriptor_behind_the_grains_is_neither_damage_nor_waste() {
+    let directory = tempfile::tempdir().unwrap();
+    let content = pattern(11, 1 << 20);
+    let image = made(directory.path(), "monolithicSparse", &content);
+    let mut bytes = std::fs::read(&image).unwrap();
+    let end = bytes.len();
+    bytes.extend_from_within(512..512 + 20 * 512);
+    bytes[512..512 + 20 * 512].fill(0);
+    bytes[28..36].copy_from_slice(&(end as u64 / 512).to_le_bytes());
+    std::fs::write(&image, &bytes).unwrap();
+    assert_eq!(check(&image, Repair::All).problems, []);
+    assert!(std::fs::read(&image).unwrap() == bytes);
+    assert!(read_all(&*open_read_only(&image, &allowed()).unwrap()) == content);
+}
+
+#[test]
 fn a_stream_that_was_cut_off_or_mixed_is_found() {
     let directory = tempfile::tempdir().unwrap();
     let content = pattern(9, 2 << 20);

@@ -141,11 +141,12 @@ struct SparseCheck<'a> {
 
 fn check_sparse(file: &Handle, repair: Repair, report: &mut CheckReport) -> Result<()> {
     let reader = &*file.reader;
-    let (layout, start) = match Head::read(reader)? {
+    let (layout, descriptor) = match Head::read(reader)? {
         Head::Hosted { header, .. } => match effective_header(reader, &header)? {
             Some(found) => {
-                let descriptor = header.descriptor_offset.saturating_add(header.descriptor_sectors);
-                (found.layout(), descriptor.max(1).saturating_mul(SECTOR))
+                // Where it is said to be, it is inside the file.
+                let range = header.descriptor_range(reader)?.unwrap_or((0, 0));
+                (found.layout(), (range.0 / SECTOR, (range.0 + range.1) / SECTOR))
             }
             None => {
                 header.layout().validate(&reader.name())?;
@@ -158,7 +159,7 @@ fn check_sparse(file: &Handle, repair: Repair, report: &mut CheckReport) -> Resu
                 return Ok(());
             }
         },
-        Head::Esx(layout) => (layout, SECTOR),
+        Head::Esx(layout) => (layout, (0, 0)),
         Head::Descriptor(..) => {
             report.add(error_of(format!("{}: a descriptor, not an extent", reader.name())));
             return Ok(());
@@ -166,15 +167,23 @@ fn check_sparse(file: &Handle, repair: Repair, report: &mut CheckReport) -> Resu
     };
     layout.validate(&reader.name())?;
     report.size_bytes += layout.size_bytes();
+    let mut grains = Grains::new(layout.grain_sectors);
+    let mut metadata_end = SECTOR;
+    if descriptor.0 > layout.directory_sector && !layout.compressed {
+        // It outgrew its place in front of the tables, and takes sectors among the grains.
+        grains.add(descriptor.0, descriptor.1);
+    } else {
+        metadata_end = descriptor.1.max(1).saturating_mul(SECTOR);
+    }
     let mut check = SparseCheck {
         file,
         name: reader.name(),
         file_bytes: reader.size_bytes(),
         repair,
         report,
-        grains: Grains::new(layout.grain_sectors),
+        grains,
         layout,
-        metadata_end: start,
+        metadata_end,
         broken: false,
     };
     check.run()
