@@ -244,7 +244,7 @@ fn other_files_are_opened_only_as_far_as_the_policy_allows() {
     refused(attempt("nbd://127.0.0.1:1/x", Some("raw"), Allow), "not a plain path");
     refused(attempt("json:{\"driver\":\"raw\"}", Some("raw"), Allow), "not a plain path");
     refused(attempt("beside.raw", None, Allow), "give the format");
-    refused(attempt("beside.raw", Some("vmdk"), Allow), "not supported yet");
+    refused(attempt("beside.raw", Some("vmdk"), Allow), "VMDK");
     refused(attempt("image.qcow2", Some("qcow2"), Allow), "comes back");
     refused(attempt("missing.raw", Some("raw"), SameDirectory), "missing.raw");
 }
