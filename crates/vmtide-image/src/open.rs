@@ -333,6 +333,27 @@ impl ExtentFiles for PolicyFiles<'_> {
     fn open_writable(&self, name: &str) -> Result<Arc<dyn WritableBlockDevice>> {
         Ok(Arc::new(RawDevice::open(self.path(name)?, OpenMode::ReadWrite)?))
     }
+
+    fn place(&self, name: Option<&str>) -> Option<String> {
+        let path = match name {
+            Some(name) => self.path(name).ok()?,
+            None => self.image.clone(),
+        };
+        file_place(&path)
+    }
+}
+
+/// What a file is known by, whatever its path is.
+#[cfg(unix)]
+fn file_place(path: &Path) -> Option<String> {
+    use std::os::unix::fs::MetadataExt;
+    let found = std::fs::metadata(path).ok()?;
+    Some(format!("{}:{}", found.dev(), found.ino()))
+}
+
+#[cfg(not(unix))]
+fn file_place(path: &Path) -> Option<String> {
+    real_path(path).ok()?.to_str().map(str::to_owned)
 }
 
 /// The path that `name` in `image` means, where the policy allows to open it. Relative names

@@ -7,8 +7,8 @@ use crate::{BackingPolicy, Format, OpenOptions, probe_device};
 use std::path::{Path, PathBuf};
 use vmtide_block::{BlockError, OpenMode, RawDevice, Result};
 
-/// The most files of a directory that are looked into. A directory of virtual disks has tens.
-const MAX_FILES: usize = 4096;
+/// The most entries of a directory that are looked at. A directory of virtual disks has tens.
+const MAX_FILES: usize = 16_384;
 
 /// The images in the directory of `parent` (and in `directories`) whose parent it is. Changing
 /// `parent` changes what they hold, or makes them refuse it.
@@ -16,7 +16,9 @@ const MAX_FILES: usize = 4096;
 /// Only what lies there is found: nothing in a parent says who its children are.
 ///
 /// # Errors
-/// Where a directory cannot be read. Files that cannot be read or understood are passed over.
+/// Where a directory cannot be read, and [`BlockError::Unsupported`] where it has more than 16,384
+/// entries: that none of them is a child is then not known. Files that cannot be read or understood
+/// are passed over. Symbolic links are followed.
 pub fn find_children(parent: impl AsRef<Path>, directories: &[PathBuf]) -> Result<Vec<PathBuf>> {
     let real = real_path(parent.as_ref())?;
     let beside = real.parent().map(Path::to_path_buf);
@@ -29,10 +31,27 @@ pub fn find_children(parent: impl AsRef<Path>, directories: &[PathBuf]) -> Resul
         }
         let entries = std::fs::read_dir(&directory)
             .map_err(|error| BlockError::io(format!("list {}", directory.display()), error))?;
-        for entry in entries.take(MAX_FILES).flatten() {
-            let path = entry.path();
-            let is_plain = entry.file_type().is_ok_and(|kind| kind.is_file());
-            if is_plain && path != real && is_child(&path, &real) {
+        for (count, entry) in entries.enumerate() {
+            if count >= MAX_FILES {
+                return Err(BlockError::unsupported(
+                    directory.display().to_string(),
+                    format!(
+                        "has more than {MAX_FILES} entries, too many to find out which of them read \
+                         through {}; move the images to a directory of their own",
+                        real.display()
+                    ),
+                ));
+            }
+            let path = entry
+                .map_err(|error| BlockError::io(format!("list {}", directory.display()), error))?
+                .path();
+            // Links are followed: a child may be seen by one alone.
+            let is_file = std::fs::metadata(&path).is_ok_and(|found| found.is_file());
+            if is_file
+                && let Ok(path) = real_path(&path)
+                && path != real
+                && is_child(&path, &real)
+            {
                 children.push(path);
             }
         }

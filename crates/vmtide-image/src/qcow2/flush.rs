@@ -60,7 +60,7 @@ impl Qcow2Writer {
             if size < end || (size > end && self.grown.load(Ordering::Relaxed)) {
                 self.file.resize(end)?;
             }
-            Snapshot::take(&mut metadata, self.size_bytes())
+            Snapshot::take(&mut metadata, self.stored_size_bytes.load(Ordering::Acquire))
         };
         self.write_blocks(&snapshot)?;
         if let Some(data_file) = &self.data_file {

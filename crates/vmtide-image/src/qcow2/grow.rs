@@ -42,8 +42,16 @@ impl Qcow2Writer {
         let below = self.layers.backing.as_ref().map_or(0, |b| b.size_bytes());
         let end = below.max(old_bytes.next_multiple_of(cluster)).min(size_bytes);
         if end > old_bytes {
-            self.write_zeroes(ByteRange::from_bounds(old_bytes, end))?;
+            // A flush in between says the old size: a crash must not leave a disk that shows what
+            // is not hidden yet.
+            let hidden = self.write_zeroes(ByteRange::from_bounds(old_bytes, end));
+            if hidden.is_err() {
+                self.size_bytes.store(old_bytes, Ordering::Release);
+                return hidden;
+            }
         }
+        self.metadata.write().header_dirty = true;
+        self.stored_size_bytes.store(size_bytes, Ordering::Release);
         self.flush()
     }
 

@@ -40,6 +40,8 @@ pub struct Qcow2Writer {
     pub(super) data_file: Option<Arc<dyn WritableBlockDevice>>,
     pub(super) header: Header,
     pub(super) size_bytes: AtomicU64,
+    /// The size that the next flush writes in the header: while the disk grows, still the old one.
+    pub(super) stored_size_bytes: AtomicU64,
     pub(super) metadata: RwLock<Metadata>,
     /// Clusters of the disk whose mapping a thread is changing.
     busy: Mutex<HashSet<u64>>,
@@ -112,6 +114,7 @@ impl Qcow2Writer {
             file,
             data_file,
             size_bytes: AtomicU64::new(header.size_bytes),
+            stored_size_bytes: AtomicU64::new(header.size_bytes),
             header,
             metadata: RwLock::new(metadata),
             busy: Mutex::new(HashSet::new()),

@@ -288,7 +288,11 @@ fn walk_blocks(
 }
 
 /// What has its place in the file beside the blocks: name, first byte, end.
-fn fixed_regions(header: &Header, entries: u64, file_bytes: u64) -> Vec<(&'static str, u64, u64)> {
+pub(super) fn fixed_regions(
+    header: &Header,
+    entries: u64,
+    file_bytes: u64,
+) -> Vec<(&'static str, u64, u64)> {
     let mut regions = vec![
         ("the footer copy", 0, FOOTER_BYTES),
         ("the dynamic header", header.offset, header.offset + HEADER_BYTES),

@@ -1,9 +1,10 @@
 //! Growing the disk.
 
+use super::check::fixed_regions;
 use super::create::check_size;
 use super::footer::{FOOTER_BYTES, Kind};
 use super::header::{ABSENT, Header};
-use super::writer::{MAX_ENTRIES, State, VhdWriter};
+use super::writer::{BITMAP_BYTES, MAX_ENTRIES, State, VhdWriter};
 use crate::bytes::length;
 use std::sync::atomic::{AtomicU32, Ordering};
 use vmtide_block::{BlockDevice, BlockError, ByteRange, Result};
@@ -31,21 +32,87 @@ impl VhdWriter {
             );
         }
         check_size(&self.layers.name, size_bytes)?;
+        self.check_entries(size_bytes)?;
         let _no_flush = self.flush_lock.lock();
         let mut state = self.state.write();
+        // Another thread may have changed it.
+        let old_bytes = self.size_bytes();
+        if size_bytes <= old_bytes {
+            return if size_bytes == old_bytes { Ok(()) } else { refuse("has just grown") };
+        }
         self.flush_or_poison(&state)?;
-        self.grow_table(&mut state, size_bytes)?;
+        let result = self.grow_steps(&mut state, old_bytes, size_bytes);
+        if result.is_err() {
+            // What of it is in the file is not known: nothing more is written, and the disk reads
+            // as it did.
+            self.poisoned.store(true, Ordering::Release);
+            self.size_bytes.store(old_bytes, Ordering::Release);
+            state.footer.set_size(old_bytes);
+        }
+        result
+    }
+
+    fn grow_steps(&self, state: &mut State, old_bytes: u64, size_bytes: u64) -> Result<()> {
+        self.grow_table(state, size_bytes)?;
         let below = self.layers.parent.as_ref().map_or(0, |parent| parent.size_bytes());
         let block_end = old_bytes.next_multiple_of(self.shape().block_bytes);
         let end = below.max(block_end).min(size_bytes);
         // What is written past the end of the disk is not seen until the footers say so.
         self.size_bytes.store(size_bytes, Ordering::Release);
-        if end > old_bytes {
-            self.zero_range(&state, ByteRange::from_bounds(old_bytes, end))?;
+        let mut at = old_bytes;
+        while at < end {
+            let blocks = (BITMAP_BYTES / 2 / self.shape().bitmap_bytes.max(1)).max(1);
+            let batch_bytes = blocks.saturating_mul(self.shape().block_bytes);
+            let next = end.min(at.saturating_add(batch_bytes));
+            self.zero_range(state, ByteRange::from_bounds(at, next))?;
+            // The sector bitmaps of all blocks of a long parent would fill the memory.
+            if self.held_bitmap_bytes() > BITMAP_BYTES / 2 {
+                self.flush_or_poison(state)?;
+                self.drop_bitmaps();
+            }
+            at = next;
         }
-        self.flush_or_poison(&state)?;
+        self.flush_or_poison(state)?;
         state.footer.set_size(size_bytes);
-        self.rewrite_footers(&state)
+        self.rewrite_footers(state)
+    }
+
+    /// Succeeds where a disk of this size has no more blocks than are written.
+    fn check_entries(&self, size_bytes: u64) -> Result<()> {
+        let block_bytes = self.shape().block_bytes;
+        let needed = size_bytes.div_ceil(block_bytes);
+        if needed <= MAX_ENTRIES {
+            return Ok(());
+        }
+        Err(BlockError::unsupported(
+            &self.layers.name,
+            format!(
+                "a disk of {size_bytes} bytes needs {needed} blocks of {block_bytes}; images of at \
+                 most {MAX_ENTRIES} blocks are written"
+            ),
+        ))
+    }
+
+    /// Whether the table has room for `needed` entries where it is. The header says for how many
+    /// there is, but nothing keeps a file from having a block there.
+    fn has_room(&self, state: &State, header: &Header, needed: u64) -> bool {
+        let from = header.table_offset + state.entries.len() as u64 * 4;
+        let to = header.table_offset + needed * 4;
+        let space = self.space.lock();
+        let shape = self.shape();
+        let block = |entry: &AtomicU32| shape.start(entry.load(Ordering::Acquire));
+        let is_hit = |start: u64, end: u64| start < to && from < end;
+        needed <= u64::from(header.table_entries)
+            && to <= space.end
+            && !space.footers.iter().any(|footer| is_hit(*footer, footer + FOOTER_BYTES))
+            && !fixed_regions(header, 0, space.file_bytes)
+                .iter()
+                .any(|(_, start, end)| is_hit(*start, *end))
+            && !state
+                .entries
+                .iter()
+                .filter_map(block)
+                .any(|start| is_hit(start, start + shape.stored_bytes()))
     }
 
     /// Gives the table the entries that a disk of this size needs.
@@ -54,18 +121,11 @@ impl VhdWriter {
         let Some(header) = state.header.clone() else {
             return Ok(());
         };
-        if needed > MAX_ENTRIES {
-            return Err(BlockError::unsupported(
-                &self.layers.name,
-                format!(
-                    "a disk of {size_bytes} bytes needs {needed} blocks of {}; images of at most \
-                     {MAX_ENTRIES} blocks are written",
-                    header.block_bytes
-                ),
-            ));
-        }
         let present = state.entries.len() as u64;
-        if needed <= u64::from(header.table_entries) {
+        if needed <= present {
+            return Ok(());
+        }
+        if self.has_room(state, &header, needed) {
             // The room is there; what is in it was never an entry of the disk.
             let unused = vec![0xff; length((needed - present) * 4)];
             self.file.write_at(&unused, header.table_offset + present * 4)?;

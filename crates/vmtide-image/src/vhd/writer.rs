@@ -19,7 +19,7 @@ use vmtide_block::{BlockDevice, BlockError, ByteRange, Extent, Result, WritableB
 pub(super) const MAX_ENTRIES: u64 = 8 << 20;
 
 /// The most memory that sector bitmaps take before they are written to the file and dropped.
-const BITMAP_BYTES: u64 = 16 << 20;
+pub(super) const BITMAP_BYTES: u64 = 16 << 20;
 
 /// A VHD that is open for writing.
 ///
@@ -50,6 +50,8 @@ pub struct VhdWriter {
     busy: Mutex<HashSet<u64>>,
     busy_changed: Condvar,
     bitmaps: RwLock<HashMap<u64, Arc<Bitmap>>>,
+    /// How often bitmaps were dropped from memory; changes only under the lock of `bitmaps`.
+    dropped: AtomicU64,
     pub(super) changed: Mutex<Changed>,
     /// Held by the one flush at a time.
     pub(super) flush_lock: Mutex<()>,
@@ -161,6 +163,7 @@ impl VhdWriter {
             busy: Mutex::new(HashSet::new()),
             busy_changed: Condvar::new(),
             bitmaps: RwLock::new(HashMap::new()),
+            dropped: AtomicU64::new(0),
             changed: Mutex::new(Changed::default()),
             flush_lock: Mutex::new(()),
             poisoned: AtomicBool::new(false),
@@ -195,14 +198,20 @@ impl VhdWriter {
             self.flush()?;
         }
         if self.bitmaps.read().len() > most {
-            let mut bitmaps = self.bitmaps.write();
-            let changed = self.changed.lock();
-            // One that a thread uses or a flush is writing has another owner.
-            bitmaps.retain(|block, bitmap| {
-                Arc::strong_count(bitmap) > 1 || changed.bitmaps.contains_key(block)
-            });
+            self.drop_bitmaps();
         }
         Ok(())
+    }
+
+    /// Drops the bitmaps from memory that nobody uses and that the file has as they are.
+    pub(super) fn drop_bitmaps(&self) {
+        let mut bitmaps = self.bitmaps.write();
+        let changed = self.changed.lock();
+        self.dropped.fetch_add(1, Ordering::AcqRel);
+        // One that a thread uses or a flush is writing has another owner.
+        bitmaps.retain(|block, bitmap| {
+            Arc::strong_count(bitmap) > 1 || changed.bitmaps.contains_key(block)
+        });
     }
 
     pub(super) fn check_sound(&self) -> Result<()> {
@@ -226,12 +235,26 @@ impl VhdWriter {
 
     /// The bitmap of a block that begins at `start`.
     pub(super) fn bitmap(&self, block: u64, start: u64) -> Result<Arc<Bitmap>> {
-        if let Some(bitmap) = self.bitmaps.read().get(&block) {
-            return Ok(bitmap.clone());
+        loop {
+            let dropped = {
+                let bitmaps = self.bitmaps.read();
+                if let Some(bitmap) = bitmaps.get(&block) {
+                    return Ok(bitmap.clone());
+                }
+                self.dropped.load(Ordering::Acquire)
+            };
+            let read = Arc::new(read_bitmap(&*self.file, self.shape(), block, start)?);
+            let mut bitmaps = self.bitmaps.write();
+            // Another thread may have read it as well, and changed its own by now: the first counts.
+            if let Some(bitmap) = bitmaps.get(&block) {
+                return Ok(bitmap.clone());
+            }
+            // It may even have changed, written and dropped it: what was read here is then old.
+            if self.dropped.load(Ordering::Acquire) == dropped {
+                bitmaps.insert(block, read.clone());
+                return Ok(read);
+            }
         }
-        let read = Arc::new(read_bitmap(&*self.file, self.shape(), block, start)?);
-        // Another thread may have read it as well, and changed its own by now: the first counts.
-        Ok(self.bitmaps.write().entry(block).or_insert(read).clone())
     }
 
     /// Enters the bitmap of a block that is not in the table yet.
@@ -241,8 +264,14 @@ impl VhdWriter {
 
     /// Marks sectors of a block as this disk's own; their data is written.
     pub(super) fn set_sectors(&self, block: u64, bitmap: &Arc<Bitmap>, first: u64, end: u64) {
+        if bitmap.run(first, end) == (true, end.saturating_sub(first).max(1)) {
+            return;
+        }
+        // Bits and note at once: who finds a bit set writes no note of its own, and the flush that
+        // it does then must find this one.
+        let mut changed = self.changed.lock();
         if bitmap.set(first, end) {
-            self.changed.lock().bitmaps.insert(block, bitmap.clone());
+            changed.bitmaps.insert(block, bitmap.clone());
         }
     }
 

@@ -9,9 +9,10 @@
 //! yet, and the header takes it over when the entry is durable.
 
 use super::guid::Guid;
-use super::header::Headers;
+use super::header::{HEADER_OFFSETS, Headers, MIB};
 use super::log_entry::{Change, DESCRIPTOR_BYTES, EntryHeader, LOG_SECTOR_BYTES, encode_entry};
 use super::pages::Page;
+use super::region::RegionTable;
 use crate::bytes::length;
 use std::sync::Arc;
 use vmtide_block::{BlockError, ByteRange, Result, WritableBlockDevice};
@@ -31,9 +32,54 @@ pub(super) struct Journal {
 }
 
 impl Journal {
-    /// The journal of a file whose log is empty.
+    /// The journal of a file that was just made, whose log is empty.
     pub(super) const fn new(headers: Headers) -> Self {
         Self { headers, next: 0, sequence_number: 1, next_data_write_guid: None }
+    }
+
+    /// The journal of an image that somebody else wrote, whose log is empty. Readers do not care
+    /// where an empty log is; who writes entries would write over whatever is there.
+    ///
+    /// # Errors
+    /// [`BlockError::Damaged`] where the log is not a multiple of 1 MiB at a multiple of 1 MiB
+    /// (MS-VHDX 2.2.2), is not inside the file, or lies on the header section or a region. The
+    /// blocks are the caller's to look at.
+    pub(super) fn open(
+        file: &dyn WritableBlockDevice,
+        headers: Headers,
+        regions: &RegionTable,
+    ) -> Result<Self> {
+        let log = headers.current.log;
+        let damaged = |rule: &str| {
+            Err(BlockError::damaged(
+                file.name(),
+                format!(
+                    "header {} at {:#x}: the log of {} bytes at {:#x} {rule}; it must not be \
+                     written: read what is there into a new image",
+                    headers.slot + 1,
+                    HEADER_OFFSETS.get(headers.slot).copied().unwrap_or_default(),
+                    log.length,
+                    log.offset
+                ),
+            ))
+        };
+        if log.is_empty() || !log.offset.is_multiple_of(MIB) || !log.length.is_multiple_of(MIB) {
+            return damaged("must be a multiple of 1 MiB, at least one, at a multiple of 1 MiB");
+        }
+        if log.checked_end().is_none_or(|end| end > file.size_bytes()) {
+            return damaged("must be inside the file");
+        }
+        let header_section = std::iter::once(ByteRange::new(0, MIB));
+        let regions = regions.regions.iter().map(|region| region.range);
+        for part in header_section.chain(regions) {
+            if !part.intersect(&log).is_empty() {
+                return damaged(&format!(
+                    "must not lie on the {} bytes at {:#x}, which are something else",
+                    part.length, part.offset
+                ));
+            }
+        }
+        Ok(Self::new(headers))
     }
 
     /// Where the log is.
@@ -140,7 +186,11 @@ impl Journal {
         }
         file.flush()?;
         if !is_live {
-            self.headers.update(file, |header| header.log_guid = log_guid)?;
+            // The entries are of the only version there is, whatever the empty log claimed to be of.
+            self.headers.update(file, |header| {
+                header.log_guid = log_guid;
+                header.log_version = 0;
+            })?;
         }
         self.next = (self.next + entry.len() as u64) % log.length.max(1);
         self.sequence_number += 1;

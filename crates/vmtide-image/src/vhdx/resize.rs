@@ -65,19 +65,45 @@ impl VhdxWriter {
             self.allocate_all(old.block_count()..new.block_count())?;
         }
         let zeroed = {
+            let _no_flush = self.flush_lock.lock();
             let _nobody_else = self.gate.write();
             self.size_bytes.store(size_bytes, Ordering::Release);
-            // The rest of the last block, and what a longer parent would now show.
-            let below = self.parent.as_ref().map_or(0, |parent| parent.size_bytes());
-            let block_end = old_bytes.next_multiple_of(self.geometry.block_bytes());
-            let end = below.max(block_end).min(size_bytes);
-            self.zero_range(ByteRange::from_bounds(old_bytes, end))
+            self.zero_new(old_bytes, size_bytes)
         };
         let result = zeroed.and_then(|()| self.flush()).and_then(|()| self.store_size(size_bytes));
         if result.is_err() {
             self.size_bytes.store(old_bytes, Ordering::Release);
         }
         result
+    }
+
+    /// Makes what would show in a new part zero: the rest of the last block, and what a longer parent
+    /// has there. The caller holds the flush lock and the gate.
+    fn zero_new(&self, old_bytes: u64, size_bytes: u64) -> Result<()> {
+        let block_bytes = self.geometry.block_bytes();
+        let below = self.parent.as_ref().map_or(0, |parent| parent.size_bytes());
+        let end = below.max(old_bytes.next_multiple_of(block_bytes)).min(size_bytes);
+        let mut at = old_bytes;
+        while at < end {
+            // The table of a long parent would fill the memory.
+            if self.metadata.read().pages.memory_bytes() > METADATA_BYTES / 2 {
+                let result = self.check_sound().and_then(|()| {
+                    let frees = self.commit_changes()?;
+                    self.release(&frees)
+                });
+                if result.is_err() {
+                    self.poisoned.store(true, Ordering::Release);
+                    return result;
+                }
+                self.metadata.write().pages.drop_clean();
+            }
+            let next = (at - at % block_bytes)
+                .saturating_add(BATCH_BLOCKS.saturating_mul(block_bytes))
+                .min(end);
+            self.zero_range(ByteRange::from_bounds(at, next))?;
+            at = next;
+        }
+        Ok(())
     }
 
     fn shrink(&self, old_bytes: u64, size_bytes: u64) -> Result<()> {

@@ -3,9 +3,10 @@
 //! The parent locator is one metadata item. It is changed through the log, with the table entry
 //! that says where it is and how long, so a crash leaves the old one or the new one.
 
+use super::bat::{BITMAP_BLOCK_BYTES, BatEntry, BatIndex, BitmapBlockState, ENTRY_BYTES, EntryOf};
 use super::create::windows_spelling;
 use super::guid::Guid;
-use super::header::Headers;
+use super::header::{Headers, MIB};
 use super::locator::{
     ABSOLUTE_WIN32_PATH, PARENT_LINKAGE, PARENT_LINKAGE_2, ParentLocator, RELATIVE_PATH,
 };
@@ -14,8 +15,9 @@ use super::log_write::Journal;
 use super::metadata::{MAX_ITEM_BYTES, MetadataEntry, PARENT_LOCATOR};
 use super::replay::replay_onto;
 use super::tables::Tables;
+use super::write::is_present;
 use crate::Format;
-use crate::bytes::{length, put};
+use crate::bytes::{le_u64, length, put};
 use crate::chain::LinkTarget;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -48,6 +50,8 @@ pub(crate) fn set_parent(
     let mut headers = Headers::read(file)?;
     replay_onto(file, &mut headers)?;
     let tables = Tables::read(file, headers)?;
+    let mut journal = Journal::open(file, tables.headers.clone(), &tables.regions.table)?;
+    refuse_shared_blocks(file, &tables)?;
     let entry = tables.items.entries.iter().position(|entry| entry.id == PARENT_LOCATOR);
     let (Some(index), true) = (entry, tables.metadata.has_parent) else {
         return Err(refuse(
@@ -65,7 +69,6 @@ pub(crate) fn set_parent(
         .map(|value| u32::try_from(value).unwrap_or(u32::MAX).to_le_bytes());
     pages.put(entry_at + 16, &fields.concat())?;
     pages.put(place.offset, &locator)?;
-    let mut journal = Journal::new(tables.headers);
     let pages: Vec<(u64, Arc<[u8; LOG_SECTOR_BYTES]>)> =
         pages.changed.into_iter().map(|(at, page)| (at, Arc::new(page))).collect();
     if pages.len() as u64 > journal.entry_pages() {
@@ -74,6 +77,45 @@ pub(crate) fn set_parent(
     journal.renew_file_guid(file)?;
     journal.commit(file, &pages, file.size_bytes())?;
     journal.empty(file)?;
+    Ok(())
+}
+
+/// Succeeds where no block lies on what is about to be written: the log and the metadata.
+fn refuse_shared_blocks(file: &dyn WritableBlockDevice, tables: &Tables) -> Result<()> {
+    let (bat, geometry) = (tables.bat(), tables.geometry);
+    let written = [ByteRange::new(0, MIB), tables.headers.current.log, tables.regions.metadata];
+    let mut piece = vec![0; length(bat.length.min(MIB))];
+    let mut at = 0;
+    while at < bat.length {
+        let bytes = &mut piece[..length((bat.length - at).min(MIB))];
+        file.read_at(bytes, bat.offset + at)?;
+        for (index, entry) in (at / ENTRY_BYTES..).zip(bytes.chunks_exact(8)) {
+            let entry = BatEntry(le_u64(entry, 0));
+            let block_bytes = match geometry.entry_at(BatIndex(index)) {
+                EntryOf::Payload(_) if is_present(entry) => geometry.block_bytes(),
+                EntryOf::Bitmap(_) if entry.bitmap_state() == Some(BitmapBlockState::Present) => {
+                    BITMAP_BLOCK_BYTES
+                }
+                _ => continue,
+            };
+            let place = ByteRange::new(entry.offset(), block_bytes);
+            if let Some(part) = written.iter().find(|part| !part.intersect(&place).is_empty()) {
+                return Err(BlockError::damaged(
+                    file.name(),
+                    format!(
+                        "BAT entry {index} at {:#x}: the block at {:#x} lies on the {} bytes at \
+                         {:#x}, which are something else; it must not be written: read what is \
+                         there into a new image",
+                        bat.offset + index * ENTRY_BYTES,
+                        place.offset,
+                        part.length,
+                        part.offset
+                    ),
+                ));
+            }
+        }
+        at += bytes.len() as u64;
+    }
     Ok(())
 }
 

@@ -213,6 +213,12 @@ impl VhdxWriter {
         let block_bytes = self.geometry.block_bytes();
         let result = fill().and_then(|()| {
             let mut metadata = self.metadata.write();
+            // All pages before any is changed: then entering cannot fail halfway, and space that
+            // is given back below was not entered.
+            for block in blocks.clone() {
+                let at = metadata.bat.offset + self.payload_index(block).0 * ENTRY_BYTES;
+                metadata.pages.load(&*self.file, at - at % PAGE_BYTES)?;
+            }
             for block in blocks.clone() {
                 let at = offset + (block - blocks.start) * block_bytes;
                 let entry = BatEntry::payload(PayloadState::FullyPresent, at);

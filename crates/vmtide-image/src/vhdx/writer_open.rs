@@ -16,7 +16,8 @@ impl VhdxWriter {
     /// `parent` is the opened parent of a differencing image; others ignore it.
     ///
     /// # Errors
-    /// [`BlockError::Damaged`] where a structure breaks the specification;
+    /// [`BlockError::Damaged`] where a structure breaks the specification, or the log is where
+    /// writing it would destroy something else;
     /// [`BlockError::Unsupported`] where the image needs what is not known here, or a parent that
     /// was not given.
     pub fn open_device(
@@ -41,8 +42,8 @@ impl VhdxWriter {
             // The flag means nothing in a differencing image (MS-VHDX 2.6.2.1).
             keeps_blocks: metadata.leave_blocks_allocated && !metadata.has_parent,
             size_item,
+            journal: Journal::open(&*file, headers, &regions.table)?,
             regions: regions.table,
-            journal: Journal::new(headers),
             file,
         }))
     }

@@ -10,6 +10,7 @@ use super::map::{Map, Mapping, Uniform};
 use super::scan::scan;
 use super::sparse::{ScannedMap, SparseMap};
 use super::sparse_writer::SparseWriter;
+use super::tables::MAX_TABLES;
 use std::sync::Arc;
 use vmtide_block::{BlockDevice, BlockError, ByteRange, Result, WritableBlockDevice};
 
@@ -72,6 +73,7 @@ impl Disk {
             parent: parent.clone(),
             is_writable: file.writer.is_some(),
             share: 1,
+            tables: 0,
             parts: Vec::new(),
             at: 0,
         };
@@ -129,6 +131,8 @@ struct Opening<'a> {
     is_writable: bool,
     /// How many sparse extents share the memory for tables.
     share: u64,
+    /// The grain tables of all extents that are written so far.
+    tables: u64,
     parts: Vec<Part>,
     /// Where the next extent begins on the disk.
     at: u64,
@@ -140,6 +144,7 @@ impl Opening<'_> {
     fn lines(&mut self, descriptor: &Descriptor, own: Option<&Handle>) -> Result<()> {
         let sparse = |line: &&ExtentLine| line.kind == ExtentType::Sparse;
         self.share = descriptor.extents.iter().filter(sparse).count() as u64;
+        let mut uses = Uses::new(self.files.place(None));
         let mut own = own.cloned();
         for line in &descriptor.extents {
             if line.sectors == 0 {
@@ -158,6 +163,9 @@ impl Opening<'_> {
                         None if writes => Handle::writing(self.files.open_writable(&line.file)?),
                         None => Handle::reading(self.files.open(&line.file)?),
                     };
+                    if self.is_writable && !is_own {
+                        uses.add(self.files.place(Some(&line.file)), line, writes)?;
+                    }
                     match kind {
                         ExtentType::Flat => self.flat(line, file)?,
                         _ => self.sparse(file, line.access, line.sectors, is_own)?,
@@ -211,17 +219,37 @@ impl Opening<'_> {
         }
     }
 
+    /// Counts the tables of an extent that is to be written: those of all extents together are
+    /// bounded, because the directories are in memory.
+    fn count_tables(&mut self, layout: &SparseLayout, name: &str) -> Result<()> {
+        layout.validate(name)?;
+        self.tables = self.tables.saturating_add(layout.tables());
+        if self.tables > MAX_TABLES {
+            return Err(BlockError::unsupported(
+                name,
+                format!(
+                    "VMDK sparse header: with it the extents have {} grain tables, more than \
+                     {MAX_TABLES}; convert the image to write",
+                    self.tables
+                ),
+            ));
+        }
+        Ok(())
+    }
+
     fn sparse(&mut self, file: Handle, access: Access, sectors: u64, is_main: bool) -> Result<()> {
         let share = self.share;
         let mut sparse_writer = None;
         let (layout, map): (SparseLayout, Arc<dyn Map>) = match Head::read(&*file.reader)? {
             Head::Hosted { header, .. } => match &file.writer {
                 Some(writer) if access == Access::ReadWrite => {
+                    self.count_tables(&header.layout(), &writer.name())?;
                     let made = SparseWriter::open(
                         writer.clone(),
                         &header,
                         self.parent.clone(),
                         ByteRange::new(self.at, sectors * SECTOR),
+                        share,
                     )?;
                     let made = Arc::new(made);
                     sparse_writer = Some(made.clone());
@@ -265,6 +293,52 @@ impl Opening<'_> {
         Ok(())
     }
 }
+
+/// The files that the extents of a disk take, and which parts of them: where two extents had the
+/// same bytes, writing one would change the other.
+struct Uses {
+    /// What a file is known by, the bytes, and whether they are written.
+    taken: Vec<(String, ByteRange, bool)>,
+}
+
+impl Uses {
+    /// Begins with the file that the image was opened by, which holds the descriptor.
+    fn new(main: Option<String>) -> Self {
+        Self { taken: main.into_iter().map(|main| (main, EVERYTHING, true)).collect() }
+    }
+
+    /// Takes what an extent uses of the file that is known by `place`.
+    ///
+    /// # Errors
+    /// [`BlockError::Damaged`] where something else uses it as well and either is written.
+    fn add(&mut self, place: Option<String>, line: &ExtentLine, writes: bool) -> Result<()> {
+        let Some(place) = place else {
+            return Ok(());
+        };
+        let range = match line.kind {
+            ExtentType::Flat => ByteRange::new(
+                line.offset_sectors.saturating_mul(SECTOR),
+                line.sectors.saturating_mul(SECTOR),
+            ),
+            _ => EVERYTHING,
+        };
+        let shares = |(other, taken, written): &(String, ByteRange, bool)| {
+            (writes || *written) && *other == place && !taken.intersect(&range).is_empty()
+        };
+        if self.taken.iter().any(shares) {
+            return Err(BlockError::damaged(
+                &line.file,
+                "VMDK extent: another extent, or the descriptor, has the same bytes of the same \
+                 file; it must not be written: read what is there into a new image",
+            ));
+        }
+        self.taken.push((place, range, writes));
+        Ok(())
+    }
+}
+
+/// All of a file, whatever its size.
+const EVERYTHING: ByteRange = ByteRange::new(0, u64::MAX);
 
 /// The map of a hosted extent; by its markers where its tables are of no use.
 fn hosted_map(

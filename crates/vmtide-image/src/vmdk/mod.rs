@@ -68,6 +68,12 @@ pub trait ExtentFiles {
     /// # Errors
     /// As there.
     fn open_writable(&self, name: &str) -> Result<Arc<dyn WritableBlockDevice>>;
+
+    /// What the file `name` is known by, the same for all names of one file; for none, the file that
+    /// the image is opened by. `None` where that is not known.
+    fn place(&self, name: Option<&str>) -> Option<String> {
+        name.map(str::to_owned)
+    }
 }
 
 /// For images that consist of one file.

@@ -10,6 +10,7 @@ use super::hosted::{HostedHeader, SECTOR, flag};
 use crate::Format;
 use crate::bytes::{length, put};
 use crate::chain::LinkTarget;
+use crate::parent::real_path;
 use std::path::Path;
 use vmtide_block::{BlockDevice, BlockError, OpenMode, RawDevice, Result, WritableBlockDevice};
 
@@ -120,21 +121,27 @@ fn embedded(
         return Ok(());
     };
     let text = renamed(&read_text(file, at, space)?, target);
-    let needed = (text.len() as u64).next_multiple_of(SECTOR).max(space);
+    if text.len() as u64 > space {
+        // It must stay where it is: QEMU looks for it in sector 1 whatever the header says.
+        return Err(BlockError::unsupported(
+            file.name(),
+            format!(
+                "has {space} bytes for its descriptor, but {} are needed with this parent's name; \
+                 use a shorter path, or convert the image",
+                text.len()
+            ),
+        ));
+    }
     let end = file.size_bytes().next_multiple_of(SECTOR);
     let padded = |bytes: u64| {
         let mut padded = text.clone();
         padded.resize(length(bytes), 0);
         padded
     };
-    file.resize(end + needed)?;
-    file.write_at(&padded(needed), end)?;
+    file.resize(end + space)?;
+    file.write_at(&padded(space), end)?;
     file.flush()?;
-    lead_to(file, end / SECTOR, needed / SECTOR)?;
-    if needed > space {
-        // It stays there: writers only add behind the end of the file.
-        return Ok(());
-    }
+    lead_to(file, end / SECTOR, space / SECTOR)?;
     file.write_at(&padded(space), at)?;
     file.flush()?;
     lead_to(file, header.descriptor_offset, header.descriptor_sectors)?;
@@ -152,16 +159,21 @@ fn lead_to(file: &dyn WritableBlockDevice, sector: u64, sectors: u64) -> Result<
     file.flush()
 }
 
-/// Puts a new file with this text in the place of the one at `path`.
+/// Puts a new file with this text in the place of the one at `path`; where that is a symbolic link,
+/// of the one it leads to.
 fn replace_file(path: &Path, text: &[u8]) -> Result<()> {
+    let path = &real_path(path)?;
     let failed = |what: &str, error: std::io::Error| {
         BlockError::io(format!("{what} {}", path.display()), error)
     };
     let mut name = path.file_name().unwrap_or_default().to_os_string();
-    name.push(".vmtide-new");
+    // No other file has this name, also none that somebody put in the way.
+    let mut random = [0; 8];
+    getrandom::fill(&mut random).map_err(|error| {
+        BlockError::io(format!("{}: random numbers", path.display()), std::io::Error::other(error))
+    })?;
+    name.push(format!(".vmtide-new-{:016x}", u64::from_le_bytes(random)));
     let new = path.with_file_name(name);
-    // What an earlier attempt left is of no use.
-    let _ = std::fs::remove_file(&new);
     let file = RawDevice::open(&new, OpenMode::CreateNew { size_bytes: text.len() as u64 })?;
     let replaced = (|| {
         file.write_at(text, 0)?;

@@ -27,6 +27,10 @@ const GROWTH_BYTES: u64 = 64 << 20;
 /// The locks for grains that are being allocated in part.
 const LOCKS: usize = 64;
 
+/// The largest grain that is written: one that is written in part is put together in memory, by
+/// every thread. Real ones have 64 KiB to 1 MiB.
+const MAX_GRAIN_BYTES: u64 = 16 << 20;
+
 /// The most bytes of zeros that are written in one piece where zeros must be stored.
 const ZERO_BYTES: usize = 1 << 20;
 
@@ -49,11 +53,13 @@ pub(super) struct SparseWriter {
 }
 
 impl SparseWriter {
+    /// Opens one of `share` extents, which share the memory for tables.
     pub(super) fn open(
         file: Arc<dyn WritableBlockDevice>,
         header: &HostedHeader,
         parent: Option<Arc<dyn BlockDevice>>,
         range: ByteRange,
+        share: u64,
     ) -> Result<Self> {
         let layout = header.layout();
         let name = file.name();
@@ -71,9 +77,14 @@ impl SparseWriter {
                  here; convert it to write",
             );
         }
+        if layout.grain_bytes() > MAX_GRAIN_BYTES {
+            return refuse(
+                "has grains of more than 16 MiB, which are only read; convert it to write",
+            );
+        }
         let end = file.size_bytes().div_ceil(SECTOR);
         Ok(Self {
-            tables: GrainTables::open(file.clone(), layout.clone())?,
+            tables: GrainTables::open(file.clone(), layout.clone(), share)?,
             name,
             file,
             parent,
@@ -89,13 +100,14 @@ impl SparseWriter {
 
     /// Marks the extent as being written, once, before anything else is changed.
     fn begin(&self) -> Result<()> {
+        self.tables.check_sound()?;
         if self.marked.load(Ordering::Acquire) {
             return Ok(());
         }
         let _one = self.marking.lock();
         if !self.marked.load(Ordering::Acquire) {
             self.file.write_at(&[1], UNCLEAN_AT)?;
-            self.file.flush()?;
+            self.tables.sync()?;
             self.marked.store(true, Ordering::Release);
         }
         Ok(())
@@ -276,7 +288,7 @@ impl SparseWriter {
                 self.file.resize(end)?;
             }
             self.file.write_at(&[0], UNCLEAN_AT)?;
-            self.file.flush()?;
+            self.tables.sync()?;
             self.marked.store(false, Ordering::Release);
         }
         Ok(())

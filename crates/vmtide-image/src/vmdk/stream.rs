@@ -207,7 +207,24 @@ impl StreamWriter {
         }
     }
 
+    /// Compresses a grain. What the disk's end cuts off is filled with zeros: every grain of a stream
+    /// is whole, and readers take one that is shorter for damage.
     fn deflate(&self, data: &[u8]) -> Result<Vec<u8>> {
+        let grain_bytes = length(self.grain_bytes());
+        if data.len() > grain_bytes {
+            return Err(BlockError::unsupported(
+                &self.name,
+                format!("{} bytes are more than a grain of {grain_bytes}", data.len()),
+            ));
+        }
+        let mut whole = Vec::new();
+        let data = if data.len() == grain_bytes {
+            data
+        } else {
+            whole.extend_from_slice(data);
+            whole.resize(grain_bytes, 0);
+            &whole
+        };
         DEFLATER
             .with_borrow_mut(|deflater| deflater.zlib(data))
             .map_err(|detail| BlockError::unsupported(&self.name, detail))

@@ -8,6 +8,10 @@
 //! 3. write the copies, in the tables and in the redundant tables,
 //! 4. flush.
 //!
+//! Where one of these steps fails, nothing more is written until the image is opened anew: the
+//! system says once that data did not reach the medium, so a second flush that succeeds proves
+//! nothing, and entries could be published that lead to grains which were lost.
+//!
 //! A crash at any point leaves entries that name nothing or a whole grain, each old or new, and at
 //! worst grains that no entry names. The two sets of tables may differ then; either is right.
 //!
@@ -28,9 +32,13 @@ use vmtide_block::{BlockDevice, BlockError, Result, WritableBlockDevice};
 /// disk at 64 KiB grains.
 const LOADED_BYTES: u64 = 32 << 20;
 
-/// The most tables of an extent that is written: the directory is kept in memory, 12 bytes each. At
-/// 64 KiB grains this is 64 times what sectors of 32 bits can reach.
-const MAX_TABLES: u64 = 1 << 22;
+/// The tables of an extent that may be in memory however many extents there are: with fewer, writing
+/// would flush all the time.
+const MIN_LOADED_TABLES: u64 = 8;
+
+/// The most tables of a disk that is written, over all extents: the directories are kept in memory,
+/// 16 bytes each. At 64 KiB grains this is 64 times what sectors of 32 bits can reach.
+pub(super) const MAX_TABLES: u64 = 1 << 22;
 
 /// The most bytes of tables that are written at once.
 const WRITE_BYTES: usize = 1 << 20;
@@ -66,6 +74,10 @@ pub(super) struct GrainTables {
     loaded: AtomicUsize,
     dirty: Mutex<Vec<u64>>,
     flushing: Mutex<()>,
+    /// Bringing something to the medium failed: what is there is not known.
+    poisoned: AtomicBool,
+    /// The tables that may be in memory.
+    most_loaded: usize,
 }
 
 /// A copy of a table for writing.
@@ -75,7 +87,12 @@ struct Copied {
 }
 
 impl GrainTables {
-    pub(super) fn open(file: Arc<dyn WritableBlockDevice>, layout: SparseLayout) -> Result<Self> {
+    /// Opens the tables of one of `share` extents, which share the memory for them.
+    pub(super) fn open(
+        file: Arc<dyn WritableBlockDevice>,
+        layout: SparseLayout,
+        share: u64,
+    ) -> Result<Self> {
         let tables = layout.tables();
         if tables > MAX_TABLES {
             return Err(BlockError::unsupported(
@@ -91,6 +108,9 @@ impl GrainTables {
             Some(sector) => read_directory(&*file, &layout, sector)?,
             None => Vec::new(),
         };
+        let table_bytes = (layout.entries_per_table * 4).max(1);
+        let most_loaded =
+            length((LOADED_BYTES / share.max(1) / table_bytes).max(MIN_LOADED_TABLES));
         Ok(Self {
             slots: (0..tables).map(|_| ArcSwapOption::empty()).collect(),
             file,
@@ -100,7 +120,27 @@ impl GrainTables {
             loaded: AtomicUsize::new(0),
             dirty: Mutex::new(Vec::new()),
             flushing: Mutex::new(()),
+            poisoned: AtomicBool::new(false),
+            most_loaded,
         })
+    }
+
+    /// Succeeds where everything that was to reach the medium did.
+    pub(super) fn check_sound(&self) -> Result<()> {
+        check_sound(&self.file.name(), &self.poisoned)
+    }
+
+    /// Makes the file durable; where that fails nothing more is written.
+    pub(super) fn sync(&self) -> Result<()> {
+        self.poisoning(self.file.flush())
+    }
+
+    /// Remembers that what was to reach the medium did not.
+    pub(super) fn poisoning<T>(&self, result: Result<T>) -> Result<T> {
+        if result.is_err() {
+            self.poisoned.store(true, Ordering::Release);
+        }
+        result
     }
 
     /// Looks at a table; `None` where there is none.
@@ -109,8 +149,18 @@ impl GrainTables {
         number: u64,
         look: impl FnOnce(Option<&Table>) -> Result<T>,
     ) -> Result<T> {
-        let _gate = self.gate.read();
-        look(self.load(number)?.as_deref())
+        let result = {
+            let _gate = self.gate.read();
+            look(self.load(number)?.as_deref())
+        };
+        // Reading alone fills the memory, too. A flush, which knows tables that are neither changed
+        // nor written yet, drops them itself.
+        if self.loaded.load(Ordering::Relaxed) > self.most_loaded * 2
+            && let Some(_no_flush) = self.flushing.try_lock()
+        {
+            self.drop_clean();
+        }
+        result
     }
 
     /// Sets the entries of `count` grains from grain `first`, the sectors as `sector` gives them for
@@ -143,11 +193,7 @@ impl GrainTables {
             }
             done += here;
         }
-        Ok(self.dirty.lock().len() > self.most_loaded() / 2)
-    }
-
-    fn most_loaded(&self) -> usize {
-        length((LOADED_BYTES / (self.layout.entries_per_table * 4)).max(64))
+        Ok(self.dirty.lock().len() > self.most_loaded / 2)
     }
 
     fn slot(&self, number: u64) -> Result<&ArcSwapOption<Table>> {
@@ -202,7 +248,7 @@ impl GrainTables {
                 self.file.write_at(&bytes, u64::from(*sector) * 512)?;
             }
             // A directory must not name a table whose bytes a crash could leave as anything.
-            self.file.flush()?;
+            self.sync()?;
             for (start, sector) in &places {
                 self.file.write_at(&sector.to_le_bytes(), start * 512 + number * 4)?;
             }
@@ -223,25 +269,15 @@ impl GrainTables {
     /// written before the call is on the medium.
     pub(super) fn flush(&self) -> Result<()> {
         let _one = self.flushing.lock();
+        self.check_sound()?;
         let mut changed = std::mem::take(&mut *self.dirty.lock());
         changed.sort_unstable();
         let copies = self.copy(&changed);
-        let written = self.file.flush().and_then(|()| match copies.is_empty() {
+        self.poisoning(self.file.flush().and_then(|()| match copies.is_empty() {
             true => Ok(()),
             false => self.write(&copies),
-        });
-        if let Err(error) = written {
-            // They are still to be written.
-            for number in changed {
-                if let Ok(Some(table)) = self.slot(number).map(ArcSwapOption::load_full)
-                    && !table.dirty.swap(true, Ordering::AcqRel)
-                {
-                    self.dirty.lock().push(number);
-                }
-            }
-            return Err(error);
-        }
-        if self.loaded.load(Ordering::Relaxed) > self.most_loaded() {
+        }))?;
+        if self.loaded.load(Ordering::Relaxed) > self.most_loaded {
             self.drop_clean();
         }
         Ok(())
@@ -315,6 +351,17 @@ impl GrainTables {
             }
         }
     }
+}
+
+/// Succeeds where nothing that was to reach the medium failed to.
+pub(super) fn check_sound(name: &str, poisoned: &AtomicBool) -> Result<()> {
+    if poisoned.load(Ordering::Acquire) {
+        return Err(BlockError::damaged(
+            name,
+            "an earlier flush failed, so what is in the file is not known; reopen and check it",
+        ));
+    }
+    Ok(())
 }
 
 /// Reads a grain directory, which must be inside the file.

@@ -7,6 +7,7 @@ use super::disk::{Disk, Handle, Part};
 use super::info::content_id;
 use super::map::Mapping;
 use super::stream::StreamWriter;
+use super::tables::check_sound;
 use crate::{CompressedWriter, ImageWriter};
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -42,6 +43,8 @@ struct OpenDisk {
     /// The ids of the disk once it is written, where somebody asked for them; locked while they
     /// are brought to the file.
     next_ids: Mutex<Option<(u32, [u8; 28])>>,
+    /// A flush failed: what is in the files is not known.
+    poisoned: AtomicBool,
 }
 
 impl VmdkWriter {
@@ -91,6 +94,7 @@ impl VmdkWriter {
                 main: file,
                 changed: AtomicBool::new(is_new),
                 next_ids: Mutex::new(None),
+                poisoned: AtomicBool::new(false),
             })),
         })
     }
@@ -99,6 +103,7 @@ impl VmdkWriter {
 impl OpenDisk {
     /// Changes what the image says of itself before its first byte is changed.
     fn begin(&self) -> Result<()> {
+        check_sound(&self.disk.name, &self.poisoned)?;
         if self.changed.load(Ordering::Acquire) {
             return Ok(());
         }
@@ -112,7 +117,7 @@ impl OpenDisk {
             if let Some((at, _)) = descriptor.places.get(CHANGE_TRACK_PATH) {
                 self.comment_out(*start, *at)?;
             }
-            self.main.flush()?;
+            self.main.flush().inspect_err(|_| self.poisoned.store(true, Ordering::Release))?;
         }
         self.changed.store(true, Ordering::Release);
         Ok(())
@@ -255,7 +260,17 @@ impl OpenDisk {
         }
     }
 
+    /// Flushes, or finishes, all extents; where that fails nothing more is written.
     fn each_writer(&self, finish: bool) -> Result<()> {
+        check_sound(&self.disk.name, &self.poisoned)?;
+        let result = self.each_writer_or_fail(finish);
+        if result.is_err() {
+            self.poisoned.store(true, Ordering::Release);
+        }
+        result
+    }
+
+    fn each_writer_or_fail(&self, finish: bool) -> Result<()> {
         for part in &self.disk.parts {
             match (&part.sparse_writer, part.file.as_ref().and_then(|file| file.writer.as_ref())) {
                 (Some(sparse), _) if finish => sparse.finish()?,
