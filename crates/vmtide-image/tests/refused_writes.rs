@@ -11,7 +11,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use support::vmdk::{MemoryFiles, descriptor};
-use support::{pattern, read_all};
+use support::{Random, pattern, read_all};
 use vhdx_image::{FULL, Image, KIB, METADATA_AT, MIB, put, seal};
 use vmtide_block::{
     BlockDevice, BlockError, ByteRange, MemoryDevice, OpenMode, RawDevice, Result,
@@ -350,7 +350,7 @@ fn a_stream_of_an_odd_size_is_whole_at_its_end() {
     let directory = tempfile::tempdir().unwrap();
     let image = directory.path().join("odd.vmdk");
     for size in [100_000usize, 65_537, 131_071, 300] {
-        let content = pattern(3, size);
+        let content = Random(3).bytes(size);
         let options = CreateOptions {
             subformat: Some("streamOptimized".into()),
             ..CreateOptions::new(Format::Vmdk, size as u64)
@@ -386,4 +386,37 @@ fn children_are_found_behind_links() {
     std::os::unix::fs::symlink(at("base.qcow2"), at("itself.qcow2")).unwrap();
     let children = find_children(at("base.qcow2"), &[]).unwrap();
     assert_eq!(children, [at("elsewhere/child.qcow2")]);
+}
+
+#[test]
+fn what_cannot_be_relinked_is_not_copied_into_first() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    for (format, name) in [
+        (Format::Qcow2, Some("x".repeat(2000))),
+        (Format::Vmdk, Some("x".repeat(60_000))),
+        (Format::Vhdx, Some("x".repeat(60_000))),
+        // A differencing VHDX stays one.
+        (Format::Vhdx, None),
+    ] {
+        for image in ["base", "other"] {
+            let _ = std::fs::remove_file(at(image));
+            let options = CreateOptions::new(format, 4 * MIB);
+            let writer = create_image(at(image), &options).unwrap();
+            writer.write_at(&[7; 100_000], 0).unwrap();
+            writer.finish().unwrap();
+        }
+        let _ = std::fs::remove_file(at("child"));
+        let child = create_image(at("child"), &child_of(&at("base"), format)).unwrap();
+        child.finish().unwrap();
+        drop(child);
+        let before = std::fs::read(at("child")).unwrap();
+        let open = OpenOptions { backing: BackingPolicy::Allow, ..OpenOptions::default() };
+        let parent =
+            name.map(|name| NewParent { path: at("other"), format: None, stored_name: Some(name) });
+        let options = RebaseOptions { open, parent, ..RebaseOptions::default() };
+        let (progress, cancel) = (vmtide_block::Progress::new(), vmtide_block::CancelToken::new());
+        let error = message(rebase_image(at("child"), &options, &progress, &cancel));
+        assert!(std::fs::read(at("child")).unwrap() == before, "{format}: {error}");
+    }
 }

@@ -1,10 +1,11 @@
 //! How each format names a parent, and is given another one.
 
+use super::trial::Trial;
 use crate::parent::real_path;
 use crate::qcow2::header::Header;
 use crate::{Format, ParentLink, qcow2, vhd, vhdx, vmdk};
 use std::path::{Component, Path, PathBuf};
-use vmtide_block::{BlockDevice, BlockError, OpenMode, RawDevice, Result};
+use vmtide_block::{BlockDevice, BlockError, OpenMode, RawDevice, Result, WritableBlockDevice};
 
 /// How the image names its parent; `None` where it has none.
 pub(super) fn link_of(file: &dyn BlockDevice, format: Format) -> Result<Option<ParentLink>> {
@@ -50,12 +51,42 @@ pub(super) fn set_parent(path: &Path, format: Format, target: Option<&LinkTarget
         // Where the descriptor is a file of its own, another file takes its place.
         return vmdk::set_parent(path, target);
     }
-    let file = RawDevice::open(path, OpenMode::ReadWrite)?;
+    set_parent_of(&RawDevice::open(path, OpenMode::ReadWrite)?, format, target)
+}
+
+/// Succeeds where [`set_parent`] could be called, as far as that is known without changing the file.
+///
+/// # Errors
+/// As there.
+pub(super) fn can_set_parent(
+    path: &Path,
+    format: Format,
+    target: Option<&LinkTarget>,
+) -> Result<()> {
+    match (format, target) {
+        (Format::Vmdk, _) => vmdk::can_set_parent(path, target),
+        // Without a parent its blocks are completed, which is more than names.
+        (Format::Vhd, None) => Ok(()),
+        _ => {
+            let trial = Trial::new(RawDevice::open(path, OpenMode::ReadOnly)?);
+            match set_parent_of(&trial, format, target) {
+                Err(_) if trial.is_full() => Ok(()),
+                result => result,
+            }
+        }
+    }
+}
+
+fn set_parent_of(
+    file: &dyn WritableBlockDevice,
+    format: Format,
+    target: Option<&LinkTarget>,
+) -> Result<()> {
     match format {
         Format::Raw => Err(BlockError::unsupported(file.name(), "a raw disk has no parent")),
-        Format::Qcow2 => qcow2::set_parent(&file, target),
-        Format::Vhdx => vhdx::set_parent(&file, target),
-        Format::Vhd => vhd::set_parent(&file, target),
+        Format::Qcow2 => qcow2::set_parent(file, target),
+        Format::Vhdx => vhdx::set_parent(file, target),
+        Format::Vhd => vhd::set_parent(file, target),
         Format::Vmdk => Ok(()),
     }
 }

@@ -11,6 +11,7 @@ mod commit;
 mod link;
 mod list;
 mod rebase;
+mod trial;
 
 pub use children::find_children;
 pub use commit::{CommitOptions, CommitSummary, commit_image};

@@ -5,7 +5,7 @@
 //! in one step.
 
 use super::children::find_children;
-use super::link::{LinkTarget, set_parent, stored_name};
+use super::link::{LinkTarget, can_set_parent, set_parent, stored_name};
 use super::list::{ChainLayer, list_chain};
 use crate::parent::real_path;
 use crate::{Format, ImageWriter, OpenOptions, open_chain, open_read_only, open_writable};
@@ -91,6 +91,8 @@ pub fn rebase_image(
     };
     let mut summary = RebaseSummary::default();
     if !options.relink_only {
+        // Before hours of copying, not after.
+        can_set_parent(path, child.format, target.as_ref())?;
         summary = copy_differences(path, child, options, progress, cancel)?;
     }
     set_parent(path, child.format, target.as_ref())?;

@@ -49,7 +49,7 @@ pub use create::{VmdkCreateOptions, VmdkParent};
 pub use describe::VmdkKind;
 pub use image::VmdkImage;
 pub use info::{identity, info, parent_link};
-pub(crate) use set_parent::set_parent;
+pub(crate) use set_parent::{can_set_parent, set_parent};
 pub use writer::VmdkWriter;
 
 /// The most sectors of a disk: what a file offset can count.

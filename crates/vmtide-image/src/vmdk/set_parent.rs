@@ -25,6 +25,18 @@ pub(super) const NEXT_PARENT_CID: &str = "ddb.vmtide.nextparentcid";
 /// [`BlockError::Unsupported`] where the image is of a kind that has no parent, the new one is no
 /// VMDK, or its name cannot stand in a descriptor; what the medium says.
 pub(crate) fn set_parent(path: &Path, target: Option<&LinkTarget>) -> Result<()> {
+    change_parent(path, target, false)
+}
+
+/// Succeeds where [`set_parent`] could be called; changes nothing.
+///
+/// # Errors
+/// As there.
+pub(crate) fn can_set_parent(path: &Path, target: Option<&LinkTarget>) -> Result<()> {
+    change_parent(path, target, true)
+}
+
+fn change_parent(path: &Path, target: Option<&LinkTarget>, is_trial: bool) -> Result<()> {
     let refuse =
         |detail: &str| BlockError::unsupported(path.display().to_string(), detail.to_owned());
     if let Some(target) = target {
@@ -41,7 +53,7 @@ pub(crate) fn set_parent(path: &Path, target: Option<&LinkTarget>) -> Result<()>
             if header.has(flag::COMPRESSED) || header.has(flag::MARKERS) || header.version > 2 {
                 return Err(refuse("is of a kind of VMDK that cannot be changed in place"));
             }
-            embedded(&file, &header, target)
+            embedded(&file, &header, target, is_trial)
         }
         Head::Descriptor(descriptor, 0) => {
             let is_sparse = descriptor
@@ -52,7 +64,8 @@ pub(crate) fn set_parent(path: &Path, target: Option<&LinkTarget>) -> Result<()>
                 return Err(refuse("is a flat VMDK, which cannot have a parent"));
             }
             let text = read_text(&file, 0, file.size_bytes())?;
-            replace_file(path, &renamed(&text, target))
+            let text = renamed(&text, target);
+            if is_trial { Ok(()) } else { replace_file(path, &text) }
         }
         _ => Err(refuse("has no descriptor that could name a parent")),
     }
@@ -116,6 +129,7 @@ fn embedded(
     file: &dyn WritableBlockDevice,
     header: &HostedHeader,
     target: Option<&LinkTarget>,
+    is_trial: bool,
 ) -> Result<()> {
     let Some((at, space)) = header.descriptor_range(file)? else {
         return Ok(());
@@ -131,6 +145,9 @@ fn embedded(
                 text.len()
             ),
         ));
+    }
+    if is_trial {
+        return Ok(());
     }
     let end = file.size_bytes().next_multiple_of(SECTOR);
     let padded = |bytes: u64| {
