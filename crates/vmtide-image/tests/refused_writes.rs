@@ -9,7 +9,7 @@ mod vhdx_image;
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use support::vmdk::{MemoryFiles, descriptor};
 use support::{Random, pattern, read_all};
 use vhdx_image::{FULL, Image, KIB, METADATA_AT, MIB, put, seal};
@@ -17,6 +17,7 @@ use vmtide_block::{
     BlockDevice, BlockError, ByteRange, MemoryDevice, OpenMode, RawDevice, Result,
     WritableBlockDevice,
 };
+use vmtide_image::qcow2::{Qcow2CreateOptions, Qcow2Writer};
 use vmtide_image::vhd::{VhdCreateOptions, VhdWriter};
 use vmtide_image::vhdx::{VhdxImage, VhdxWriter};
 use vmtide_image::vmdk::{VmdkCreateOptions, VmdkImage, VmdkKind, VmdkWriter};
@@ -30,11 +31,13 @@ struct Failing {
     memory: Arc<MemoryDevice>,
     /// The flushes before the one that fails.
     left: AtomicI64,
+    /// How large it can be.
+    limit_bytes: AtomicU64,
 }
 
 impl Failing {
     fn new(memory: Arc<MemoryDevice>, left: i64) -> Arc<Self> {
-        Arc::new(Self { memory, left: AtomicI64::new(left) })
+        Arc::new(Self { memory, left: AtomicI64::new(left), limit_bytes: AtomicU64::new(u64::MAX) })
     }
 }
 
@@ -69,6 +72,9 @@ impl WritableBlockDevice for Failing {
     }
 
     fn resize(&self, size_bytes: u64) -> Result<()> {
+        if size_bytes > self.limit_bytes.load(Ordering::Relaxed) {
+            return Err(BlockError::io("resize", std::io::ErrorKind::StorageFull));
+        }
         self.memory.resize(size_bytes)
     }
 }
@@ -419,4 +425,28 @@ fn what_cannot_be_relinked_is_not_copied_into_first() {
         let error = message(rebase_image(at("child"), &options, &progress, &cancel));
         assert!(std::fs::read(at("child")).unwrap() == before, "{format}: {error}");
     }
+}
+
+#[test]
+fn a_qcow2_that_could_not_hide_a_longer_backing_disk_does_not_show_it() {
+    let backing = Arc::new(MemoryDevice::from_bytes(vec![0xbb; 8 << 20]));
+    let memory = Arc::new(MemoryDevice::new(0));
+    // Small clusters: what is hidden needs tables that the image does not have.
+    let options =
+        Qcow2CreateOptions { cluster_size_bytes: 512, ..Qcow2CreateOptions::new(64 << 10) };
+    Qcow2Writer::create_device(memory.clone(), &options).unwrap().finish().unwrap();
+    let device = Failing::new(memory.clone(), -1);
+    let writer = Qcow2Writer::open_device(device.clone(), Some(backing.clone()), None).unwrap();
+    // Enough for the larger table of tables and not for the tables.
+    device.limit_bytes.store(memory.size_bytes() + (8 << 10), Ordering::Relaxed);
+    writer.resize(8 << 20).unwrap_err();
+    assert_eq!(writer.size_bytes(), 64 << 10);
+    writer.flush().unwrap();
+    drop(writer);
+    let writer = Qcow2Writer::open_device(memory.clone(), Some(backing.clone()), None).unwrap();
+    assert_eq!(writer.size_bytes(), 64 << 10, "as large as before");
+    writer.resize(8 << 20).unwrap();
+    let disk = read_all(&writer);
+    assert!(disk[..64 << 10].iter().all(|byte| *byte == 0xbb));
+    assert!(vmtide_block::is_zero(&disk[64 << 10..]));
 }

@@ -407,3 +407,83 @@ pub(super) fn entry_of(name: &str, start: u64) -> Result<u32> {
         )),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vhd::{VhdCreateOptions, VhdKind, VhdParent};
+    use std::sync::Weak;
+    use vmtide_block::MemoryDevice;
+
+    /// A medium that does something else between one read and what its caller does with it.
+    struct Slow {
+        memory: Arc<MemoryDevice>,
+        meanwhile: Mutex<Option<Weak<VhdWriter>>>,
+    }
+
+    impl BlockDevice for Slow {
+        fn name(&self) -> String {
+            self.memory.name()
+        }
+
+        fn size_bytes(&self) -> u64 {
+            self.memory.size_bytes()
+        }
+
+        fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+            self.memory.read_at(buffer, offset)?;
+            let meanwhile = self.meanwhile.lock().take();
+            if let Some(writer) = meanwhile.and_then(|writer| writer.upgrade()) {
+                // What another thread may do: change the same bitmap, write it, drop it.
+                writer.write_at(&[7; 512], 5 * 512)?;
+                writer.flush()?;
+                writer.drop_bitmaps();
+            }
+            Ok(())
+        }
+    }
+
+    impl WritableBlockDevice for Slow {
+        fn write_at(&self, data: &[u8], offset: u64) -> Result<()> {
+            self.memory.write_at(data, offset)
+        }
+
+        fn write_zeroes(&self, range: ByteRange) -> Result<()> {
+            self.memory.write_zeroes(range)
+        }
+
+        fn flush(&self) -> Result<()> {
+            Ok(())
+        }
+
+        fn resize(&self, size_bytes: u64) -> Result<()> {
+            self.memory.resize(size_bytes)
+        }
+    }
+
+    #[test]
+    fn a_bitmap_that_was_read_before_it_changed_is_read_again() {
+        let parent: Arc<dyn BlockDevice> = Arc::new(MemoryDevice::from_bytes(vec![1; 64 << 10]));
+        let memory = Arc::new(MemoryDevice::new(0));
+        let options = VhdCreateOptions {
+            kind: VhdKind::Differencing(VhdParent {
+                name: "parent.vhd".into(),
+                absolute_path: None,
+                identity: "5fa21a55-f394-aa4d-9958-1951a67d5540".into(),
+                device: parent.clone(),
+            }),
+            ..VhdCreateOptions::new(64 << 10)
+        };
+        let writer = VhdWriter::create_device(memory.clone(), &options).unwrap();
+        writer.write_at(&[6; 512], 0).unwrap();
+        writer.finish().unwrap();
+        let slow = Arc::new(Slow { memory, meanwhile: Mutex::new(None) });
+        let writer = Arc::new(VhdWriter::open_device(slow.clone(), Some(parent)).unwrap());
+        *slow.meanwhile.lock() = Some(Arc::downgrade(&writer));
+        let mut first = [0; 512];
+        writer.read_at(&mut first, 0).unwrap();
+        let mut fifth = [0; 512];
+        writer.read_at(&mut fifth, 5 * 512).unwrap();
+        assert!((first, fifth) == ([6; 512], [7; 512]), "the parent shows through");
+    }
+}
