@@ -8,6 +8,7 @@
 use parking_lot::{Condvar, Mutex};
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 use vmtide_block::{
     BlockDevice, BlockError, ByteRange, CancelToken, CopySummary, Extent, Progress, Result,
     for_each_extent, is_zero,
@@ -20,6 +21,9 @@ const SPAN_BYTES: u64 = 1 << 20;
 
 /// How many workers more than asked for there are: they compress while another one appends.
 const SPARE_WORKERS: usize = 2;
+
+/// How often a worker that waits for its turn looks whether the user wants to end.
+const CANCEL_POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Copies all of `source` through `target`. Memory: a few MiB for each worker.
 ///
@@ -104,11 +108,9 @@ struct Span {
 
 impl Copier<'_> {
     fn work(&self) -> Result<()> {
+        let mut end_others = EndOthers { copier: self, is_armed: true };
         let outcome = self.work_until_done();
-        if outcome.is_err() {
-            self.turn.lock().failed = true;
-            self.turned.notify_all();
-        }
+        end_others.is_armed = outcome.is_err();
         outcome
     }
 
@@ -205,7 +207,8 @@ impl Copier<'_> {
         {
             let mut turn = self.turn.lock();
             while turn.next != span.ticket && !turn.failed {
-                self.turned.wait(&mut turn);
+                self.turned.wait_for(&mut turn, CANCEL_POLL_INTERVAL);
+                self.cancel.check()?;
             }
             if turn.failed {
                 return Err(BlockError::Cancelled);
@@ -217,6 +220,22 @@ impl Copier<'_> {
         self.turn.lock().next += 1;
         self.turned.notify_all();
         Ok(())
+    }
+}
+
+/// Tells the other workers that there is no turn to wait for any more, when its own worker ends other
+/// than by having done all: by an error, or by a panic in a source or a target.
+struct EndOthers<'a, 'b> {
+    copier: &'a Copier<'b>,
+    is_armed: bool,
+}
+
+impl Drop for EndOthers<'_, '_> {
+    fn drop(&mut self) {
+        if self.is_armed {
+            self.copier.turn.lock().failed = true;
+            self.copier.turned.notify_all();
+        }
     }
 }
 
@@ -333,5 +352,35 @@ mod tests {
         let cancel = CancelToken::new();
         cancel.cancel();
         assert!(matches!(run(&cancel), BlockError::Cancelled));
+    }
+
+    /// Panics where it is to compress what lies behind the first spans.
+    struct Panicking;
+
+    impl CompressedWriter for Panicking {
+        fn cluster_bytes(&self) -> u64 {
+            65536
+        }
+        fn compress(&self, data: &[u8]) -> Result<CompressedCluster> {
+            assert!(data.first() != Some(&2), "a bug in a compressor (meant to be)");
+            Ok(CompressedCluster::Plain(data.to_vec()))
+        }
+        fn append(&self, _offset: u64, _cluster: CompressedCluster) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_panic_in_a_worker_ends_all_of_them() {
+        let mut bytes = vec![1; 20 << 20];
+        bytes[5 << 20..6 << 20].fill(2);
+        let (sender, receiver) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let source = MemoryDevice::from_bytes(bytes);
+            let (progress, cancel) = (Progress::new(), CancelToken::new());
+            sender.send(copy_compressed(&source, &Panicking, 3, &progress, &cancel))
+        });
+        let outcome = receiver.recv_timeout(Duration::from_secs(60)).expect("it never ends");
+        assert!(outcome.unwrap_err().to_string().contains("ended abnormally"));
     }
 }
