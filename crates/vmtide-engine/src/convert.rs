@@ -5,12 +5,15 @@
 //! devices, exports and existing images are written only when the user says how.
 
 use crate::events::{JobContext, Phase};
-use crate::image::{DiskSpec, OpenDisk, OpenDiskOptions, open::open_disk};
+use crate::image::files::files_of;
+use crate::image::open::{image_options, open_disk};
+use crate::image::{DiskSpec, OpenDisk, OpenDiskOptions};
 use crate::target::{ImageKind, TargetRules, WritePlan};
 use crate::{EngineError, Result};
 use serde::Serialize;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
+use vmtide_image::list_chain;
 
 /// A conversion.
 #[derive(Clone, Debug)]
@@ -27,6 +30,8 @@ pub struct ConvertJob {
     pub overwrite: bool,
     /// Change an existing image, device or export where it differs, and nowhere else.
     pub in_place: bool,
+    /// Change an image in place even where other images read through it, which breaks them.
+    pub force: bool,
     /// The number of workers; none suits the machine.
     pub workers: Option<usize>,
 }
@@ -71,6 +76,7 @@ pub fn convert(job: &ConvertJob, context: JobContext<'_>) -> Result<ConvertSumma
         replace_option: "--overwrite",
         in_place: job.in_place,
         replace: job.overwrite,
+        force: job.force,
         kind: job.kind.clone(),
         open: job.open.clone(),
         default_format: None,
@@ -81,7 +87,7 @@ pub fn convert(job: &ConvertJob, context: JobContext<'_>) -> Result<ConvertSumma
         DiskSpec::Nbd(url) => rules.plan_nbd(url)?,
     };
     let source = open_disk(&job.source, &job.open)?;
-    check_not_the_source(&source, &plan)?;
+    check_not_the_source(job, &source, &plan)?;
     context.progress.add_total(source.device.size_bytes());
     context.phase(Phase::Convert, format!("{} to {}", source.name, plan.name()));
     let copied = plan.write(source.device.as_ref(), job.workers, context)?;
@@ -102,17 +108,30 @@ pub fn convert(job: &ConvertJob, context: JobContext<'_>) -> Result<ConvertSumma
 }
 
 /// Refuses a target that the source is read from: replacing a parent would change every child of it,
-/// and a disk cannot be written over itself.
-fn check_not_the_source(source: &OpenDisk, plan: &WritePlan) -> Result<()> {
-    let real = |path: &Path| path.canonicalize().ok();
-    let Some(target) = plan.path().and_then(real) else {
+/// and a disk cannot be written over itself. Extents and data files count as their images do.
+fn check_not_the_source(job: &ConvertJob, source: &OpenDisk, plan: &WritePlan) -> Result<()> {
+    let (Some(target), DiskSpec::Path(path)) = (plan.path(), &job.source) else {
         return Ok(());
     };
-    match source.layers.iter().find(|layer| real(&layer.path).as_ref() == Some(&target)) {
-        Some(_) => Err(EngineError::refused(
+    let layers: Vec<PathBuf> = if job.open.snapshot.is_some() {
+        let (open, _) = image_options(path, &job.open)?;
+        list_chain(path, &open)?.into_iter().map(|layer| layer.path).collect()
+    } else {
+        source.layers.iter().map(|layer| layer.path.clone()).collect()
+    };
+    let read: Vec<PathBuf> = layers.iter().flat_map(|layer| real_files(layer)).collect();
+    if real_files(target).iter().any(|file| read.contains(file)) {
+        return Err(EngineError::refused(
             format!("convert to {}", plan.name()),
             format!("{} is read from it: give another target", source.name),
-        )),
-        None => Ok(()),
+        ));
     }
+    Ok(())
+}
+
+/// The files of one image that are there, each by its real path.
+fn real_files(path: &Path) -> Vec<PathBuf> {
+    let mut files = files_of(path);
+    files.push(path.to_path_buf());
+    files.iter().filter_map(|file| file.canonicalize().ok()).collect()
 }

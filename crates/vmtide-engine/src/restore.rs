@@ -61,7 +61,8 @@ pub struct RestoreJob<'a> {
     pub subformat: Option<String>,
     /// Change an existing target where it differs, and nowhere else.
     pub in_place: bool,
-    /// Replace an existing target.
+    /// Replace an existing target; with `in_place`, change it even where other images read through
+    /// it, which breaks them.
     pub force: bool,
     /// The number of workers; none suits the machine.
     pub workers: Option<usize>,

@@ -33,7 +33,8 @@ pub(crate) fn plan(job: &RestoreJob<'_>, disks: &[&DiskRecord]) -> Result<Plan> 
         verb: "restore",
         replace_option: "--force",
         in_place: job.in_place,
-        replace: job.force,
+        replace: job.force && !job.in_place,
+        force: job.force,
         kind: ImageKind {
             format: job.format,
             subformat: job.subformat.clone(),

@@ -1,5 +1,6 @@
 //! Offering disks over NBD: images of every format, block devices, and the disks of restore points.
 
+use crate::image::files::check_no_children;
 use crate::image::open::{hint, image_options, open_disk};
 use crate::image::{DiskSpec, OpenDiskOptions};
 use crate::in_use::{Use, check_not_in_use};
@@ -70,19 +71,35 @@ pub struct ServedExport {
     pub writable: bool,
 }
 
+/// Who may write to what is served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Nobody.
+    ReadOnly,
+    /// Its clients, if no other image reads through it.
+    Writable,
+    /// Its clients, even where other images read through it, which breaks them.
+    WritableParent,
+}
+
 /// Opens an image, block device or export to be served under `name`.
 ///
 /// # Errors
-/// As opening it; [`EngineError::Usage`] where what cannot be written is to be.
+/// As opening it; [`EngineError::Usage`] where what cannot be written is to be;
+/// [`EngineError::Refused`] where other images would break.
 pub fn open_image(
     spec: &DiskSpec,
     options: &OpenDiskOptions,
     name: &str,
-    writable: bool,
+    access: Access,
 ) -> Result<ServedDisk> {
+    let writable = access != Access::ReadOnly;
     let backing = match spec {
         DiskSpec::Path(path) if writable && options.snapshot.is_none() => {
             check_not_in_use(path, Use::Write)?;
+            if access == Access::Writable {
+                check_no_children(path, &options.search, "serve writable")?;
+            }
             let (open, format) = image_options(path, options)?;
             let image =
                 open_writable(path, &open).map_err(|error| hint(error, path, options, format))?;

@@ -2,6 +2,7 @@
 //! device that is changed in place, or an NBD export; what may be overwritten; and the writing.
 
 use crate::compressed::copy_compressed;
+use crate::image::files::{check_no_children, files_of};
 use crate::image::open::{OpenDiskOptions, format_by_extension};
 use crate::image::staged::StagedImage;
 use crate::in_use::{Use, check_not_in_use};
@@ -76,6 +77,8 @@ pub(crate) struct TargetRules {
     pub in_place: bool,
     /// Replace an existing target.
     pub replace: bool,
+    /// Change an image in place even where other images read through it.
+    pub force: bool,
     /// What new images are like.
     pub kind: ImageKind,
     /// How an image that is changed in place is opened: its parents.
@@ -143,6 +146,9 @@ impl TargetRules {
         }
         if self.replace || self.in_place {
             check_not_in_use(&path, Use::Write)?;
+            for file in files_of(&path) {
+                check_not_in_use(&file, Use::Write)?;
+            }
         }
         if self.replace {
             let format = self.format_for(&path)?;
@@ -156,6 +162,10 @@ impl TargetRules {
                 "--in-place writes into the image as it is: subformat, block and sector size and \
                  compression are for new images",
             ));
+        }
+        if !self.force {
+            let what = format!("{} in place to", self.verb);
+            check_no_children(&path, &self.open.search, &what)?;
         }
         let format = match self.kind.format {
             Some(format) => format,

@@ -67,7 +67,6 @@ fn wrong_usage_is_2() {
         &["backup", "web.raw", "--compression", "99"],
         &["points", "-r", "s3://bucket/prefix"],
         &["restore", "web", "--to", "s3://bucket/x"],
-        &["restore", "web", "--to", "x.raw", "--force", "--in-place"],
         &["verify", "--read-data=101"],
         &["init", "x", "--encryption", "rot13"],
     ] {

@@ -736,3 +736,31 @@ fn an_image_is_made_independent_of_its_parents() {
     let run = place.run(&["chain", "commit", "top.qcow2"]).must_end_with(1);
     one_clear_line(&run, "no parent");
 }
+
+#[test]
+fn an_image_that_others_read_through_is_not_changed_unasked() {
+    let place = Place::new();
+    std::fs::write(place.path("disk.raw"), vec![3; MIB]).unwrap();
+    must(&place, "qemu-img", &["create", "-q", "-f", "qcow2", "base.qcow2", "1M"]);
+    for (parent, child) in [("base.qcow2", "mid.qcow2"), ("mid.qcow2", "top.qcow2")] {
+        must(
+            &place,
+            "qemu-img",
+            &["create", "-q", "-f", "qcow2", "-b", parent, "-F", "qcow2", child],
+        );
+    }
+    let before = std::fs::read(place.path("base.qcow2")).unwrap();
+    let in_place = ["convert", "disk.raw", "base.qcow2", "--in-place"];
+    one_clear_line(&place.run(&in_place).must_end_with(1), "mid.qcow2");
+    let serve = ["serve", "base.qcow2", "--writable", "--nbd", "unix:served.sock"];
+    one_clear_line(&place.run(&serve).must_end_with(1), "mid.qcow2");
+    // Merging it away would leave the one above without its parent.
+    let merge = ["chain", "commit", "mid.qcow2", "--delete"];
+    one_clear_line(&place.run(&merge).must_end_with(1), "top.qcow2");
+    assert!(place.path("mid.qcow2").exists());
+    assert!(std::fs::read(place.path("base.qcow2")).unwrap() == before);
+    // The last of the chain is nobody's parent, and who insists may.
+    place.run(&["convert", "disk.raw", "top.qcow2", "--in-place"]).must_end_with(0);
+    place.run(&["convert", "disk.raw", "base.qcow2", "--in-place", "--force"]).must_end_with(0);
+    must_equal(&place, ("disk.raw", "raw"), ("base.qcow2", "qcow2"));
+}

@@ -1,6 +1,7 @@
 //! Chains of images: what they consist of, another parent for an image, and merging an image into
 //! its parent.
 
+use super::files::{check_no_children, extents_of};
 use super::open::{OpenDiskOptions, image_options};
 use crate::events::{JobContext, Phase};
 use crate::in_use::{Use, check_not_in_use};
@@ -117,7 +118,8 @@ pub struct Committed {
 /// Merges the image at `path` into its parent, and deletes it then if told to.
 ///
 /// # Errors
-/// As [`commit_image`]; [`EngineError::Refused`] where a running QEMU has one of both open.
+/// As [`commit_image`]; [`EngineError::Refused`] where a running QEMU has one of both open, or the
+/// image is to be deleted and others read through it.
 pub fn commit(
     path: &Path,
     options: &OpenDiskOptions,
@@ -130,12 +132,33 @@ pub fn commit(
     for layer in list_chain(path, &open)?.iter().skip(1).take(1) {
         check_not_in_use(&layer.path, Use::Write)?;
     }
+    if delete && !force {
+        check_no_children(path, &open.search, "delete")?;
+    }
     context.phase(Phase::Merge, path.display().to_string());
     let options = CommitOptions { open, force };
     let summary = commit_image(path, &options, context.progress, context.cancel)?;
     if delete {
-        std::fs::remove_file(path)
-            .map_err(|error| EngineError::io(format!("delete {}", path.display()), error))?;
+        delete_image(path)?;
     }
     Ok(Committed { path: path.to_path_buf(), deleted: delete, summary })
+}
+
+/// Deletes an image with the extents beside it. The file that names them goes first: what is left by
+/// an interruption is then no image.
+fn delete_image(path: &Path) -> Result<()> {
+    let extents = extents_of(path);
+    let delete = |path: &Path| {
+        std::fs::remove_file(path)
+            .map_err(|error| EngineError::io(format!("delete {}", path.display()), error))
+    };
+    delete(path)?;
+    for extent in extents {
+        // One elsewhere, or a device, was not made for this image alone.
+        let is_plain = extent.symlink_metadata().is_ok_and(|metadata| metadata.is_file());
+        if extent.parent() == path.parent() && extent != path && is_plain {
+            delete(&extent)?;
+        }
+    }
+    Ok(())
 }

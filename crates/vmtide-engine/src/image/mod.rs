@@ -5,6 +5,7 @@ pub mod chain;
 pub mod check;
 pub mod compare;
 pub mod create;
+pub(crate) mod files;
 pub mod info;
 pub mod map;
 pub(crate) mod open;

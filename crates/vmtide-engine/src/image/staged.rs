@@ -5,7 +5,14 @@
 //! one that names the others last. Until then the wanted name is free, or still what it was; a
 //! failure or an interruption removes the directory, and what a killed process leaves has
 //! `vmtide-partial` in its name.
+//!
+//! One file replaces another at once. Where the new image consists of several, the old one is first
+//! put aside, the file that names the others before these: at no moment is there an image that mixes
+//! old and new. A failure brings it back; what a killed process leaves has the old image in a hidden
+//! directory, and none under its name. A file that is no part of the old image is never replaced.
 
+use super::files::extents_of;
+use crate::in_use::{Use, check_not_in_use};
 use crate::{EngineError, Result};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -28,18 +35,20 @@ impl StagedImage {
     /// Creates the image that will be at `path`, in place of what is there only if told to.
     ///
     /// # Errors
-    /// Those of creating; [`EngineError::Refused`] where one of its files exists. Nothing is left.
+    /// Those of creating; [`EngineError::Refused`] where one of its files exists and must not be
+    /// replaced, or is not a part of the image that is. Nothing is left.
     pub fn create(path: &Path, options: &CreateOptions, replace: bool) -> Result<Self> {
         let (staging, name) = StagingDirectory::beside(path)?;
         let image = create_image(staging.0.join(name), options)
             .map_err(|error| of_final_path(error, &staging.0, path))?;
-        if !replace {
-            for name in names_in(&staging.0)? {
-                let to = path.with_file_name(name);
-                if to.symlink_metadata().is_ok() {
-                    return Err(already_exists(&to));
-                }
+        for name in names_in(&staging.0)? {
+            let to = path.with_file_name(name);
+            if !replace && to.symlink_metadata().is_ok() {
+                return Err(already_exists(&to));
             }
+        }
+        if replace {
+            staging.check_replaceable(path)?;
         }
         Ok(Self { image, staging, path: path.to_path_buf(), replace })
     }
@@ -47,12 +56,18 @@ impl StagedImage {
     /// Ends the writing and gives the image its name.
     ///
     /// # Errors
-    /// What the medium says; [`EngineError::Refused`] where a name was taken meanwhile. The image is
-    /// then gone.
+    /// What the medium says; [`EngineError::Refused`] where a name was taken meanwhile, or what is
+    /// to be replaced is in use now. The new image is then gone and what it was to replace still
+    /// there; only where the directory cannot be synced at the very end the new one is, and the
+    /// error says so.
     pub fn publish(self) -> Result<()> {
         let Self { image, staging, path, replace } = self;
         image.finish()?;
         drop(image);
+        if replace {
+            check_not_in_use(&path, Use::Write)?;
+            staging.check_replaceable(&path)?;
+        }
         staging.publish(&path, replace)
     }
 }
@@ -90,6 +105,28 @@ impl StagingDirectory {
         Ok((Self(directory), name.to_os_string()))
     }
 
+    /// Refuses to replace a file that is not the image's own: another image may live in it.
+    fn check_replaceable(&self, path: &Path) -> Result<()> {
+        let own = extents_of(path);
+        for name in names_in(&self.0)? {
+            let to = path.with_file_name(&name);
+            if to == path || to.symlink_metadata().is_err() {
+                continue;
+            }
+            if !own.contains(&to) {
+                return Err(EngineError::refused(
+                    format!("replace {}", path.display()),
+                    format!(
+                        "{} would be replaced, too, and does not belong to it: choose another name",
+                        to.display()
+                    ),
+                ));
+            }
+            check_not_in_use(&to, Use::Write)?;
+        }
+        Ok(())
+    }
+
     fn publish(self, path: &Path, replace: bool) -> Result<()> {
         let main = file_name(path)?.to_os_string();
         let mut names = names_in(&self.0)?;
@@ -97,27 +134,84 @@ impl StagingDirectory {
         names.retain(|name| *name != main);
         names.sort();
         names.push(main);
-        let mut moved: Vec<PathBuf> = Vec::new();
-        for name in names {
-            let (from, to) = (self.0.join(&name), path.with_file_name(&name));
-            if let Err(error) = move_to(&from, &to, replace) {
-                if !replace {
-                    for path in moved {
-                        // Parts of an image that will not be are of no use to anybody.
-                        let _ = std::fs::remove_file(path);
+        if replace && names.len() == 1 {
+            move_to(&self.0.join(file_name(path)?), path, true)?;
+            return sync_published(path);
+        }
+        let aside = if replace { Some(Self::beside(path)?.0.keep()) } else { None };
+        let mut moved: Vec<(PathBuf, PathBuf)> = Vec::new();
+        let outcome = self.move_all(path, &names, aside.as_deref(), &mut |from, to| {
+            move_to(from, to, false)?;
+            moved.push((from.to_path_buf(), to.to_path_buf()));
+            Ok(())
+        });
+        if let Err(error) = outcome {
+            put_back(&moved, aside.as_deref());
+            return Err(error);
+        }
+        let synced = sync_published(path);
+        // Removes what was replaced.
+        drop(aside.map(Self));
+        synced
+    }
+
+    /// All renames of an image of these files, of which the last names the others. Replaces nothing:
+    /// what is there is moved into `aside` before.
+    fn move_all(
+        &self,
+        path: &Path,
+        names: &[OsString],
+        aside: Option<&Path>,
+        rename: &mut dyn FnMut(&Path, &Path) -> Result<()>,
+    ) -> Result<()> {
+        if let Some(aside) = aside {
+            for name in names.iter().rev() {
+                let old = path.with_file_name(name);
+                if old.symlink_metadata().is_ok() {
+                    rename(&old, &aside.join(name))?;
+                    if old == path {
+                        // Without it there is no image; only then its parts may go.
+                        sync_directory_of(path)?;
                     }
                 }
-                return Err(error);
             }
-            moved.push(to);
         }
-        drop(self);
-        sync_directory_of(path)
+        for name in names {
+            let new = path.with_file_name(name);
+            if new == path && names.len() > 1 {
+                sync_directory_of(path)?;
+            }
+            rename(&self.0.join(name), &new)?;
+        }
+        Ok(())
+    }
+
+    /// The path of the directory, which is not removed any more.
+    fn keep(mut self) -> PathBuf {
+        std::mem::take(&mut self.0)
+    }
+}
+
+/// Undoes renames, the last first, and removes the directory of what was put aside if all of it is
+/// back.
+fn put_back(moved: &[(PathBuf, PathBuf)], aside: Option<&Path>) {
+    for (from, to) in moved.iter().rev() {
+        if let Err(error) = rename(to, from, false) {
+            tracing::warn!(path = %to.display(), %error, "cannot be put back");
+        }
+    }
+    if let Some(aside) = aside
+        && let Err(error) = std::fs::remove_dir(aside)
+    {
+        tracing::warn!(path = %aside.display(), %error, "still holds what was to be replaced");
     }
 }
 
 impl Drop for StagingDirectory {
     fn drop(&mut self) {
+        if self.0.as_os_str().is_empty() {
+            return;
+        }
         if let Err(error) = std::fs::remove_dir_all(&self.0) {
             tracing::warn!(path = %self.0.display(), %error, "cannot remove an unfinished image");
         }
@@ -150,7 +244,7 @@ pub(crate) fn temporary_beside(path: &Path) -> Result<PathBuf> {
 /// Gives a complete file its name.
 pub(crate) fn publish(temporary: &Path, path: &Path, replace: bool) -> Result<()> {
     move_to(temporary, path, replace)?;
-    sync_directory_of(path)
+    sync_published(path)
 }
 
 fn move_to(from: &Path, to: &Path, replace: bool) -> Result<()> {
@@ -190,6 +284,20 @@ fn rename(from: &Path, to: &Path, replace: bool) -> std::io::Result<()> {
 fn link_and_unlink(from: &Path, to: &Path) -> std::io::Result<()> {
     std::fs::hard_link(from, to)?;
     std::fs::remove_file(from)
+}
+
+/// Makes names durable that are there already.
+fn sync_published(path: &Path) -> Result<()> {
+    sync_directory_of(path).map_err(|error| match error {
+        EngineError::Io { context, source } => EngineError::Io {
+            context: format!(
+                "{} is complete and has its name, which a power failure may undo: {context}",
+                path.display()
+            ),
+            source,
+        },
+        other => other,
+    })
 }
 
 fn sync_directory_of(path: &Path) -> Result<()> {
@@ -249,11 +357,60 @@ mod tests {
             }
             staging
         };
+        let all = ["disk-s001.vmdk", "disk-s002.vmdk", "disk.vmdk"];
+        let content = |name: &str| std::fs::read_to_string(path.with_file_name(name)).unwrap();
         std::fs::write(directory.path().join("disk-s002.vmdk"), "mine").unwrap();
         stage().publish(&path, false).unwrap_err();
         assert_eq!(left_in(directory.path()), ["disk-s002.vmdk"]);
         stage().publish(&path, true).unwrap();
-        assert_eq!(left_in(directory.path()), ["disk-s001.vmdk", "disk-s002.vmdk", "disk.vmdk"]);
+        assert_eq!(left_in(directory.path()), all);
+        assert_eq!(content("disk-s002.vmdk"), "disk-s002.vmdk");
+        for name in all {
+            std::fs::write(path.with_file_name(name), "old").unwrap();
+        }
+        // Every moment at which it can be killed: none of these is an image of old and new.
+        for kept in 0..6 {
+            let staging = stage();
+            let aside = StagingDirectory::beside(&path).unwrap().0;
+            let names: Vec<OsString> = all.iter().map(OsString::from).collect();
+            let mut moved = Vec::new();
+            let killed = staging.move_all(&path, &names, Some(&aside.0), &mut |from, to| {
+                if moved.len() == kept {
+                    return Err(EngineError::usage("killed"));
+                }
+                moved.push((from.to_path_buf(), to.to_path_buf()));
+                move_to(from, to, false)
+            });
+            killed.unwrap_err();
+            assert!(!path.exists() || (kept == 0 && all.iter().all(|name| content(name) == "old")));
+            put_back(&moved, Some(&aside.keep()));
+            drop(staging);
+            assert_eq!(left_in(directory.path()), all, "{kept}");
+            assert!(all.iter().all(|name| content(name) == "old"));
+        }
+    }
+
+    #[test]
+    fn only_an_image_s_own_files_are_replaced_with_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        let flat = CreateOptions {
+            subformat: Some("monolithicFlat".into()),
+            ..CreateOptions::new(Format::Vmdk, 1 << 20)
+        };
+        let create = |name: &str| StagedImage::create(&at(name), &flat, true);
+        create("disk.vmdk").unwrap().publish().unwrap();
+        std::fs::write(at("disk.old"), "something else").unwrap();
+        let error = create("disk.old").err().unwrap();
+        assert!(error.to_string().contains("disk-flat.vmdk"), "{error}");
+        // One that comes meanwhile.
+        let new = create("new.vmdk").unwrap();
+        std::fs::write(at("new-flat.vmdk"), "mine").unwrap();
+        new.publish().unwrap_err();
+        assert_eq!(std::fs::read_to_string(at("new-flat.vmdk")).unwrap(), "mine");
+        create("disk.vmdk").unwrap().publish().unwrap();
+        let left = ["disk-flat.vmdk", "disk.old", "disk.vmdk", "new-flat.vmdk"];
+        assert_eq!(left_in(directory.path()), left);
     }
 
     #[test]

@@ -62,6 +62,9 @@ pub struct ConvertArgs {
     /// Write only what differs into an existing image, device or export
     #[arg(long, conflicts_with = "overwrite")]
     in_place: bool,
+    /// With --in-place: even where other images read through OUT, which breaks them
+    #[arg(long, requires = "in_place")]
+    force: bool,
     /// Threads that read and write [default: one per processor]
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u16).range(1..=256))]
     workers: Option<u16>,
@@ -113,6 +116,7 @@ pub fn run(app: &App, args: &ConvertArgs) -> Result<Exit> {
         kind: args.kind.kind(args.to, args.compress),
         overwrite: args.overwrite,
         in_place: args.in_place,
+        force: args.force,
         workers: args.workers.map(usize::from),
     };
     let job = app.begin_job()?;

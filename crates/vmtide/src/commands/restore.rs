@@ -41,8 +41,9 @@ pub struct RestoreArgs {
     /// Write only what differs into an existing file, device or export
     #[arg(long)]
     in_place: bool,
-    /// Replace existing files; overwrite devices and exports that hold data
-    #[arg(long, conflicts_with = "in_place")]
+    /// Replace existing files; overwrite devices and exports that hold data; with --in-place, write
+    /// even into an image that others read through, which breaks them
+    #[arg(long)]
     force: bool,
     /// Threads that read, decompress and write [default: one per processor]
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u16).range(1..=256))]

@@ -8,7 +8,7 @@ use clap::Args;
 use std::path::Path;
 use std::time::Duration;
 use vmtide_engine::image::{DiskSpec, format_by_extension};
-use vmtide_engine::serve::{DiskServer, ListenAddress, open_image, open_point};
+use vmtide_engine::serve::{Access, DiskServer, ListenAddress, open_image, open_point};
 use vmtide_engine::source::split_scheme;
 use vmtide_engine::{EngineError, Result, resolve};
 use vmtide_image::Format;
@@ -44,6 +44,9 @@ pub struct ServeArgs {
     /// Let clients write; the image is closed in order at the end
     #[arg(long)]
     writable: bool,
+    /// With --writable: even where other images read through it, which breaks them
+    #[arg(long, requires = "writable")]
+    force: bool,
     /// The name of the export [default: the default export, without a name]
     #[arg(long, value_name = "NAME")]
     export: Option<String>,
@@ -67,7 +70,12 @@ pub fn run(app: &App, args: &ServeArgs) -> Result<Exit> {
         let mut options = args.open.options(args.format);
         options.snapshot.clone_from(&args.snapshot);
         let name = args.export.as_deref().unwrap_or_default();
-        let disk = open_image(&DiskSpec::parse(&args.what)?, &options, name, args.writable)?;
+        let access = match (args.writable, args.force) {
+            (false, _) => Access::ReadOnly,
+            (true, false) => Access::Writable,
+            (true, true) => Access::WritableParent,
+        };
+        let disk = open_image(&DiskSpec::parse(&args.what)?, &options, name, access)?;
         return serve(app, args, vec![disk]);
     }
     if args.writable {
