@@ -44,8 +44,8 @@ pub(crate) fn check_not_in_use(path: &Path, what_for: Use) -> Result<()> {
     };
     Err(EngineError::refused(
         format!("{action} {}", path.display()),
-        "a running QEMU has it open: name the VM by its monitor (qemu+unix://…), or shut it down \
-         first",
+        "a running QEMU or another vmtide has it open: name the VM by its monitor (qemu+unix://…), or \
+         end that first",
     ))
 }
 

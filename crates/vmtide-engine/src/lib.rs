@@ -18,6 +18,7 @@ mod error;
 mod events;
 pub mod image;
 mod in_use;
+mod lock;
 mod peer;
 mod points;
 mod prune;

@@ -4,6 +4,7 @@ use crate::image::files::check_no_children;
 use crate::image::open::{hint, image_options, open_disk};
 use crate::image::{DiskSpec, OpenDiskOptions};
 use crate::in_use::{Use, check_not_in_use};
+use crate::lock::ImageLock;
 use crate::{EngineError, Result};
 use serde::Serialize;
 use std::path::PathBuf;
@@ -53,7 +54,7 @@ pub struct ServedDisk {
 
 enum Backing {
     ReadOnly(Arc<dyn BlockDevice>),
-    Writable(Arc<dyn ImageWriter>),
+    Writable(Arc<dyn ImageWriter>, ImageLock),
 }
 
 /// One export of a running server. The serialised form is part of the `listening` event.
@@ -100,10 +101,11 @@ pub fn open_image(
             if access == Access::Writable {
                 check_no_children(path, &options.search, "serve writable")?;
             }
+            let lock = ImageLock::take(path)?;
             let (open, format) = image_options(path, options)?;
             let image =
                 open_writable(path, &open).map_err(|error| hint(error, path, options, format))?;
-            Backing::Writable(image)
+            Backing::Writable(image, lock)
         }
         _ if writable => {
             return Err(EngineError::usage(format!(
@@ -151,7 +153,7 @@ pub fn open_point(
 pub struct DiskServer {
     handle: ServerHandle,
     exports: Vec<ServedExport>,
-    writers: Vec<Arc<dyn ImageWriter>>,
+    writers: Vec<(Arc<dyn ImageWriter>, ImageLock)>,
 }
 
 impl DiskServer {
@@ -168,8 +170,8 @@ impl DiskServer {
                     let size_bytes = device.size_bytes();
                     (Export::read_only(device), size_bytes, false)
                 }
-                Backing::Writable(image) => {
-                    writers.push(Arc::clone(&image));
+                Backing::Writable(image, lock) => {
+                    writers.push((Arc::clone(&image), lock));
                     let size_bytes = image.size_bytes();
                     (Export::writable(image).with_fast_zeroes(), size_bytes, true)
                 }
@@ -217,7 +219,7 @@ impl DiskServer {
     /// Where what was written cannot be brought to the medium.
     pub fn stop(self) -> Result<()> {
         self.handle.shutdown();
-        for image in self.writers {
+        for (image, _lock) in self.writers {
             image.finish()?;
         }
         Ok(())

@@ -6,6 +6,7 @@ use crate::image::files::{check_no_children, files_of};
 use crate::image::open::{OpenDiskOptions, format_by_extension};
 use crate::image::staged::StagedImage;
 use crate::in_use::{Use, check_not_in_use};
+use crate::lock::ImageLock;
 use crate::peer::NbdPeer;
 use crate::{EngineError, JobContext, Result};
 use std::path::{Path, PathBuf};
@@ -272,7 +273,7 @@ impl WritePlan {
                     Ok(summary)
                 })
             }
-            Target::Image(image) => copy_device(source, &*image, &options, progress, cancel)
+            Target::Image(image, _lock) => copy_device(source, &*image, &options, progress, cancel)
                 .and_then(|summary| image.finish().map(|()| summary))
                 .map_err(EngineError::from),
             Target::Device(device) => {
@@ -312,12 +313,13 @@ impl WritePlan {
             any_parent: given.any_parent,
             ..OpenOptions::default()
         };
+        let lock = ImageLock::take(path)?;
         let image = open_writable(path, &options)?;
         let wanted = self.rules.kind.disk_size(self.format, size_bytes);
         if image.size_bytes() != wanted {
             image.resize(wanted)?;
         }
-        Ok(Target::Image(image))
+        Ok(Target::Image(image, lock))
     }
 
     fn of_fixed_size(
@@ -354,7 +356,7 @@ enum Target {
     /// A new image, all zeros.
     New(StagedImage),
     /// An image that is changed in place.
-    Image(Arc<dyn ImageWriter>),
+    Image(Arc<dyn ImageWriter>, ImageLock),
     /// A block device or an export.
     Device(Arc<dyn WritableBlockDevice>),
 }

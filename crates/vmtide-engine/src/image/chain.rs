@@ -5,6 +5,7 @@ use super::files::{check_no_children, extents_of};
 use super::open::{OpenDiskOptions, image_options};
 use crate::events::{JobContext, Phase};
 use crate::in_use::{Use, check_not_in_use};
+use crate::lock::ImageLock;
 use crate::{EngineError, Result};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -84,6 +85,7 @@ pub struct Rebased {
 /// As [`rebase_image`]; [`EngineError::Refused`] where a running QEMU has it open.
 pub fn rebase(job: &RebaseJob, context: JobContext<'_>) -> Result<Rebased> {
     check_not_in_use(&job.path, Use::Write)?;
+    let _lock = ImageLock::take(&job.path)?;
     let (open, format) = image_options(&job.path, &job.open)?;
     if format == Format::Raw {
         return Err(EngineError::usage(format!("{} is raw: it has no parent", job.path.display())));
@@ -128,9 +130,11 @@ pub fn commit(
     context: JobContext<'_>,
 ) -> Result<Committed> {
     check_not_in_use(path, Use::Write)?;
+    let mut locks = vec![ImageLock::take(path)?];
     let (open, _) = image_options(path, options)?;
     for layer in list_chain(path, &open)?.iter().skip(1).take(1) {
         check_not_in_use(&layer.path, Use::Write)?;
+        locks.push(ImageLock::take(&layer.path)?);
     }
     if delete && !force {
         check_no_children(path, &open.search, "delete")?;
@@ -141,6 +145,7 @@ pub fn commit(
     if delete {
         delete_image(path)?;
     }
+    drop(locks);
     Ok(Committed { path: path.to_path_buf(), deleted: delete, summary })
 }
 

@@ -3,6 +3,7 @@
 use super::open::{OpenDiskOptions, image_options};
 use crate::Result;
 use crate::in_use::{Use, check_not_in_use};
+use crate::lock::ImageLock;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use vmtide_image::{CheckReport, Format, Repair, check_image};
@@ -32,7 +33,10 @@ pub fn check(path: &Path, options: &OpenDiskOptions, repair: Repair) -> Result<C
     let (open, format) = image_options(path, options)?;
     let repaired = match repair {
         Repair::Nothing => None,
-        repair => Some(check_image(path, &open, repair)?),
+        repair => {
+            let _lock = ImageLock::take(path)?;
+            Some(check_image(path, &open, repair)?)
+        }
     };
     let report = check_image(path, &open, Repair::Nothing)?;
     Ok(Checked { path: path.to_path_buf(), format, report, repair: repaired })
