@@ -7,12 +7,14 @@ mod qcow2;
 mod sparse;
 mod vhd;
 mod vhdx;
+mod vhdx_write;
 mod vmdk;
 
 pub use qcow2::{qcow2_read, qcow2_write};
 pub use sparse::{SparseFile, pack};
 pub use vhd::{vhd_read, vhd_write};
 pub use vhdx::vhdx_read;
+pub use vhdx_write::vhdx_write;
 pub use vmdk::{vmdk_read, vmdk_write};
 
 use crate::{CheckReport, DiskImage};

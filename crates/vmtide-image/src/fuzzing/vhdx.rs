@@ -7,8 +7,8 @@ use std::sync::Arc;
 use vmtide_block::{BlockDevice, MemoryDevice, WritableBlockDevice};
 
 /// Bits of the first byte of the input.
-const FIX_CHECKSUMS: u8 = 1;
-const WITH_PARENT: u8 = 2;
+pub(super) const FIX_CHECKSUMS: u8 = 1;
+pub(super) const WITH_PARENT: u8 = 2;
 /// Where headers and region tables are, and how long they are (MS-VHDX 2.2).
 const SEALED: [(u64, usize); 4] =
     [(64 << 10, 4096), (128 << 10, 4096), (192 << 10, 64 << 10), (256 << 10, 64 << 10)];
@@ -39,7 +39,7 @@ pub fn vhdx_read(input: &[u8]) {
     }
 }
 
-fn fix_checksums(file: &SparseFile) {
+pub(super) fn fix_checksums(file: &SparseFile) {
     for (at, bytes) in SEALED {
         let mut structure = vec![0; bytes];
         if file.read_at(&mut structure, at).is_ok() {

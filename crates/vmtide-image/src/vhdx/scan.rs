@@ -11,7 +11,7 @@ use super::header::MIB;
 use super::write::is_present;
 use super::writer::VhdxWriter;
 use crate::bytes::{le_u64, length};
-use vmtide_block::{BlockDevice, BlockError, ByteRange, Result};
+use vmtide_block::{BlockDevice, BlockError, ByteRange, Result, is_zero};
 
 /// What the table's entries are looked at for.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -64,6 +64,7 @@ impl VhdxWriter {
             let count = (entries - first).min(MIB / ENTRY_BYTES);
             let bytes = &mut piece[..length(count * ENTRY_BYTES)];
             self.file.read_at(bytes, bat.offset + first * ENTRY_BYTES)?;
+            let bytes = if is_zero(bytes) { &[] } else { &*bytes };
             for (index, entry) in (first..).zip(bytes.chunks_exact(8)) {
                 let entry = BatEntry(le_u64(entry, 0));
                 if entry != BatEntry::default() {
