@@ -132,7 +132,7 @@ impl Model {
                 self.learn(range, result.is_ok());
             }
             5 => {
-                let sector_bytes = u64::from(writer.block_size_bytes());
+                let sector_bytes = u64::from(BlockDevice::block_size_bytes(writer));
                 let size = (u64::from(le_u32(operation, 4)) << (value % 16)) * sector_bytes;
                 self.resize(writer, size % (MAX_GROWN_BYTES + 1));
             }
