@@ -11,6 +11,8 @@ mod commit;
 mod link;
 mod list;
 mod rebase;
+#[cfg(test)]
+mod relink_crash;
 mod trial;
 
 pub use children::find_children;

@@ -49,6 +49,8 @@ pub use create::{VmdkCreateOptions, VmdkParent};
 pub use describe::VmdkKind;
 pub use image::VmdkImage;
 pub use info::{identity, info, parent_link};
+#[cfg(test)]
+pub(crate) use set_parent::change_parent_in;
 pub(crate) use set_parent::{can_set_parent, set_parent};
 pub use writer::VmdkWriter;
 

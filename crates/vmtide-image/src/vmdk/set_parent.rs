@@ -37,8 +37,21 @@ pub(crate) fn can_set_parent(path: &Path, target: Option<&LinkTarget>) -> Result
 }
 
 fn change_parent(path: &Path, target: Option<&LinkTarget>, is_trial: bool) -> Result<()> {
-    let refuse =
-        |detail: &str| BlockError::unsupported(path.display().to_string(), detail.to_owned());
+    let file = RawDevice::open(path, OpenMode::ReadWrite)?;
+    match change_parent_in(&file, target, is_trial)? {
+        Some(text) if !is_trial => replace_file(path, &text),
+        _ => Ok(()),
+    }
+}
+
+/// Changes the descriptor that is inside `file`. Where the descriptor is the file, nothing is
+/// changed, and the answer is the text of the file that must take its place.
+pub(crate) fn change_parent_in(
+    file: &dyn WritableBlockDevice,
+    target: Option<&LinkTarget>,
+    is_trial: bool,
+) -> Result<Option<Vec<u8>>> {
+    let refuse = |detail: &str| BlockError::unsupported(file.name(), detail.to_owned());
     if let Some(target) = target {
         if target.format != Format::Vmdk {
             return Err(refuse("can only have a VMDK as its parent"));
@@ -47,13 +60,12 @@ fn change_parent(path: &Path, target: Option<&LinkTarget>, is_trial: bool) -> Re
             return Err(refuse("cannot name a parent with quotation marks or line ends"));
         }
     }
-    let file = RawDevice::open(path, OpenMode::ReadWrite)?;
-    match Head::read(&file)? {
+    match Head::read(file)? {
         Head::Hosted { header, descriptor: Some(_) } => {
             if header.has(flag::COMPRESSED) || header.has(flag::MARKERS) || header.version > 2 {
                 return Err(refuse("is of a kind of VMDK that cannot be changed in place"));
             }
-            embedded(&file, &header, target, is_trial)
+            embedded(file, &header, target, is_trial).map(|()| None)
         }
         Head::Descriptor(descriptor, 0) => {
             let is_sparse = descriptor
@@ -63,9 +75,7 @@ fn change_parent(path: &Path, target: Option<&LinkTarget>, is_trial: bool) -> Re
             if target.is_some() && !is_sparse {
                 return Err(refuse("is a flat VMDK, which cannot have a parent"));
             }
-            let text = read_text(&file, 0, file.size_bytes())?;
-            let text = renamed(&text, target);
-            if is_trial { Ok(()) } else { replace_file(path, &text) }
+            Ok(Some(renamed(&read_text(file, 0, file.size_bytes())?, target)))
         }
         _ => Err(refuse("has no descriptor that could name a parent")),
     }
