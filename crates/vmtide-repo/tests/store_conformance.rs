@@ -9,9 +9,12 @@
     reason = "a test: what fails here fails the test"
 )]
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Barrier};
 use tempfile::TempDir;
-use vmtide_repo::{FaultyStore, LocalStore, MemoryStore, ObjectStore, RepoError, read_small};
+use vmtide_repo::{
+    FaultyStore, LocalStore, MemoryStore, ObjectEntry, ObjectStore, RepoError, read_small,
+};
 
 /// A store and what keeps it alive.
 struct Subject {
@@ -150,6 +153,23 @@ fn listing_goes_below_its_prefix_and_nowhere_else() {
         let error =
             store.list("packs/", &mut |_| Err(RepoError::Invalid("stop".into()))).unwrap_err();
         assert_eq!(error.to_string(), "stop");
+    }
+}
+
+#[test]
+fn a_listing_says_when_each_object_was_written() {
+    for Subject { store, _directory } in subjects() {
+        store.put("leases/first", b"1").unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(1100));
+        store.put("leases/second", b"2").unwrap();
+        let mut times = BTreeMap::new();
+        let mut visit = |entry: ObjectEntry| {
+            times.insert(entry.name, entry.modified);
+            Ok(())
+        };
+        store.list("leases/", &mut visit).unwrap();
+        let apart = times["leases/second"].duration_since(times["leases/first"]);
+        assert!((1..30).contains(&apart.as_secs()), "{times:?}");
     }
 }
 

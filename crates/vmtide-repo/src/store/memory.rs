@@ -2,6 +2,7 @@
 
 use super::{ObjectEntry, ObjectReader, ObjectStore, ObjectWriter, StoreLock, name};
 use crate::{RepoError, Result};
+use jiff::Timestamp;
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,11 +16,24 @@ pub struct MemoryStore {
 
 #[derive(Debug, Default)]
 struct State {
-    objects: BTreeMap<String, Arc<[u8]>>,
+    objects: BTreeMap<String, Object>,
     /// Bytes of writers that ended without `finish` and did not clean up.
     unfinished_bytes: u64,
     shared: usize,
     exclusive: bool,
+}
+
+/// An object's content, and when it was finished.
+#[derive(Clone, Debug)]
+struct Object {
+    content: Arc<[u8]>,
+    modified: Timestamp,
+}
+
+impl Object {
+    fn new(content: Arc<[u8]>) -> Self {
+        Self { content, modified: Timestamp::now() }
+    }
 }
 
 impl MemoryStore {
@@ -30,13 +44,13 @@ impl MemoryStore {
 
     /// The content of an object, None where there is none.
     pub fn bytes(&self, name: &str) -> Option<Arc<[u8]>> {
-        self.state.lock().objects.get(name).cloned()
+        self.state.lock().objects.get(name).map(|object| object.content.clone())
     }
 
     /// Puts an object in place of whatever is there, which no real store does: this is how a test
     /// makes damage.
     pub fn replace(&self, name: &str, content: &[u8]) {
-        self.state.lock().objects.insert(name.into(), content.into());
+        self.state.lock().objects.insert(name.into(), Object::new(content.into()));
     }
 
     /// The names of all objects, sorted.
@@ -78,7 +92,7 @@ impl ObjectWriter for MemoryWriter {
                 hint: String::new(),
             });
         }
-        state.objects.insert(self.name, self.content.into());
+        state.objects.insert(self.name, Object::new(self.content.into()));
         Ok(())
     }
 }
@@ -163,9 +177,10 @@ impl ObjectStore for MemoryStore {
             .objects
             .range(prefix.to_owned()..)
             .take_while(|(name, _)| name.starts_with(prefix))
-            .map(|(name, content)| ObjectEntry {
+            .map(|(name, object)| ObjectEntry {
                 name: name.clone(),
-                length_bytes: content.len() as u64,
+                length_bytes: object.content.len() as u64,
+                modified: object.modified,
             })
             .collect();
         found.into_iter().try_for_each(visit)

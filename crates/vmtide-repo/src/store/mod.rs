@@ -14,6 +14,7 @@ pub use local::LocalStore;
 pub use memory::MemoryStore;
 
 use crate::{RepoError, Result};
+use jiff::Timestamp;
 use std::any::Any;
 
 /// One object in a listing.
@@ -23,6 +24,10 @@ pub struct ObjectEntry {
     pub name: String,
     /// The length in bytes.
     pub length_bytes: u64,
+    /// When it was written, by the clock of the store: the file's time of modification, S3's
+    /// `Last-Modified` (whole seconds). Compare it with that of other objects of the same store and
+    /// with nothing else.
+    pub modified: Timestamp,
 }
 
 /// A store of immutable objects. Shared by threads and by processes.

@@ -11,6 +11,7 @@ mod writer;
 
 use super::{ObjectEntry, ObjectReader, ObjectStore, ObjectWriter, StoreLock, name};
 use crate::{ObjectId, RepoError, Result};
+use jiff::Timestamp;
 use parking_lot::Mutex;
 use reader::LocalReader;
 use std::collections::HashSet;
@@ -218,7 +219,13 @@ impl LocalStore {
             if metadata.is_dir() {
                 self.walk(&name, visit)?;
             } else if metadata.is_file() {
-                visit(ObjectEntry { name, length_bytes: metadata.len() })?;
+                let modified = metadata.modified().map_err(failed)?;
+                visit(ObjectEntry {
+                    name,
+                    length_bytes: metadata.len(),
+                    // A time that no calendar has is one of long ago.
+                    modified: Timestamp::try_from(modified).unwrap_or(Timestamp::UNIX_EPOCH),
+                })?;
             }
         }
         Ok(())
