@@ -1,5 +1,6 @@
 //! Errors of the repository: which object, what is wrong with it, what to do.
 
+use jiff::Timestamp;
 use vmtide_block::BlockError;
 
 /// The result of an operation on a repository.
@@ -39,6 +40,14 @@ pub enum RepoError {
         /// The operating system's answer.
         #[source]
         source: std::io::Error,
+    },
+    /// The store keeps an object until a time and refuses to remove it (S3 Object Lock).
+    #[error("{object} is immutable until {until}: it cannot be removed before")]
+    Locked {
+        /// The object's name.
+        object: String,
+        /// Until when.
+        until: Timestamp,
     },
     /// Bytes of the repository are not what was written: a flipped bit, a cut file, a missing
     /// object that a restore point needs.

@@ -44,5 +44,6 @@ pub use point::{DiskCounts, DiskRecord, Level, RestorePoint, TrackingRecord};
 pub use repository::{InitOptions, PointList, Repository, RepositoryStats};
 pub use store::{
     Corruption, Fault, FaultyStore, LocalStore, MemoryStore, ObjectEntry, ObjectReader,
-    ObjectStore, ObjectWriter, Step, StepCounts, StoreLock, read_small,
+    ObjectStore, ObjectWriter, Retention, RetentionMode, Step, StepCounts, StoreLock,
+    check_object_name, check_prefix, is_object_name, read_small,
 };

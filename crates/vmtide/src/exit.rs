@@ -70,7 +70,9 @@ pub fn of_error(error: &EngineError) -> Exit {
 pub fn of_repo(error: &RepoError) -> Exit {
     match error {
         RepoError::NotFound { .. } => Exit::NotFound,
-        RepoError::WrongPassword { .. } | RepoError::Denied { .. } => Exit::Denied,
+        RepoError::WrongPassword { .. } | RepoError::Denied { .. } | RepoError::Locked { .. } => {
+            Exit::Denied
+        }
         RepoError::Damaged { .. } => Exit::Damaged,
         RepoError::Io { source, .. } => of_io(source),
         RepoError::Block(error) => of_block(error),

@@ -5,7 +5,7 @@
 //! these. To try a job at every moment, run it with a crash at change 0, 1, 2, … until it comes
 //! through.
 
-use super::{ObjectEntry, ObjectReader, ObjectStore, ObjectWriter, StoreLock};
+use super::{ObjectEntry, ObjectReader, ObjectStore, ObjectWriter, Retention, StoreLock};
 use crate::{RepoError, Result};
 use parking_lot::Mutex;
 use rustix::io::Errno;
@@ -256,6 +256,13 @@ impl ObjectReader for FaultyReader {
     }
 }
 
+impl FaultyStore {
+    fn around(&self, name: &str, inner: Box<dyn ObjectWriter>) -> Box<dyn ObjectWriter> {
+        let state = Arc::clone(&self.state);
+        Box::new(FaultyWriter { name: name.into(), inner: Some(inner), state })
+    }
+}
+
 impl ObjectStore for FaultyStore {
     fn location(&self) -> String {
         self.inner.location()
@@ -263,11 +270,16 @@ impl ObjectStore for FaultyStore {
 
     fn create(&self, name: &str) -> Result<Box<dyn ObjectWriter>> {
         check(&self.state, name, true)?;
-        Ok(Box::new(FaultyWriter {
-            name: name.into(),
-            inner: Some(self.inner.create(name)?),
-            state: Arc::clone(&self.state),
-        }))
+        Ok(self.around(name, self.inner.create(name)?))
+    }
+
+    fn create_retained(&self, name: &str, retention: &Retention) -> Result<Box<dyn ObjectWriter>> {
+        check(&self.state, name, true)?;
+        Ok(self.around(name, self.inner.create_retained(name, retention)?))
+    }
+
+    fn retain(&self, name: &str, retention: &Retention) -> Result<()> {
+        take(&self.state, Step::Change, name, || self.inner.retain(name, retention))
     }
 
     fn open(&self, name: &str) -> Result<Box<dyn ObjectReader>> {

@@ -1,6 +1,6 @@
 //! Objects in memory, for tests, simulation and fuzzing.
 
-use super::{ObjectEntry, ObjectReader, ObjectStore, ObjectWriter, StoreLock, name};
+use super::{ObjectEntry, ObjectReader, ObjectStore, ObjectWriter, Retention, StoreLock, name};
 use crate::{RepoError, Result};
 use jiff::Timestamp;
 use parking_lot::Mutex;
@@ -28,11 +28,12 @@ struct State {
 struct Object {
     content: Arc<[u8]>,
     modified: Timestamp,
+    retained_until: Option<Timestamp>,
 }
 
 impl Object {
     fn new(content: Arc<[u8]>) -> Self {
-        Self { content, modified: Timestamp::now() }
+        Self { content, modified: Timestamp::now(), retained_until: None }
     }
 }
 
@@ -51,6 +52,11 @@ impl MemoryStore {
     /// makes damage.
     pub fn replace(&self, name: &str, content: &[u8]) {
         self.state.lock().objects.insert(name.into(), Object::new(content.into()));
+    }
+
+    /// Until when an object is kept, None where it may be removed at any time.
+    pub fn retained_until(&self, name: &str) -> Option<Timestamp> {
+        self.state.lock().objects.get(name).and_then(|object| object.retained_until)
     }
 
     /// The names of all objects, sorted.
@@ -75,6 +81,7 @@ impl MemoryStore {
 struct MemoryWriter {
     state: Arc<Mutex<State>>,
     name: String,
+    retained_until: Option<Timestamp>,
     content: Vec<u8>,
 }
 
@@ -92,7 +99,9 @@ impl ObjectWriter for MemoryWriter {
                 hint: String::new(),
             });
         }
-        state.objects.insert(self.name, Object::new(self.content.into()));
+        let object =
+            Object { retained_until: self.retained_until, ..Object::new(self.content.into()) };
+        state.objects.insert(self.name, object);
         Ok(())
     }
 }
@@ -154,8 +163,30 @@ impl ObjectStore for MemoryStore {
         Ok(Box::new(MemoryWriter {
             state: Arc::clone(&self.state),
             name: name.into(),
+            retained_until: None,
             content: Vec::new(),
         }))
+    }
+
+    fn create_retained(&self, name: &str, retention: &Retention) -> Result<Box<dyn ObjectWriter>> {
+        name::check_object(name)?;
+        Ok(Box::new(MemoryWriter {
+            state: Arc::clone(&self.state),
+            name: name.into(),
+            retained_until: Some(retention.until),
+            content: Vec::new(),
+        }))
+    }
+
+    fn retain(&self, name: &str, retention: &Retention) -> Result<()> {
+        name::check_object(name)?;
+        let mut state = self.state.lock();
+        let object = state.objects.get_mut(name).ok_or_else(|| RepoError::NotFound {
+            what: format!("{name} in memory"),
+            hint: String::new(),
+        })?;
+        object.retained_until = object.retained_until.max(Some(retention.until));
+        Ok(())
     }
 
     fn open(&self, name: &str) -> Result<Box<dyn ObjectReader>> {
@@ -188,7 +219,12 @@ impl ObjectStore for MemoryStore {
 
     fn remove(&self, name: &str) -> Result<()> {
         name::check_object(name)?;
-        self.state.lock().objects.remove(name);
+        let mut state = self.state.lock();
+        let until = state.objects.get(name).and_then(|object| object.retained_until);
+        if let Some(until) = until.filter(|until| *until > Timestamp::now()) {
+            return Err(RepoError::Locked { object: name.into(), until });
+        }
+        state.objects.remove(name);
         Ok(())
     }
 

@@ -8,10 +8,13 @@ mod faulty;
 mod local;
 mod memory;
 mod name;
+mod retention;
 
 pub use faulty::{Corruption, Fault, FaultyStore, Step, StepCounts};
 pub use local::LocalStore;
 pub use memory::MemoryStore;
+pub use name::{check_object as check_object_name, check_prefix, is_object as is_object_name};
+pub use retention::{Retention, RetentionMode};
 
 use crate::{RepoError, Result};
 use jiff::Timestamp;
@@ -52,6 +55,26 @@ pub trait ObjectStore: Send + Sync {
         writer.finish()
     }
 
+    /// As [`create`](Self::create), of an object that nobody can remove before `retention.until`.
+    ///
+    /// # Errors
+    /// As [`create`](Self::create); [`RepoError::Invalid`](crate::RepoError::Invalid) where the
+    /// store cannot keep objects.
+    fn create_retained(&self, name: &str, retention: &Retention) -> Result<Box<dyn ObjectWriter>> {
+        let _ = (name, retention);
+        Err(cannot_retain(&self.location()))
+    }
+
+    /// Keeps an object that is there until `retention.until` at least: a time is only ever extended.
+    ///
+    /// # Errors
+    /// [`RepoError::NotFound`](crate::RepoError::NotFound), `Io`, `Denied`;
+    /// [`RepoError::Invalid`](crate::RepoError::Invalid) where the store cannot keep objects.
+    fn retain(&self, name: &str, retention: &Retention) -> Result<()> {
+        let _ = (name, retention);
+        Err(cannot_retain(&self.location()))
+    }
+
     /// Opens an object for reading at any place.
     ///
     /// # Errors
@@ -68,7 +91,7 @@ pub trait ObjectStore: Send + Sync {
     /// Removes an object; no error where there is none.
     ///
     /// # Errors
-    /// `Io`, `Denied`.
+    /// [`RepoError::Locked`](crate::RepoError::Locked) where it is kept until a time; `Io`, `Denied`.
     fn remove(&self, name: &str) -> Result<()>;
 
     /// Excludes garbage collection (`exclusive` false) or everybody else (`exclusive` true) until
@@ -84,6 +107,12 @@ pub trait ObjectStore: Send + Sync {
     /// # Errors
     /// `Io`, `Denied`.
     fn remove_unfinished(&self) -> Result<u64>;
+}
+
+fn cannot_retain(location: &str) -> RepoError {
+    RepoError::Invalid(format!(
+        "{location} cannot make objects immutable: that needs a bucket with S3 Object Lock"
+    ))
 }
 
 /// Reads a small object whole.

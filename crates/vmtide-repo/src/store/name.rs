@@ -25,7 +25,7 @@ pub(super) fn is_component(text: &str) -> bool {
 }
 
 /// Whether this may name an object.
-pub(super) fn is_object(name: &str) -> bool {
+pub fn is_object(name: &str) -> bool {
     name.len() <= MAX_BYTES
         && name.split('/').count() <= MAX_DEPTH
         && name.split('/').all(is_component)
@@ -37,7 +37,7 @@ pub(super) fn is_object(name: &str) -> bool {
 /// # Errors
 /// [`RepoError::Invalid`] where it has an empty component, one that begins with a dot, a character
 /// that is not plain, or begins with a directory of the store's own.
-pub(super) fn check_object(name: &str) -> Result<()> {
+pub fn check_object(name: &str) -> Result<()> {
     if is_object(name) {
         return Ok(());
     }
@@ -48,7 +48,7 @@ pub(super) fn check_object(name: &str) -> Result<()> {
 ///
 /// # Errors
 /// [`RepoError::Invalid`] where it does not end in `/` or is no name before that.
-pub(super) fn check_prefix(prefix: &str) -> Result<&str> {
+pub fn check_prefix(prefix: &str) -> Result<&str> {
     match prefix.strip_suffix('/') {
         Some(directory) if is_object(directory) => Ok(directory),
         _ => Err(RepoError::Invalid(format!("{prefix:?} cannot be the prefix of a listing"))),
