@@ -24,7 +24,7 @@ const GRAIN_BYTES: usize = 64 << 10;
 /// How to copy.
 #[derive(Clone, Debug)]
 pub struct CopyOptions {
-    /// The number of workers; each holds two buffers of 4 MiB.
+    /// The number of workers; each holds a buffer of 4 MiB, two of them with `differing_only`.
     pub workers: usize,
     /// Whether the target is known to read as zeros (just created), so that zeros need no write.
     pub target_is_zero: bool,
@@ -34,8 +34,9 @@ pub struct CopyOptions {
 
 impl Default for CopyOptions {
     fn default() -> Self {
-        let workers = std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 16);
-        Self { workers, target_is_zero: false, differing_only: false }
+        // Two more than the cores: a worker that waits for the medium leaves its core to another.
+        let cores = std::thread::available_parallelism().map_or(2, usize::from);
+        Self { workers: (cores + 2).min(16), target_is_zero: false, differing_only: false }
     }
 }
 

@@ -247,9 +247,7 @@ impl WritePlan {
         let target = self.open(source.size_bytes())?;
         let mut options =
             CopyOptions { differing_only: self.differing_only, ..CopyOptions::default() };
-        if let Some(workers) = workers {
-            options.workers = workers.max(1);
-        }
+        options.workers = workers.unwrap_or(options.workers).max(1);
         let (progress, cancel) = (context.progress, context.cancel);
         let written = match target {
             Target::New(staged) => {
@@ -264,7 +262,11 @@ impl WritePlan {
                 }
                 let copied = match compressed {
                     Some(compressed) => {
-                        copy_compressed(source, compressed, options.workers, progress, cancel)
+                        // These are bound by compressing, and add workers of their own.
+                        let workers = workers.unwrap_or_else(|| {
+                            std::thread::available_parallelism().map_or(2, usize::from)
+                        });
+                        copy_compressed(source, compressed, workers, progress, cancel)
                     }
                     None => copy_device(source, &*staged.image, &options, progress, cancel),
                 };

@@ -298,7 +298,7 @@ impl<'a> Mover<'a> {
             }
             let sealed = pack.read_stored(frame..frame + 1, &mut stored)?;
             content.resize(pack.content_length(frame), 0);
-            pack.decode(frame, sealed, &mut content, &mut self.decoder)?;
+            pack.decode_and_compare(frame, sealed, &mut content, &mut self.decoder)?;
             let first_block = pack.blocks_of(frame).start;
             let mut kept = Vec::new();
             let mut kept_content = Vec::new();

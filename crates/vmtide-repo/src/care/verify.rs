@@ -283,7 +283,8 @@ fn read_pack(
                     let (this, after) = rest.split_at_mut(length);
                     rest = after;
                     content.resize(pack.content_length(number), 0);
-                    wrong.extend(pack.decode(number, this, &mut content, decoder).err());
+                    wrong
+                        .extend(pack.decode_and_compare(number, this, &mut content, decoder).err());
                 }
             }
             Err(error) => wrong.push(RepoError::damaged(pack.name(), error.to_string())),

@@ -19,7 +19,7 @@ pub fn pack(input: &[u8]) {
         assert!(length <= MAX_FRAME_BYTES, "a frame of {length} bytes was taken");
         if pack.read_stored(number..number + 1, &mut stored).is_ok() {
             out.resize(length, 0);
-            let _ = pack.decode(number, &mut stored, &mut out, &mut decoder);
+            let _ = pack.decode_and_compare(number, &mut stored, &mut out, &mut decoder);
         }
     }
     for (number, (first, chunk)) in pack.chunks().enumerate() {

@@ -142,6 +142,10 @@ impl Pack {
 
     /// Verifies frame `number` of the pack, whose stored bytes these are, and puts its chunks into
     /// `out`, which must have room for exactly them. Nothing of a frame that fails is to be used.
+    ///
+    /// The tag (or, in a repository without encryption, the checksum) covers every stored byte, the
+    /// frame's place and its chunk count, so what comes out is what the writer put in. That the writer
+    /// hashed the same bytes is not looked at: see [`decode_and_compare`](Self::decode_and_compare).
     pub(crate) fn decode(
         &self,
         number: usize,
@@ -168,12 +172,28 @@ impl Pack {
             .map_err(|_| damaged("it does not open: its bytes were changed"))?;
         decoder
             .decode(frame.compression, content, out)
-            .ok_or_else(|| damaged("it does not decompress to its chunks"))?;
+            .ok_or_else(|| damaged("it does not decompress to its chunks"))
+    }
+
+    /// As [`decode`](Self::decode), and compares every chunk with its id. For who verifies data or
+    /// stores it again under the same ids: it also finds what went wrong in the writer's memory.
+    pub(crate) fn decode_and_compare(
+        &self,
+        number: usize,
+        stored: &mut [u8],
+        out: &mut [u8],
+        decoder: &mut FrameDecoder,
+    ) -> Result<()> {
+        self.decode(number, stored, out, decoder)?;
         let mut rest = &*out;
         for chunk in &self.directory.chunks[self.chunks_of(number)] {
             let (content, after) = rest.split_at(usize::from(chunk.blocks) * BLOCK_BYTES);
             if self.subkeys.chunk_id(content) != chunk.id {
-                return Err(damaged("a chunk's content does not match its id"));
+                let offset = self.directory.frames[number].offset;
+                let detail = format!(
+                    "frame {number} at byte {offset}: a chunk's content does not match its id"
+                );
+                return Err(RepoError::damaged(&self.name, detail));
             }
             rest = after;
         }

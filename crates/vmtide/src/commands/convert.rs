@@ -65,7 +65,7 @@ pub struct ConvertArgs {
     /// With --in-place: even where other images read through OUT, which breaks them
     #[arg(long, requires = "in_place")]
     force: bool,
-    /// Threads that read and write [default: one per processor]
+    /// Threads that read and write [default: two more than processors]
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u16).range(1..=256))]
     workers: Option<u16>,
 }

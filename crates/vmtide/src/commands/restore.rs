@@ -45,7 +45,7 @@ pub struct RestoreArgs {
     /// even into an image that others read through, which breaks them
     #[arg(long)]
     force: bool,
-    /// Threads that read, decompress and write [default: one per processor]
+    /// Threads that read, decompress and write [default: two more than processors]
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u16).range(1..=256))]
     workers: Option<u16>,
 }
