@@ -3,7 +3,7 @@
 use crate::{EngineError, Result};
 use serde::Serialize;
 use vmtide_block::RangeSet;
-use vmtide_repo::{ObjectId, PointList, RepoError, Repository, RestorePoint};
+use vmtide_repo::{ForgetReport, ObjectId, PointList, RepoError, Repository, RestorePoint};
 
 /// The restore points of one VM, or of all, oldest first; with those that cannot be read.
 ///
@@ -135,13 +135,13 @@ pub fn diff(
     Ok(differences)
 }
 
-/// What is forgotten by id or by policy.
+/// Forgets restore points, but for those that are held.
 ///
 /// # Errors
 /// Those of the repository. Points forgotten before the error stay forgotten.
-pub fn forget(repository: &Repository, points: &[ObjectId]) -> Result<()> {
+pub fn forget(repository: &Repository, points: &[ObjectId]) -> Result<ForgetReport> {
     if points.is_empty() {
-        return Ok(());
+        return Ok(ForgetReport::default());
     }
     Ok(repository.forget(points)?)
 }

@@ -35,6 +35,10 @@ pub enum ObjectKind {
     Point,
     /// Where the chunks of a removed pack went.
     Forward,
+    /// Why a restore point must stay.
+    Hold,
+    /// That a hold is over, where it cannot be removed.
+    Release,
 }
 
 impl ObjectKind {
@@ -46,6 +50,8 @@ impl ObjectKind {
             Self::IndexSegment => b"VMTIDEIX",
             Self::Point => b"VMTIDEPT",
             Self::Forward => b"VMTIDEFW",
+            Self::Hold => b"VMTIDEHD",
+            Self::Release => b"VMTIDEHR",
         }
     }
 
@@ -57,6 +63,8 @@ impl ObjectKind {
             Self::IndexSegment => format!("index/{id}"),
             Self::Point => format!("points/{id}"),
             Self::Forward => format!("forward/{id}"),
+            Self::Hold => format!("holds/{id}"),
+            Self::Release => format!("released/{id}"),
         }
     }
 
@@ -64,7 +72,9 @@ impl ObjectKind {
     pub const fn max_directory_bytes(self) -> u64 {
         match self {
             Self::MapSegment | Self::IndexSegment => MAX_SEGMENT_DIRECTORY_BYTES,
-            Self::Pack | Self::Point | Self::Forward => MAX_PACK_DIRECTORY_BYTES,
+            Self::Pack | Self::Point | Self::Forward | Self::Hold | Self::Release => {
+                MAX_PACK_DIRECTORY_BYTES
+            }
         }
     }
 
@@ -76,6 +86,8 @@ impl ObjectKind {
             Self::IndexSegment => "index/",
             Self::Point => "points/",
             Self::Forward => "forward/",
+            Self::Hold => "holds/",
+            Self::Release => "released/",
         }
     }
 }

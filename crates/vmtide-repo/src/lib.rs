@@ -15,8 +15,10 @@ mod disk;
 mod document;
 mod envelope;
 mod error;
+mod forget;
 #[doc(hidden)]
 pub mod fuzzing;
+mod hold;
 mod id;
 mod index;
 mod keys;
@@ -26,6 +28,7 @@ mod pack;
 mod page_cache;
 mod password;
 mod point;
+mod record;
 mod repository;
 mod resolve;
 mod store;
@@ -37,13 +40,15 @@ pub use care::{Damage, PruneOptions, PruneReport, VerifyOptions, VerifyReport};
 pub use config::{Encryption, RepositoryConfig};
 pub use disk::PointDisk;
 pub use error::{RepoError, Result};
+pub use forget::ForgetReport;
+pub use hold::{Hold, HoldList, HoldOptions};
 pub use id::{BLOCK_BYTES, ChunkId, Location, ObjectId};
 pub use keys::{KdfParameters, KeySlotInfo};
 pub use password::Password;
 pub use point::{DiskCounts, DiskRecord, Level, RestorePoint, TrackingRecord};
 pub use repository::{InitOptions, PointList, Repository, RepositoryStats};
 pub use store::{
-    Corruption, Fault, FaultyStore, LocalStore, MemoryStore, ObjectEntry, ObjectReader,
+    Corruption, DenyStore, Fault, FaultyStore, LocalStore, MemoryStore, ObjectEntry, ObjectReader,
     ObjectStore, ObjectWriter, Retention, RetentionMode, Step, StepCounts, StoreLock,
     check_object_name, check_prefix, is_object_name, read_small,
 };

@@ -7,6 +7,7 @@ use crate::context::RepoContext;
 use crate::crypto::MasterKey;
 use crate::disk::PointDisk;
 use crate::envelope::ObjectKind;
+use crate::hold::{self, Hold};
 use crate::keys::{self, KdfParameters, KeySlotInfo};
 use crate::map::DiskMap;
 use crate::password::Password;
@@ -65,6 +66,10 @@ pub struct PointList {
     pub points: Vec<RestorePoint>,
     /// The objects that cannot, and why.
     pub unreadable: Vec<(String, RepoError)>,
+    /// The holds in force.
+    pub holds: Vec<Hold>,
+    /// The holds that cannot be read, and why: they may be for any point.
+    pub unreadable_holds: Vec<(String, RepoError)>,
 }
 
 /// What a repository holds.
@@ -85,10 +90,10 @@ pub struct RepositoryStats {
 /// An open repository. Shared by threads; clones share everything.
 #[derive(Clone)]
 pub struct Repository {
-    context: Arc<RepoContext>,
-    config: Arc<RepositoryConfig>,
-    config_bytes: Arc<Vec<u8>>,
-    master: MasterKey,
+    pub(crate) context: Arc<RepoContext>,
+    pub(crate) config: Arc<RepositoryConfig>,
+    pub(crate) config_bytes: Arc<Vec<u8>>,
+    pub(crate) master: MasterKey,
 }
 
 impl Repository {
@@ -255,6 +260,8 @@ impl Repository {
                 Err(error) => list.unreadable.push((name, error)),
             }
         }
+        // After the points: whoever does not see a point any more sees the hold that keeps it.
+        hold::add_to(&self.context, &mut list)?;
         list.points.sort_by_key(|point| (point.time, point.id));
         Ok(list)
     }
@@ -332,16 +339,6 @@ impl Repository {
         Ok(changed.clamp(newer.size_bytes))
     }
 
-    /// Forgets restore points. Their data stays until [`prune`](Self::prune).
-    ///
-    /// # Errors
-    /// Those of the store.
-    pub fn forget(&self, points: &[ObjectId]) -> Result<()> {
-        points
-            .iter()
-            .try_for_each(|id| self.context.store.remove(&ObjectKind::Point.object_name(*id)))
-    }
-
     /// Removes what no restore point needs.
     ///
     /// # Errors
@@ -355,7 +352,7 @@ impl Repository {
     ) -> Result<PruneReport> {
         let _lock = self.context.store.lock(!options.dry_run)?;
         let list = self.points()?;
-        if let Some((_, error)) = list.unreadable.into_iter().next() {
+        if let Some((_, error)) = list.unreadable.into_iter().chain(list.unreadable_holds).next() {
             return Err(error);
         }
         care::prune(&self.context, &list.points, options, progress, cancel)
@@ -374,6 +371,7 @@ impl Repository {
     ) -> Result<VerifyReport> {
         let _lock = self.lock_shared()?;
         let mut list = self.points()?;
+        list.unreadable.append(&mut list.unreadable_holds);
         if !options.points.is_empty() {
             for id in &options.points {
                 let name = ObjectKind::Point.object_name(*id);

@@ -12,7 +12,7 @@ const MIN_PREFIX: usize = 4;
 
 /// See [`Repository::resolve`](crate::Repository::resolve).
 pub(crate) fn resolve(list: PointList, spec: &str, location: &str) -> Result<RestorePoint> {
-    let PointList { points, unreadable } = list;
+    let PointList { points, unreadable, .. } = list;
     let not_found = |hint: &str| RepoError::NotFound {
         what: format!("restore point {spec:?} in {location}"),
         hint: hint.into(),

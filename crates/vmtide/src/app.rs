@@ -96,6 +96,7 @@ fn dispatch(app: &App, command: Command) -> Result<Exit> {
         Command::Restore(args) => commands::restore::run(app, &args),
         Command::Verify(args) => commands::verify::run(app, &args),
         Command::Forget(args) => commands::forget::run(app, &args),
+        Command::Hold(args) => commands::hold::run(app, &args),
         Command::Prune(args) => commands::prune::run(app, &args),
         Command::Key(args) => commands::key::run(app, &args),
         Command::Info(args) => commands::info::run(app, &args),

@@ -113,7 +113,9 @@ pub enum Command {
     /// Check that restore points can be restored
     Verify(commands::verify::VerifyArgs),
     /// Forget restore points, by id or by rules of what to keep
-    Forget(commands::forget::ForgetArgs),
+    Forget(Box<commands::forget::ForgetArgs>),
+    /// Keep restore points, whatever the rules of `forget` say
+    Hold(commands::hold::HoldArgs),
     /// Remove from the repository what no restore point needs
     Prune(commands::prune::PruneArgs),
     /// Manage the passwords of a repository

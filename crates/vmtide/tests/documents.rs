@@ -19,6 +19,7 @@ const COMMANDS: &[&str] = &[
     "restore",
     "verify",
     "forget",
+    "hold",
     "prune",
     "key",
     "info",

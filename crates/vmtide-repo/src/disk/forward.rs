@@ -3,7 +3,7 @@
 use crate::context::RepoContext;
 use crate::envelope::{HEADER_BYTES, ObjectKind};
 use crate::leb128;
-use crate::point::decompress_bounded;
+use crate::record::decompress_bounded;
 use crate::{Location, ObjectId, RepoError, Result};
 
 /// The most bytes of pack table and runs; a pack of 64 MiB has some thousands of runs.

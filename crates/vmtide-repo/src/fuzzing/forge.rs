@@ -37,7 +37,7 @@ pub(super) fn forge(kind: ObjectKind, input: &[u8]) -> Option<Forged> {
         ObjectKind::MapSegment => mend(&mut directory, 32, sections),
         ObjectKind::IndexSegment => mend_index(sections, &mut directory, word(0) as usize),
         ObjectKind::Pack => mend_frames(sections, &mut directory, word(0) as usize),
-        ObjectKind::Point | ObjectKind::Forward => {
+        ObjectKind::Point | ObjectKind::Forward | ObjectKind::Hold | ObjectKind::Release => {
             let hash = *blake3::hash(sections).as_bytes();
             if let Some(place) = directory.get_mut(8..40) {
                 place.copy_from_slice(&hash);

@@ -4,12 +4,14 @@
 //! must make an object appear whole or not at all, and durable before `finish` returns; nothing
 //! else is asked of it.
 
+mod deny;
 mod faulty;
 mod local;
 mod memory;
 mod name;
 mod retention;
 
+pub use deny::DenyStore;
 pub use faulty::{Corruption, Fault, FaultyStore, Step, StepCounts};
 pub use local::LocalStore;
 pub use memory::MemoryStore;

@@ -7,54 +7,63 @@ use crate::{repository, units};
 use clap::Args;
 use jiff::Span;
 use jiff::tz::TimeZone;
-use vmtide_engine::retention::{Candidate, Decision, RetentionPolicy, decide};
+use vmtide_engine::retention::{
+    Candidate, Decision, RetentionPlan, RetentionPolicy, Selector, decide, parse_count,
+    parse_policy, parse_span, parse_zone,
+};
 use vmtide_engine::{EngineError, Result, forget, points, resolve};
-use vmtide_repo::{ObjectId, PruneReport, Repository};
+use vmtide_repo::{ForgetReport, Hold, ObjectId, PointList, PruneReport, Repository};
 
 const EXAMPLES: &str = "\
 The rules work per VM; a restore point stays when one of them keeps it. --keep-daily 7 keeps the newest
-of each of the newest 7 days that have one. The newest restore point of a VM always stays, unless it is
-named. Any restore point can go: none depends on another. Space is freed by `vmtide prune`, or --prune.
+of each of the newest 7 days that have one; --keep-within-daily 14d the newest of each day of the 14
+days before the newest. Days, weeks (from Monday), months and years are those of --time-zone. The newest
+restore point of a VM always stays, unless it is named or --allow-forget-all is given; so does every
+point that is held (`vmtide hold`). Any restore point can go: none depends on another. Space is freed by
+`vmtide prune`, or --prune.
 
 Examples:
   vmtide forget -r /backup --keep-daily 7 --keep-weekly 4 --keep-monthly 12 --dry-run
   vmtide forget -r /backup --keep-daily 7 --keep-within 48h --prune
-  vmtide forget 3fa9c1d2 -r /backup";
+  vmtide forget -r /backup --keep-daily 7 --policy 'vm=db-*,keep-hourly=48,keep-daily=30'
+  vmtide forget -r /backup --vm old-web --allow-forget-all
+  vmtide forget 3fa9c1d2 -r /backup
+
+In the settings file:
+  [forget]
+  keep-daily = 7
+  policy = [\"vm=db-*,keep-hourly=48,keep-daily=30\", \"tag=class=gold,keep-monthly=60\"]";
 
 /// The options of `forget`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct ForgetArgs {
     /// Forget these restore points, whatever the rules would say
-    #[arg(value_name = "POINT")]
+    #[arg(value_name = "POINT", conflicts_with = "KeepArgs")]
     point: Vec<String>,
-    /// Only those of this VM
+    /// Only those of this VM; * stands for any characters; may be repeated
     #[arg(long, value_name = "NAME", conflicts_with = "point")]
-    vm: Option<String>,
-    /// Keep the newest N
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
-    keep_last: u32,
-    /// Keep the newest of each of the newest N hours
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
-    keep_hourly: u32,
-    /// Keep the newest of each of the newest N days
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
-    keep_daily: u32,
-    /// Keep the newest of each of the newest N weeks
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
-    keep_weekly: u32,
-    /// Keep the newest of each of the newest N months
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
-    keep_monthly: u32,
-    /// Keep the newest of each of the newest N years
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
-    keep_yearly: u32,
-    /// Keep all that are no older than this, counted from the newest: 48h, 14d, 3months
-    #[arg(long, value_name = "TIME", value_parser = parse_span)]
-    keep_within: Option<Span>,
-    /// Keep all with this tag; may be repeated
-    #[arg(long, value_name = "K=V", value_parser = units::parse_tag)]
-    keep_tag: Vec<(String, String)>,
+    vm: Vec<String>,
+    /// Only those with this tag; may be repeated, then with all of them
+    #[arg(long, value_name = "K=V", value_parser = units::parse_tag, conflicts_with = "point")]
+    tag: Vec<(String, String)>,
+    #[command(flatten)]
+    keep: KeepArgs,
+    /// Other rules for some VMs or tags: vm=NAME,tag=K=V,keep-daily=30,…; may be repeated, the first
+    /// that fits a restore point decides
+    #[arg(long, value_name = "POLICY", value_parser = parse_policy)]
+    policy: Vec<(Selector, RetentionPolicy)>,
+    /// Restore points of a VM with other values of this tag are counted by themselves; may be
+    /// repeated
+    #[arg(long, value_name = "KEY")]
+    group_by_tag: Vec<String>,
+    /// Where days begin: local, UTC, a name such as Europe/Berlin
+    #[arg(long, value_name = "ZONE", value_parser = parse_zone, default_value = "local")]
+    time_zone: TimeZone,
+    /// Forget even the last restore point of a VM where no rule keeps it; without rules all, for which
+    /// --vm or --tag must say of what
+    #[arg(long)]
+    allow_forget_all: bool,
     /// Remove afterwards what no restore point needs any more
     #[arg(long)]
     prune: bool,
@@ -63,93 +72,228 @@ pub struct ForgetArgs {
     dry_run: bool,
 }
 
-fn parse_span(text: &str) -> std::result::Result<Span, String> {
-    let span: Span = text.parse().map_err(|error| {
-        format!("{text:?} is no length of time, like 48h, 14d or 3months: {error}")
-    })?;
-    if span.is_negative() || span.is_zero() {
-        return Err(format!("{text:?}: give a length of time greater than zero"));
+/// The rules.
+#[derive(Debug, Args)]
+struct KeepArgs {
+    /// Keep the newest N, or all: unlimited
+    #[arg(long, value_name = "N", value_parser = parse_count)]
+    keep_last: Option<u32>,
+    /// Keep the newest of each of the newest N hours
+    #[arg(long, value_name = "N", value_parser = parse_count)]
+    keep_hourly: Option<u32>,
+    /// Keep the newest of each of the newest N days
+    #[arg(long, value_name = "N", value_parser = parse_count)]
+    keep_daily: Option<u32>,
+    /// Keep the newest of each of the newest N weeks
+    #[arg(long, value_name = "N", value_parser = parse_count)]
+    keep_weekly: Option<u32>,
+    /// Keep the newest of each of the newest N months
+    #[arg(long, value_name = "N", value_parser = parse_count)]
+    keep_monthly: Option<u32>,
+    /// Keep the newest of each of the newest N years
+    #[arg(long, value_name = "N", value_parser = parse_count)]
+    keep_yearly: Option<u32>,
+    /// Keep all that are no older than this, counted from the newest: 48h, 14d, 3months
+    #[arg(long, value_name = "TIME", value_parser = parse_span)]
+    keep_within: Option<Span>,
+    /// Keep the newest of each hour, of those no older than this
+    #[arg(long, value_name = "TIME", value_parser = parse_span)]
+    keep_within_hourly: Option<Span>,
+    /// Keep the newest of each day, of those no older than this
+    #[arg(long, value_name = "TIME", value_parser = parse_span)]
+    keep_within_daily: Option<Span>,
+    /// Keep the newest of each week, of those no older than this
+    #[arg(long, value_name = "TIME", value_parser = parse_span)]
+    keep_within_weekly: Option<Span>,
+    /// Keep the newest of each month, of those no older than this
+    #[arg(long, value_name = "TIME", value_parser = parse_span)]
+    keep_within_monthly: Option<Span>,
+    /// Keep the newest of each year, of those no older than this
+    #[arg(long, value_name = "TIME", value_parser = parse_span)]
+    keep_within_yearly: Option<Span>,
+    /// Keep all with this tag; may be repeated
+    #[arg(long, value_name = "K=V", value_parser = units::parse_tag)]
+    keep_tag: Vec<(String, String)>,
+}
+
+impl KeepArgs {
+    fn policy(&self) -> RetentionPolicy {
+        RetentionPolicy {
+            last: self.keep_last.unwrap_or(0),
+            hourly: self.keep_hourly.unwrap_or(0),
+            daily: self.keep_daily.unwrap_or(0),
+            weekly: self.keep_weekly.unwrap_or(0),
+            monthly: self.keep_monthly.unwrap_or(0),
+            yearly: self.keep_yearly.unwrap_or(0),
+            within: self.keep_within,
+            within_hourly: self.keep_within_hourly,
+            within_daily: self.keep_within_daily,
+            within_weekly: self.keep_within_weekly,
+            within_monthly: self.keep_within_monthly,
+            within_yearly: self.keep_within_yearly,
+            tags: self.keep_tag.clone(),
+        }
     }
-    Ok(span)
 }
 
 impl ForgetArgs {
-    fn policy(&self) -> RetentionPolicy {
-        RetentionPolicy {
-            last: self.keep_last,
-            hourly: self.keep_hourly,
-            daily: self.keep_daily,
-            weekly: self.keep_weekly,
-            monthly: self.keep_monthly,
-            yearly: self.keep_yearly,
-            within: self.keep_within,
-            tags: self.keep_tag.clone(),
+    fn selector(&self) -> Selector {
+        Selector { vms: self.vm.clone(), tags: self.tag.clone() }
+    }
+
+    /// The rules as a whole.
+    fn plan(&self) -> Result<RetentionPlan> {
+        let general = self.keep.policy();
+        let mut policies = self.policy.clone();
+        if policies.is_empty() && general.is_empty() {
+            if !self.allow_forget_all {
+                return Err(EngineError::usage(
+                    "say what to forget (POINT…) or what to keep (--keep-…)",
+                ));
+            }
+            if self.selector().is_empty() {
+                return Err(EngineError::usage(
+                    "--allow-forget-all without a rule would forget everything: say of which VM \
+                     or tag, with --vm or --tag",
+                ));
+            }
         }
+        // Beside policies of their own, nobody means "and of all others nothing".
+        if !general.is_empty() || policies.is_empty() {
+            policies.push((Selector::default(), general));
+        }
+        Ok(RetentionPlan {
+            policies,
+            group_by_tags: self.group_by_tag.clone(),
+            allow_none: self.allow_forget_all,
+            zone: self.time_zone.clone(),
+        })
     }
 }
 
 /// Forgets.
 pub fn run(app: &App, args: &ForgetArgs) -> Result<Exit> {
     let named = !args.point.is_empty();
-    if named != args.policy().is_empty() {
-        return Err(EngineError::usage(
-            "say what to forget (POINT…) or what to keep (--keep-…), one of the two",
-        ));
-    }
+    let plan = if named { None } else { Some(args.plan()?) };
     let repository = repository::open(app)?;
-    let decisions =
-        if named { named_points(&repository, &args.point)? } else { by_policy(&repository, args)? };
-    show(app, &decisions);
-    let forgotten: Vec<_> =
-        decisions.iter().filter(|decision| !decision.keep).map(|decision| decision.point).collect();
-    if !args.dry_run {
-        forget(&repository, &forgotten)?;
+    let mut decisions = match &plan {
+        None => named_points(&repository, &args.point)?,
+        Some(plan) => by_rules(&repository, &args.selector(), plan)?,
+    };
+    let wanted = doomed(&decisions);
+    let report = if args.dry_run {
+        ForgetReport { forgotten: wanted, ..ForgetReport::default() }
+    } else {
+        forget(&repository, &wanted)?
+    };
+    // The store may keep them, and somebody may have put a hold in between.
+    let held = report.held.iter().map(|(point, hold)| (*point, hold.to_string()));
+    for (point, reason) in held.chain(report.locked.iter().cloned()) {
+        for decision in decisions.iter_mut().filter(|decision| decision.point == point) {
+            decision.keep = true;
+            decision.reasons = vec![reason.clone()];
+        }
     }
+    show(app, &decisions);
     let tense = if args.dry_run { "would be " } else { "" };
     app.output.line(format!(
         "{} restore points {tense}forgotten, {} kept",
-        forgotten.len(),
-        decisions.len() - forgotten.len()
+        report.forgotten.len(),
+        decisions.len() - report.forgotten.len()
     ));
+    let mut exit = Exit::Done;
+    for decision in decisions.iter().filter(|decision| named && decision.keep) {
+        app.output.warning(&format!(
+            "restore point {} stays: {}",
+            units::short_id(decision.point),
+            decision.reasons.join(", ")
+        ));
+        exit = Exit::Warnings;
+    }
     let pruned = if args.prune && !args.dry_run {
         Some(super::prune::prune_now(app, &repository, &super::prune::default_options(false))?)
     } else {
         None
     };
-    summarise(app, args, &decisions, &forgotten, pruned.as_ref());
-    Ok(Exit::Done)
+    summarise(app, args, &decisions, &report.forgotten, pruned.as_ref());
+    Ok(exit)
+}
+
+fn doomed(decisions: &[Decision]) -> Vec<ObjectId> {
+    let doomed = decisions.iter().filter(|decision| !decision.keep);
+    doomed.map(|decision| decision.point).collect()
+}
+
+/// What holds a restore point, one line each.
+fn held_by(holds: &[Hold], point: ObjectId) -> Vec<String> {
+    holds.iter().filter(|hold| hold.point == point).map(Hold::to_string).collect()
 }
 
 fn named_points(repository: &Repository, specs: &[String]) -> Result<Vec<Decision>> {
+    let holds = readable(repository.points()?)?.holds;
     let mut decisions: Vec<Decision> = Vec::with_capacity(specs.len());
     for spec in specs {
         let point = resolve(repository, spec)?;
         if decisions.iter().all(|decision| decision.point != point.id) {
+            let held = held_by(&holds, point.id);
             decisions.push(Decision {
                 point: point.id,
                 vm: point.vm,
                 time: point.time,
-                keep: false,
-                reasons: Vec::new(),
+                keep: !held.is_empty(),
+                reasons: if held.is_empty() { vec!["named".into()] } else { held },
             });
         }
     }
     Ok(decisions)
 }
 
-fn by_policy(repository: &Repository, args: &ForgetArgs) -> Result<Vec<Decision>> {
-    let list = points(repository, args.vm.as_deref())?;
+/// A list in which every hold can be read: one that cannot may be on any point.
+fn readable(mut list: PointList) -> Result<PointList> {
+    match list.unreadable_holds.pop() {
+        None => Ok(list),
+        Some((name, error)) => {
+            tracing::error!("{name} cannot be read, and may hold any restore point");
+            Err(error.into())
+        }
+    }
+}
+
+fn by_rules(
+    repository: &Repository,
+    selector: &Selector,
+    plan: &RetentionPlan,
+) -> Result<Vec<Decision>> {
+    let list = readable(points(repository, None)?)?;
     // A point that cannot be read may be the newest of a VM: rules over the rest would be wrong.
     if let Some((name, error)) = list.unreadable.into_iter().next() {
         tracing::error!("{name} cannot be read, so the rules cannot be applied");
         return Err(error.into());
     }
-    let candidates: Vec<_> = list
+    let holds = list.holds;
+    let mut candidates: Vec<_> = list
         .points
         .into_iter()
-        .map(|point| Candidate { id: point.id, vm: point.vm, time: point.time, tags: point.tags })
+        .map(|point| Candidate {
+            id: point.id,
+            vm: point.vm,
+            time: point.time,
+            tags: point.tags,
+            held: held_by(&holds, point.id),
+        })
         .collect();
-    decide(&candidates, &args.policy(), &TimeZone::system())
+    if !selector.vms.is_empty() && !candidates.iter().any(|it| selector.selects_vm(&it.vm)) {
+        return Err(EngineError::NotFound {
+            what: format!(
+                "a restore point of {} in {}",
+                selector.vms.join(" or "),
+                repository.location()
+            ),
+            hint: "see `vmtide points` for all".into(),
+        });
+    }
+    candidates.retain(|candidate| selector.selects(candidate));
+    decide(&candidates, plan)
 }
 
 fn show(app: &App, decisions: &[Decision]) {

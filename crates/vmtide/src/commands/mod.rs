@@ -11,6 +11,7 @@ pub mod diff;
 pub mod doctor;
 pub mod forget;
 pub mod guardian;
+pub mod hold;
 pub mod image;
 pub mod info;
 pub mod init;

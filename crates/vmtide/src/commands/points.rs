@@ -8,7 +8,7 @@ use clap::Args;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use vmtide_engine::{DiskSummary, Result, points};
-use vmtide_repo::{Level, ObjectId, RestorePoint};
+use vmtide_repo::{Hold, Level, ObjectId, RestorePoint};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -41,10 +41,11 @@ struct Listed<'a> {
     source: &'a str,
     disks: Vec<DiskSummary>,
     warnings: &'a [String],
+    holds: Vec<&'a Hold>,
 }
 
-impl<'a> From<&'a RestorePoint> for Listed<'a> {
-    fn from(point: &'a RestorePoint) -> Self {
+impl<'a> Listed<'a> {
+    fn new(point: &'a RestorePoint, holds: &'a [Hold]) -> Self {
         let disks = point.disks.iter().map(|disk| DiskSummary {
             id: disk.id.clone(),
             counts: disk.counts,
@@ -62,6 +63,7 @@ impl<'a> From<&'a RestorePoint> for Listed<'a> {
             source: &point.source,
             disks: disks.collect(),
             warnings: &point.warnings,
+            holds: holds.iter().filter(|hold| hold.point == point.id).collect(),
         }
     }
 }
@@ -79,6 +81,7 @@ pub fn run(app: &App, args: &PointsArgs) -> Result<Exit> {
         ">size",
         ">changed",
         ">stored",
+        "held",
         "tags",
     ]);
     for point in &list.points {
@@ -86,6 +89,8 @@ pub fn run(app: &App, args: &PointsArgs) -> Result<Exit> {
             units::size(point.disks.iter().map(|disk| field(&disk.counts)).sum())
         };
         let tags: Vec<_> = point.tags.iter().map(|(key, value)| format!("{key}={value}")).collect();
+        let holds = list.holds.iter().filter(|hold| hold.point == point.id);
+        let held: Vec<_> = holds.map(super::hold::end_of).collect();
         table.row([
             units::short_id(point.id),
             units::time(point.time),
@@ -95,6 +100,7 @@ pub fn run(app: &App, args: &PointsArgs) -> Result<Exit> {
             sum(|counts| counts.size_bytes),
             sum(|counts| counts.changed_bytes),
             sum(|counts| counts.stored_bytes),
+            held.join(", "),
             tags.join(" "),
         ]);
     }
@@ -105,13 +111,13 @@ pub fn run(app: &App, args: &PointsArgs) -> Result<Exit> {
     }
     let mut exit = Exit::Done;
     let mut unreadable = Vec::new();
-    for (name, error) in &list.unreadable {
+    for (name, error) in list.unreadable.iter().chain(&list.unreadable_holds) {
         let message = format!("{name} cannot be read: {error}");
         app.output.warning(&message);
         unreadable.push(serde_json::json!({ "object": name, "error": error.to_string() }));
         exit = exit.worse(exit::of_repo(error));
     }
-    let listed: Vec<_> = list.points.iter().map(Listed::from).collect();
+    let listed: Vec<_> = list.points.iter().map(|point| Listed::new(point, &list.holds)).collect();
     app.output.summary(&serde_json::json!({ "points": listed, "unreadable": unreadable }));
     Ok(exit)
 }
