@@ -12,8 +12,9 @@ turning; round 0 warms up, compares what vmtide made with the source (`qemu-img 
 options of qemu-img (`-m 16 -W`, `-m 16`, none) and keeps the fastest, and is not counted. Raw
 figures are appended to work/results/convert.jsonl, and the report is made from these alone.
 
-qemu-img does not wait until what it wrote is on the disk, vmtide does: `settled` is the wall time
-plus that of a sync after the command, and is fair to both.
+Every pair is measured in two modes, which are fair to both. `cached`: neither waits until what it
+wrote is on the disk, as qemu-img always and vmtide with `--no-sync`. `durable`: vmtide with `--sync`;
+the time of qemu-img is that of the command and of an fsync of every file it made.
 """
 
 import argparse
@@ -35,6 +36,8 @@ VMTIDE = os.environ.get("VMTIDE_BIN") or str(HERE.parent / "target/release/vmtid
 HOME = WORK / "convert"
 RESULTS = WORK / "results/convert.jsonl"
 MIB = 1 << 20
+GIB = 1 << 30
+MODES = ("cached", "durable")
 # In the order in which they are tried; the fastest in round 0 is measured.
 QEMU_OPTIONS = (("-m", "16", "-W"), ("-m", "16"), ())
 
@@ -71,7 +74,7 @@ def record(row):
     with open(RESULTS, "a") as out:
         out.write(json.dumps(row) + "\n")
     if "wall_s" in row:
-        figures = f"{row['wall_s']:8.2f} s wall {row['settled_s']:8.2f} s settled {row['cpu_s']:8.2f} s cpu {row['rss_bytes'] / MIB:6.0f} MiB rss"
+        figures = f"{row['mode']:<7} {row['taken_s']:8.2f} s {row['cpu_s']:8.2f} s cpu {row['rss_bytes'] / MIB:6.0f} MiB rss"
     else:
         figures = f"{row['rate']:10.1f} {row['unit']}"
     print(f"round {row['round']} {row['tool']:<10} {row['step']:<28} {figures}  load {row['load_before']}", flush=True)
@@ -82,10 +85,36 @@ def files_of(path):
     return sorted(p for p in path.parent.glob(path.stem + "*") if p.is_file())
 
 
+def sync_files(folder):
+    """Bring the files of a directory, and their names, to the disk."""
+    for path in [*(p for p in folder.iterdir() if p.is_file()), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def slice_of(disk, size):
+    """The first `size` bytes of a disk as a sparse file of its own, made once."""
+    path = HOME / f"disk-{size // MIB}.raw"
+    if not path.exists():
+        part = path.with_suffix(".part")
+        with open(disk, "rb") as whole, open(part, "wb") as out:
+            out.truncate(size)
+            for at in range(0, size, MIB):
+                piece = whole.read(min(MIB, size - at))
+                if piece.count(0) != len(piece):
+                    out.seek(at)
+                    out.write(piece)
+        part.rename(path)
+    return path
+
+
 def source_of(kind, disk):
     """The image of this kind that qemu-img makes of the disk, made once."""
     extension, form, options, _ = KINDS[kind]
-    path = HOME / "source" / kind / f"disk{extension}"
+    path = HOME / "source" / f"{kind}-{disk.stat().st_size // MIB}" / f"disk{extension}"
     if kind == "raw":
         return disk
     if not path.exists():
@@ -100,24 +129,28 @@ def source_of(kind, disk):
     return path
 
 
-def command_of(tool, kind, source, source_form, target, qemu_options):
+def command_of(tool, kind, source, source_form, target, qemu_options, mode):
     """The command that converts `source` into `target`."""
     extension, form, options, arguments = KINDS[kind]
     if tool == "vmtide":
-        return [VMTIDE, "convert", "--quiet", str(source), str(target), *arguments]
+        sync = "--sync" if mode == "durable" else "--no-sync"
+        return [VMTIDE, "convert", "--quiet", sync, str(source), str(target), *arguments]
     return ["qemu-img", "convert", *qemu_options, "-f", source_form, "-O", form, *options, str(source), str(target)]
 
 
-def convert_once(tool, step, number, kind, source, source_form, qemu_options, verify):
+def convert_once(tool, step, number, kind, source, source_form, qemu_options, mode, verify):
     """One measured conversion; answers with its figures."""
     folder = HOME / "target"
     remove(folder)
     folder.mkdir(parents=True)
     target = folder / f"disk{KINDS[kind][0]}"
-    command = command_of(tool, kind, source, source_form, target, qemu_options)
+    command = command_of(tool, kind, source, source_form, target, qemu_options, mode)
     for file in files_of(source):
         warm(file)
-    row = {"tool": tool, "step": step, "round": number, "command": " ".join(command), **measure(command)}
+    figures = measure(command, settle=lambda: sync_files(folder))
+    size = int(json.loads(run(["qemu-img", "info", "--output=json", "-f", source_form, source]))["virtual-size"])
+    row = {"tool": tool, "step": step, "mode": mode, "round": number, "size_bytes": size, "command": " ".join(command), **figures}
+    row["taken_s"] = row["settled_s" if mode == "durable" else "wall_s"]
     row["target_bytes"] = sum(allocated(file) for file in files_of(target))
     if verify:
         run(["qemu-img", "compare", "-f", source_form, "-F", KINDS[kind][1], source, target])
@@ -127,22 +160,25 @@ def convert_once(tool, step, number, kind, source, source_form, qemu_options, ve
 
 
 def pair(step, source, source_form, kind, options):
-    """All rounds of one pair."""
-    choices, best = [c for c in QEMU_OPTIONS], QEMU_OPTIONS[-1]
+    """All rounds of one pair in all modes."""
+    best = dict.fromkeys(options.modes, QEMU_OPTIONS[-1])
     if not options.no_warm_up:
-        walls = {}
-        for choice in choices:
-            try:
-                walls[choice] = convert_once("qemu-img", step, 0, kind, source, source_form, choice, False)["wall_s"]
-            except Failed as error:
-                # Some formats cannot be written out of order.
-                print(f"qemu-img {' '.join(choice)}: {str(error).splitlines()[-1]}", flush=True)
-        best = min(walls, key=walls.get)
-        convert_once("vmtide", step, 0, kind, source, source_form, (), True)
+        for mode in options.modes:
+            taken = {}
+            for choice in QEMU_OPTIONS:
+                try:
+                    taken[choice] = convert_once("qemu-img", step, 0, kind, source, source_form, choice, mode, False)["taken_s"]
+                except Failed as error:
+                    # Some formats cannot be written out of order.
+                    print(f"qemu-img {' '.join(choice)}: {str(error).splitlines()[-1]}", flush=True)
+            best[mode] = min(taken, key=taken.get)
+        convert_once("vmtide", step, 0, kind, source, source_form, (), options.modes[0], True)
     for number in range(1, options.runs + 1):
         tools = ("qemu-img", "vmtide") if number % 2 else ("vmtide", "qemu-img")
-        for tool in tools:
-            convert_once(tool, step, number, kind, source, source_form, best, options.no_warm_up and tool == "vmtide")
+        for mode in options.modes:
+            for tool in tools:
+                verify = options.no_warm_up and tool == "vmtide" and number == 1
+                convert_once(tool, step, number, kind, source, source_form, best[mode], mode, verify)
 
 
 def attempt(work, what):
@@ -156,13 +192,14 @@ def attempt(work, what):
 
 
 def pairs(options):
-    """Scenario `pairs`: every ordered pair, a format into itself too."""
+    """Scenario `pairs`: every ordered pair, a format into itself too, or those that are named."""
+    named = [tuple(p.split(":", 1)) for p in options.pair or ()]
     good = True
-    for source in options.kinds:
-        path = source_of(source, options.disk)
-        for target in options.kinds:
-            step = f"{source} → {target}"
-            good &= attempt(lambda: pair(step, path, KINDS[source][1], target, options), step)
+    for source, target in named or [(s, t) for s in options.kinds for t in options.kinds]:
+        if source not in KINDS or target not in KINDS:
+            sys.exit(f"{source}:{target}: kinds are {','.join(KINDS)}")
+        step = f"{source} → {target}"
+        good &= attempt(lambda: pair(step, source_of(source, options.disk), KINDS[source][1], target, options), step)
     return good
 
 
@@ -180,7 +217,7 @@ def compress(options):
 
 def chain_of(form, options):
     """A chain of five images over the disk, each with some hundred changes of its own."""
-    extension, folder = KINDS[form][0], HOME / "source" / f"chain-{form}"
+    extension, folder = KINDS[form][0], HOME / "source" / f"chain-{form}-{options.disk.stat().st_size // MIB}"
     top = folder / f"layer5{extension}"
     if top.exists():
         return top
@@ -273,13 +310,13 @@ def serve(options):
 
 
 def load_results():
-    """Counted rows by (step, tool), steps in order of first sight."""
+    """Counted rows by (step, size, mode, tool), in order of first sight."""
     groups = {}
     if RESULTS.exists():
         for line in RESULTS.read_text().splitlines():
             row = json.loads(line)
             if row["round"] >= 1:
-                groups.setdefault((row["step"], row["tool"]), []).append(row)
+                groups.setdefault((row["step"], row.get("size_bytes"), row.get("mode"), row["tool"]), []).append(row)
     return groups
 
 
@@ -288,46 +325,56 @@ def table(head, rows):
     return "\n".join(lines + ["| " + " | ".join(str(c) for c in row) + " |" for row in rows])
 
 
+def middle(rows, key):
+    return statistics.median(row[key] for row in rows)
+
+
+def compared(groups, step, size, mode):
+    """One mode's cells: vmtide's and qemu-img's times with their spans, and how many times as fast vmtide is."""
+    ours, theirs = (groups.get((step, size, mode, tool)) for tool in ("vmtide", "qemu-img"))
+    if not ours or not theirs:
+        return ["–", "–", "–"]
+    span = lambda rows: f"{middle(rows, 'taken_s'):.2f} ({min(r['taken_s'] for r in rows):.2f}–{max(r['taken_s'] for r in rows):.2f})"
+    return [span(ours), span(theirs), f"**{middle(theirs, 'taken_s') / middle(ours, 'taken_s'):.2f}×**"]
+
+
 def times(groups, steps):
-    """Wall and settled times of both programs, and how many times as fast vmtide is."""
+    """Both modes of every pair in one line, and what it took of processor and memory."""
     rows = []
-    for step in steps:
-        ours, theirs = groups.get((step, "vmtide")), groups.get((step, "qemu-img"))
-        if not ours or not theirs:
+    for step, size in steps:
+        both = [[row for mode in MODES for row in groups.get((step, size, mode, tool), [])] for tool in ("vmtide", "qemu-img")]
+        if not all(both):
             continue
-        middle = lambda found, key: statistics.median(r[key] for r in found)
-        span = lambda found: f"{min(r['wall_s'] for r in found):.2f}–{max(r['wall_s'] for r in found):.2f}"
-        rows.append([step, len(ours), f"{middle(ours, 'wall_s'):.2f}", span(ours), f"{middle(theirs, 'wall_s'):.2f}", span(theirs),
-                     f"**{middle(theirs, 'wall_s') / middle(ours, 'wall_s'):.2f}×**",
-                     f"{middle(theirs, 'settled_s') / middle(ours, 'settled_s'):.2f}×",
-                     f"{middle(ours, 'cpu_s'):.1f} / {middle(theirs, 'cpu_s'):.1f}",
+        ours, theirs = both
+        rows.append([step, f"{size / GIB:g}", max(len(groups.get((step, size, mode, "vmtide"), [])) for mode in MODES),
+                     *compared(groups, step, size, "cached"), *compared(groups, step, size, "durable"),
+                     f"{middle(ours, 'cpu_s'):.2f} / {middle(theirs, 'cpu_s'):.2f}",
                      f"{max(r['rss_bytes'] for r in ours) / MIB:.0f} / {max(r['rss_bytes'] for r in theirs) / MIB:.0f}",
-                     f"{middle(ours, 'target_bytes') / MIB:.0f} / {middle(theirs, 'target_bytes') / MIB:.0f}",
-                     "`" + " ".join(theirs[0]["command"].split(" -f ")[0].split()[2:]) + "`"])
-    return table(["pair", "runs", "vmtide s", "min–max", "qemu-img s", "min–max", "faster", "settled", "CPU s", "peak MiB", "target MiB",
-                  "qemu-img options"], rows) if rows else "Not measured yet."
+                     f"{middle(ours, 'target_bytes') / MIB:.0f} / {middle(theirs, 'target_bytes') / MIB:.0f}"])
+    return table(["pair", "GiB", "runs", "cached: vmtide s", "qemu-img s", "", "durable: vmtide s", "qemu-img s", "", "CPU s", "peak MiB",
+                  "target MiB"], rows) if rows else "Not measured yet."
 
 
 def rates(groups, steps):
     rows = []
-    for step in steps:
-        ours, theirs = groups.get((step, "vmtide")), groups.get((step, "qemu-nbd"))
+    for step, size in steps:
+        ours, theirs = (groups.get((step, size, None, tool)) for tool in ("vmtide", "qemu-nbd"))
         if ours and theirs:
-            middle = lambda found: statistics.median(r["rate"] for r in found)
-            rows.append([step, len(ours), f"{middle(ours):.0f}", f"{middle(theirs):.0f}", ours[0]["unit"], f"**{middle(ours) / middle(theirs):.2f}×**"])
+            span = lambda found: f"{middle(found, 'rate'):.0f} ({min(r['rate'] for r in found):.0f}–{max(r['rate'] for r in found):.0f})"
+            rows.append([step, len(ours), span(ours), span(theirs), ours[0]["unit"], f"**{middle(ours, 'rate') / middle(theirs, 'rate'):.2f}×**"])
     return table(["read", "runs", "vmtide serve", "qemu-nbd", "", "as fast"], rows) if rows else "Not measured yet."
 
 
 def report(options):
     """Write the tables, and fill the sections of a document that has markers for them."""
     groups = load_results()
-    steps = list(dict.fromkeys(step for step, _ in groups))
-    packed = [s for s in steps if any(name in s for name in COMPRESSED)]
-    plain = [s for s in steps if "→" in s and s not in packed]
-    sections = {"convert": times(groups, plain), "convert-compressed": times(groups, packed),
-                "serve": rates(groups, [s for s in steps if "→" not in s])}
+    steps = list(dict.fromkeys((step, size) for step, size, _, _ in groups))
+    pairs_found = [s for s in steps if "→" in s[0]]
+    packed = [s for s in pairs_found if any(name in s[0] for name in COMPRESSED)]
+    sections = {"convert": times(groups, [s for s in pairs_found if s not in packed]), "convert-compressed": times(groups, packed),
+                "serve": rates(groups, [s for s in steps if s not in pairs_found])}
     version = run(["qemu-img", "--version"]).splitlines()[0]
-    text = f"{version}; {run([VMTIDE, '--version']).strip()}; {os.cpu_count()} cores; disk of {allocated(options.disk) / MIB:.0f} MiB of data.\n\n"
+    text = f"{version}; {run([VMTIDE, '--version']).strip()}; {os.cpu_count()} cores.\n\n"
     text += "\n\n".join(f"## {name}\n\n{body}" for name, body in sections.items()) + "\n"
     (RESULTS.parent / "convert.md").write_text(text)
     print(text)
@@ -342,10 +389,21 @@ def report(options):
         options.output.write_text(document)
 
 
+def parse_size(text):
+    """A size like 512M or 2G, in bytes."""
+    units = {"M": MIB, "G": GIB}
+    if text[-1:].upper() not in units or not text[:-1].isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no size like 512M or 2G")
+    return int(text[:-1]) * units[text[-1].upper()]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("scenario", choices=("pairs", "compress", "serve", "report"))
     parser.add_argument("--disk", type=pathlib.Path, default=WORK / "disk/disk.raw", help="the raw disk (default: that of make-disk.py)")
+    parser.add_argument("--size", type=parse_size, help="only the first bytes of the disk, e.g. 1G")
+    parser.add_argument("--modes", type=lambda s: s.split(","), default=list(MODES), help="of conversions, comma separated: " + ",".join(MODES))
+    parser.add_argument("--pair", action="append", metavar="FROM:TO", help="of `pairs`: only this one; may be given again")
     parser.add_argument("--runs", type=int, default=3, help="counted rounds after the warm-up (default 3)")
     parser.add_argument("--seconds", type=int, default=8, help="of `serve`: how long each random read runs (default 8)")
     parser.add_argument("--no-warm-up", action="store_true", help="leave out round 0")
@@ -356,6 +414,8 @@ def main():
     options = parser.parse_args()
     if set(options.kinds) - set(KINDS):
         sys.exit(f"kinds are {','.join(KINDS)}")
+    if set(options.modes) - set(MODES):
+        sys.exit(f"modes are {','.join(MODES)}")
     if not options.disk.exists():
         sys.exit(f"no {options.disk}: run bench/make-disk.py first, or give --disk")
     options.disk = options.disk.resolve()
@@ -365,6 +425,8 @@ def main():
         if shutil.which(program) is None:
             sys.exit(f"{program} is missing: cargo build --release -p vmtide; apt-get install qemu-utils libnbd-bin fio")
     HOME.mkdir(parents=True, exist_ok=True)
+    if options.size:
+        options.disk = slice_of(options.disk, options.size)
     if options.discard:
         remove(RESULTS)
     good = {"pairs": pairs, "compress": compress, "serve": serve}[options.scenario](options)

@@ -20,11 +20,11 @@ class Failed(Exception):
     """A measured command ended with an exit code that is not success."""
 
 
-def measure(command, env=None, cwd=None, ok=(0,)):
+def measure(command, env=None, cwd=None, ok=(0,), settle=os.sync):
     """Run `command` (a list); return its figures. Output goes to work/last-output.
 
     `settled_s` is wall time plus the time the file system then needs to have everything on the
-    disk: tools that end without fsync look faster than they are without it.
+    disk: tools that end without fsync look faster than they are without it. `settle` brings it there.
     """
     log = WORK / "last-output"
     os.sync()
@@ -36,7 +36,7 @@ def measure(command, env=None, cwd=None, ok=(0,)):
         _, status, usage = os.wait4(child.pid, 0)
         wall = time.monotonic() - start
         child.returncode = os.waitstatus_to_exitcode(status)
-    os.sync()
+    settle()
     settled = time.monotonic() - start
     if child.returncode not in ok:
         tail = log.read_text(errors="replace")[-1500:]

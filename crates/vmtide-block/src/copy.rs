@@ -30,13 +30,17 @@ pub struct CopyOptions {
     pub target_is_zero: bool,
     /// Whether to read the target first and write only the 64 KiB grains that differ.
     pub differing_only: bool,
+    /// The size of one read and one write in bytes, from 64 KiB to 4 MiB. Where both ends are in
+    /// memory, a piece that stays in the processor's own cache is copied at twice the speed.
+    pub piece_bytes: usize,
 }
 
 impl Default for CopyOptions {
     fn default() -> Self {
         // Two more than the cores: a worker that waits for the medium leaves its core to another.
         let cores = std::thread::available_parallelism().map_or(2, usize::from);
-        Self { workers: (cores + 2).min(16), target_is_zero: false, differing_only: false }
+        let workers = (cores + 2).min(16);
+        Self { workers, target_is_zero: false, differing_only: false, piece_bytes: BUFFER_BYTES }
     }
 }
 
@@ -125,8 +129,9 @@ impl Copier<'_> {
 
     fn work_until_done(&self) -> Result<()> {
         let size_bytes = self.source.size_bytes();
-        let mut buffer = AlignedBuffer::new(BUFFER_BYTES);
-        let mut present = vec![0u8; if self.options.differing_only { BUFFER_BYTES } else { 0 }];
+        let piece_bytes = self.options.piece_bytes.clamp(GRAIN_BYTES, BUFFER_BYTES);
+        let mut buffer = AlignedBuffer::new(piece_bytes);
+        let mut present = vec![0u8; if self.options.differing_only { piece_bytes } else { 0 }];
         loop {
             let start = self.next_span.fetch_add(SPAN_BYTES, Ordering::Relaxed);
             if start >= size_bytes {
@@ -151,9 +156,11 @@ impl Copier<'_> {
             if self.failed.load(Ordering::Relaxed) {
                 return Err(BlockError::Cancelled);
             }
-            // Bounded by the buffer, so it fits a usize.
+            // Up to a multiple of the piece, so that no unit of the source is read by two pieces.
+            let piece_bytes = buffer.len() as u64;
+            let to_multiple = piece_bytes - at % piece_bytes;
             #[allow(clippy::cast_possible_truncation, reason = "at most BUFFER_BYTES")]
-            let length = (extent.range.end() - at).min(buffer.len() as u64) as usize;
+            let length = (extent.range.end() - at).min(to_multiple) as usize;
             let data = &mut buffer[..length];
             self.source.read_at(data, at)?;
             self.read_bytes.fetch_add(length as u64, Ordering::Relaxed);
@@ -217,7 +224,7 @@ impl Copier<'_> {
         // Only what holds something else is touched, so that an in-place restore does not grow
         // a thin target's metadata or wear for ranges that are holes already.
         let zeros =
-            vec![0u8; BUFFER_BYTES.min(usize::try_from(range.length).unwrap_or(usize::MAX))];
+            vec![0u8; present.len().min(usize::try_from(range.length).unwrap_or(usize::MAX))];
         for_each_extent(&TargetView(self.target), range, self.cancel, |extent| {
             if extent.kind.reads_as_zero() {
                 return Ok(());
@@ -275,13 +282,14 @@ mod tests {
             target in prop::collection::vec((any::<bool>(), 0..40u16), 1..12),
             differing_only in any::<bool>(),
             workers in 1..4usize,
+            piece_bytes in prop::sample::select(vec![1, 64 << 10, 512 << 10, 4 << 20, usize::MAX]),
         ) {
             let source_bytes = disk_of(&source, 16 << 10);
             let mut target_bytes = disk_of(&target, 16 << 10);
             target_bytes.resize(source_bytes.len() + 100, 7);
             let source = MemoryDevice::from_bytes(source_bytes.clone());
             let target = MemoryDevice::from_bytes(target_bytes.clone());
-            let options = CopyOptions { workers, target_is_zero: false, differing_only };
+            let options = CopyOptions { workers, target_is_zero: false, differing_only, piece_bytes };
             let progress = Progress::new();
             let done = copy_device(&source, &target, &options, &progress, &CancelToken::new()).unwrap();
             let got = target.to_bytes();

@@ -8,12 +8,12 @@ use crate::events::{JobContext, Phase};
 use crate::image::files::files_of;
 use crate::image::open::{image_options, open_disk};
 use crate::image::{DiskSpec, OpenDisk, OpenDiskOptions};
-use crate::target::{ImageKind, TargetRules, WritePlan};
+use crate::target::{Durability, ImageKind, TargetRules, WritePlan};
 use crate::{EngineError, Result};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
-use vmtide_image::list_chain;
+use vmtide_image::{Format, list_chain};
 
 /// A conversion.
 #[derive(Clone, Debug)]
@@ -30,8 +30,10 @@ pub struct ConvertJob {
     pub overwrite: bool,
     /// Change an existing image, device or export where it differs, and nowhere else.
     pub in_place: bool,
-    /// Change an image in place even where other images read through it, which breaks them.
+    /// Change or replace an image even where other images read through it, which breaks them.
     pub force: bool,
+    /// Whether a new image is on the medium when the conversion ends.
+    pub durability: Durability,
     /// The number of workers; none suits the machine.
     pub workers: Option<usize>,
 }
@@ -60,6 +62,8 @@ pub struct ConvertSummary {
     pub written_bytes: u64,
     /// The bytes of the target made zero explicitly.
     pub zeroed_bytes: u64,
+    /// Whether the target is on the medium: a power failure cannot take it back.
+    pub durable: bool,
     /// How long it took, in milliseconds.
     pub duration_ms: u64,
 }
@@ -78,6 +82,7 @@ pub fn convert(job: &ConvertJob, context: JobContext<'_>) -> Result<ConvertSumma
         replace: job.overwrite,
         force: job.force,
         kind: job.kind.clone(),
+        durability: job.durability,
         open: job.open.clone(),
         default_format: None,
     };
@@ -90,7 +95,9 @@ pub fn convert(job: &ConvertJob, context: JobContext<'_>) -> Result<ConvertSumma
     check_not_the_source(job, &source, &plan)?;
     context.progress.add_total(source.device.size_bytes());
     context.phase(Phase::Convert, format!("{} to {}", source.name, plan.name()));
-    let copied = plan.write(source.device.as_ref(), job.workers, context)?;
+    let durable = plan.is_durable();
+    let unit_bytes = unit_bytes(&source)?;
+    let copied = plan.write(source.device.as_ref(), job.workers, unit_bytes, context)?;
     let source_size_bytes = source.device.size_bytes();
     Ok(ConvertSummary {
         source: source.name,
@@ -103,8 +110,25 @@ pub fn convert(job: &ConvertJob, context: JobContext<'_>) -> Result<ConvertSumma
         read_bytes: copied.read_bytes,
         written_bytes: copied.written_bytes,
         zeroed_bytes: copied.zeroed_bytes,
+        durable,
         duration_ms: u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX),
     })
+}
+
+/// The most that a layer of the source decodes at once, in bytes; none where the source is no file.
+fn unit_bytes(source: &OpenDisk) -> Result<Option<u64>> {
+    let mut largest = None;
+    for layer in &source.layers {
+        let format = layer.image.format();
+        let unit = match format {
+            Format::Raw | Format::Vhdx | Format::Vhd => 0,
+            Format::Qcow2 | Format::Vmdk => {
+                vmtide_image::image_info(&layer.path, Some(format))?.block_size_bytes.unwrap_or(0)
+            }
+        };
+        largest = largest.max(Some(unit));
+    }
+    Ok(largest)
 }
 
 /// Refuses a target that the source is read from: replacing a parent would change every child of it,

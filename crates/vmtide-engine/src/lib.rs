@@ -38,5 +38,5 @@ pub use events::{Event, JobContext, Observer, Phase, Silent};
 pub use points::{DiskChange, DiskDifference, diff, forget, points, resolve};
 pub use prune::prune;
 pub use restore::{RestoreJob, RestoreSummary, RestoreTarget, RestoredDisk, restore};
-pub use target::ImageKind;
+pub use target::{Durability, ImageKind};
 pub use verify::verify;

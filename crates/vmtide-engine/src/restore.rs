@@ -164,7 +164,7 @@ fn restore_disk(
     context: JobContext<'_>,
 ) -> Result<RestoredDisk> {
     let source = job.repository.open_disk(job.point, &disk.id)?;
-    let summary = write.write(source.as_ref(), job.workers, context)?;
+    let summary = write.write(source.as_ref(), job.workers, None, context)?;
     Ok(RestoredDisk {
         id: disk.id.clone(),
         path: write.name(),

@@ -3,7 +3,7 @@
 use crate::image::OpenDiskOptions;
 use crate::image::staged::{publish, temporary_beside};
 use crate::restore::{RestoreJob, RestoreTarget};
-use crate::target::{ImageKind, TargetRules, WritePlan};
+use crate::target::{Durability, ImageKind, TargetRules, WritePlan};
 use crate::{EngineError, Result};
 use std::fs::File;
 use std::io::Write;
@@ -40,6 +40,7 @@ pub(crate) fn plan(job: &RestoreJob<'_>, disks: &[&DiskRecord]) -> Result<Plan> 
             subformat: job.subformat.clone(),
             ..ImageKind::default()
         },
+        durability: Durability::Always,
         open: OpenDiskOptions::default(),
         default_format: Some(Format::Raw),
     };

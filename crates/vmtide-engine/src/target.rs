@@ -15,12 +15,18 @@ use vmtide_block::{
     BlockDevice, CopyOptions, CopySummary, OpenMode, RawDevice, WritableBlockDevice, copy_device,
     is_zero,
 };
-use vmtide_image::{BackingPolicy, CreateOptions, Format, ImageWriter, OpenOptions, open_writable};
+use vmtide_image::{
+    BackingPolicy, Compression, CreateOptions, Format, ImageWriter, OpenOptions, open_writable,
+};
 use vmtide_nbd::{NbdOptions, NbdUrl};
 
 /// How much of the beginning and the end of a device is looked at to tell whether it is in use:
 /// partition tables, file system super blocks and their backups lie there.
 const SIGNATURE_BYTES: u64 = 1 << 20;
+
+/// What is read and written at a time where both are files in the page cache: it stays in the
+/// processor's own cache in between.
+const CACHED_PIECE_BYTES: usize = 512 << 10;
 
 /// The size that disks of all formats but raw are a multiple of, in bytes: their sector.
 const SECTOR_BYTES: u64 = 512;
@@ -38,6 +44,8 @@ pub struct ImageKind {
     pub logical_sector_bytes: Option<u32>,
     /// Whether its data is compressed (qcow2; streamOptimized VMDK always is).
     pub compress: bool,
+    /// How, where the format has a choice (qcow2).
+    pub compression: Option<Compression>,
 }
 
 impl ImageKind {
@@ -58,6 +66,7 @@ impl ImageKind {
             block_size_bytes: self.block_size_bytes,
             logical_sector_bytes: self.logical_sector_bytes,
             compress: self.compress,
+            compression: self.compression,
             ..CreateOptions::new(format, self.disk_size(format, size_bytes))
         }
     }
@@ -65,6 +74,19 @@ impl ImageKind {
     fn is_plain(&self) -> bool {
         *self == Self { format: self.format, ..Self::default() }
     }
+}
+
+/// Whether a job ends when what it wrote is on the medium.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Durability {
+    /// Everything but a new file that replaces nothing: it can be made again from its source, and the
+    /// operating system brings it to the medium soon. What was overwritten cannot be.
+    #[default]
+    Replaced,
+    /// Always; a new file has its name only when all of it is on the medium.
+    Always,
+    /// Never for new files, even where one replaces another. What is changed in place always is.
+    Never,
 }
 
 /// The rules of one job for its targets.
@@ -78,10 +100,12 @@ pub(crate) struct TargetRules {
     pub in_place: bool,
     /// Replace an existing target.
     pub replace: bool,
-    /// Change an image in place even where other images read through it.
+    /// Change or replace an image even where other images read through it.
     pub force: bool,
     /// What new images are like.
     pub kind: ImageKind,
+    /// Whether new images are on the medium before they get their names.
+    pub durability: Durability,
     /// How an image that is changed in place is opened: its parents.
     pub open: OpenDiskOptions,
     /// The format where neither the user nor the extension says one; none refuses then.
@@ -153,6 +177,9 @@ impl TargetRules {
         }
         if self.replace {
             let format = self.format_for(&path)?;
+            if !self.force {
+                check_no_children(&path, &self.open.search, "replace")?;
+            }
             return Ok(self.plan(Place::NewFile(path), format, false));
         }
         if !self.in_place {
@@ -234,7 +261,18 @@ impl WritePlan {
         }
     }
 
-    /// Writes the disk: opens the target, copies, and ends it. `workers` are those of the user.
+    /// Whether what is written is on the medium at the end.
+    pub fn is_durable(&self) -> bool {
+        match (&self.place, self.rules.durability) {
+            (Place::NewFile(path), Durability::Replaced) => path.symlink_metadata().is_ok(),
+            (Place::NewFile(_), Durability::Never) => false,
+            _ => true,
+        }
+    }
+
+    /// Writes the disk: opens the target, copies, and ends it. `workers` are those of the user;
+    /// `unit_bytes` are what the source decodes at once, 0 where it decodes nothing and none where
+    /// it is not in files.
     ///
     /// # Errors
     /// A new file is then not there; of what was overwritten, [`EngineError::Incomplete`] tells.
@@ -242,11 +280,19 @@ impl WritePlan {
         &self,
         source: &dyn BlockDevice,
         workers: Option<usize>,
+        unit_bytes: Option<u64>,
         context: JobContext<'_>,
     ) -> Result<CopySummary> {
-        let target = self.open(source.size_bytes())?;
+        let is_durable = self.is_durable();
+        let target = self.open(source.size_bytes(), is_durable)?;
         let mut options =
             CopyOptions { differing_only: self.differing_only, ..CopyOptions::default() };
+        let cores = std::thread::available_parallelism().map_or(2, usize::from);
+        if !is_durable && unit_bytes.is_some_and(|unit| unit <= CACHED_PIECE_BYTES as u64) {
+            options.piece_bytes = CACHED_PIECE_BYTES;
+            // Nobody waits for a medium, and one file takes one writer at a time.
+            options.workers = cores.clamp(2, 4);
+        }
         options.workers = workers.unwrap_or(options.workers).max(1);
         let (progress, cancel) = (context.progress, context.cancel);
         let written = match target {
@@ -263,10 +309,13 @@ impl WritePlan {
                 let copied = match compressed {
                     Some(compressed) => {
                         // These are bound by compressing, and add workers of their own.
-                        let workers = workers.unwrap_or_else(|| {
-                            std::thread::available_parallelism().map_or(2, usize::from)
-                        });
-                        copy_compressed(source, compressed, workers, progress, cancel)
+                        copy_compressed(
+                            source,
+                            compressed,
+                            workers.unwrap_or(cores),
+                            progress,
+                            cancel,
+                        )
                     }
                     None => copy_device(source, &*staged.image, &options, progress, cancel),
                 };
@@ -288,10 +337,13 @@ impl WritePlan {
         })
     }
 
-    fn open(&self, size_bytes: u64) -> Result<Target> {
+    fn open(&self, size_bytes: u64, is_durable: bool) -> Result<Target> {
         match &self.place {
             Place::NewFile(path) => {
-                let create = self.rules.kind.create_options(self.format, size_bytes);
+                let create = CreateOptions {
+                    without_flushes: !is_durable,
+                    ..self.rules.kind.create_options(self.format, size_bytes)
+                };
                 Ok(Target::New(StagedImage::create(path, &create, self.rules.replace)?))
             }
             Place::ExistingFile(path) => self.open_existing(path, size_bytes),

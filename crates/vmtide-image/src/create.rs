@@ -26,6 +26,10 @@ pub struct CreateOptions {
     /// How clusters are compressed where the format has a choice (qcow2); zlib, which every program
     /// reads, where it is not given.
     pub compression: Option<Compression>,
+    /// Whether nothing of what is written need be on the medium when it is done
+    /// ([`RawDevice::without_flushes`](vmtide_block::RawDevice::without_flushes)): for images that can
+    /// be made again.
+    pub without_flushes: bool,
     /// The parent of a differencing image.
     pub parent: Option<CreateParent>,
 }
@@ -67,6 +71,7 @@ impl CreateOptions {
             logical_sector_bytes: None,
             compress: false,
             compression: None,
+            without_flushes: false,
             parent: None,
         }
     }
@@ -116,16 +121,25 @@ pub fn create_image(
 ) -> Result<Arc<dyn ImageWriter>> {
     let path = path.as_ref();
     check_subformat(path, options)?;
+    if options.compression == Some(Compression::Zstd) && options.format != Format::Qcow2 {
+        return Err(BlockError::unsupported(
+            path.display().to_string(),
+            format!("{} images cannot be compressed with zstd; only qcow2 can", options.format),
+        ));
+    }
     match options.format {
-        Format::Raw => {
-            let mode = OpenMode::CreateNew { size_bytes: options.size_bytes };
-            Ok(Arc::new(RawDevice::open(path, mode)?))
-        }
+        Format::Raw => Ok(Arc::new(new_file(path, options.size_bytes, options.without_flushes)?)),
         Format::Qcow2 => create_qcow2(path, options),
         Format::Vhdx => create_vhdx(path, options),
         Format::Vhd => Ok(Arc::new(crate::vhd::create(path, options)?)),
         Format::Vmdk => create_vmdk(path, options),
     }
+}
+
+/// A new file of `size_bytes` that is to be an image, or a part of one.
+pub(crate) fn new_file(path: &Path, size_bytes: u64, without_flushes: bool) -> Result<RawDevice> {
+    let file = RawDevice::open(path, OpenMode::CreateNew { size_bytes })?;
+    Ok(if without_flushes { file.without_flushes() } else { file })
 }
 
 fn check_subformat(path: &Path, options: &CreateOptions) -> Result<()> {
@@ -152,6 +166,7 @@ fn create_qcow2(path: &Path, options: &CreateOptions) -> Result<Arc<dyn ImageWri
         create.cluster_size_bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
     }
     create.compress = options.compress;
+    create.without_flushes = options.without_flushes;
     create.compression = options.compression.unwrap_or_default();
     create.backing = options.parent.as_ref().map(|parent| CreateBacking {
         name: parent.name.clone(),
@@ -178,6 +193,7 @@ fn create_vmdk(path: &Path, options: &CreateOptions) -> Result<Arc<dyn ImageWrit
     if let Some(bytes) = options.block_size_bytes {
         create.grain_size_bytes = bytes;
     }
+    create.without_flushes = options.without_flushes;
     if let Some(parent) = &options.parent {
         if parent.format != Format::Vmdk {
             return Err(refuse(format!(
@@ -210,6 +226,7 @@ fn create_vhdx(path: &Path, options: &CreateOptions) -> Result<Arc<dyn ImageWrit
         (Some("fixed"), None) => create.kind = VhdxKind::Fixed,
         _ => {}
     }
+    create.without_flushes = options.without_flushes;
     let mut sector_bytes = options.logical_sector_bytes;
     if let Some(parent) = &options.parent {
         let (link, info) = vhdx_parent(path, parent)?;

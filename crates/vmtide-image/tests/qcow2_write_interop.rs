@@ -16,7 +16,7 @@ use vmtide_image::{
 };
 
 fn copy_into(writer: &Qcow2Writer, bytes: &[u8], target_is_zero: bool) {
-    let options = CopyOptions { workers: 3, target_is_zero, differing_only: false };
+    let options = CopyOptions { workers: 3, target_is_zero, ..CopyOptions::default() };
     copy_device(
         &MemoryDevice::from_bytes(bytes.to_vec()),
         writer,

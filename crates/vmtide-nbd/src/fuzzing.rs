@@ -9,7 +9,7 @@ use crate::proto::assembly::{Assembly, Expected, Next};
 use crate::proto::reply::{ReplyHeader, SHORTEST_REPLY_HEADER_BYTES};
 use crate::proto::request::{HeaderStyle, RequestHeader};
 use crate::server::handshake::{Ended, Negotiation, greet as greet_client};
-use crate::server::requests::{Replies, Service, demand};
+use crate::server::requests::{ReadBuffer, Replies, Service, demand};
 use crate::server::{Export, ServerOptions};
 use std::io::{self, Read, Write};
 use std::sync::Arc;
@@ -171,6 +171,7 @@ fn converse(
         max_payload_bytes: options.max_payload_bytes,
         replies: Nowhere,
     };
+    let mut buffer = ReadBuffer::default();
     loop {
         let mut bytes = vec![0; agreed.style.request_header_bytes()];
         client.read_exact(&mut bytes)?;
@@ -179,6 +180,6 @@ fn converse(
         let demand = demand(agreed.style, &header, options.max_payload_bytes).map_err(invalid)?;
         let mut payload = vec![0; usize::try_from(demand.payload_bytes).unwrap_or(0)];
         client.read_exact(&mut payload)?;
-        service.serve(&header, &payload)?;
+        service.serve(&header, &payload, &mut buffer)?;
     }
 }

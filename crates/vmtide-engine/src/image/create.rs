@@ -1,6 +1,7 @@
 //! Creating an empty image, or a child of another one.
 
 use super::DiskSpec;
+use super::files::check_no_children;
 use super::open::{OpenDiskOptions, format_by_extension, image_options, open_disk};
 use super::staged::StagedImage;
 use crate::in_use::{Use, check_not_in_use};
@@ -26,6 +27,8 @@ pub struct CreateJob {
     pub open_parent: OpenDiskOptions,
     /// Replace an existing file.
     pub overwrite: bool,
+    /// Replace an image even where other images read through it, which breaks them.
+    pub force: bool,
 }
 
 /// What was created. The serialised form is the summary event of `--json`.
@@ -66,6 +69,9 @@ pub fn create(job: &CreateJob) -> Result<CreateSummary> {
             ));
         }
         check_not_in_use(&job.path, Use::Write)?;
+        if !job.force {
+            check_no_children(&job.path, &job.open_parent.search, "replace")?;
+        }
     }
     let parent =
         job.parent.as_deref().map(|parent| open_parent(job, format, parent)).transpose()?;

@@ -10,6 +10,9 @@
 //! put aside, the file that names the others before these: at no moment is there an image that mixes
 //! old and new. A failure brings it back; what a killed process leaves has the old image in a hidden
 //! directory, and none under its name. A file that is no part of the old image is never replaced.
+//!
+//! All of that holds at a power failure, too, unless the image is made without flushes: then nothing
+//! waits for the medium, and a power failure soon after may leave the name with less behind it.
 
 use super::files::extents_of;
 use crate::in_use::{Use, check_not_in_use};
@@ -29,6 +32,7 @@ pub(crate) struct StagedImage {
     staging: StagingDirectory,
     path: PathBuf,
     replace: bool,
+    names: Names,
 }
 
 impl StagedImage {
@@ -50,7 +54,8 @@ impl StagedImage {
         if replace {
             staging.check_replaceable(path)?;
         }
-        Ok(Self { image, staging, path: path.to_path_buf(), replace })
+        let names = if options.without_flushes { Names::Unflushed } else { Names::Durable };
+        Ok(Self { image, staging, path: path.to_path_buf(), replace, names })
     }
 
     /// Ends the writing and gives the image its name.
@@ -61,14 +66,38 @@ impl StagedImage {
     /// there; only where the directory cannot be synced at the very end the new one is, and the
     /// error says so.
     pub fn publish(self) -> Result<()> {
-        let Self { image, staging, path, replace } = self;
+        let Self { image, staging, path, replace, names } = self;
         image.finish()?;
         drop(image);
         if replace {
             check_not_in_use(&path, Use::Write)?;
             staging.check_replaceable(&path)?;
         }
-        staging.publish(&path, replace)
+        staging.publish(&path, replace, names)
+    }
+}
+
+/// Whether new names are on the medium when they are given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Names {
+    Durable,
+    Unflushed,
+}
+
+impl Names {
+    /// Makes names durable that are there already.
+    fn sync_published(self, path: &Path) -> Result<()> {
+        match self {
+            Self::Durable => sync_published(path),
+            Self::Unflushed => Ok(()),
+        }
+    }
+
+    fn sync_directory_of(self, path: &Path) -> Result<()> {
+        match self {
+            Self::Durable => sync_directory_of(path),
+            Self::Unflushed => Ok(()),
+        }
     }
 }
 
@@ -127,7 +156,7 @@ impl StagingDirectory {
         Ok(())
     }
 
-    fn publish(self, path: &Path, replace: bool) -> Result<()> {
+    fn publish(self, path: &Path, replace: bool, durable: Names) -> Result<()> {
         let main = file_name(path)?.to_os_string();
         let mut names = names_in(&self.0)?;
         // Whoever names the others comes when they are there.
@@ -136,11 +165,11 @@ impl StagingDirectory {
         names.push(main);
         if replace && names.len() == 1 {
             move_to(&self.0.join(file_name(path)?), path, true)?;
-            return sync_published(path);
+            return durable.sync_published(path);
         }
         let aside = if replace { Some(Self::beside(path)?.0.keep()) } else { None };
         let mut moved: Vec<(PathBuf, PathBuf)> = Vec::new();
-        let outcome = self.move_all(path, &names, aside.as_deref(), &mut |from, to| {
+        let outcome = self.move_all(path, &names, aside.as_deref(), durable, &mut |from, to| {
             move_to(from, to, false)?;
             moved.push((from.to_path_buf(), to.to_path_buf()));
             Ok(())
@@ -149,7 +178,7 @@ impl StagingDirectory {
             put_back(&moved, aside.as_deref());
             return Err(error);
         }
-        let synced = sync_published(path);
+        let synced = durable.sync_published(path);
         // Removes what was replaced.
         drop(aside.map(Self));
         synced
@@ -162,6 +191,7 @@ impl StagingDirectory {
         path: &Path,
         names: &[OsString],
         aside: Option<&Path>,
+        durable: Names,
         rename: &mut dyn FnMut(&Path, &Path) -> Result<()>,
     ) -> Result<()> {
         if let Some(aside) = aside {
@@ -171,7 +201,7 @@ impl StagingDirectory {
                     rename(&old, &aside.join(name))?;
                     if old == path {
                         // Without it there is no image; only then its parts may go.
-                        sync_directory_of(path)?;
+                        durable.sync_directory_of(path)?;
                     }
                 }
             }
@@ -179,7 +209,7 @@ impl StagingDirectory {
         for name in names {
             let new = path.with_file_name(name);
             if new == path && names.len() > 1 {
-                sync_directory_of(path)?;
+                durable.sync_directory_of(path)?;
             }
             rename(&self.0.join(name), &new)?;
         }
@@ -360,9 +390,9 @@ mod tests {
         let all = ["disk-s001.vmdk", "disk-s002.vmdk", "disk.vmdk"];
         let content = |name: &str| std::fs::read_to_string(path.with_file_name(name)).unwrap();
         std::fs::write(directory.path().join("disk-s002.vmdk"), "mine").unwrap();
-        stage().publish(&path, false).unwrap_err();
+        stage().publish(&path, false, Names::Durable).unwrap_err();
         assert_eq!(left_in(directory.path()), ["disk-s002.vmdk"]);
-        stage().publish(&path, true).unwrap();
+        stage().publish(&path, true, Names::Durable).unwrap();
         assert_eq!(left_in(directory.path()), all);
         assert_eq!(content("disk-s002.vmdk"), "disk-s002.vmdk");
         for name in all {
@@ -374,13 +404,14 @@ mod tests {
             let aside = StagingDirectory::beside(&path).unwrap().0;
             let names: Vec<OsString> = all.iter().map(OsString::from).collect();
             let mut moved = Vec::new();
-            let killed = staging.move_all(&path, &names, Some(&aside.0), &mut |from, to| {
-                if moved.len() == kept {
-                    return Err(EngineError::usage("killed"));
-                }
-                moved.push((from.to_path_buf(), to.to_path_buf()));
-                move_to(from, to, false)
-            });
+            let killed =
+                staging.move_all(&path, &names, Some(&aside.0), Names::Durable, &mut |from, to| {
+                    if moved.len() == kept {
+                        return Err(EngineError::usage("killed"));
+                    }
+                    moved.push((from.to_path_buf(), to.to_path_buf()));
+                    move_to(from, to, false)
+                });
             killed.unwrap_err();
             assert!(!path.exists() || (kept == 0 && all.iter().all(|name| content(name) == "old")));
             put_back(&moved, Some(&aside.keep()));

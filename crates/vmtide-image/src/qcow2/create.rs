@@ -10,11 +10,12 @@ use super::table::Geometry;
 use super::writer::Qcow2Writer;
 use crate::Compression;
 use crate::bytes::{length, put};
+use crate::create::new_file;
 use crate::format::Format;
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::Arc;
-use vmtide_block::{BlockDevice, BlockError, OpenMode, RawDevice, Result, WritableBlockDevice};
+use vmtide_block::{BlockDevice, BlockError, Result, WritableBlockDevice};
 
 /// The version of a new image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -53,6 +54,10 @@ pub struct Qcow2CreateOptions {
     /// Whether the writer offers to write compressed clusters
     /// ([`ImageWriter::compressed`](crate::ImageWriter::compressed)).
     pub compress: bool,
+    /// Whether nothing of what is written need be on the medium when it is done
+    /// ([`RawDevice::without_flushes`](vmtide_block::RawDevice::without_flushes)): for images that can
+    /// be made again.
+    pub without_flushes: bool,
     /// What unallocated clusters read as.
     pub backing: Option<CreateBacking>,
 }
@@ -67,6 +72,7 @@ impl Qcow2CreateOptions {
             extended_l2: false,
             compression: Compression::Zlib,
             compress: false,
+            without_flushes: false,
             backing: None,
         }
     }
@@ -81,7 +87,7 @@ impl Qcow2Writer {
     pub fn create(path: impl AsRef<Path>, options: &Qcow2CreateOptions) -> Result<Self> {
         let path = path.as_ref();
         let plan = Plan::new(&path.display().to_string(), options)?;
-        let file = RawDevice::open(path, OpenMode::CreateNew { size_bytes: 0 })?;
+        let file = new_file(path, 0, options.without_flushes)?;
         plan.create(Arc::new(file), options)
     }
 

@@ -4,10 +4,11 @@ use super::footer::{FOOTER_BYTES, Footer, Kind, new_id, parse_id};
 use super::header::{DEFAULT_BLOCK_BYTES, HEADER_BYTES, Header, Locator};
 use super::writer::{MAX_ENTRIES, VhdWriter};
 use crate::bytes::length;
+use crate::create::new_file;
 use crate::{CreateOptions, Format};
 use std::path::Path;
 use std::sync::Arc;
-use vmtide_block::{BlockDevice, BlockError, OpenMode, RawDevice, Result, WritableBlockDevice};
+use vmtide_block::{BlockDevice, BlockError, Result, WritableBlockDevice};
 
 /// The largest disk, 2040 GiB: beyond, Hyper-V does not open it, and block offsets leave the 32 bits
 /// that they have in sectors.
@@ -55,12 +56,21 @@ pub struct VhdCreateOptions {
     /// The unit of allocation in bytes, a power of two from 4 KiB to 256 MiB; Windows knows only
     /// 512 KiB and 2 MiB. Of no meaning for fixed disks.
     pub block_size_bytes: u64,
+    /// Whether nothing of what is written need be on the medium when it is done
+    /// ([`RawDevice::without_flushes`](vmtide_block::RawDevice::without_flushes)): for images that can
+    /// be made again.
+    pub without_flushes: bool,
 }
 
 impl VhdCreateOptions {
     /// An empty dynamic disk with blocks of 2 MiB.
     pub const fn new(size_bytes: u64) -> Self {
-        Self { size_bytes, kind: VhdKind::Dynamic, block_size_bytes: DEFAULT_BLOCK_BYTES }
+        Self {
+            size_bytes,
+            kind: VhdKind::Dynamic,
+            block_size_bytes: DEFAULT_BLOCK_BYTES,
+            without_flushes: false,
+        }
     }
 }
 
@@ -87,7 +97,7 @@ impl VhdWriter {
     pub fn create(path: impl AsRef<Path>, options: &VhdCreateOptions) -> Result<Self> {
         let path = path.as_ref();
         plan(&path.display().to_string(), options)?;
-        let file = RawDevice::open(path, OpenMode::CreateNew { size_bytes: 0 })?;
+        let file = new_file(path, 0, options.without_flushes)?;
         Self::create_device(Arc::new(file), options)
     }
 
@@ -262,6 +272,7 @@ pub(crate) fn create(path: &Path, options: &CreateOptions) -> Result<VhdWriter> 
         size_bytes: options.size_bytes,
         kind,
         block_size_bytes: options.block_size_bytes.unwrap_or(DEFAULT_BLOCK_BYTES),
+        without_flushes: options.without_flushes,
     };
     VhdWriter::create(path, &create)
 }

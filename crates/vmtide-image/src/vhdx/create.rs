@@ -14,12 +14,11 @@ use super::metadata::{
 use super::region::{BAT_REGION, METADATA_REGION, REGION_TABLE_OFFSETS, Region, RegionTable};
 use super::writer::{Parts, VhdxWriter};
 use crate::bytes::{length, put};
+use crate::create::new_file;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use vmtide_block::{
-    BlockDevice, BlockError, ByteRange, OpenMode, RawDevice, Result, WritableBlockDevice,
-};
+use vmtide_block::{BlockDevice, BlockError, ByteRange, Result, WritableBlockDevice};
 
 /// The log of a new image: Hyper-V's size. It bounds how many pages change at once.
 const LOG: ByteRange = ByteRange::new(MIB, MIB);
@@ -71,6 +70,10 @@ pub struct VhdxCreateOptions {
     pub physical_sector_bytes: u32,
     /// The kind of an image without a parent.
     pub kind: VhdxKind,
+    /// Whether nothing of what is written need be on the medium when it is done
+    /// ([`RawDevice::without_flushes`](vmtide_block::RawDevice::without_flushes)): for images that can
+    /// be made again.
+    pub without_flushes: bool,
     /// What blocks that were never written read as.
     pub parent: Option<VhdxParent>,
 }
@@ -84,6 +87,7 @@ impl VhdxCreateOptions {
             logical_sector_bytes: 512,
             physical_sector_bytes: 4096,
             kind: VhdxKind::Dynamic,
+            without_flushes: false,
             parent: None,
         }
     }
@@ -98,7 +102,7 @@ impl VhdxWriter {
     pub fn create(path: impl AsRef<Path>, options: &VhdxCreateOptions) -> Result<Self> {
         let path = path.as_ref();
         let plan = Plan::new(&path.display().to_string(), options)?;
-        let file = RawDevice::open(path, OpenMode::CreateNew { size_bytes: 0 })?;
+        let file = new_file(path, 0, options.without_flushes)?;
         plan.create(Arc::new(file))
     }
 

@@ -15,11 +15,12 @@ use super::hosted::{HostedHeader, IN_FOOTER, SECTOR, flag};
 use super::stream::StreamWriter;
 use super::writer::VmdkWriter;
 use crate::bytes::length;
+use crate::create::new_file;
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
-use vmtide_block::{BlockDevice, BlockError, OpenMode, RawDevice, Result, WritableBlockDevice};
+use vmtide_block::{BlockDevice, BlockError, Result, WritableBlockDevice};
 
 /// The entries of a hosted grain table.
 const ENTRIES_PER_TABLE: u32 = 512;
@@ -41,6 +42,10 @@ pub struct VmdkCreateOptions {
     pub grain_size_bytes: u64,
     /// The disk controller the image is made for: `lsilogic`, `buslogic`, `ide` or `legacyESX`.
     pub adapter: String,
+    /// Whether nothing of what is written need be on the medium when it is done
+    /// ([`RawDevice::without_flushes`](vmtide_block::RawDevice::without_flushes)): for images that can
+    /// be made again.
+    pub without_flushes: bool,
     /// The parent, for a child. Only `monolithicSparse` and `twoGbMaxExtentSparse` can have one.
     pub parent: Option<VmdkParent>,
 }
@@ -64,6 +69,7 @@ impl VmdkCreateOptions {
             kind: VmdkKind::default(),
             grain_size_bytes: DEFAULT_GRAIN_BYTES,
             adapter: "lsilogic".into(),
+            without_flushes: false,
             parent: None,
         }
     }
@@ -131,7 +137,7 @@ impl VmdkWriter {
         let mut made = Vec::new();
         let created = Self::create_files(name, options, &mut |name| {
             let path = path.with_file_name(name);
-            let file = RawDevice::open(&path, OpenMode::CreateNew { size_bytes: 0 })?;
+            let file = new_file(&path, 0, options.without_flushes)?;
             made.push(path);
             Ok(Arc::new(file))
         });

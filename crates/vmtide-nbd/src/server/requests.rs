@@ -19,6 +19,10 @@ const MIN_HOLE_BYTES: u64 = 16 << 10;
 /// The most chunks of one read; what comes after is sent as data.
 const MAX_READ_CHUNKS: usize = 256;
 
+/// The most that a worker's buffer keeps between requests. Memory of this size that is given back goes
+/// back to the system, which then has to clear every page of it again for the next read.
+const KEPT_BUFFER_BYTES: usize = 1 << 20;
+
 /// The zeros written where a client wants them allocated.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
@@ -84,6 +88,27 @@ pub(crate) trait Replies {
     fn send(&self, header: &[u8], payload: &[u8]) -> io::Result<()>;
 }
 
+/// A worker's memory for the data of reads, used again by the next one.
+#[derive(Debug, Default)]
+pub(crate) struct ReadBuffer(Vec<u8>);
+
+impl ReadBuffer {
+    /// Memory of this length, with anything in it.
+    fn of_length(&mut self, length: usize) -> &mut [u8] {
+        if self.0.len() < length {
+            self.0.resize(length, 0);
+        }
+        &mut self.0[..length]
+    }
+
+    /// Gives back what one long read took.
+    fn shrink(&mut self) {
+        if self.0.len() > KEPT_BUFFER_BYTES {
+            self.0 = Vec::new();
+        }
+    }
+}
+
 /// A connection's view of its export.
 pub(crate) struct Service<'a, R> {
     pub(crate) export: &'a Export,
@@ -97,9 +122,18 @@ impl<R: Replies> Service<'_, R> {
     ///
     /// # Errors
     /// Only those of sending; whatever is wrong with the request or the device is a reply.
-    pub(crate) fn serve(&self, header: &RequestHeader, payload: &[u8]) -> io::Result<()> {
+    pub(crate) fn serve(
+        &self,
+        header: &RequestHeader,
+        payload: &[u8],
+        buffer: &mut ReadBuffer,
+    ) -> io::Result<()> {
         let answered = match header.command {
-            cmd::READ => self.read(header),
+            cmd::READ => {
+                let answered = self.read(header, buffer);
+                buffer.shrink();
+                answered
+            }
             cmd::BLOCK_STATUS => self.block_status(header, payload),
             _ => match self.change(header, payload) {
                 Ok(()) => Ok(Ok(self.succeed(header)?)),
@@ -250,7 +284,11 @@ impl<R: Replies> Service<'_, R> {
         Ok(())
     }
 
-    fn read(&self, header: &RequestHeader) -> io::Result<Result<(), Failed>> {
+    fn read(
+        &self,
+        header: &RequestHeader,
+        buffer: &mut ReadBuffer,
+    ) -> io::Result<Result<(), Failed>> {
         let checked =
             self.check_flags(header).and_then(|()| self.range(header, header.length, EINVAL));
         let range = match checked {
@@ -262,12 +300,12 @@ impl<R: Replies> Service<'_, R> {
             return Ok(Err(Failed::new(EOVERFLOW, text)));
         }
         if self.agreed.style == HeaderStyle::Simple {
-            let mut data = vec![0; usize::try_from(range.length).unwrap_or(0)];
-            if let Err(error) = self.export.device().read_at(&mut data, range.offset) {
+            let data = buffer.of_length(usize::try_from(range.length).unwrap_or(0));
+            if let Err(error) = self.export.device().read_at(data, range.offset) {
                 return Ok(Err(error.into()));
             }
             let reply = ReplyHeader::Simple { error: 0, cookie: header.cookie };
-            return self.send_chunk(&reply, &[], &data).map(Ok);
+            return self.send_chunk(&reply, &[], data).map(Ok);
         }
         if range.is_empty() {
             let reply = self.chunk(header, chunk::NONE, true, 0);
@@ -275,7 +313,6 @@ impl<R: Replies> Service<'_, R> {
         }
         let whole = header.flags & cmd_flag::DF != 0;
         let parts = self.parts(range, whole);
-        let mut data = Vec::new();
         for (index, (part, zero)) in parts.iter().enumerate() {
             let last = index + 1 == parts.len();
             let mut fields = part.offset.to_be_bytes().to_vec();
@@ -286,12 +323,12 @@ impl<R: Replies> Service<'_, R> {
                 self.send_chunk(&reply, &fields, &[])?;
                 continue;
             }
-            data.resize(usize::try_from(part.length).unwrap_or(0), 0);
-            if let Err(error) = self.export.device().read_at(&mut data, part.offset) {
+            let data = buffer.of_length(usize::try_from(part.length).unwrap_or(0));
+            if let Err(error) = self.export.device().read_at(data, part.offset) {
                 return Ok(Err(error.into()));
             }
             let reply = self.chunk(header, chunk::OFFSET_DATA, last, part.length + 8);
-            self.send_chunk(&reply, &fields, &data)?;
+            self.send_chunk(&reply, &fields, data)?;
         }
         Ok(Ok(()))
     }
@@ -300,7 +337,7 @@ impl<R: Replies> Service<'_, R> {
     fn parts(&self, range: ByteRange, whole: bool) -> Vec<(ByteRange, bool)> {
         let mut parts: Vec<(ByteRange, bool)> = Vec::new();
         let mut at = range.offset;
-        let extents = if whole {
+        let extents = if whole || range.length < MIN_HOLE_BYTES {
             Vec::new()
         } else {
             // Holes only save work: a device that cannot tell is read.

@@ -4,7 +4,7 @@ use super::budget::Budget;
 use super::export::Export;
 use super::handshake::{Agreed, Ended, Negotiation, greet};
 use super::options::ServerOptions;
-use super::requests::{Replies, Service, demand};
+use super::requests::{ReadBuffer, Replies, Service, demand};
 use crate::proto::constants::cmd;
 use crate::proto::request::RequestHeader;
 use crate::transport::{ReadHalf, Stream, TimedStream, WriteHalf, server_handshake, split};
@@ -114,12 +114,13 @@ fn work(
     broken: &AtomicBool,
     stream: &Stream,
 ) {
+    let mut buffer = ReadBuffer::default();
     loop {
         let job = receiver.lock().recv();
         let Ok(job) = job else { return };
         // After a torn reply nothing more can be said; the queue is emptied for the budget's sake.
         if !broken.load(Ordering::Relaxed)
-            && let Err(error) = service.serve(&job.header, &job.payload)
+            && let Err(error) = service.serve(&job.header, &job.payload, &mut buffer)
         {
             tracing::debug!(%error, "NBD client takes no replies");
             broken.store(true, Ordering::Relaxed);

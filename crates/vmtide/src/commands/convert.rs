@@ -6,8 +6,8 @@ use crate::exit::Exit;
 use crate::units;
 use clap::Args;
 use vmtide_engine::image::DiskSpec;
-use vmtide_engine::{ConvertJob, ConvertSummary, ImageKind, Result, convert};
-use vmtide_image::Format;
+use vmtide_engine::{ConvertJob, ConvertSummary, Durability, ImageKind, Result, convert};
+use vmtide_image::{Compression, Format};
 
 const EXAMPLES: &str = "\
 IN and OUT are disk images, block devices or NBD exports (nbd://HOST/EXPORT,
@@ -18,10 +18,14 @@ A new image has its name only when it is complete; what fails or is interrupted 
 sparse: zeros are left out. A disk whose size is no multiple of the sector is rounded up with zeros,
 unless OUT is raw.
 
+A conversion that replaces nothing ends when all is written, and the system brings it to the disk within
+half a minute: add --sync before you delete IN. What is replaced or changed is always waited for.
+
 Examples:
   vmtide convert web.vhdx web.qcow2
   vmtide convert web-snap3.avhdx web.vmdk --subformat streamOptimized --search /vm/base
   vmtide convert disk.qcow2 small.qcow2 --compress
+  vmtide convert disk.raw small.qcow2 --compression zstd
   vmtide convert disk.vmdk /dev/vg/disk --overwrite
   vmtide convert nbd://storage/vm7 vm7.vhdx
 
@@ -50,6 +54,9 @@ pub struct ConvertArgs {
     /// Compress the data (qcow2; streamOptimized VMDK always is)
     #[arg(long)]
     compress: bool,
+    /// Compress, and how: zlib, which every program reads, or zstd, several times faster (qcow2)
+    #[arg(long, value_name = "NAME")]
+    compression: Option<Compression>,
     /// How parents of IN are found.
     #[command(flatten)]
     open: OpenArgs,
@@ -62,10 +69,16 @@ pub struct ConvertArgs {
     /// Write only what differs into an existing image, device or export
     #[arg(long, conflicts_with = "overwrite")]
     in_place: bool,
-    /// With --in-place: even where other images read through OUT, which breaks them
-    #[arg(long, requires = "in_place")]
+    /// Replace or change OUT even where other images read through it, which breaks them
+    #[arg(long)]
     force: bool,
-    /// Threads that read and write [default: two more than processors]
+    /// Wait until OUT is on the disk, and give it its name only then
+    #[arg(long)]
+    sync: bool,
+    /// Never wait for the disk, even where OUT replaces another file
+    #[arg(long, conflicts_with_all = ["sync", "in_place"])]
+    no_sync: bool,
+    /// Threads that read and write [default: as suits the machine]
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u16).range(1..=256))]
     workers: Option<u16>,
 }
@@ -93,6 +106,7 @@ impl KindArgs {
             block_size_bytes: self.block_size,
             logical_sector_bytes: self.logical_sector,
             compress,
+            compression: None,
         }
     }
 }
@@ -113,10 +127,18 @@ pub fn run(app: &App, args: &ConvertArgs) -> Result<Exit> {
         source: DiskSpec::parse(&args.source)?,
         open,
         target: DiskSpec::parse(&args.target)?,
-        kind: args.kind.kind(args.to, args.compress),
+        kind: ImageKind {
+            compression: args.compression,
+            ..args.kind.kind(args.to, args.compress || args.compression.is_some())
+        },
         overwrite: args.overwrite,
         in_place: args.in_place,
         force: args.force,
+        durability: match (args.sync, args.no_sync) {
+            (true, _) => Durability::Always,
+            (_, true) => Durability::Never,
+            _ => Durability::Replaced,
+        },
         workers: args.workers.map(usize::from),
     };
     let job = app.begin_job()?;

@@ -52,6 +52,9 @@ pub struct CreateArgs {
     /// Replace an existing file
     #[arg(long)]
     overwrite: bool,
+    /// Replace it even where other images read through it, which breaks them
+    #[arg(long, requires = "overwrite")]
+    force: bool,
 }
 
 /// Creates it.
@@ -63,6 +66,7 @@ pub fn run(app: &App, args: &CreateArgs) -> Result<Exit> {
         parent: args.parent.clone(),
         open_parent: args.open.options(args.parent_format),
         overwrite: args.overwrite,
+        force: args.force,
     })?;
     let parent =
         summary.parent.as_ref().map_or_else(String::new, |name| format!(", child of {name}"));

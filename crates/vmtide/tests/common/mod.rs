@@ -1,5 +1,7 @@
 //! What the tests of the command line share: running the program with an environment of its own.
 
+pub mod disks;
+
 use assert_cmd::Command;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
