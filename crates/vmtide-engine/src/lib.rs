@@ -39,4 +39,4 @@ pub use points::{DiskChange, DiskDifference, diff, forget, points, resolve};
 pub use prune::prune;
 pub use restore::{RestoreJob, RestoreSummary, RestoreTarget, RestoredDisk, restore};
 pub use target::{Durability, ImageKind};
-pub use verify::verify;
+pub use verify::{check_integrity, verify};

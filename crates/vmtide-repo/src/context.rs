@@ -5,6 +5,8 @@ use crate::crypto::{ObjectCipher, Subkeys, checksum};
 use crate::envelope::{HEADER_BYTES, Header, ObjectKind, TRAILER_BYTES, Trailer};
 use crate::store::{ObjectReader, ObjectStore, ObjectWriter};
 use crate::{ObjectId, RepoError, Result};
+use parking_lot::Mutex;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// The section number of the sealed part of a directory, which no other section can reach.
@@ -26,6 +28,43 @@ pub(crate) struct RepoContext {
     pub chunk_size_bytes: u32,
     /// Whether objects are encrypted.
     pub sealed: bool,
+    /// What readers found damaged since somebody last took note of it.
+    pub damage: DamageLog,
+}
+
+/// Damage in packs, noted where it is met and put on record by the job that met it: see
+/// [`Repository::quarantine_found`](crate::Repository::quarantine_found). Clones share one list;
+/// shared by threads.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct DamageLog(Arc<Mutex<Noted>>);
+
+/// What is wrong with each frame, or with a whole pack.
+type Noted = BTreeMap<(ObjectId, Option<u32>), String>;
+
+/// The most damaged frames noted at once: more are found again by the next reader.
+const MAX_NOTED: usize = 64 << 10;
+
+impl DamageLog {
+    /// Notes that a frame of a pack, or the whole pack where `frame` is none, cannot be read.
+    pub fn note(&self, pack: ObjectId, frame: Option<u32>, detail: impl Into<String>) {
+        let mut noted = self.0.lock();
+        if noted.len() < MAX_NOTED {
+            noted.entry((pack, frame)).or_insert_with(|| detail.into());
+        }
+    }
+
+    /// What was noted.
+    pub fn noted(&self) -> Vec<(ObjectId, Option<u32>)> {
+        self.0.lock().keys().copied().collect()
+    }
+
+    /// Strikes off what somebody took care of.
+    pub fn forget(&self, noted: &[(ObjectId, Option<u32>)]) {
+        let mut list = self.0.lock();
+        for key in noted {
+            list.remove(key);
+        }
+    }
 }
 
 impl RepoContext {
@@ -82,6 +121,17 @@ impl RepoContext {
         writer.write(&header.encode())?;
         Ok(NewObject { writer, cipher: self.cipher(&header)?, header, offset: HEADER_BYTES as u64 })
     }
+}
+
+/// A section that an object's directory names in clear, with the checksum of its stored bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct StoredSection {
+    /// Where it begins in the object.
+    pub offset: u64,
+    /// Its stored length in bytes.
+    pub stored_bytes: u64,
+    /// The checksum.
+    pub checksum: [u8; 16],
 }
 
 /// An object whose envelope was verified. Shared by threads.

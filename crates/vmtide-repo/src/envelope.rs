@@ -39,9 +39,26 @@ pub enum ObjectKind {
     Hold,
     /// That a hold is over, where it cannot be removed.
     Release,
+    /// Which parts of packs were found damaged.
+    Damaged,
+    /// Where content that was damaged is stored once more.
+    Healed,
 }
 
 impl ObjectKind {
+    /// All kinds.
+    pub const ALL: [Self; 9] = [
+        Self::Pack,
+        Self::MapSegment,
+        Self::IndexSegment,
+        Self::Point,
+        Self::Forward,
+        Self::Hold,
+        Self::Release,
+        Self::Damaged,
+        Self::Healed,
+    ];
+
     /// The first eight bytes of the object.
     pub const fn magic(self) -> &'static [u8; 8] {
         match self {
@@ -52,6 +69,8 @@ impl ObjectKind {
             Self::Forward => b"VMTIDEFW",
             Self::Hold => b"VMTIDEHD",
             Self::Release => b"VMTIDEHR",
+            Self::Damaged => b"VMTIDEDM",
+            Self::Healed => b"VMTIDEHL",
         }
     }
 
@@ -65,6 +84,8 @@ impl ObjectKind {
             Self::Forward => format!("forward/{id}"),
             Self::Hold => format!("holds/{id}"),
             Self::Release => format!("released/{id}"),
+            Self::Damaged => format!("damaged/{id}"),
+            Self::Healed => format!("healed/{id}"),
         }
     }
 
@@ -72,10 +93,15 @@ impl ObjectKind {
     pub const fn max_directory_bytes(self) -> u64 {
         match self {
             Self::MapSegment | Self::IndexSegment => MAX_SEGMENT_DIRECTORY_BYTES,
-            Self::Pack | Self::Point | Self::Forward | Self::Hold | Self::Release => {
-                MAX_PACK_DIRECTORY_BYTES
-            }
+            _ => MAX_PACK_DIRECTORY_BYTES,
         }
+    }
+
+    /// The kind and id of the object of this name; none where it is no binary object.
+    pub fn of_name(name: &str) -> Option<(Self, ObjectId)> {
+        let id = name.rsplit('/').next()?.parse().ok()?;
+        let fits = |kind: &Self| kind.object_name(id) == name;
+        Self::ALL.into_iter().find(fits).map(|kind| (kind, id))
     }
 
     /// The prefix under which all objects of the kind lie.
@@ -88,6 +114,8 @@ impl ObjectKind {
             Self::Forward => "forward/",
             Self::Hold => "holds/",
             Self::Release => "released/",
+            Self::Damaged => "damaged/",
+            Self::Healed => "healed/",
         }
     }
 }

@@ -5,6 +5,9 @@
 //! segments, says where each chunk of the disk is; a restore point names the maps and is the
 //! commit. An index segment answers "is this content known?" and nothing else.
 
+/// What is recorded as the writer of an object.
+pub(crate) const PROGRAM: &str = concat!("vmtide ", env!("CARGO_PKG_VERSION"));
+
 mod backup;
 mod cache;
 mod care;
@@ -36,9 +39,12 @@ mod store;
 pub use backup::{
     BackupOptions, BackupSession, ChangedRanges, DiskDraft, DiskPlan, PointDraft, StoredDisk,
 };
-pub use care::{Damage, PruneOptions, PruneReport, VerifyOptions, VerifyReport};
+pub use care::{
+    Damage, DamagedPlace, IntegrityReport, PruneOptions, PruneReport, ReadData, SampleReport,
+    VerifyOptions, VerifyReport, check_integrity,
+};
 pub use config::{Encryption, RepositoryConfig};
-pub use disk::PointDisk;
+pub use disk::{DamagedPart, PointDisk};
 pub use error::{RepoError, Result};
 pub use forget::ForgetReport;
 pub use hold::{Hold, HoldList, HoldOptions};

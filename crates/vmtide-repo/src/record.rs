@@ -79,6 +79,22 @@ pub(crate) fn read<T: DeserializeOwned>(
         .map_err(|error| damaged(&format!("its JSON cannot be read: {error}")))
 }
 
+/// The ids of all objects of a kind that has no further folders. What has no id for a name is not
+/// ours.
+///
+/// # Errors
+/// Those of the store.
+pub(crate) fn list(context: &RepoContext, kind: ObjectKind) -> Result<Vec<ObjectId>> {
+    let mut ids = Vec::new();
+    context.store.list(kind.prefix(), &mut |entry| {
+        let id = entry.name.strip_prefix(kind.prefix()).and_then(|id| id.parse::<ObjectId>().ok());
+        ids.extend(id.filter(|id| kind.object_name(*id) == entry.name));
+        Ok(())
+    })?;
+    ids.sort_unstable();
+    Ok(ids)
+}
+
 /// How many objects begin in a JSON text; of what is none, any number.
 fn count_objects(json: &[u8]) -> usize {
     let (mut objects, mut in_text, mut escaped) = (0, false, false);

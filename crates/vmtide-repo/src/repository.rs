@@ -176,6 +176,7 @@ impl Repository {
             repository: config.id,
             chunk_size_bytes: config.chunk_size_bytes,
             sealed: config.encryption != Encryption::None,
+            damage: crate::context::DamageLog::default(),
         };
         Ok(Self {
             context: Arc::new(context),
@@ -183,6 +184,11 @@ impl Repository {
             config_bytes: Arc::new(config_bytes),
             master,
         })
+    }
+
+    /// What its parts work with.
+    pub(crate) const fn context(&self) -> &Arc<RepoContext> {
+        &self.context
     }
 
     /// The configuration.

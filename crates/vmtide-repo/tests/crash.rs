@@ -16,7 +16,7 @@ use std::sync::Arc;
 use vmtide_block::{BlockDevice, CancelToken, Progress};
 use vmtide_repo::{
     ChangedRanges, DiskPlan, FaultyStore, Level, MemoryStore, ObjectStore, Password, PruneOptions,
-    Repository, RestorePoint, VerifyOptions,
+    ReadData, Repository, RestorePoint, VerifyOptions,
 };
 
 fn content(seed: u8) -> Vec<u8> {
@@ -35,7 +35,7 @@ fn assert_whole(repository: &Repository, points: &[(RestorePoint, Vec<u8>)]) {
         repository.open_disk(point, "disk0").unwrap().read_at(&mut back, 0).unwrap();
         assert!(back == *content, "point {} changed", point.id);
     }
-    let options = VerifyOptions { points: Vec::new(), read_data_percent: 100 };
+    let options = VerifyOptions { points: Vec::new(), read: ReadData::All, seed: None };
     let report = repository.verify(&options, &Progress::new(), &CancelToken::new()).unwrap();
     assert_eq!(report.damage, []);
 }

@@ -17,7 +17,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use vmtide_block::{BlockDevice, ByteRange, CancelToken, Progress, RangeSet, all_extents};
 use vmtide_repo::{
-    ChangedRanges, DiskPlan, Level, MemoryStore, ObjectStore, PruneOptions, Repository,
+    ChangedRanges, DiskPlan, Level, MemoryStore, ObjectStore, PruneOptions, ReadData, Repository,
     VerifyOptions,
 };
 
@@ -140,7 +140,7 @@ impl World {
                 }
             }
         }
-        let options = VerifyOptions { points: Vec::new(), read_data_percent: 100 };
+        let options = VerifyOptions { points: Vec::new(), read: ReadData::All, seed: None };
         let report =
             self.repository.verify(&options, &Progress::new(), &CancelToken::new()).unwrap();
         assert_eq!(report.damage, []);

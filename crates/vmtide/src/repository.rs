@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use vmtide_engine::source::{file_path, split_scheme};
 use vmtide_engine::{EngineError, Result};
-use vmtide_repo::{LocalStore, RepoError, Repository};
+use vmtide_repo::{LocalStore, ObjectStore, RepoError, Repository};
 
 /// The directory of a repository given as a path or `file:///` URL.
 ///
@@ -34,13 +34,20 @@ pub fn open(app: &App) -> Result<Repository> {
     open_at(app, location)
 }
 
+/// The store of the repository at `location`.
+///
+/// # Errors
+/// [`EngineError::Usage`] for a location that is none; those of the store.
+pub fn store_at(location: &str) -> Result<Arc<dyn ObjectStore>> {
+    Ok(Arc::new(LocalStore::open(&directory_of(location)?)?))
+}
+
 /// Opens the repository at `location`.
 ///
 /// # Errors
 /// As [`open`].
 pub fn open_at(app: &App, location: &str) -> Result<Repository> {
-    let directory = directory_of(location)?;
-    let store = LocalStore::open(&directory)?;
+    let store = store_at(location)?;
     let mut refused = None;
     let mut password = || {
         PasswordSource::of_repository(&app.global.password).get().map_err(|error| {
@@ -49,7 +56,7 @@ pub fn open_at(app: &App, location: &str) -> Result<Repository> {
             RepoError::Invalid(message)
         })
     };
-    Repository::open(Arc::new(store), &mut password).map_err(|error| {
+    Repository::open(store, &mut password).map_err(|error| {
         // The reason that there is no password has a class of its own.
         refused.unwrap_or(EngineError::Repo(error))
     })

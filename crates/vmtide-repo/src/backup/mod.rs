@@ -14,6 +14,7 @@
 mod chunk;
 mod fill;
 mod fresh;
+mod heal;
 mod limit;
 mod plan;
 mod session;

@@ -3,6 +3,7 @@
 use super::chunk::Chunker;
 use super::fill::PackFiller;
 use super::fresh::{FreshChunks, MAX_PENDING};
+use super::heal::{Healing, heal_base};
 use super::limit::RateLimiter;
 use super::plan::{Piece, plan};
 use super::sink::RunSink;
@@ -11,7 +12,7 @@ use crate::context::RepoContext;
 use crate::disk::{PackSet, Place};
 use crate::index::ChunkIndex;
 use crate::map::{BaseMap, DiskMap, MapBuilder, MapRun, Target, write_layered};
-use crate::pack::FinishedPack;
+use crate::pack::{FinishedPack, Pack};
 use crate::point::{self, DiskCounts, DiskRecord, Level, RestorePoint, TrackingRecord};
 use crate::store::StoreLock;
 use crate::{BLOCK_BYTES, ChunkId, Location, ObjectId, RepoError, Result};
@@ -125,6 +126,22 @@ pub struct PointDraft {
     pub disks: Vec<DiskDraft>,
 }
 
+/// What became of a chunk.
+pub(super) struct StoredChunk {
+    /// Where it is.
+    pub place: Location,
+    /// Its length where it was not known, else 0.
+    pub new_bytes: u64,
+    /// The bytes that went into packs for it and for chunks that waited with it.
+    pub stored_bytes: u64,
+}
+
+impl StoredChunk {
+    const fn known(place: Location) -> Self {
+        Self { place, new_bytes: 0, stored_bytes: 0 }
+    }
+}
+
 /// What all workers of a job share.
 pub(super) struct SessionState {
     pub context: Arc<RepoContext>,
@@ -133,7 +150,9 @@ pub(super) struct SessionState {
     pub pack_size_bytes: u64,
     pending: Mutex<Vec<(ChunkId, Location)>>,
     /// Packs of earlier jobs, to look at before they are referred to.
-    packs: PackSet,
+    pub packs: PackSet,
+    /// What this job heals.
+    pub healing: Healing,
     /// Those that cannot be relied on.
     distrusted: RwLock<HashSet<ObjectId>>,
 }
@@ -154,23 +173,84 @@ impl SessionState {
         full.map_or(Ok(()), |entries| self.write_index(&entries))
     }
 
-    /// Where the repository has a chunk already. The index is only a hint: the pack it names must be
-    /// there, with a sound directory that has this very chunk in that place. Otherwise a lost pack
-    /// would go on being referred to by every new restore point; this way the next backup heals it.
+    /// Stores a chunk that is not known, and answers with its place in any case.
+    pub(super) fn store_chunk(&self, chunk: &[u8], filler: &mut PackFiller) -> Result<StoredChunk> {
+        let id = self.context.subkeys.chunk_id(chunk);
+        let stored = self.find_or_store(&id, chunk, filler)?;
+        self.healing.met(&id, chunk.len(), stored.place);
+        Ok(stored)
+    }
+
+    fn find_or_store(
+        &self,
+        id: &ChunkId,
+        chunk: &[u8],
+        filler: &mut PackFiller,
+    ) -> Result<StoredChunk> {
+        // What this job has stored itself comes first: it is in memory.
+        if let Some(known) = self.fresh.find(id) {
+            return Ok(StoredChunk::known(known));
+        }
+        if let Some(known) = self.known(id, chunk.len())? {
+            return Ok(StoredChunk::known(known));
+        }
+        let place = filler.next_location(self)?;
+        if let Some(known) = self.fresh.find_or_reserve(id, || Ok::<_, RepoError>(place))? {
+            return Ok(StoredChunk::known(known));
+        }
+        let stored_bytes = filler.push(self, *id, chunk)?;
+        Ok(StoredChunk { place, new_bytes: chunk.len() as u64, stored_bytes })
+    }
+
+    /// Where the repository has a chunk already.
     pub(super) fn known(&self, id: &ChunkId, length_bytes: usize) -> Result<Option<Location>> {
-        let Some(place) = self.index.lookup(&id.prefix())? else { return Ok(None) };
+        let mut found = None;
+        self.index.lookup_each(&id.prefix(), &mut |place| {
+            found = self.sound(place, id, length_bytes)?;
+            Ok(found.is_some())
+        })?;
+        Ok(found)
+    }
+
+    /// The place where the index says a chunk is, or where it went, if it can be relied on. The index
+    /// is only a hint: the pack it names must be there, with a sound directory that has this very
+    /// chunk in that place, and nothing of it may be on record as damaged. Otherwise a lost pack
+    /// would go on being referred to by every new restore point; this way the next backup heals it.
+    fn sound(
+        &self,
+        place: Location,
+        id: &ChunkId,
+        length_bytes: usize,
+    ) -> Result<Option<Location>> {
         if self.distrusted.read().contains(&place.pack) {
             return Ok(None);
         }
         match self.packs.place(place.pack) {
             Ok(Place::Pack(pack)) => {
-                let is_it = pack.chunk_of(place.ordinal).is_ok_and(|number| {
-                    let (ordinal, chunk) = pack.chunk(number);
-                    ordinal == place.ordinal
-                        && chunk.id == *id
-                        && usize::from(chunk.blocks) * BLOCK_BYTES == length_bytes
-                });
-                Ok(is_it.then_some(place))
+                let holds = |pack: &Pack, ordinal| {
+                    pack.chunk_of(ordinal).is_ok_and(|number| {
+                        let (first, chunk) = pack.chunk(number);
+                        first == ordinal
+                            && chunk.id == *id
+                            && usize::from(chunk.blocks) * BLOCK_BYTES == length_bytes
+                    })
+                };
+                if !holds(&pack, place.ordinal) {
+                    return Ok(None);
+                }
+                let repairs = self.packs.repairs()?;
+                if repairs.is_empty() || !repairs.damaged.covers(place) {
+                    return Ok(Some(place));
+                }
+                let blocks = u32::try_from(length_bytes / BLOCK_BYTES).unwrap_or(u32::MAX);
+                let traced = self.packs.trace(place, blocks, true, &mut |_| {})?;
+                Ok(traced.place.ok().and_then(|(pack, ordinal)| {
+                    let healed = Location { pack: pack.id(), ordinal };
+                    let is_it = traced.count == blocks
+                        && !repairs.damaged.covers(healed)
+                        && holds(&pack, ordinal);
+                    is_it.then_some(healed)
+                }))
             }
             Ok(Place::Moved(_)) => Ok(None),
             Err(error @ (RepoError::Damaged { .. } | RepoError::Unsupported { .. })) => {
@@ -215,13 +295,16 @@ impl BackupSession {
         lock: Box<dyn StoreLock>,
     ) -> Result<Self> {
         let index = ChunkIndex::open(&context)?;
+        let packs = PackSet::new(Arc::clone(&context));
+        let healing = Healing::begin(&packs, &index)?;
         Ok(Self {
             state: SessionState {
                 index,
                 fresh: FreshChunks::new(),
                 pack_size_bytes: options.pack_size_bytes,
                 pending: Mutex::default(),
-                packs: PackSet::new(Arc::clone(&context)),
+                packs,
+                healing,
                 distrusted: RwLock::default(),
                 context,
             },
@@ -253,6 +336,12 @@ impl BackupSession {
         stored
     }
 
+    /// The bytes of earlier restore points that were damaged and are whole again once this job is
+    /// committed.
+    pub fn healed_bytes(&self) -> u64 {
+        self.state.healing.healed_bytes()
+    }
+
     fn check_usable(&self) -> Result<()> {
         if self.failed.load(Ordering::Relaxed) {
             return Err(RepoError::Invalid("a disk of this backup failed; begin another".into()));
@@ -277,6 +366,18 @@ impl BackupSession {
             ),
             None => None,
         };
+        let damaged = match (&base, plan.base) {
+            (Some(map), Some(record)) if !self.state.healing.is_idle() => {
+                let mut lost = RangeSet::new();
+                self.with_filler(|filler| {
+                    let bytes = record.size_bytes;
+                    lost = heal_base(&self.state, source, map, bytes, filler, cancel)?;
+                    Ok(())
+                })?;
+                Some(lost)
+            }
+            _ => None,
+        };
         let job = DiskJob {
             session: &self.state,
             source,
@@ -290,7 +391,12 @@ impl BackupSession {
             new_bytes: AtomicU64::new(0),
             stored_bytes: AtomicU64::new(0),
         };
-        self.run(&job, &plan.changed)?;
+        match (&plan.changed, &damaged) {
+            (ChangedRanges::Only(ranges), Some(damaged)) if !damaged.is_empty() => {
+                self.run(&job, &ChangedRanges::Only(ranges.union(damaged)))?;
+            }
+            (changed, _) => self.run(&job, changed)?,
+        }
         let (runs, changed_blocks) = job.sink.finish();
         let changed_bytes = match &plan.changed {
             ChangedRanges::Everything => (changed_blocks * BLOCK).min(size_bytes),
@@ -378,6 +484,7 @@ impl BackupSession {
         }
         let pending = std::mem::take(&mut *self.state.pending.lock());
         self.state.write_index(&pending)?;
+        self.state.healing.write(&self.state, "backup")?;
         if let Err(error) = self.state.index.compact() {
             tracing::warn!(%error, "the index was not compacted; the next backup tries again");
         }
@@ -401,7 +508,7 @@ impl BackupSession {
             config: draft.config,
             warnings: draft.warnings,
             disks,
-            program: concat!("vmtide ", env!("CARGO_PKG_VERSION")).into(),
+            program: crate::PROGRAM.into(),
         };
         point::write(context, &point)?;
         Ok(point)

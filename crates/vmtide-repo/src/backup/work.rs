@@ -105,23 +105,10 @@ impl DiskJob<'_> {
     }
 
     fn store_chunk(&self, chunk: &[u8], filler: &mut PackFiller) -> Result<Location> {
-        let session = self.session;
-        let id = session.context.subkeys.chunk_id(chunk);
-        // What this job has stored itself comes first: it is in memory.
-        if let Some(known) = session.fresh.find(&id) {
-            return Ok(known);
-        }
-        if let Some(known) = session.known(&id, chunk.len())? {
-            return Ok(known);
-        }
-        let place = filler.next_location(session)?;
-        if let Some(known) = session.fresh.find_or_reserve(&id, || Ok::<_, RepoError>(place))? {
-            return Ok(known);
-        }
-        self.new_bytes.fetch_add(chunk.len() as u64, Ordering::Relaxed);
-        let stored = filler.push(session, id, chunk)?;
-        self.stored_bytes.fetch_add(stored, Ordering::Relaxed);
-        Ok(place)
+        let stored = self.session.store_chunk(chunk, filler)?;
+        self.new_bytes.fetch_add(stored.new_bytes, Ordering::Relaxed);
+        self.stored_bytes.fetch_add(stored.stored_bytes, Ordering::Relaxed);
+        Ok(stored.place)
     }
 }
 

@@ -1,7 +1,7 @@
 //! What the restore points need, chunk by chunk.
 
 use crate::context::RepoContext;
-use crate::disk::PackSet;
+use crate::disk::{PackSet, Passed, Traced};
 use crate::map::{DiskMap, Target};
 use crate::point::RestorePoint;
 use crate::{BLOCK_BYTES, Location, ObjectId, Result};
@@ -48,6 +48,11 @@ pub(super) struct Marks {
     pub forwards: HashSet<ObjectId>,
     /// The most forwards passed on the way to a pack.
     pub depth: HashMap<ObjectId, usize>,
+    /// The records of what was healed that some map leads through.
+    pub healed: HashSet<ObjectId>,
+    /// Packs whose directory cannot be read, and whose content was healed. They stay all the same:
+    /// that a damaged place is not needed any more is never concluded from what healed it.
+    pub damaged: HashSet<ObjectId>,
 }
 
 impl Marks {
@@ -95,18 +100,60 @@ impl Marks {
 
     /// Marks the chunks of blocks from `place` on; answers with how many blocks.
     fn add_run(&mut self, packs: &PackSet, place: Location, count: u32) -> Result<u32> {
-        let mut passed = 0;
-        let (pack, ordinal, count) = packs.resolve_passing(place, count, &mut |forward| {
-            passed += 1;
-            self.forwards.insert(forward);
+        let (traced, was_healed) = self.trace(packs, place, count, true)?;
+        let count = traced.count;
+        self.add_traced(traced)?;
+        let mut done = 0;
+        while was_healed && done < count {
+            let place = Location { ordinal: place.ordinal.saturating_add(done), ..place };
+            let (damaged, _) = self.trace(packs, place, count - done, false)?;
+            done += damaged.count;
+            let last = damaged.last;
+            match self.add_traced(damaged) {
+                Err(error) if error.is_damage() => {
+                    self.damaged.insert(last);
+                }
+                other => other?,
+            }
+        }
+        Ok(count)
+    }
+
+    /// Follows a run, and marks what it passes. Answers with where it leads, and whether a record of
+    /// what was healed led there.
+    fn trace(
+        &mut self,
+        packs: &PackSet,
+        place: Location,
+        count: u32,
+        healed: bool,
+    ) -> Result<(Traced, bool)> {
+        let (mut depth, mut was_healed) = (0, false);
+        let traced = packs.trace(place, count, healed, &mut |passed| match passed {
+            Passed::Forward(id) => {
+                depth += 1;
+                self.forwards.insert(id);
+            }
+            Passed::Healed(id) => {
+                depth += 1;
+                was_healed = true;
+                self.healed.insert(id);
+            }
         })?;
+        if let Ok((pack, _)) = &traced.place {
+            let deepest = self.depth.entry(pack.id()).or_default();
+            *deepest = depth.max(*deepest);
+        }
+        Ok((traced, was_healed))
+    }
+
+    fn add_traced(&mut self, traced: Traced) -> Result<()> {
+        let (pack, ordinal) = traced.place?;
         // A map that names a block past the pack's end is damage that must not be marked over. A
         // chunk is alive as long as one of its blocks is.
         let (first, last) =
-            (pack.chunk_of(ordinal)?, pack.chunk_of(ordinal.saturating_add(count - 1))?);
+            (pack.chunk_of(ordinal)?, pack.chunk_of(ordinal.saturating_add(traced.count - 1))?);
         self.packs.entry(pack.id()).or_default().insert_range(first..last + 1);
-        let depth = self.depth.entry(pack.id()).or_default();
-        *depth = passed.max(*depth);
-        Ok(count)
+        Ok(())
     }
 }

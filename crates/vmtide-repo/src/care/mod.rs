@@ -1,11 +1,19 @@
-//! Looking after a repository: finding damage, and removing what no restore point needs.
+//! Looking after a repository: finding damage, putting it on record, repairing what can be repaired,
+//! and removing what no restore point needs.
 
+mod impact;
+mod integrity;
 mod mark;
 mod prune;
+mod quarantine;
+mod read_frames;
+mod sample;
 mod verify;
 
+pub use integrity::{IntegrityReport, check_integrity};
 pub use prune::{PruneOptions, PruneReport};
-pub use verify::{Damage, VerifyOptions, VerifyReport};
+pub use sample::{ReadData, SampleReport};
+pub use verify::{Damage, DamagedPlace, VerifyOptions, VerifyReport};
 
 pub(crate) use prune::prune;
 pub(crate) use verify::verify;

@@ -138,7 +138,8 @@ impl Prune<'_> {
         let mut decision = Decision::default();
         for id in self.lengths.keys() {
             let Some(live) = self.marks.packs.get(id) else {
-                decision.remove.push(*id);
+                let stays = self.marks.damaged.contains(id);
+                if stays { &mut decision.keep } else { &mut decision.remove }.push(*id);
                 continue;
             };
             let total = self.pack(*id)?.chunk_count() as u64;

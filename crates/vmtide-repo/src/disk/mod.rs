@@ -4,9 +4,18 @@
 //! exports it. It needs the disk map and packs, never the index.
 
 mod forward;
+mod healed;
 mod packs;
 mod point_disk;
+mod quarantine;
+mod repairs;
+mod walk;
 
 pub(crate) use forward::{Forward, Move, write_forward};
-pub(crate) use packs::{PackSet, Place};
+pub(crate) use healed::{Heal, Healed, write_healed};
+pub(crate) use packs::{PackSet, Passed, Place, Traced};
 pub use point_disk::PointDisk;
+pub use quarantine::DamagedPart;
+pub(crate) use quarantine::{DamageRecord, Quarantine, Quarantined, write_damaged};
+pub(crate) use repairs::Repairs;
+pub(crate) use walk::{PlacedRun, for_each_place, lost_ranges};

@@ -1,12 +1,12 @@
 //! The packs of a repository as readers see them: opened once, followed where they moved.
 
-use super::Forward;
+use super::{Forward, Repairs};
 use crate::cache::ByteCache;
 use crate::context::RepoContext;
 use crate::envelope::ObjectKind;
 use crate::pack::Pack;
 use crate::{Location, ObjectId, RepoError, Result};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// How many forwards are followed in a row (format §10). `prune` does not move chunks further than
 /// this; a longer chain, or a circle, is damage.
@@ -31,11 +31,43 @@ pub(crate) enum Place {
 pub(crate) struct PackSet {
     context: Arc<RepoContext>,
     open: ByteCache<ObjectId, Place>,
+    repairs: OnceLock<Repairs>,
+}
+
+/// What was passed on the way from a map to a pack.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Passed {
+    /// The forward under this pack's id.
+    Forward(ObjectId),
+    /// This record of what was healed.
+    Healed(ObjectId),
+}
+
+/// Where some blocks are, or why that cannot be told.
+pub(crate) struct Traced {
+    /// For how many blocks this holds, at least one.
+    pub count: u32,
+    /// The pack that the way ended at, there or not.
+    pub last: ObjectId,
+    /// The pack that holds them now, and the ordinal of the first.
+    pub place: Result<(Arc<Pack>, u32)>,
 }
 
 impl PackSet {
     pub(crate) fn new(context: Arc<RepoContext>) -> Self {
-        Self { context, open: ByteCache::new(OPEN_PACKS_BYTES) }
+        Self { context, open: ByteCache::new(OPEN_PACKS_BYTES), repairs: OnceLock::new() }
+    }
+
+    /// What is damaged and healed, as it was when this set was first used.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub(crate) fn repairs(&self) -> Result<&Repairs> {
+        if let Some(repairs) = self.repairs.get() {
+            return Ok(repairs);
+        }
+        let loaded = Repairs::load(&self.context)?;
+        Ok(self.repairs.get_or_init(|| loaded))
     }
 
     /// What stands under `id`.
@@ -68,33 +100,96 @@ impl PackSet {
         self.resolve_passing(location, count, &mut |_| {})
     }
 
-    /// As [`resolve`](Self::resolve), telling every forward that was passed.
+    /// As [`resolve`](Self::resolve), telling what was passed.
     pub(crate) fn resolve_passing(
         &self,
         location: Location,
         count: u32,
-        passed: &mut dyn FnMut(ObjectId),
+        passed: &mut dyn FnMut(Passed),
     ) -> Result<(Arc<Pack>, u32, u32)> {
-        let Location { mut pack, mut ordinal } = location;
-        let mut count = count;
+        let Traced { count, place, .. } = self.trace(location, count, true, passed)?;
+        place.map(|(pack, ordinal)| (pack, ordinal, count))
+    }
+
+    /// As [`resolve_passing`](Self::resolve_passing), with the number of blocks also for those that
+    /// cannot be found, which are put on the list of what was met damaged. Without `healed` the way
+    /// leads past what was healed, to the damage.
+    ///
+    /// # Errors
+    /// Those of the store, but not [`RepoError::Damaged`], which is an answer.
+    pub(crate) fn trace(
+        &self,
+        location: Location,
+        count: u32,
+        healed: bool,
+        passed: &mut dyn FnMut(Passed),
+    ) -> Result<Traced> {
+        let (mut at, mut count) = (location, count);
         for _ in 0..=MAX_FORWARDS {
-            match self.place(pack)? {
-                Place::Pack(found) => return Ok((found, ordinal, count)),
-                Place::Moved(forward) => {
-                    passed(pack);
-                    let (next, run) = forward.find(ordinal, count).ok_or_else(|| {
-                        RepoError::damaged(
-                            ObjectKind::Forward.object_name(pack),
-                            format!("does not say where block {ordinal} went"),
-                        )
-                    })?;
-                    (pack, ordinal, count) = (next.pack, next.ordinal, run);
+            if healed && let Some(next) = self.healed_place(at, &mut count, passed)? {
+                at = next;
+                continue;
+            }
+            let next = match self.place(at.pack) {
+                Ok(Place::Pack(pack)) => {
+                    return Ok(Traced { count, last: at.pack, place: Ok((pack, at.ordinal)) });
                 }
+                Ok(Place::Moved(forward)) => {
+                    passed(Passed::Forward(at.pack));
+                    forward.find(at.ordinal, count).ok_or_else(|| {
+                        RepoError::damaged(
+                            ObjectKind::Forward.object_name(at.pack),
+                            format!("does not say where block {} went", at.ordinal),
+                        )
+                    })
+                }
+                Err(error) if error.is_damage() => {
+                    self.context.damage.note(at.pack, None, error.to_string());
+                    Err(error)
+                }
+                Err(error) => return Err(error),
+            };
+            match next {
+                Ok((next, run)) => (at, count) = (next, run),
+                Err(error) => return Ok(Traced { count, last: at.pack, place: Err(error) }),
             }
         }
-        Err(RepoError::damaged(
-            ObjectKind::Forward.object_name(location.pack),
-            format!("leads through more than {MAX_FORWARDS} forwards"),
-        ))
+        let detail = format!("leads through more than {MAX_FORWARDS} forwards");
+        let name = ObjectKind::Forward.object_name(location.pack);
+        Ok(Traced { count, last: at.pack, place: Err(RepoError::damaged(name, detail)) })
+    }
+
+    /// Where the block was stored once more after it was damaged, if it was; makes `count` no more
+    /// than what went there together. Of several places one is taken that is not damaged itself.
+    fn healed_place(
+        &self,
+        at: Location,
+        count: &mut u32,
+        passed: &mut dyn FnMut(Passed),
+    ) -> Result<Option<Location>> {
+        let repairs = self.repairs()?;
+        if repairs.healed.is_empty() {
+            return Ok(None);
+        }
+        *count = repairs.healed.same_for(at, *count);
+        let mut damaged = None;
+        for run in repairs.healed.over(at) {
+            let ordinal = run.target.ordinal + (at.ordinal - run.ordinal);
+            let target = Location { pack: run.target.pack, ordinal };
+            match self.place(target.pack) {
+                Ok(_) if repairs.damaged.covers(target) => damaged = Some((run.record, target)),
+                Ok(_) => {
+                    passed(Passed::Healed(run.record));
+                    return Ok(Some(target));
+                }
+                // It came to nothing, or is gone again: then it heals nothing.
+                Err(error) if error.is_damage() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(damaged.map(|(record, target)| {
+            passed(Passed::Healed(record));
+            target
+        }))
     }
 }

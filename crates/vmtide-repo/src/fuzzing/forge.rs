@@ -1,7 +1,7 @@
 //! Objects whose envelope and checksums are right and whose content is hostile.
 
 use crate::ObjectId;
-use crate::context::{OpenObject, RepoContext};
+use crate::context::{DamageLog, OpenObject, RepoContext};
 use crate::crypto::{MasterKey, checksum};
 use crate::envelope::{HEADER_BYTES, ObjectKind, Trailer};
 use crate::store::{MemoryStore, ObjectStore};
@@ -37,7 +37,8 @@ pub(super) fn forge(kind: ObjectKind, input: &[u8]) -> Option<Forged> {
         ObjectKind::MapSegment => mend(&mut directory, 32, sections),
         ObjectKind::IndexSegment => mend_index(sections, &mut directory, word(0) as usize),
         ObjectKind::Pack => mend_frames(sections, &mut directory, word(0) as usize),
-        ObjectKind::Point | ObjectKind::Forward | ObjectKind::Hold | ObjectKind::Release => {
+        // One section, its checksum after its length.
+        _ => {
             let hash = *blake3::hash(sections).as_bytes();
             if let Some(place) = directory.get_mut(8..40) {
                 place.copy_from_slice(&hash);
@@ -111,5 +112,6 @@ pub(super) fn context(store: &MemoryStore) -> RepoContext {
         repository: ObjectId([2; 16]),
         chunk_size_bytes: 65536,
         sealed: false,
+        damage: DamageLog::default(),
     }
 }

@@ -116,12 +116,16 @@ impl ChunkIndex {
         Ok(())
     }
 
-    /// Where the chunk with this id prefix is stored; `None` where nobody knows. A segment that
-    /// turns out damaged is warned of once, and not asked again.
+    /// Calls `accept` with the places where a chunk with this id prefix is said to be stored, until it
+    /// says yes. A segment that turns out damaged is warned of once, and not asked again.
     ///
     /// # Errors
-    /// `Io`, `Denied`.
-    pub fn lookup(&self, key: &Key) -> Result<Option<Location>> {
+    /// `Io`, `Denied`; those of `accept`.
+    pub fn lookup_each(
+        &self,
+        key: &Key,
+        accept: &mut dyn FnMut(Location) -> Result<bool>,
+    ) -> Result<()> {
         for (number, slot) in (0..).zip(self.live()) {
             if slot.damaged.load(Ordering::Relaxed) {
                 continue;
@@ -129,14 +133,56 @@ impl ChunkIndex {
             match slot.segment.lookup(key, &self.cache, number) {
                 Err(error) if error.is_damage() => {
                     if !slot.damaged.swap(true, Ordering::Relaxed) {
-                        tracing::warn!(%error, "an index segment is not used any more; prune makes the index anew");
+                        tracing::warn!(%error, "an index segment is not used any more; `vmtide repair` makes the index anew");
                     }
                 }
                 Ok(None) => {}
-                other => return other,
+                Ok(Some(place)) => {
+                    if accept(place)? {
+                        return Ok(());
+                    }
+                }
+                Err(error) => return Err(error),
             }
         }
-        Ok(None)
+        Ok(())
+    }
+
+    /// The first place where the chunk with this id prefix is said to be stored.
+    ///
+    /// # Errors
+    /// As [`lookup_each`](Self::lookup_each).
+    #[cfg(test)]
+    pub fn lookup(&self, key: &Key) -> Result<Option<Location>> {
+        let mut found = None;
+        self.lookup_each(key, &mut |place| {
+            found = Some(place);
+            Ok(true)
+        })?;
+        Ok(found)
+    }
+
+    /// Calls `visit` for all entries, in no order over all. Segments that are damaged are passed
+    /// over from there on.
+    ///
+    /// # Errors
+    /// `Io`, `Denied`; those of `visit`.
+    pub fn for_each_entry(&self, visit: &mut dyn FnMut(Key, Location) -> Result<()>) -> Result<()> {
+        for slot in self.live() {
+            let mut entries = slot.segment.head.entries_in_order();
+            loop {
+                match entries.next_entry() {
+                    Ok(Some((key, place))) => visit(key, place)?,
+                    Ok(None) => break,
+                    Err(error) if error.is_damage() => {
+                        tracing::warn!(%error, "the rest of an index segment is passed over");
+                        break;
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Writes the entries as a segment and makes them known to lookups from here on, also of other

@@ -2,7 +2,7 @@
 
 use super::filter::LINE_BYTES;
 use super::{ENTRIES_PER_PAGE, ENTRY_BYTES, PAGE_BYTES};
-use crate::context::{DIRECTORY_SECTION, NewObject, OpenObject};
+use crate::context::{DIRECTORY_SECTION, NewObject, OpenObject, StoredSection};
 use crate::envelope::HEADER_BYTES;
 use crate::{ObjectId, RepoError, Result};
 
@@ -120,6 +120,32 @@ impl Directory {
         let filter = filter.checked_add(sections.checked_mul(overhead)?)?;
         pages.offset.checked_add(pages.stored_bytes)?.checked_add(filter)
     }
+}
+
+/// Where the pages and the filter of a segment lie, without its key.
+///
+/// # Errors
+/// [`RepoError::Damaged`].
+pub(crate) fn stored_pages(object: &OpenObject) -> Result<Vec<StoredSection>> {
+    let overhead = object.cipher.overhead_bytes() as u64;
+    let parsed = parse_fields(&object.directory, object.trailer.first_count);
+    let Some((directory, _)) = parsed.filter(|(directory, _)| {
+        directory.end_of_filter(overhead) == Some(object.trailer.directory_offset)
+    }) else {
+        return Err(object.damaged("its directory does not fit its counts"));
+    };
+    let section = |place: Place, checksum: &[u8; 16]| StoredSection {
+        offset: place.offset,
+        stored_bytes: place.stored_bytes,
+        checksum: *checksum,
+    };
+    let pages = directory.page_checksums.iter().enumerate();
+    let pages =
+        pages.map(|(page, checksum)| section(directory.page_place(page, overhead), checksum));
+    let filter = directory.filter_checksums.iter().enumerate();
+    let filter =
+        filter.map(|(part, checksum)| section(directory.filter_place(part, overhead), checksum));
+    Ok(pages.chain(filter).collect())
 }
 
 /// Everything but the pack table, and the rest of the bytes, which is that. `None` where counts and

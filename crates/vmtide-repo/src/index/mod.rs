@@ -23,6 +23,7 @@ mod tests;
 mod writer;
 
 pub(crate) use chunk_index::ChunkIndex;
+pub(crate) use directory::stored_pages;
 
 /// The part of a chunk id that is looked up: its first 16 bytes.
 pub(crate) type Key = [u8; 16];

@@ -93,6 +93,14 @@ pub(crate) fn list(store: &dyn ObjectStore) -> Result<Vec<KeySlotInfo>> {
     Ok(infos)
 }
 
+/// The slots that cannot be read, and why.
+///
+/// # Errors
+/// Those of the store; [`RepoError::Damaged`] for the configuration.
+pub(crate) fn unreadable(store: &dyn ObjectStore) -> Result<Vec<(ObjectId, RepoError)>> {
+    Ok(read_slots(store, repository_of(store)?)?.unreadable)
+}
+
 /// Removes a slot, readable or not, while another is left that can be read. Its password opens
 /// nothing any more; who has the master key from before keeps it.
 ///

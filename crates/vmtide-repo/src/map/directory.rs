@@ -2,7 +2,7 @@
 
 use super::page::PageBounds;
 use super::{MAX_BLOCKS, MAX_STORED_PAGE_BYTES, RUNS_PER_PAGE};
-use crate::context::{DIRECTORY_SECTION, NewObject, OpenObject};
+use crate::context::{DIRECTORY_SECTION, NewObject, OpenObject, StoredSection};
 use crate::envelope::HEADER_BYTES;
 use crate::{ObjectId, Result};
 
@@ -113,6 +113,25 @@ fn open_pack_table(
     let content = object.cipher.open(DIRECTORY_SECTION, binding, &mut sealed)?;
     let (ids, _) = content.as_chunks::<16>();
     Ok(ids.iter().map(|&id| ObjectId(id)).collect())
+}
+
+/// Where the pages of a segment lie, without its key.
+///
+/// # Errors
+/// [`RepoError::Damaged`](crate::RepoError::Damaged).
+pub(crate) fn stored_pages(object: &OpenObject) -> Result<Vec<StoredSection>> {
+    let pages = object.trailer.first_count as usize;
+    let table = pages.checked_mul(ENTRY_BYTES).and_then(|end| object.directory.get(..end));
+    let table = table.ok_or_else(|| object.damaged("its page table is cut"))?;
+    let pages: Vec<PageEntry> =
+        table.as_chunks::<ENTRY_BYTES>().0.iter().map(PageEntry::decode).collect();
+    check(object, &pages)?;
+    let section = |page: &PageEntry| StoredSection {
+        offset: page.offset,
+        stored_bytes: u64::from(page.stored_bytes),
+        checksum: page.checksum,
+    };
+    Ok(pages.iter().map(section).collect())
 }
 
 fn check(object: &OpenObject, pages: &[PageEntry]) -> Result<()> {

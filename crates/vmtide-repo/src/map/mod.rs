@@ -27,6 +27,7 @@ mod writer;
 pub use run::{MapRun, Target};
 
 pub(crate) use builder::MapBuilder;
+pub(crate) use directory::stored_pages;
 pub(crate) use disk_map::DiskMap;
 pub(crate) use layered::{BaseMap, write_layered};
 pub(crate) use segment::MapSegment;

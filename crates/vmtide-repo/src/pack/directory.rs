@@ -1,6 +1,7 @@
 //! The directory of a pack: where its frames lie, and which chunks they hold.
 
 use super::{MAX_CHUNK_BLOCKS, MAX_FRAME_BYTES, MAX_FRAME_CHUNKS};
+use crate::context::{OpenObject, StoredSection};
 use crate::crypto::TAG_BYTES;
 use crate::envelope::HEADER_BYTES;
 use crate::{BLOCK_BYTES, ChunkId, RepoError, Result};
@@ -194,4 +195,23 @@ impl PackDirectory {
         self.frame_blocks.push(next_block);
         Some(blocks * BLOCK_BYTES)
     }
+}
+
+/// Where the frames of a pack lie, without its key. The order is checked by whoever reads them.
+///
+/// # Errors
+/// [`RepoError::Damaged`].
+pub(crate) fn stored_frames(object: &OpenObject) -> Result<Vec<StoredSection>> {
+    let frames = object.trailer.first_count as usize;
+    let table = frames.checked_mul(FRAME_ENTRY_BYTES).and_then(|end| object.directory.get(..end));
+    let table = table.ok_or_else(|| object.damaged("its frame table is cut"))?;
+    let frame = |entry: &[u8]| {
+        FrameEntry::decode(entry).map(|frame| StoredSection {
+            offset: frame.offset,
+            stored_bytes: u64::from(frame.stored_length),
+            checksum: frame.checksum,
+        })
+    };
+    let sections = table.chunks_exact(FRAME_ENTRY_BYTES).map(frame).collect::<Option<_>>();
+    sections.ok_or_else(|| object.damaged("its frame table is impossible"))
 }

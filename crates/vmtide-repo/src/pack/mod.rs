@@ -9,9 +9,9 @@ mod frame;
 mod reader;
 mod writer;
 
-pub(crate) use directory::{ChunkEntry, Compression, FrameEntry};
+pub(crate) use directory::{ChunkEntry, Compression, FrameEntry, stored_frames};
 pub(crate) use frame::{FrameDecoder, FrameEncoder};
-pub(crate) use reader::Pack;
+pub(crate) use reader::{Pack, is_media_error};
 pub(crate) use writer::{FinishedPack, PackWriter};
 
 /// The most bytes of chunks in one frame (format §6). A reader allocates no more than this for a

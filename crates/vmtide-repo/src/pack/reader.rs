@@ -2,7 +2,7 @@
 
 use super::directory::{CHUNK_ENTRY_BYTES, FRAME_ENTRY_BYTES, PackDirectory};
 use super::{ChunkEntry, FrameDecoder, FrameEntry};
-use crate::context::{DIRECTORY_SECTION, OpenObject, RepoContext};
+use crate::context::{DIRECTORY_SECTION, DamageLog, OpenObject, RepoContext};
 use crate::crypto::{Subkeys, checksum};
 use crate::{BLOCK_BYTES, ObjectId, RepoError, Result};
 use std::ops::Range;
@@ -15,6 +15,7 @@ pub(crate) struct Pack {
     sealed: bool,
     subkeys: Subkeys,
     directory: PackDirectory,
+    damage: DamageLog,
 }
 
 impl Pack {
@@ -44,16 +45,13 @@ impl Pack {
             subkeys: context.subkeys.clone(),
             object: opened,
             directory,
+            damage: context.damage.clone(),
             name,
         })
     }
 
     pub(crate) const fn id(&self) -> ObjectId {
         self.id
-    }
-
-    pub(crate) fn name(&self) -> &str {
-        &self.name
     }
 
     /// The length of the whole object in bytes.
@@ -125,8 +123,8 @@ impl Pack {
         frames: Range<usize>,
         stored: &'a mut Vec<u8>,
     ) -> Result<&'a mut [u8]> {
-        let frames = &self.directory.frames[frames];
-        let (Some(first), Some(last)) = (frames.first(), frames.last()) else {
+        let entries = &self.directory.frames[frames.clone()];
+        let (Some(first), Some(last)) = (entries.first(), entries.last()) else {
             return Ok(&mut []);
         };
         let length = last.offset + u64::from(last.stored_length) - first.offset;
@@ -136,8 +134,18 @@ impl Pack {
             stored.resize(length, 0);
         }
         let stored = &mut stored[..length];
-        self.object.reader.read_at(stored, first.offset)?;
+        self.object.reader.read_at(stored, first.offset).inspect_err(|error| {
+            if is_media_error(error) {
+                frames.for_each(|number| self.note(number, error));
+            }
+        })?;
         Ok(stored)
+    }
+
+    /// Puts a frame that cannot be read on the list of what was met damaged.
+    fn note(&self, number: usize, error: &RepoError) {
+        let number = u32::try_from(number).ok();
+        self.damage.note(self.id, number, error.to_string());
     }
 
     /// Verifies frame `number` of the pack, whose stored bytes these are, and puts its chunks into
@@ -147,6 +155,16 @@ impl Pack {
     /// frame's place and its chunk count, so what comes out is what the writer put in. That the writer
     /// hashed the same bytes is not looked at: see [`decode_and_compare`](Self::decode_and_compare).
     pub(crate) fn decode(
+        &self,
+        number: usize,
+        stored: &mut [u8],
+        out: &mut [u8],
+        decoder: &mut FrameDecoder,
+    ) -> Result<()> {
+        self.try_decode(number, stored, out, decoder).inspect_err(|error| self.note(number, error))
+    }
+
+    fn try_decode(
         &self,
         number: usize,
         stored: &mut [u8],
@@ -193,7 +211,9 @@ impl Pack {
                 let detail = format!(
                     "frame {number} at byte {offset}: a chunk's content does not match its id"
                 );
-                return Err(RepoError::damaged(&self.name, detail));
+                let error = RepoError::damaged(&self.name, detail);
+                self.note(number, &error);
+                return Err(error);
             }
             rest = after;
         }
@@ -203,5 +223,17 @@ impl Pack {
     /// The length of a frame's chunks in bytes.
     pub(crate) fn content_length(&self, number: usize) -> usize {
         self.blocks_of(number).len() * BLOCK_BYTES
+    }
+}
+
+/// Whether the bytes of an object are lost, and not the way to them: it is shorter than its
+/// directory says, or the disk under a local store cannot read it.
+pub(crate) fn is_media_error(error: &RepoError) -> bool {
+    /// "Input/output error", the same number on every Unix.
+    const EIO: i32 = 5;
+    match error {
+        RepoError::Damaged { .. } => true,
+        RepoError::Io { source, .. } => cfg!(unix) && source.raw_os_error() == Some(EIO),
+        _ => false,
     }
 }
