@@ -249,8 +249,9 @@ OBJECTS = {
     "map": (b"VMTIDEMP", lambda digits: f"maps/{digits}"),
     "point": (b"VMTIDEPT", lambda digits: f"points/{digits}"),
     "forward": (b"VMTIDEFW", lambda digits: f"forward/{digits}"),
+    "healed": (b"VMTIDEHL", lambda digits: f"healed/{digits}"),
 }
-MAX_DIRECTORY = {"pack": 16 << 20, "map": 256 << 20, "point": 16 << 20, "forward": 16 << 20}
+MAX_DIRECTORY = {kind: 256 << 20 if kind == "map" else 16 << 20 for kind in OBJECTS}
 
 
 class Object:
@@ -485,16 +486,24 @@ def overlay(newer, older):
     return result + newer[at:]
 
 
-def read_point(repository, point_id):
-    point = Object(repository, "point", point_id)
-    name, directory = point.name, point.directory
+def read_record(repository, kind, object_id):
+    """The name and the JSON of an object that is one sealed document (§9)."""
+    record = Object(repository, kind, object_id)
+    name, directory = record.name, record.directory
     need(len(directory) == 40, name, "its directory has another length")
     length = struct.unpack_from("<Q", directory)[0]
-    need(HEADER + length == point.directory_offset, name, "something is after its content")
-    need((point.first, point.second) == (0, 0), name, "its counts are not zero")
-    content = point.section(0, HEADER, length, directory[8:])
+    need(HEADER + length == record.directory_offset, name, "something is after its content")
+    need((record.first, record.second) == (0, 0), name, "its counts are not zero")
+    content = record.section(0, HEADER, length, directory[8:])
     try:
-        value = json.loads(decompress(name, content, 8 << 20))
+        return name, json.loads(decompress(name, content, 8 << 20))
+    except ValueError as error:
+        raise damaged(name, f"its JSON: {error!r}") from None
+
+
+def read_point(repository, point_id):
+    name, value = read_record(repository, "point", point_id)
+    try:
         for disk in value["disks"]:
             disk["map"] = [hex_bytes(name, digits, 16) for digits in disk["map"]]
             need(type(disk["size_bytes"]) is int and disk["size_bytes"] >= 0, name, "size_bytes")
@@ -505,6 +514,23 @@ def read_point(repository, point_id):
         raise damaged(name, f"its JSON: {error!r}") from None
 
 
+def read_healed(repository):
+    """Runs (first ordinal, end, pack, new first ordinal) of packs that were damaged (§10.1)."""
+    healed = {}
+    for digits in repository.names("healed"):
+        try:
+            name, value = read_record(repository, "healed", bytes.fromhex(digits))
+            packs = [hex_bytes(name, pack, 16) for pack in value["packs"]]
+            for old, first, count, new, target in value["runs"]:
+                need(count >= 1, name, "an empty run")
+                healed.setdefault(packs[old], []).append(
+                    (first, first + count, packs[new], target)
+                )
+        except (Failure, FileNotFoundError, ValueError, KeyError, TypeError, IndexError) as error:
+            print(f"restore.py: passed over: {error}", file=sys.stderr)
+    return healed
+
+
 class Reader:
     """Reads blocks of packs, wherever prune has moved them."""
 
@@ -513,6 +539,20 @@ class Reader:
         self.packs = OrderedDict()
         self.forwards = {}
         self.frames = OrderedDict()
+        self.healed = read_healed(repository)
+
+    def healed_place(self, pack_id, ordinal, count):
+        """Where a block was stored once more, or None; and for how many blocks that holds."""
+        runs = self.healed.get(pack_id, [])
+        edges = [edge - ordinal for run in runs for edge in run[:2] if edge > ordinal]
+        for first, end, target, new in runs:
+            if first <= ordinal < end:
+                try:
+                    self.pack(target)
+                    return (target, new + ordinal - first), min([count] + edges)
+                except Failure:
+                    continue  # It came to nothing, or is gone again.
+        return None, min([count] + edges)
 
     def pack(self, pack_id):
         """The pack, or None where it was moved."""
@@ -535,13 +575,19 @@ class Reader:
     def read(self, pack_id, ordinal, count, depth=0):
         """Yields the content of `count` blocks in parts."""
         while count:
+            place, most = self.healed_place(pack_id, ordinal, count)
+            if place is not None:
+                need(depth < 16, OBJECTS["pack"][1](pack_id.hex()), "leads in circles")
+                yield from self.read(place[0], place[1], most, depth + 1)
+                ordinal, count = ordinal + most, count - most
+                continue
             pack = self.pack(pack_id)
             if pack is None:
                 name = OBJECTS["forward"][1](pack_id.hex())
                 need(depth < 16, name, "more than 16 forwards lead on")
                 for first, end, target, new in self.forwards[pack_id]:
                     if first <= ordinal < end:
-                        part = min(count, end - ordinal)
+                        part = min(most, end - ordinal)
                         yield from self.read(target, new + ordinal - first, part, depth + 1)
                         break
                 else:
@@ -549,7 +595,7 @@ class Reader:
             else:
                 frame = pack.frame_of(ordinal)
                 content = self.frame(pack_id, pack, frame)
-                part = min(count, frame[1] - ordinal)
+                part = min(most, frame[1] - ordinal)
                 at = (ordinal - frame[0]) * BLOCK
                 yield content[at : at + part * BLOCK]
             ordinal, count = ordinal + part, count - part

@@ -17,8 +17,8 @@ use std::sync::Arc;
 use vmtide_block::{BlockDevice, CancelToken, Progress};
 use vmtide_repo::{
     ChangedRanges, DenyStore, DiskPlan, FaultyStore, HoldOptions, Level, MemoryStore, ObjectStore,
-    Password, PruneOptions, RepoError, Repository, RestorePoint, Retention, RetentionMode,
-    VerifyOptions,
+    Password, PruneOptions, ReadData, RepoError, Repository, RestorePoint, Retention,
+    RetentionMode, VerifyOptions,
 };
 
 fn content(seed: u8) -> Vec<u8> {
@@ -45,7 +45,7 @@ fn assert_restores(repository: &Repository, point: &RestorePoint, seed: u8) {
     let mut back = vec![0; content(seed).len()];
     repository.open_disk(found, "disk0").unwrap().read_at(&mut back, 0).unwrap();
     assert!(back == content(seed), "point {} changed", point.id);
-    let options = VerifyOptions { points: Vec::new(), read_data_percent: 100 };
+    let options = VerifyOptions { points: Vec::new(), read: ReadData::All, seed: None };
     let report = repository.verify(&options, &Progress::new(), &CancelToken::new()).unwrap();
     assert_eq!(report.damage, []);
 }
@@ -162,7 +162,7 @@ fn a_damaged_hold_stops_forget_and_prune_and_can_be_removed() {
     assert!(matches!(error, RepoError::Damaged { .. } | RepoError::Unsupported { .. }), "{error}");
     assert!(error.to_string().contains(&name), "{error}");
     assert!(prune(&repository).is_err());
-    let options = VerifyOptions { points: Vec::new(), read_data_percent: 0 };
+    let options = VerifyOptions { points: Vec::new(), read: ReadData::None, seed: None };
     let report = repository.verify(&options, &Progress::new(), &CancelToken::new()).unwrap();
     assert!(report.damage.iter().any(|damage| damage.object == name), "{:?}", report.damage);
     repository.release_hold(hold.id).unwrap();

@@ -1,4 +1,4 @@
-//! Where content that was damaged is stored once more (format §11 "Damage").
+//! Where content that was damaged is stored once more (format §10.1).
 //!
 //! A backup that meets the content of a damaged chunk stores it again, and notes under `healed/`
 //! which blocks of which pack it stands for. Readers of any restore point go to the new place; the

@@ -1,4 +1,4 @@
-//! What was found damaged, on record (format §11 "Damage").
+//! What was found damaged, on record (format §10.1).
 //!
 //! Whoever meets a frame or a pack that cannot be read puts it on record under `damaged/`. Nothing
 //! refers to what is on record any more: writers store such content again, and by that heal it
