@@ -49,7 +49,7 @@ pub use error::{RepoError, Result};
 pub use forget::ForgetReport;
 pub use hold::{Hold, HoldList, HoldOptions};
 pub use id::{BLOCK_BYTES, ChunkId, Location, ObjectId};
-pub use keys::{KdfParameters, KeySlotInfo};
+pub use keys::{KdfParameters, KeySlotInfo, RecoveryKey, RotatedKey};
 pub use password::Password;
 pub use point::{DiskCounts, DiskRecord, Level, RestorePoint, TrackingRecord};
 pub use repository::{InitOptions, PointList, Repository, RepositoryStats};

@@ -94,6 +94,8 @@ pub struct Repository {
     pub(crate) config: Arc<RepositoryConfig>,
     pub(crate) config_bytes: Arc<Vec<u8>>,
     pub(crate) master: MasterKey,
+    /// The key slot it was opened with.
+    pub(crate) slot: Option<ObjectId>,
 }
 
 impl Repository {
@@ -116,14 +118,14 @@ impl Repository {
         let master = MasterKey::random()?;
         let config = RepositoryConfig::new(options.chunk_size_bytes, options.encryption, &master)?;
         let config_bytes = config.encode()?;
-        match (options.encryption, password) {
+        let slot = match (options.encryption, password) {
             (Encryption::None, _) if has_key_slots(&*store)? => {
                 return Err(RepoError::Invalid(format!(
                     "{} has key slots of an encrypted repository under keys/; remove them first",
                     store.location()
                 )));
             }
-            (Encryption::None, _) => {}
+            (Encryption::None, _) => None,
             (_, None) => {
                 return Err(RepoError::Invalid("an encrypted repository needs a password".into()));
             }
@@ -131,11 +133,14 @@ impl Repository {
             // later `init` does not mind, and never a repository without a key.
             (_, Some(password)) => {
                 let label = &options.key_label;
-                keys::create_slot(&*store, &config_bytes, &master, label, password, &options.kdf)?;
+                let kdf = &options.kdf;
+                let slot =
+                    keys::create_slot(&*store, &config_bytes, &master, label, password, kdf)?;
+                Some(slot.id)
             }
-        }
+        };
         store.put(config::OBJECT_NAME, &config_bytes)?;
-        Self::assemble(store, config, config_bytes, master)
+        Self::assemble(store, config, config_bytes, (master, slot))
     }
 
     /// Opens a repository. `password` is asked only where it is encrypted.
@@ -150,7 +155,7 @@ impl Repository {
     ) -> Result<Self> {
         let config_bytes = config::read(&*store)?;
         let config = RepositoryConfig::decode(&config_bytes)?;
-        let master = match config.master_key() {
+        let key = match config.master_key() {
             Some(_) if has_key_slots(&*store)? => {
                 return Err(RepoError::damaged(
                     config::OBJECT_NAME,
@@ -158,17 +163,20 @@ impl Repository {
                      may have replaced it to get at new backups; nothing is read or written",
                 ));
             }
-            Some(master) => master,
-            None => keys::unlock(&*store, &config_bytes, &password()?)?,
+            Some(master) => (master, None),
+            None => {
+                let (master, slot) = keys::unlock(&*store, &config_bytes, &password()?)?;
+                (master, Some(slot))
+            }
         };
-        Self::assemble(store, config, config_bytes, master)
+        Self::assemble(store, config, config_bytes, key)
     }
 
     fn assemble(
         store: Arc<dyn ObjectStore>,
         config: RepositoryConfig,
         config_bytes: Vec<u8>,
-        master: MasterKey,
+        (master, slot): (MasterKey, Option<ObjectId>),
     ) -> Result<Self> {
         let context = RepoContext {
             store,
@@ -183,6 +191,7 @@ impl Repository {
             config: Arc::new(config),
             config_bytes: Arc::new(config_bytes),
             master,
+            slot,
         })
     }
 
@@ -227,13 +236,7 @@ impl Repository {
         password: &Password,
         kdf: &KdfParameters,
     ) -> Result<KeySlotInfo> {
-        if self.config.encryption == Encryption::None {
-            return Err(RepoError::Invalid(
-                "this repository is not encrypted: it has no keys".into(),
-            ));
-        }
-        let store = &*self.context.store;
-        keys::create_slot(store, &self.config_bytes, &self.master, label, password, kdf)
+        self.add_slot(label, password, kdf)
     }
 
     /// Removes a key slot; its password opens nothing any more.

@@ -3,11 +3,18 @@
 //! A slot is bound to the bytes of the configuration, so that nobody who can write to the store can
 //! change these behind the owner's back: no slot would open then.
 
+mod care;
 mod kdf;
+mod recovery;
+mod removal;
 mod slot;
 
+pub use care::RotatedKey;
 pub use kdf::KdfParameters;
+pub use recovery::RecoveryKey;
 pub use slot::KeySlotInfo;
+
+pub(crate) use removal::remove;
 
 use crate::config::{self, RepositoryConfig};
 use crate::crypto::MasterKey;
@@ -15,6 +22,7 @@ use crate::document;
 use crate::password::Password;
 use crate::store::ObjectStore;
 use crate::{ObjectId, RepoError, Result};
+use recovery::Recognised;
 use slot::Slot;
 
 const PREFIX: &str = "keys/";
@@ -47,7 +55,8 @@ pub(crate) fn create_slot(
     Ok(slot.info)
 }
 
-/// The master key, from the first slot that opens with `password`; the cheapest is tried first.
+/// The master key, from the first slot that opens with `password`, and that slot; the cheapest is
+/// tried first. A recovery key may be written in any way its letters can be told from.
 ///
 /// # Errors
 /// [`RepoError::WrongPassword`] where no slot opens; [`RepoError::Damaged`] where there is none that
@@ -56,14 +65,19 @@ pub(crate) fn unlock(
     store: &dyn ObjectStore,
     config_bytes: &[u8],
     password: &Password,
-) -> Result<MasterKey> {
+) -> Result<(MasterKey, ObjectId)> {
     let Slots { mut readable, unreadable } =
         read_slots(store, RepositoryConfig::decode(config_bytes)?.id)?;
+    let written = recovery::recognise(password);
+    let password = match &written {
+        Recognised::Key(key) => &key.password(),
+        Recognised::Mistyped(_) | Recognised::Other => password,
+    };
     // A hostile slot that takes minutes must not stand before an honest one.
     readable.sort_by_key(|slot| slot.info.kdf.cost());
     for slot in &readable {
         if let Some(master) = slot.open(config_bytes, password)? {
-            return Ok(master);
+            return Ok((master, slot.info.id));
         }
     }
     let mut repository = store.location();
@@ -75,6 +89,9 @@ pub(crate) fn unlock(
                 .push_str(&format!(" ({} cannot be read and was not tried)", object_name(id)));
         }
         None => {}
+    }
+    if let Recognised::Mistyped(groups) = written {
+        repository.push_str(&format!(" (this looks like a recovery key mistyped in {groups})"));
     }
     Err(RepoError::WrongPassword { repository })
 }
@@ -99,39 +116,6 @@ pub(crate) fn list(store: &dyn ObjectStore) -> Result<Vec<KeySlotInfo>> {
 /// Those of the store; [`RepoError::Damaged`] for the configuration.
 pub(crate) fn unreadable(store: &dyn ObjectStore) -> Result<Vec<(ObjectId, RepoError)>> {
     Ok(read_slots(store, repository_of(store)?)?.unreadable)
-}
-
-/// Removes a slot, readable or not, while another is left that can be read. Its password opens
-/// nothing any more; who has the master key from before keeps it.
-///
-/// Two processes that remove the last two slots at the same moment are not kept from it.
-///
-/// # Errors
-/// [`RepoError::NotFound`] where there is no such slot, [`RepoError::Invalid`] for the last; those of
-/// the store.
-pub(crate) fn remove(store: &dyn ObjectStore, id: ObjectId) -> Result<()> {
-    let name = object_name(id);
-    // Only whether it is there: a damaged one can be removed too.
-    match store.open(&name) {
-        Err(RepoError::NotFound { .. }) => {
-            return Err(RepoError::NotFound {
-                what: format!("key {id} in {}", store.location()),
-                hint: "`vmtide key list` shows those there are".into(),
-            });
-        }
-        Err(RepoError::Denied { context, source }) => {
-            return Err(RepoError::Denied { context, source });
-        }
-        _ => {}
-    }
-    let slots = read_slots(store, repository_of(store)?)?;
-    if slots.readable.iter().all(|slot| slot.info.id == id) {
-        return Err(RepoError::Invalid(format!(
-            "key {id} is the last that opens {}; add another first",
-            store.location()
-        )));
-    }
-    store.remove(&name)
 }
 
 /// The slots of one repository.

@@ -25,7 +25,7 @@ fn add(store: &MemoryStore, config: &[u8], password: &str) -> ObjectId {
 
 fn opens(store: &MemoryStore, config: &[u8], password: &str) -> Result<bool> {
     match unlock(store, config, &Password::new(password)) {
-        Ok(key) => {
+        Ok((key, _)) => {
             assert_eq!(key.as_bytes(), master().as_bytes());
             Ok(true)
         }
