@@ -16,6 +16,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 4 wrong password or denied, 5 damaged, 6 
 """
 
 import argparse
+import datetime
 import fcntl
 import getpass
 import json
@@ -248,6 +249,8 @@ OBJECTS = {
     "pack": (b"VMTIDEPK", lambda digits: f"packs/{digits[:2]}/{digits}"),
     "map": (b"VMTIDEMP", lambda digits: f"maps/{digits}"),
     "point": (b"VMTIDEPT", lambda digits: f"points/{digits}"),
+    "hold": (b"VMTIDEHD", lambda digits: f"holds/{digits}"),
+    "release": (b"VMTIDEHR", lambda digits: f"released/{digits}"),
     "forward": (b"VMTIDEFW", lambda digits: f"forward/{digits}"),
     "healed": (b"VMTIDEHL", lambda digits: f"healed/{digits}"),
 }
@@ -501,16 +504,39 @@ def read_record(repository, kind, object_id):
         raise damaged(name, f"its JSON: {error!r}") from None
 
 
-def read_point(repository, point_id):
-    name, value = read_record(repository, "point", point_id)
+def checked_point(name, value):
     try:
         for disk in value["disks"]:
             disk["map"] = [hex_bytes(name, digits, 16) for digits in disk["map"]]
             need(type(disk["size_bytes"]) is int and disk["size_bytes"] >= 0, name, "size_bytes")
             need(isinstance(disk["id"], str), name, "id of a disk")
-        need(value["id"] == point_id.hex(), name, "it has another point's id")
+        hex_bytes(name, value["id"], 16)
         return {**value, "vm": str(value["vm"]), "time": str(value["time"])}
     except (ValueError, KeyError, TypeError) as error:
+        raise damaged(name, f"its JSON: {error!r}") from None
+
+
+def read_point(repository, point_id):
+    point = checked_point(*read_record(repository, "point", point_id))
+    need(point["id"] == point_id.hex(), f"points/{point_id.hex()}", "it has another point's id")
+    return point
+
+
+def read_held_point(repository, hold_id):
+    """The restore point that a hold in force keeps (§9.1), or None."""
+    name, value = read_record(repository, "hold", hold_id)
+    if hold_id.hex() in repository.names("released"):
+        read_record(repository, "release", hold_id)
+        return None
+    need(value.get("id") == hold_id.hex(), name, "it has another hold's id")
+    try:
+        until = value["until"]
+        if until is not None:
+            end = datetime.datetime.fromisoformat(until.split(".")[0].rstrip("Z") + "+00:00")
+            if end <= datetime.datetime.now(datetime.timezone.utc):
+                return None
+        return checked_point(name, value["record"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(name, f"its JSON: {error!r}") from None
 
 
@@ -660,6 +686,16 @@ def points(repository):
             problems.append(failure)
         except FileNotFoundError:
             pass  # Forgotten meanwhile.
+    # After the points: where one is gone, a hold may keep it.
+    for digits in repository.names("holds"):
+        try:
+            held = read_held_point(repository, bytes.fromhex(digits))
+            if held and all(point["id"] != held["id"] for point in found):
+                found.append(held)
+        except Failure as failure:
+            problems.append(failure)
+        except FileNotFoundError:
+            pass  # Released meanwhile.
     return sorted(found, key=lambda point: (point["time"].rstrip("Z"), point["id"])), problems
 
 

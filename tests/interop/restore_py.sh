@@ -120,6 +120,11 @@ for ENCRYPTION in aes-256-gcm none; do
     check 2 3 "after forget and prune, the newer"
     echo "   forwards: $(find "$REPO/forward" -type f 2>/dev/null | wc -l)"
 
+    held="$(point_id 1)"
+    vmtide hold "$held" -r "$REPO" --reason "interoperation" --until 1d
+    rm -f "$REPO/points/$held"
+    check 1 2 "kept by a hold alone"
+
     if [[ "$ENCRYPTION" != none ]]; then
         VMTIDE_PASSWORD=wrong expect 4 "wrong password" restore_py "$REPO"
     fi

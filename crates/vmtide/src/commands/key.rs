@@ -138,6 +138,12 @@ fn list(app: &App, repository: &Repository) -> Result<Exit> {
     Ok(Exit::Done)
 }
 
+fn check_encrypted(repository: &Repository) -> Result<ObjectId> {
+    repository.opened_with().ok_or_else(|| {
+        RepoError::Invalid("this repository is not encrypted: it has no keys".into()).into()
+    })
+}
+
 /// A password to be: one of the user's, or a recovery key and where it is to be told.
 enum NewKey<'a> {
     Chosen(Password),
@@ -147,12 +153,7 @@ enum NewKey<'a> {
 impl NewArgs {
     /// Gets or makes it. What can go wrong with a file goes wrong before anything is changed.
     fn get(&self, app: &App, repository: &Repository) -> Result<NewKey<'_>> {
-        if repository.opened_with().is_none() {
-            return Err(RepoError::Invalid(
-                "this repository is not encrypted: it has no keys".into(),
-            )
-            .into());
-        }
+        check_encrypted(repository)?;
         if !self.recovery {
             let source = PasswordSource::for_new_key(
                 self.new_password_file.as_deref(),
@@ -234,11 +235,8 @@ fn remove(app: &App, repository: &Repository, prefix: &str) -> Result<Exit> {
 
 fn rotate(app: &App, repository: &Repository, args: &RotateArgs) -> Result<Exit> {
     let keys = repository.keys()?;
-    let old = match (&args.id, repository.opened_with()) {
-        (Some(prefix), _) => find(&keys, prefix)?,
-        (None, Some(id)) => id,
-        (None, None) => find(&keys, "")?,
-    };
+    let used = check_encrypted(repository)?;
+    let old = args.id.as_ref().map_or(Ok(used), |prefix| find(&keys, prefix))?;
     let mut new = args.new.get(app, repository)?;
     new.tell(app)?;
     let label = keys.iter().find(|key| key.id == old).map(|key| key.label.clone());
