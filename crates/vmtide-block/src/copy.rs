@@ -2,12 +2,14 @@
 //!
 //! Workers claim spans of the disk and deal with each alone: ask the source for extents, read the
 //! data, skip what is zero, write the rest. Spans are large enough for a slow medium to see
-//! sequential access and small enough to share the tail of a disk between workers.
+//! sequential access and small enough to share the tail of a disk between workers. A source that
+//! hands over its data in the order of its storage is taken at its word.
 
 use crate::{
-    AlignedBuffer, BlockDevice, BlockError, ByteRange, CancelToken, Extent, Progress, Result,
-    WritableBlockDevice, for_each_extent, is_zero,
+    AlignedBuffer, BlockDevice, BlockError, ByteRange, CancelToken, Extent, MAX_PIECE_BYTES,
+    Progress, Result, StorageOrder, WritableBlockDevice, for_each_extent, is_zero,
 };
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// What one worker claims at a time. Smaller spans cut sequential access into pieces on spinning
@@ -17,6 +19,9 @@ const SPAN_BYTES: u64 = 32 << 20;
 /// The size of one read and one write. Smaller ones cost a round trip each on a network, and cut more of a
 /// restore point's frames (2 MiB) in two; larger ones only take memory.
 const BUFFER_BYTES: usize = 4 << 20;
+
+/// How much of a disk is asked about at once, so that the answers of a scattered one stay small.
+const WINDOW_BYTES: u64 = 1 << 30;
 
 /// The grain at which zeros inside data become holes, and differences are written in place.
 const GRAIN_BYTES: usize = 64 << 10;
@@ -95,21 +100,10 @@ pub fn copy_device(
         written_bytes: AtomicU64::new(0),
         zeroed_bytes: AtomicU64::new(0),
     };
-    let mut result = Ok(());
-    std::thread::scope(|scope| {
-        let workers: Vec<_> =
-            (0..options.workers.max(1)).map(|_| scope.spawn(|| copier.work())).collect();
-        for worker in workers {
-            let outcome = worker.join().unwrap_or_else(|_| {
-                Err(BlockError::damaged(source.name(), "a copy worker ended abnormally"))
-            });
-            // A cancelled worker may only echo another one's failure: the real cause wins.
-            if matches!(result, Ok(()) | Err(BlockError::Cancelled)) && outcome.is_err() {
-                result = outcome;
-            }
-        }
-    });
-    result?;
+    match source.storage_order() {
+        Some(storage) => copier.copy_in_storage_order(storage)?,
+        None => copier.copy_by_offset()?,
+    }
     target.flush()?;
     Ok(CopySummary {
         read_bytes: copier.read_bytes.into_inner(),
@@ -119,6 +113,56 @@ pub fn copy_device(
 }
 
 impl Copier<'_> {
+    /// Zeros first, then data as the source hands it over.
+    fn copy_in_storage_order(&self, storage: &dyn StorageOrder) -> Result<()> {
+        let spare: Mutex<Vec<Vec<u8>>> = Mutex::default();
+        let present_bytes = if self.options.differing_only { MAX_PIECE_BYTES } else { 0 };
+        let buffer = || spare.lock().ok().and_then(|mut spare| spare.pop());
+        let mut present = vec![0u8; present_bytes];
+        let size_bytes = self.source.size_bytes();
+        let mut start = 0;
+        while start < size_bytes {
+            let window = ByteRange::from_bounds(start, (start + WINDOW_BYTES).min(size_bytes));
+            for_each_extent(self.source, window, self.cancel, |extent| {
+                if extent.kind.reads_as_zero() {
+                    self.make_zero(extent.range, &mut present)?;
+                    self.progress.add_done(extent.range.length);
+                }
+                Ok(())
+            })?;
+            start = window.end();
+        }
+        storage.read_all(self.options.workers.max(1), self.cancel, &|data, offset| {
+            let mut present = buffer().unwrap_or_else(|| vec![0u8; present_bytes]);
+            let outcome = self.write_data(data, offset, &mut present);
+            if let Ok(mut spare) = spare.lock() {
+                spare.push(present);
+            }
+            self.read_bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
+            self.progress.add_done(data.len() as u64);
+            outcome
+        })
+    }
+
+    /// Spans of the disk by as many workers as asked for.
+    fn copy_by_offset(&self) -> Result<()> {
+        let mut result = Ok(());
+        std::thread::scope(|scope| {
+            let workers: Vec<_> =
+                (0..self.options.workers.max(1)).map(|_| scope.spawn(|| self.work())).collect();
+            for worker in workers {
+                let outcome = worker.join().unwrap_or_else(|_| {
+                    Err(BlockError::damaged(self.source.name(), "a copy worker ended abnormally"))
+                });
+                // A cancelled worker may only echo another one's failure: the real cause wins.
+                if matches!(result, Ok(()) | Err(BlockError::Cancelled)) && outcome.is_err() {
+                    result = outcome;
+                }
+            }
+        });
+        result
+    }
+
     fn work(&self) -> Result<()> {
         let outcome = self.work_until_done();
         if outcome.is_err() {

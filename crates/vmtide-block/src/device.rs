@@ -46,6 +46,12 @@ pub trait BlockDevice: Send + Sync {
         Ok(extents)
     }
 
+    /// The device as one that hands over its data in the order of its storage, where that is
+    /// cheaper than reading it from one end to the other.
+    fn storage_order(&self) -> Option<&dyn crate::StorageOrder> {
+        None
+    }
+
     /// Succeeds where `range` lies inside the device.
     ///
     /// # Errors
@@ -114,6 +120,9 @@ impl<T: BlockDevice + ?Sized> BlockDevice for &T {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
         (**self).read_at(buffer, offset)
     }
+    fn storage_order(&self) -> Option<&dyn crate::StorageOrder> {
+        (**self).storage_order()
+    }
     fn extents(&self, range: ByteRange) -> Result<Vec<Extent>> {
         (**self).extents(range)
     }
@@ -131,6 +140,9 @@ impl<T: BlockDevice + ?Sized> BlockDevice for std::sync::Arc<T> {
     }
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
         (**self).read_at(buffer, offset)
+    }
+    fn storage_order(&self) -> Option<&dyn crate::StorageOrder> {
+        (**self).storage_order()
     }
     fn extents(&self, range: ByteRange) -> Result<Vec<Extent>> {
         (**self).extents(range)

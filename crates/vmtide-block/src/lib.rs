@@ -22,6 +22,7 @@ mod progress;
 mod range;
 mod range_set;
 mod raw;
+mod storage_order;
 mod zero;
 
 pub use aligned::AlignedBuffer;
@@ -35,4 +36,5 @@ pub use progress::{Progress, ProgressSnapshot};
 pub use range::ByteRange;
 pub use range_set::RangeSet;
 pub use raw::{OpenMode, RawDevice};
+pub use storage_order::{MAX_PIECE_BYTES, StorageOrder, TakePiece};
 pub use zero::is_zero;

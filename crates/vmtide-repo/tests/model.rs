@@ -14,8 +14,10 @@ mod common;
 use common::{Disk, commit, fast_options, repository, store_point};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
-use std::sync::Arc;
-use vmtide_block::{BlockDevice, ByteRange, CancelToken, Progress, RangeSet, all_extents};
+use std::sync::{Arc, Mutex};
+use vmtide_block::{
+    BlockDevice, ByteRange, CancelToken, MAX_PIECE_BYTES, Progress, RangeSet, all_extents,
+};
 use vmtide_repo::{
     ChangedRanges, DiskPlan, Level, MemoryStore, ObjectStore, PruneOptions, ReadData, Repository,
     VerifyOptions,
@@ -128,6 +130,7 @@ impl World {
                     assert!(expected[start..end].iter().all(|byte| *byte == 0));
                 }
             }
+            check_storage_order(&disk, expected);
             // Reads that begin and end anywhere.
             for (offset, length) in
                 [(1, 1), (65_535, 3), (70_001, 200_000), (expected.len() / 2, 99)]
@@ -145,6 +148,25 @@ impl World {
             self.repository.verify(&options, &Progress::new(), &CancelToken::new()).unwrap();
         assert_eq!(report.damage, []);
     }
+}
+
+/// All pieces together are the disk, and no byte comes twice.
+fn check_storage_order(disk: &vmtide_repo::PointDisk, expected: &[u8]) {
+    let got = Mutex::new((vec![0; expected.len()], RangeSet::new(), 0));
+    let storage = disk.storage_order().unwrap();
+    let take = |data: &[u8], offset: u64| {
+        assert!(data.len() <= MAX_PIECE_BYTES && data.as_ptr().align_offset(4096) == 0);
+        let mut got = got.lock().unwrap();
+        let start = offset as usize;
+        got.0[start..start + data.len()].copy_from_slice(data);
+        got.1.insert(ByteRange::new(offset, data.len() as u64));
+        got.2 += data.len() as u64;
+        Ok(())
+    };
+    storage.read_all(3, &CancelToken::new(), &take).unwrap();
+    let (content, ranges, bytes) = got.into_inner().unwrap();
+    assert!(content == expected, "in the order of the packs the disk differs");
+    assert_eq!(ranges.total_bytes(), bytes);
 }
 
 fn run(steps: &[Step], encrypted: bool) {

@@ -64,7 +64,7 @@ fn a_crash_leaves_unfinished_files_which_are_found() {
     let local = LocalStore::create(directory.path()).unwrap();
     let store = FaultyStore::crashing_at(Arc::new(local.clone()), 1);
     let mut waiting = store.create("packs/cc/9").unwrap();
-    waiting.write(&[9; 500_000]).unwrap();
+    waiting.write(&vec![9; 5_000_000]).unwrap();
     assert!(job(&store).is_err());
     drop(waiting);
     let left = fs::read_dir(directory.path().join("tmp")).unwrap().count();

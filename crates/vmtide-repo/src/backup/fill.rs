@@ -4,29 +4,51 @@ use super::session::SessionState;
 use crate::pack::{ChunkEntry, FrameEncoder, MAX_FRAME_BYTES, PackWriter};
 use crate::{BLOCK_BYTES, ChunkId, Location, RepoError, Result};
 
-/// The bytes of chunks that are compressed together, at least. Smaller frames compress worse (zstd
-/// sees less); larger ones leave the processor's cache and make reading one block cost more. See
-/// `docs/decisions/0003-frames-and-levels.md`.
-const FRAME_BYTES: usize = 2 << 20;
+/// New data this far apart on the disk, in blocks, was probably not written together, and will not be
+/// overwritten together.
+const JUMP_BLOCKS: u64 = 256;
+
+/// An island is new data without a jump in it. Where islands are smaller than this, frames end with
+/// them. A restore decodes the whole of a frame whatever is still in use of it: after a year of scattered writes, frames of
+/// 32 islands that die one by one would cost a restore four times as much as those of one. See
+/// `docs/decisions/0010-layout.md`.
+const SMALL_ISLAND_BYTES: usize = 512 << 10;
+
+/// The bytes of chunks in a frame that may end with an island, at least: for less, its entries and what
+/// compression loses weigh more.
+const MIN_FRAME_BYTES: usize = 64 << 10;
 
 /// One worker's open pack. It goes from disk to disk of a job, so that a VM with many small disks
 /// does not leave many small packs.
 pub(super) struct PackFiller {
+    frame_bytes: usize,
     encoder: FrameEncoder,
     pack: Option<PackWriter>,
     frame: Vec<u8>,
     frame_chunks: Vec<ChunkEntry>,
     stored: Vec<u8>,
+    /// The block of the disk of the next chunk.
+    block: u64,
+    /// The one after the last chunk taken.
+    next_block: u64,
+    /// What was taken since the last jump.
+    island_bytes: usize,
 }
 
 impl PackFiller {
-    pub(super) fn new(compression_level: i32) -> Result<Self> {
+    /// A filler that compresses some `frame_bytes` together.
+    pub(super) fn new(compression_level: i32, frame_bytes: usize) -> Result<Self> {
+        let frame_bytes = frame_bytes.min(MAX_FRAME_BYTES);
         Ok(Self {
+            frame_bytes,
             encoder: FrameEncoder::new(compression_level)?,
             pack: None,
-            frame: Vec::with_capacity(FRAME_BYTES),
+            frame: Vec::with_capacity(frame_bytes),
             frame_chunks: Vec::new(),
             stored: Vec::new(),
+            block: 0,
+            next_block: 0,
+            island_bytes: 0,
         })
     }
 
@@ -43,6 +65,11 @@ impl PackFiller {
         Ok(Location { pack: pack.id(), ordinal })
     }
 
+    /// Says that the chunk taken next, if it is new, lies at this block of the disk.
+    pub(super) fn go_to(&mut self, block: u64) {
+        self.block = block;
+    }
+
     /// Takes a chunk at the place that [`next_location`](Self::next_location) named. Answers with
     /// the stored bytes that this made.
     pub(super) fn push(
@@ -54,13 +81,22 @@ impl PackFiller {
         let blocks = u16::try_from(chunk.len() / BLOCK_BYTES)
             .map_err(|_| RepoError::Invalid("chunk too long".into()))?;
         let mut stored = 0;
+        if !(self.next_block..self.next_block + JUMP_BLOCKS).contains(&self.block) {
+            if self.island_bytes < SMALL_ISLAND_BYTES && self.frame.len() >= MIN_FRAME_BYTES {
+                stored += self.flush_frame()?;
+            }
+            self.island_bytes = 0;
+        }
+        self.next_block = self.block + u64::from(blocks);
+        self.block = self.next_block;
+        self.island_bytes += chunk.len();
         // The place that was named stays right: the blocks that wait only move into the pack.
         if self.frame.len() + chunk.len() > MAX_FRAME_BYTES {
             stored += self.flush_frame()?;
         }
         self.frame.extend_from_slice(chunk);
         self.frame_chunks.push(ChunkEntry { id, blocks });
-        if self.frame.len() < FRAME_BYTES {
+        if self.frame.len() < self.frame_bytes {
             return Ok(stored);
         }
         stored += self.flush_frame()?;

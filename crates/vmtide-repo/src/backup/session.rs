@@ -33,6 +33,8 @@ pub struct BackupOptions {
     pub workers: usize,
     /// The zstd level, 1 to 19.
     pub compression_level: i32,
+    /// The bytes of chunks that are compressed together, at least; from 4 KiB to 4 MiB.
+    pub frame_bytes: usize,
     /// The size at which a pack is finished, in bytes.
     pub pack_size_bytes: u64,
     /// At most so many bytes a second are read from sources, all together.
@@ -42,6 +44,10 @@ pub struct BackupOptions {
 /// Enough for S3's cost of requests to vanish (one PUT per pack) and small enough that half-dead
 /// packs are cheap to rewrite.
 const PACK_SIZE_BYTES: u64 = 64 << 20;
+
+/// Smaller frames compress worse (zstd sees less); larger ones leave the processor's cache and make
+/// reading one block cost more. See `docs/decisions/0003-frames-and-levels.md`.
+const FRAME_BYTES: usize = 2 << 20;
 
 /// What the peers take too; the figures are in `docs/decisions/0003-frames-and-levels.md`.
 const DEFAULT_COMPRESSION_LEVEL: i32 = 3;
@@ -53,6 +59,7 @@ impl Default for BackupOptions {
         Self {
             workers: (cores + 2).min(16),
             compression_level: DEFAULT_COMPRESSION_LEVEL,
+            frame_bytes: FRAME_BYTES,
             pack_size_bytes: PACK_SIZE_BYTES,
             limit_rate: None,
         }
@@ -466,7 +473,7 @@ impl BackupSession {
         let waiting = self.fillers.lock().pop();
         let mut filler = match waiting {
             Some(filler) => filler,
-            None => PackFiller::new(self.options.compression_level)?,
+            None => PackFiller::new(self.options.compression_level, self.options.frame_bytes)?,
         };
         let outcome = work(&mut filler);
         self.fillers.lock().push(filler);

@@ -91,7 +91,8 @@ impl DiskJob<'_> {
             }),
             Cut::Chunk { first, count } => {
                 let chunk = &content[first * BLOCK_BYTES..(first + count) * BLOCK_BYTES];
-                let Location { pack, ordinal } = self.store_chunk(chunk, filler)?;
+                let Location { pack, ordinal } =
+                    self.store_chunk(chunk, first_block + first as u64, filler)?;
                 runs.add(MapRun {
                     first_block: first_block + first as u64,
                     count: count as u64,
@@ -104,7 +105,13 @@ impl DiskJob<'_> {
         Ok(())
     }
 
-    fn store_chunk(&self, chunk: &[u8], filler: &mut PackFiller) -> Result<Location> {
+    fn store_chunk(
+        &self,
+        chunk: &[u8],
+        first_block: u64,
+        filler: &mut PackFiller,
+    ) -> Result<Location> {
+        filler.go_to(first_block);
         let stored = self.session.store_chunk(chunk, filler)?;
         self.new_bytes.fetch_add(stored.new_bytes, Ordering::Relaxed);
         self.stored_bytes.fetch_add(stored.stored_bytes, Ordering::Relaxed);

@@ -9,6 +9,7 @@ mod packs;
 mod point_disk;
 mod quarantine;
 mod repairs;
+mod storage_order;
 mod walk;
 
 pub(crate) use forward::{Forward, Move, write_forward};

@@ -9,26 +9,28 @@ use crate::point::DiskRecord;
 use crate::{BLOCK_BYTES, Location, ObjectId, RepoError, Result};
 use parking_lot::Mutex;
 use std::sync::Arc;
-use vmtide_block::{BlockDevice, BlockError, ByteRange, Extent, ExtentKind, push_extent};
+use vmtide_block::{
+    BlockDevice, BlockError, ByteRange, Extent, ExtentKind, StorageOrder, push_extent,
+};
 
-const BLOCK: u64 = BLOCK_BYTES as u64;
+pub(super) const BLOCK: u64 = BLOCK_BYTES as u64;
 
 /// The decompressed frames that are kept for one disk, in bytes. A frame at the edge of a read is
 /// wanted again by the next one; random readers live from it.
 const FRAME_CACHE_BYTES: usize = 32 << 20;
 
 /// The most stored bytes fetched in one read: enough for one request to a distant store to pay.
-const FETCH_BYTES: u64 = 4 << 20;
+pub(super) const FETCH_BYTES: u64 = 4 << 20;
 
 /// The most extents in one answer.
 const MAX_EXTENTS: usize = 1 << 16;
 
 /// A disk of a restore point, readable at any place by many threads at once.
 pub struct PointDisk {
-    name: String,
-    size_bytes: u64,
-    map: DiskMap,
-    packs: PackSet,
+    pub(super) name: String,
+    pub(super) size_bytes: u64,
+    pub(super) map: DiskMap,
+    pub(super) packs: PackSet,
     frames: ByteCache<(ObjectId, usize), Vec<u8>>,
     scratch: Mutex<Vec<Scratch>>,
 }
@@ -182,15 +184,15 @@ fn batch_from(pack: &Pack, first: usize, last: usize) -> usize {
 
 /// A length inside a buffer, which is a `usize` already.
 #[allow(clippy::cast_possible_truncation, reason = "bounded by the length of a slice")]
-const fn index(bytes: u64) -> usize {
+pub(super) const fn index(bytes: u64) -> usize {
     bytes as usize
 }
 
-fn narrow(blocks: u64) -> Result<u32> {
+pub(super) fn narrow(blocks: u64) -> Result<u32> {
     u32::try_from(blocks).map_err(|_| too_far())
 }
 
-fn too_far() -> RepoError {
+pub(super) fn too_far() -> RepoError {
     RepoError::damaged("disk map", "a run goes past the last block a pack can have")
 }
 
@@ -206,6 +208,10 @@ impl BlockDevice for PointDisk {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<(), BlockError> {
         self.check_range(ByteRange::new(offset, buffer.len() as u64))?;
         Ok(self.read(buffer, offset)?)
+    }
+
+    fn storage_order(&self) -> Option<&dyn StorageOrder> {
+        Some(self)
     }
 
     fn extents(&self, range: ByteRange) -> Result<Vec<Extent>, BlockError> {

@@ -10,6 +10,9 @@ use zstd::bulk::{Compressor, Decompressor};
 /// `docs/decisions/0003-frames-and-levels.md`.
 const SAMPLE_BYTES: usize = 64 << 10;
 
+/// In frames shorter than this a sample costs more than it saves.
+const MIN_SAMPLED_BYTES: usize = 4 * SAMPLE_BYTES;
+
 /// Where level 1 leaves less than this part of a sample, or more than the other, a higher level takes half
 /// as long again to save next to nothing.
 const WORTH_PERCENT: std::ops::Range<usize> = 2..90;
@@ -38,6 +41,7 @@ impl FrameEncoder {
         out.clear();
         out.reserve(zstd::zstd_safe::compress_bound(content.len()) + crate::crypto::TAG_BYTES);
         let compressor = match &mut self.thorough {
+            Some(thorough) if content.len() < MIN_SAMPLED_BYTES => thorough,
             Some(thorough) => {
                 let start = (content.len() / 2).saturating_sub(SAMPLE_BYTES / 2);
                 let sample = &content[start..(start + SAMPLE_BYTES).min(content.len())];

@@ -4,6 +4,7 @@
 //! and its directory is synced: so it is there whole or not at all, whatever crashes. Directories
 //! are made when first needed, and the directory above is synced then.
 
+mod bulk;
 mod files;
 mod lock;
 mod reader;

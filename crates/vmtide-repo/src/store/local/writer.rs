@@ -1,17 +1,13 @@
 //! An object of a local store being written: a file in `tmp/` until it is whole and durable.
 
 use super::Root;
+use super::bulk::BulkFile;
 use super::files;
 use crate::store::ObjectWriter;
 use crate::{ObjectId, RepoError, Result};
-use std::fs::File;
-use std::io::{self, BufWriter, ErrorKind, Write};
+use std::io::{self, ErrorKind};
 use std::path::PathBuf;
 use std::sync::Arc;
-
-/// How much is gathered before it is written. Frames of a pack are larger and go straight through;
-/// this spares a call for every header and table.
-const BUFFER_BYTES: usize = 128 << 10;
 
 /// A file in `tmp/` that becomes the object `name` in [`finish`](ObjectWriter::finish), and is
 /// removed when it is dropped before.
@@ -20,7 +16,7 @@ pub(super) struct LocalWriter {
     name: String,
     temporary: PathBuf,
     /// None once finished.
-    file: Option<BufWriter<File>>,
+    file: Option<BulkFile>,
 }
 
 impl LocalWriter {
@@ -36,23 +32,12 @@ impl LocalWriter {
                 _ => Err(error),
             })
             .map_err(|error| not_written(&root, name, error))?;
-        Ok(Self {
-            root,
-            name: name.to_owned(),
-            temporary,
-            file: Some(BufWriter::with_capacity(BUFFER_BYTES, file)),
-        })
+        Ok(Self { root, name: name.to_owned(), temporary, file: Some(BulkFile::new(file)) })
     }
 
     /// Everything in the file and on the disk, under the temporary name still.
     fn sync(&mut self) -> io::Result<()> {
-        if let Some(mut file) = self.file.take() {
-            let synced = file.flush().and_then(|()| file.get_ref().sync_all());
-            // A buffer that could not be written must not be tried once more by its drop.
-            drop(file.into_parts());
-            synced?;
-        }
-        Ok(())
+        self.file.take().map_or(Ok(()), BulkFile::sync)
     }
 
     fn publish(&self) -> Result<()> {
@@ -79,7 +64,7 @@ impl ObjectWriter for LocalWriter {
         let file = self.file.as_mut().ok_or_else(|| {
             RepoError::Invalid(format!("{} is finished and takes no more", self.name))
         })?;
-        file.write_all(bytes).map_err(|error| not_written(&self.root, &self.name, error))
+        file.write(bytes).map_err(|error| not_written(&self.root, &self.name, error))
     }
 
     fn finish(mut self: Box<Self>) -> Result<()> {
@@ -90,9 +75,7 @@ impl ObjectWriter for LocalWriter {
 
 impl Drop for LocalWriter {
     fn drop(&mut self) {
-        if let Some(file) = self.file.take() {
-            drop(file.into_parts());
-        }
+        drop(self.file.take());
         // After success there is nothing under this name; otherwise prune gets what stays.
         let _ = std::fs::remove_file(&self.temporary);
     }
