@@ -85,7 +85,9 @@ impl RawDevice {
             };
             BlockError::io(context, error)
         })?;
-        if let OpenMode::CreateNew { size_bytes } = mode {
+        // Cutting even an empty file to nothing makes ext4 write all of it out when it is closed, in
+        // case it is an old file that is being replaced.
+        if let OpenMode::CreateNew { size_bytes: size_bytes @ 1.. } = mode {
             file.set_len(size_bytes).map_err(|error| {
                 BlockError::io(format!("set the size of {} to {size_bytes}", path.display()), error)
             })?;
@@ -287,6 +289,9 @@ impl WritableBlockDevice for RawDevice {
         }
         if self.fixed_size {
             return Err(BlockError::unsupported(self.name(), "a block device has a fixed size"));
+        }
+        if size_bytes == self.size_bytes() {
+            return Ok(());
         }
         self.file.set_len(size_bytes).map_err(|error| {
             BlockError::io(format!("resize {} to {size_bytes} bytes", self.path.display()), error)

@@ -12,7 +12,8 @@ use std::str::FromStr;
 use std::sync::Arc;
 use vmtide_block::BlockDevice;
 use vmtide_image::{ImageWriter, open_writable};
-use vmtide_nbd::{Export, NbdServer, ServerHandle};
+pub use vmtide_nbd::TlsServerOptions;
+use vmtide_nbd::{Export, NbdServer, ServerHandle, ServerOptions};
 use vmtide_repo::{Repository, RestorePoint};
 
 /// Where a server listens.
@@ -154,15 +155,22 @@ pub struct DiskServer {
     handle: ServerHandle,
     exports: Vec<ServedExport>,
     writers: Vec<(Arc<dyn ImageWriter>, ImageLock)>,
+    asks_who: bool,
 }
 
 impl DiskServer {
-    /// Begins to serve the disks.
+    /// Begins to serve the disks, with certificates over TLS alone.
     ///
     /// # Errors
-    /// Where the address cannot be listened on.
-    pub fn start(disks: Vec<ServedDisk>, address: &ListenAddress) -> Result<Self> {
-        let mut server = NbdServer::new();
+    /// Where the address cannot be listened on, or the certificates cannot be used.
+    pub fn start(
+        disks: Vec<ServedDisk>,
+        address: &ListenAddress,
+        tls: Option<TlsServerOptions>,
+    ) -> Result<Self> {
+        let asks_who = tls.as_ref().is_some_and(|tls| tls.client_authorities.is_some());
+        let options = ServerOptions { tls, ..ServerOptions::default() };
+        let mut server = NbdServer::new().options(options);
         let (mut exports, mut writers) = (Vec::new(), Vec::new());
         for disk in disks {
             let (export, size_bytes, writable) = match disk.backing {
@@ -200,7 +208,7 @@ impl DiskServer {
         for export in &mut exports {
             export.url = handle.url_of(&export.name).to_string();
         }
-        Ok(Self { handle, exports, writers })
+        Ok(Self { handle, exports, writers, asks_who })
     }
 
     /// What is served, with the URLs.
@@ -208,9 +216,10 @@ impl DiskServer {
         &self.exports
     }
 
-    /// Whether anybody on the network can connect, and not only this host.
+    /// Whether anybody on the network can connect, and not only this host or those with a certificate.
     pub fn is_exposed(&self) -> bool {
-        self.handle.local_addr().is_some_and(|address| !address.ip().is_loopback())
+        !self.asks_who
+            && self.handle.local_addr().is_some_and(|address| !address.ip().is_loopback())
     }
 
     /// Takes no more requests, answers those under way, and closes written images in order.

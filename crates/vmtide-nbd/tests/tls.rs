@@ -55,7 +55,7 @@ fn certificates(lab: &Lab, directory: &str) -> String {
 
 fn serve(lab: &Lab, directory: &str, memory: Arc<MemoryDevice>) -> ServerHandle {
     let options = ServerOptions {
-        tls: Some(TlsServerOptions { certificates: directory.into(), verify_clients: true }),
+        tls: Some(TlsServerOptions::in_directory(directory, true)),
         ..ServerOptions::default()
     };
     NbdServer::new()

@@ -119,3 +119,68 @@ fn restore_points_are_served() {
     let run = place.run(&["serve", "web", "--nbd", "unix:x.sock", "--disk", "d9"]).must_end_with(6);
     one_clear_line(&run, "d9");
 }
+
+/// An authority with certificates for a server and a client, under the names that QEMU gives them.
+fn certificates(place: &Place) {
+    let script = "set -e; mkdir pki; cd pki
+        new='openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes'
+        $new -x509 -days 2 -subj /CN=authority -keyout ca-key.pem -out ca-cert.pem \
+            -addext keyUsage=critical,keyCertSign
+        for who in server client; do
+            printf 'subjectAltName=DNS:localhost,IP:127.0.0.1\nextendedKeyUsage=%sAuth\nkeyUsage=digitalSignature\n' $who >ext
+            $new -subj /CN=$who -keyout $who-key.pem -out request
+            openssl x509 -req -days 2 -in request -CA ca-cert.pem -CAkey ca-key.pem -CAcreateserial \
+                -extfile ext -out $who-cert.pem
+        done";
+    must(place, "sh", &["-c", script]);
+}
+
+#[test]
+fn over_tls_only_clients_with_a_certificate_are_served() {
+    let place = Place::new();
+    sparse_disk(&place, "disk.raw", 4 * MIB);
+    place.run(&["convert", "disk.raw", "disk.vhdx"]).must_end_with(0);
+    certificates(&place);
+    let pki = ["--tls-cert", "pki/server-cert.pem", "--tls-key", "pki/server-key.pem"];
+    let mut child = Command::new(assert_cmd::cargo::cargo_bin!("vmtide"))
+        .args(["serve", "disk.vhdx", "--json", "--nbd", "127.0.0.1:0"])
+        .args(pki)
+        .args(["--tls-client-ca", "pki/ca-cert.pem"])
+        .current_dir(place.directory.path())
+        .env("XDG_CONFIG_HOME", place.path("config"))
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut out = std::io::BufReader::new(child.stdout.take().unwrap());
+    let _server = Server(child);
+    let mut line = String::new();
+    std::io::BufRead::read_line(&mut out, &mut line).unwrap();
+    let event: Value = serde_json::from_str(&line).unwrap();
+    let url = event["exports"][0]["url"].as_str().unwrap().to_owned();
+    let address = url.strip_prefix("nbds://").unwrap().trim_end_matches('/');
+    let pki_path = place.path("pki");
+    // libnbd, QEMU and vmtide, each with the client's certificate.
+    let with = format!("{url}?tls-certificates={}", pki_path.display());
+    let info = must(&place, "nbdinfo", &["--json", &with]);
+    assert!(info.contains(&format!("{}", 4 * MIB)), "{info}");
+    let (host, port) = address.rsplit_once(':').unwrap();
+    let credentials = "tls-creds-x509,id=tls,endpoint=client,dir=pki";
+    let source = format!("driver=nbd,host={host},port={port},tls-creds=tls");
+    let compare = [
+        "compare",
+        "--object",
+        credentials,
+        "--image-opts",
+        &source,
+        "driver=raw,file.filename=disk.raw",
+    ];
+    must(&place, "qemu-img", &compare);
+    place.run(&["compare", &with, "disk.raw"]).must_end_with(0);
+    // Without TLS, and without a certificate, nobody.
+    let plain = format!("nbd://{address}");
+    assert!(!qemu(&place, "qemu-img", &["info", &plain]).status.success());
+    std::fs::remove_file(pki_path.join("client-cert.pem")).unwrap();
+    assert_ne!(place.run(&["compare", &with, "disk.raw"]).code, 0);
+    let half = ["serve", "disk.raw", "--nbd", "127.0.0.1:0", "--tls-cert", "pki/server-cert.pem"];
+    place.run(&half).must_end_with(2);
+}

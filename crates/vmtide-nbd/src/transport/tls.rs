@@ -32,10 +32,25 @@ pub struct TlsClientOptions {
 /// How a server proves itself and, where it wants, its clients.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TlsServerOptions {
-    /// A directory with `server-cert.pem`, `server-key.pem` and, to verify clients, `ca-cert.pem`.
-    pub certificates: PathBuf,
-    /// Whether clients need a certificate signed by `ca-cert.pem`.
-    pub verify_clients: bool,
+    /// The server's certificate in PEM, with those between it and an authority behind it.
+    pub certificate: PathBuf,
+    /// Its private key in PEM.
+    pub key: PathBuf,
+    /// The authorities in PEM of which a client needs a certificate; none lets everybody in.
+    pub client_authorities: Option<PathBuf>,
+}
+
+impl TlsServerOptions {
+    /// Those of a directory with `server-cert.pem`, `server-key.pem` and, to verify clients,
+    /// `ca-cert.pem`.
+    pub fn in_directory(directory: impl AsRef<Path>, verify_clients: bool) -> Self {
+        let directory = directory.as_ref();
+        Self {
+            certificate: directory.join("server-cert.pem"),
+            key: directory.join("server-key.pem"),
+            client_authorities: verify_clients.then(|| directory.join("ca-cert.pem")),
+        }
+    }
 }
 
 fn provider() -> Arc<CryptoProvider> {
@@ -44,7 +59,7 @@ fn provider() -> Arc<CryptoProvider> {
 
 fn unusable(path: &Path, error: impl std::fmt::Display) -> BlockError {
     BlockError::io(
-        format!("read the certificates in {}", path.display()),
+        format!("read the certificate or key {}", path.display()),
         io::Error::new(io::ErrorKind::InvalidInput, error.to_string()),
     )
 }
@@ -63,11 +78,10 @@ fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>> {
     PrivateKeyDer::from_pem_file(path).map_err(|error| unusable(path, error))
 }
 
-fn authorities(directory: &Path) -> Result<RootCertStore> {
-    let path = directory.join("ca-cert.pem");
+fn authorities(path: &Path) -> Result<RootCertStore> {
     let mut store = RootCertStore::empty();
-    for certificate in certificates(&path)? {
-        store.add(certificate).map_err(|error| unusable(&path, error))?;
+    for certificate in certificates(path)? {
+        store.add(certificate).map_err(|error| unusable(path, error))?;
     }
     Ok(store)
 }
@@ -134,7 +148,7 @@ impl TlsClientOptions {
             builder.dangerous().with_custom_certificate_verifier(Arc::new(AnyCertificate(provider)))
         } else {
             builder.with_root_certificates(match &self.certificates {
-                Some(directory) => authorities(directory)?,
+                Some(directory) => authorities(&directory.join("ca-cert.pem"))?,
                 None => system_authorities()?,
             })
         };
@@ -164,23 +178,20 @@ impl TlsServerOptions {
         let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
             .with_safe_default_protocol_versions()
             .map_err(|error| BlockError::unsupported("set up TLS", error.to_string()))?;
-        let builder = if self.verify_clients {
-            let roots = Arc::new(authorities(&self.certificates)?);
-            let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider)
-                .build()
-                .map_err(|error| unusable(&self.certificates, error))?;
-            builder.with_client_cert_verifier(verifier)
-        } else {
-            builder.with_no_client_auth()
+        let builder = match &self.client_authorities {
+            Some(path) => {
+                let roots = Arc::new(authorities(path)?);
+                let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider)
+                    .build()
+                    .map_err(|error| unusable(path, error))?;
+                builder.with_client_cert_verifier(verifier)
+            }
+            None => builder.with_no_client_auth(),
         };
-        let path = self.certificates.join("server-cert.pem");
         builder
-            .with_single_cert(
-                certificates(&path)?,
-                private_key(&self.certificates.join("server-key.pem"))?,
-            )
+            .with_single_cert(certificates(&self.certificate)?, private_key(&self.key)?)
             .map(Arc::new)
-            .map_err(|error| unusable(&path, error))
+            .map_err(|error| unusable(&self.certificate, error))
     }
 }
 

@@ -5,10 +5,12 @@ use crate::commands::image::OpenArgs;
 use crate::exit::Exit;
 use crate::{repository, signals, units};
 use clap::Args;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 use vmtide_engine::image::{DiskSpec, format_by_extension};
-use vmtide_engine::serve::{Access, DiskServer, ListenAddress, open_image, open_point};
+use vmtide_engine::serve::{
+    Access, DiskServer, ListenAddress, TlsServerOptions, open_image, open_point,
+};
 use vmtide_engine::source::split_scheme;
 use vmtide_engine::{EngineError, Result, resolve};
 use vmtide_image::Format;
@@ -23,11 +25,12 @@ a `listening` event.
 
 What is not a file or URL is a restore point of the repository of -r, whose disks can be read; several
 disks are exports of their ids. Whoever reaches a TCP port can connect: use 127.0.0.1 or a Unix socket
-unless the network is trusted.
+unless the network is trusted, or TLS with --tls-client-ca.
 
 Examples:
   vmtide serve web.vhdx --nbd unix:/run/web.sock
   vmtide serve web.qcow2 --nbd 127.0.0.1:10809 --writable
+  vmtide serve web.vhdx --nbd 0.0.0.0:10809 --tls-cert cert.pem --tls-key key.pem --tls-client-ca ca.pem
   vmtide serve web@latest -r /backup --nbd unix:/run/web.sock --disk virtio0
   nbdcopy 'nbd+unix:///?socket=/run/web.sock' copy.raw";
 
@@ -47,6 +50,15 @@ pub struct ServeArgs {
     /// With --writable: even where other images read through it, which breaks them
     #[arg(long, requires = "writable")]
     force: bool,
+    /// Serve over TLS alone, with this certificate (PEM)
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// The private key of --tls-cert (PEM)
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+    /// Let in only clients with a certificate of these authorities (PEM)
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_client_ca: Option<PathBuf>,
     /// The name of the export [default: the default export, without a name]
     #[arg(long, value_name = "NAME")]
     export: Option<String>,
@@ -104,7 +116,10 @@ fn serve(
     disks: Vec<vmtide_engine::serve::ServedDisk>,
 ) -> Result<Exit> {
     let cancel = signals::cancel_on_signals()?;
-    let server = DiskServer::start(disks, &args.nbd)?;
+    let tls = args.tls_cert.clone().zip(args.tls_key.clone()).map(|(certificate, key)| {
+        TlsServerOptions { certificate, key, client_authorities: args.tls_client_ca.clone() }
+    });
+    let server = DiskServer::start(disks, &args.nbd, tls)?;
     if server.is_exposed() {
         app.output.warning("the port is open to the network, and whoever reaches it can connect");
     }
