@@ -14,20 +14,21 @@
 
 use crate::base::{self, BaseChoice};
 use crate::changes::{self, DiskChanges};
+use crate::damage::record_damage;
 use crate::events::{Event, JobContext, Phase};
 use crate::{EngineError, Result, sample};
 use jiff::Timestamp;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::time::Instant;
-use vmtide_block::BlockDevice;
+use vmtide_block::{BlockDevice, BlockError, ByteRange, CancelToken, RangeSet};
 use vmtide_hypervisor::{
     Consistency, DiskId, FreezeRequest, FrozenDisk, FrozenVm, FullReason, Hypervisor,
     HypervisorError, JobId,
 };
 use vmtide_repo::{
     BLOCK_BYTES, BackupOptions, BackupSession, ChangedRanges, DiskCounts, DiskDraft, DiskPlan,
-    Level, ObjectId, PointDraft, Repository, RestorePoint, TrackingRecord,
+    Level, ObjectId, PointDraft, RepoError, Repository, RestorePoint, TrackingRecord,
 };
 
 /// The level that the user asks for.
@@ -89,6 +90,8 @@ pub struct BackupSummary {
     pub consistency: String,
     /// The disks.
     pub disks: Vec<DiskSummary>,
+    /// The bytes of earlier restore points that were damaged and are whole again.
+    pub healed_bytes: u64,
     /// How long it took, in milliseconds.
     pub duration_ms: u64,
     /// What the user should know, one line each.
@@ -133,10 +136,29 @@ pub fn backup(job: &BackupJob<'_>, context: JobContext<'_>) -> Result<BackupSumm
     context.phase(Phase::Freeze, &name);
     let frozen = job.hypervisor.freeze(&freeze_request(job, &name, &base, context))?;
     let stored = check_consistency(job, frozen.as_ref(), context, &mut warnings).and_then(|()| {
-        store_and_commit(job, &name, started, &base, frozen.as_ref(), context, &mut warnings)
+        let stored =
+            store_and_commit(job, &name, started, &base, frozen.as_ref(), context, &mut warnings);
+        match stored {
+            // A map that cannot be read on is no base, whatever the restore point looked like.
+            Err(EngineError::Repo(RepoError::Damaged { object, detail }))
+                if base.newest.is_some() && object.starts_with("maps/") =>
+            {
+                let base = base.without_damaged(&object);
+                context.warn(
+                    &mut warnings,
+                    format!(
+                        "full backup: the previous restore point is damaged ({object}: {detail})"
+                    ),
+                );
+                let frozen = frozen.as_ref();
+                store_and_commit(job, &name, started, &base, frozen, context, &mut warnings)
+            }
+            other => other,
+        }
     });
-    let point = match stored {
-        Ok(point) => point,
+    record_damage(job.repository, "backup");
+    let (point, healed_bytes) = match stored {
+        Ok(stored) => stored,
         Err(error) => {
             abort(frozen, context);
             return Err(error);
@@ -145,7 +167,7 @@ pub fn backup(job: &BackupJob<'_>, context: JobContext<'_>) -> Result<BackupSumm
 
     context.phase(Phase::Release, &name);
     release(frozen, context, &mut warnings);
-    Ok(summary(point, begun, warnings))
+    Ok(summary(point, begun, healed_bytes, warnings))
 }
 
 fn freeze_request(
@@ -226,7 +248,7 @@ fn store_and_commit(
     frozen: &dyn FrozenVm,
     context: JobContext<'_>,
     warnings: &mut Vec<String>,
-) -> Result<RestorePoint> {
+) -> Result<(RestorePoint, u64)> {
     let plans = plan_disks(job, base, frozen, context, warnings)?;
     warn_of_missing_disks(job, base, frozen, context, warnings);
     context.phase(Phase::Store, name);
@@ -259,7 +281,8 @@ fn store_and_commit(
         warnings: warnings.clone(),
         disks,
     };
-    Ok(session.commit(draft)?)
+    let healed_bytes = session.healed_bytes();
+    Ok((session.commit(draft)?, healed_bytes))
 }
 
 /// Decides for every disk what is read, and warns of what was lost.
@@ -287,7 +310,7 @@ fn plan_disks<'a>(
                 format!("two disks have the id {}", disk.id),
             )));
         }
-        let plan = check_sample(job, base, disk, changes::decide(disk, base), context)?;
+        let plan = check_sample(job, base, disk, changes::decide(disk, base), context, warnings)?;
         if let Some(reason) = plan.full_reason().filter(|reason| reason.is_loss()) {
             context.warn(warnings, format!("disk {} is read in full: {reason}", disk.id));
         }
@@ -303,21 +326,42 @@ fn check_sample(
     disk: &FrozenDisk,
     plan: DiskChanges,
     context: JobContext<'_>,
+    warnings: &mut Vec<String>,
 ) -> Result<DiskChanges> {
     let (DiskChanges::Ranges(changed), Some(newest)) = (&plan, &base.newest) else {
         return Ok(plan);
     };
     let (source, cancel) = (disk.device.as_ref(), context.cancel);
     let stored = job.repository.open_disk(newest, &disk.id.0)?;
-    let mut missed = sample::find_lost_end(source, stored.as_ref(), changed, cancel)?;
-    if missed.is_none() {
-        missed = sample::find_missed_change(
-            source,
-            stored.as_ref(),
-            changed,
-            job.check_unchanged,
-            cancel,
-        )?;
+    // What is damaged is read from the source again anyway, and is nothing to compare with.
+    let damaged = match newest.disk_record(&disk.id.0) {
+        Some(record) => job.repository.damaged_ranges(record)?,
+        None => RangeSet::new(),
+    };
+    let mut known = changed.union(&damaged);
+    let mut missed = None;
+    for attempt in 0..=MAX_NEW_DAMAGE {
+        let found = find_missed(source, stored.as_ref(), &known, job.check_unchanged, cancel);
+        match found {
+            Err(EngineError::Block(BlockError::Damaged { .. })) if attempt < MAX_NEW_DAMAGE => {
+                record_damage(job.repository, "backup");
+                if let Some(record) = newest.disk_record(&disk.id.0) {
+                    known = known.union(&job.repository.damaged_ranges(record)?);
+                }
+            }
+            other => {
+                missed = other?;
+                break;
+            }
+        }
+    }
+    if !damaged.is_empty() {
+        let bytes = damaged.total_bytes();
+        let message = format!(
+            "{bytes} bytes of disk {} are damaged in the previous restore point and are read again",
+            disk.id
+        );
+        context.warn(warnings, message);
     }
     Ok(match missed {
         None => plan,
@@ -325,6 +369,24 @@ fn check_sample(
             "bytes {block} differ from the previous restore point and were not reported"
         ))),
     })
+}
+
+/// Damaged places that the comparison may come upon, one after the other, before it is given up.
+const MAX_NEW_DAMAGE: usize = 16;
+
+/// Compares samples of what is said to be unchanged; answers with bytes that differ.
+fn find_missed(
+    source: &dyn BlockDevice,
+    stored: &dyn BlockDevice,
+    changed: &RangeSet,
+    samples: u32,
+    cancel: &CancelToken,
+) -> Result<Option<ByteRange>> {
+    let missed = sample::find_lost_end(source, stored, changed, cancel)?;
+    if missed.is_some() {
+        return Ok(missed);
+    }
+    sample::find_missed_change(source, stored, changed, samples, cancel)
 }
 
 /// An exclusion of no disk is a mistake in writing, or of a disk that was detached. A frozen VM no
@@ -449,7 +511,12 @@ fn release(frozen: Box<dyn FrozenVm>, context: JobContext<'_>, warnings: &mut Ve
     }
 }
 
-fn summary(point: RestorePoint, begun: Instant, warnings: Vec<String>) -> BackupSummary {
+fn summary(
+    point: RestorePoint,
+    begun: Instant,
+    healed_bytes: u64,
+    warnings: Vec<String>,
+) -> BackupSummary {
     BackupSummary {
         point: point.id,
         vm: point.vm,
@@ -460,6 +527,7 @@ fn summary(point: RestorePoint, begun: Instant, warnings: Vec<String>) -> Backup
             .into_iter()
             .map(|disk| DiskSummary { id: disk.id, counts: disk.counts, tracking: disk.tracking })
             .collect(),
+        healed_bytes,
         duration_ms: u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX),
         warnings,
     }

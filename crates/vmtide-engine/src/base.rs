@@ -115,6 +115,19 @@ fn sound(
 }
 
 impl BaseChoice {
+    /// The choice without the newest restore point, the map of which turned out damaged while it was
+    /// read: all disks are read in full.
+    pub fn without_damaged(&self, object: &str) -> Self {
+        Self {
+            level: Level::Full,
+            parent: None,
+            newest: None,
+            full_requested: self.full_requested,
+            notes: Vec::new(),
+            doubt: Some(format!("{object} of the previous restore point is damaged")),
+        }
+    }
+
     /// What the hypervisor is asked changes since.
     pub fn bases(&self) -> BTreeMap<DiskId, Base> {
         let disks = self.newest.iter().flat_map(|point| &point.disks);

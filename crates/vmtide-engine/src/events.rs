@@ -61,6 +61,8 @@ pub enum Phase {
     Verify,
     /// What no restore point needs is removed.
     Prune,
+    /// What is damaged is made right.
+    Repair,
     /// A disk is copied into another image.
     Convert,
     /// Two disks are compared.

@@ -5,6 +5,7 @@
 //! only when the user says how: replaced as a whole, or changed in place where it differs. All
 //! data is verified by the repository before it gets here.
 
+use crate::damage::record_damage;
 use crate::events::{JobContext, Phase};
 use crate::restore_target;
 use crate::target::WritePlan;
@@ -12,6 +13,7 @@ use crate::{EngineError, Result};
 use serde::Serialize;
 use std::path::PathBuf;
 use std::time::Instant;
+use vmtide_block::RangeSet;
 use vmtide_image::Format;
 use vmtide_nbd::NbdUrl;
 use vmtide_repo::{DiskRecord, ObjectId, Repository, RestorePoint};
@@ -66,6 +68,8 @@ pub struct RestoreJob<'a> {
     pub force: bool,
     /// The number of workers; none suits the machine.
     pub workers: Option<usize>,
+    /// Restore what is left of a damaged disk: what cannot be read becomes zeros, and is listed.
+    pub salvage: bool,
 }
 
 /// What a restore did. The serialised form is the summary event of `--json`.
@@ -102,6 +106,8 @@ pub struct RestoredDisk {
     pub written_bytes: u64,
     /// The bytes of the target made zero explicitly.
     pub zeroed_bytes: u64,
+    /// The bytes that could not be read and are zeros on the target; only of a salvage.
+    pub lost: RangeSet,
 }
 
 /// Restores.
@@ -120,7 +126,9 @@ pub fn restore(job: &RestoreJob<'_>, context: JobContext<'_>) -> Result<RestoreS
     let mut restored = Vec::with_capacity(disks.len());
     for (disk, write) in disks.iter().zip(&plan.writes) {
         context.phase(Phase::Restore, format!("{} to {}", disk.id, write.name()));
-        restored.push(restore_disk(job, disk, write, context)?);
+        let done = restore_disk(job, disk, write, context);
+        record_damage(job.repository, "restore");
+        restored.push(done?);
     }
     let config_path = match &plan.config_path {
         Some(path) => {
@@ -163,8 +171,14 @@ fn restore_disk(
     write: &WritePlan,
     context: JobContext<'_>,
 ) -> Result<RestoredDisk> {
-    let source = job.repository.open_disk(job.point, &disk.id)?;
-    let summary = write.write(source.as_ref(), job.workers, None, context)?;
+    let (summary, lost) = if job.salvage {
+        let source = job.repository.salvage_disk(job.point, &disk.id)?;
+        let summary = write.write(source.as_ref(), job.workers, None, context)?;
+        (summary, source.lost())
+    } else {
+        let source = job.repository.open_disk(job.point, &disk.id)?;
+        (write.write(source.as_ref(), job.workers, None, context)?, RangeSet::new())
+    };
     Ok(RestoredDisk {
         id: disk.id.clone(),
         path: write.name(),
@@ -173,5 +187,6 @@ fn restore_disk(
         read_bytes: summary.read_bytes,
         written_bytes: summary.written_bytes,
         zeroed_bytes: summary.zeroed_bytes,
+        lost,
     })
 }

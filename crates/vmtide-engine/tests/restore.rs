@@ -49,6 +49,7 @@ fn restore_to<'a>(
         in_place: false,
         force: false,
         workers: Some(2),
+        salvage: false,
     }
 }
 

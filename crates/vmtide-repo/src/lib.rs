@@ -40,11 +40,11 @@ pub use backup::{
     BackupOptions, BackupSession, ChangedRanges, DiskDraft, DiskPlan, PointDraft, StoredDisk,
 };
 pub use care::{
-    Damage, DamagedPlace, IntegrityReport, PruneOptions, PruneReport, ReadData, SampleReport,
-    VerifyOptions, VerifyReport, check_integrity,
+    Damage, DamagedPlace, IntegrityReport, PruneOptions, PruneReport, ReadData, RepairOptions,
+    RepairReport, SampleReport, VerifyOptions, VerifyReport, check_integrity,
 };
 pub use config::{Encryption, RepositoryConfig};
-pub use disk::{DamagedPart, PointDisk};
+pub use disk::{DamagedPart, PointDisk, SalvagedDisk};
 pub use error::{RepoError, Result};
 pub use forget::ForgetReport;
 pub use hold::{Hold, HoldList, HoldOptions};

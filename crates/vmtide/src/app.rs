@@ -95,6 +95,7 @@ fn dispatch(app: &App, command: Command) -> Result<Exit> {
         Command::Diff(args) => commands::diff::run(app, &args),
         Command::Restore(args) => commands::restore::run(app, &args),
         Command::Verify(args) => commands::verify::run(app, &args),
+        Command::Repair(args) => commands::repair::run(app, &args),
         Command::Forget(args) => commands::forget::run(app, &args),
         Command::Hold(args) => commands::hold::run(app, &args),
         Command::Prune(args) => commands::prune::run(app, &args),

@@ -112,6 +112,8 @@ pub enum Command {
     Restore(commands::restore::RestoreArgs),
     /// Check that restore points can be restored
     Verify(commands::verify::VerifyArgs),
+    /// Make right what is damaged in a repository
+    Repair(commands::repair::RepairArgs),
     /// Forget restore points, by id or by rules of what to keep
     Forget(Box<commands::forget::ForgetArgs>),
     /// Keep restore points, whatever the rules of `forget` say

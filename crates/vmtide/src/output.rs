@@ -127,6 +127,7 @@ impl Output {
             Phase::Restore => "restoring",
             Phase::Verify => "verifying",
             Phase::Prune => "pruning",
+            Phase::Repair => "repairing",
             Phase::Convert => "converting",
             Phase::Compare => "comparing",
             Phase::Check => "checking",

@@ -34,6 +34,17 @@ impl<'a> PasswordSource<'a> {
         }
     }
 
+    /// The password in a file, and nothing else.
+    pub const fn of_file(file: &'a Path) -> Self {
+        Self {
+            file: Some(file),
+            command: None,
+            variable: "VMTIDE_PASSWORD",
+            purpose: "password of the other repository",
+            advice: "give a password file",
+        }
+    }
+
     /// A further password for the repository.
     pub const fn for_new_key(file: Option<&'a Path>, command: Option<&'a str>) -> Self {
         Self {

@@ -2,7 +2,7 @@
 
 use crate::app::App;
 use crate::passwords::PasswordSource;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use vmtide_engine::source::{file_path, split_scheme};
 use vmtide_engine::{EngineError, Result};
@@ -47,10 +47,25 @@ pub fn store_at(location: &str) -> Result<Arc<dyn ObjectStore>> {
 /// # Errors
 /// As [`open`].
 pub fn open_at(app: &App, location: &str) -> Result<Repository> {
+    open_with(location, &PasswordSource::of_repository(&app.global.password))
+}
+
+/// Opens another repository beside that of `-r`, with the password in `file`, or else the same.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_other(app: &App, location: &str, file: Option<&Path>) -> Result<Repository> {
+    match file {
+        Some(file) => open_with(location, &PasswordSource::of_file(file)),
+        None => open_at(app, location),
+    }
+}
+
+fn open_with(location: &str, source: &PasswordSource<'_>) -> Result<Repository> {
     let store = store_at(location)?;
     let mut refused = None;
     let mut password = || {
-        PasswordSource::of_repository(&app.global.password).get().map_err(|error| {
+        source.get().map_err(|error| {
             let message = error.to_string();
             refused = Some(error);
             RepoError::Invalid(message)

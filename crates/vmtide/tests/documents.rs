@@ -18,6 +18,7 @@ const COMMANDS: &[&str] = &[
     "diff",
     "restore",
     "verify",
+    "repair",
     "forget",
     "hold",
     "prune",

@@ -6,15 +6,18 @@
 //! heals its own VM. What was healed is noted when the backup is committed, before the restore point.
 
 use super::fill::PackFiller;
-use super::session::SessionState;
-use crate::disk::{DamagedPart, Heal, PackSet, PlacedRun, Repairs, for_each_place, write_healed};
+use super::session::{BackupSession, SessionState};
+use crate::disk::{
+    DamagedPart, Heal, PackSet, Place, PlacedRun, Repairs, for_each_place, write_healed,
+};
 use crate::index::{ChunkIndex, Key};
 use crate::map::DiskMap;
-use crate::pack::ChunkEntry;
+use crate::pack::{ChunkEntry, MAX_CHUNK_BLOCKS};
+use crate::point::DiskRecord;
 use crate::{BLOCK_BYTES, ChunkId, Location, ObjectId, Result};
 use parking_lot::Mutex;
-use std::collections::{HashMap, HashSet};
-use vmtide_block::{BlockDevice, CancelToken, RangeSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use vmtide_block::{BlockDevice, BlockError, CancelToken, RangeSet};
 
 const BLOCK: u64 = BLOCK_BYTES as u64;
 
@@ -29,6 +32,8 @@ pub(crate) struct Healing {
     idle: bool,
     /// The places of damaged chunks by their names.
     wanted: Mutex<HashMap<Key, Vec<Location>>>,
+    /// The names of chunks in lost packs by their places, from the index.
+    lost: BTreeMap<Location, Key>,
     healed: Mutex<Vec<Heal>>,
 }
 
@@ -65,13 +70,18 @@ impl Healing {
                 }
             }
         }
+        let mut names = BTreeMap::new();
         if !lost.is_empty() {
             index.for_each_entry(&mut |key, place| {
-                if lost.contains(&place.pack) { want(key, place) } else { Ok(()) }
+                if !lost.contains(&place.pack) || names.len() >= MAX_WANTED {
+                    return Ok(());
+                }
+                names.insert(place, key);
+                want(key, place)
             })?;
         }
         tracing::info!(chunks = wanted.len(), "looking for the content of damaged chunks");
-        Ok(Self { idle: false, wanted: Mutex::new(wanted), healed: Mutex::default() })
+        Ok(Self { idle: false, wanted: Mutex::new(wanted), lost: names, healed: Mutex::default() })
     }
 
     /// Whether there is nothing on record as damaged.
@@ -90,6 +100,11 @@ impl Healing {
             let mut healed = self.healed.lock();
             healed.extend(damaged.into_iter().map(|from| (from, blocks, place)));
         }
+    }
+
+    /// The names of all damaged chunks that are wanted.
+    fn wanted(&self) -> Vec<Key> {
+        self.wanted.lock().keys().copied().collect()
     }
 
     /// How many bytes were healed so far.
@@ -138,43 +153,151 @@ fn chunks_of(packs: &PackSet, part: &DamagedPart) -> Result<Option<Vec<(u32, Chu
     Ok(Some(pack.chunks().filter(within).collect()))
 }
 
-/// Reads again from `source` what the base of a disk has on damaged places, and stores the chunks
-/// that are still the same. Answers with the bytes of the disk that lie on damaged places.
+/// A disk that what is damaged is read from.
+pub(super) struct HealthyDisk<'a> {
+    /// The disk.
+    pub source: &'a dyn BlockDevice,
+    /// Whether what it cannot read is passed over: it is a stored disk, which may be damaged itself.
+    pub tolerant: bool,
+    /// Whether nothing is stored, only counted.
+    pub dry_run: bool,
+}
+
+impl HealthyDisk<'_> {
+    /// The blocks of a chunk, padded with zeros beyond `size_bytes`; none where they cannot be read.
+    fn read(&self, block: u64, blocks: u64, size_bytes: u64) -> Result<Option<Vec<u8>>> {
+        let offset = block * BLOCK;
+        // A chunk is at most 1024 blocks long.
+        let length = usize::try_from(blocks).unwrap_or(0) * BLOCK_BYTES;
+        let mut buffer = vec![0; length];
+        let there = size_bytes.saturating_sub(offset).min(length as u64);
+        let content = &mut buffer[..usize::try_from(there).unwrap_or(0)];
+        match self.source.read_at(content, offset) {
+            Err(BlockError::Damaged { .. }) if self.tolerant => Ok(None),
+            other => other.map(|()| Some(buffer)).map_err(Into::into),
+        }
+    }
+}
+
+/// Reads again from a disk what a disk map has on damaged places, and stores the chunks that are
+/// still the same. Answers with the bytes of the disk that lie on damaged places.
 ///
 /// # Errors
 /// Those of the map, of the source and of the store.
-pub(super) fn heal_base(
+pub(super) fn heal_disk(
     session: &SessionState,
-    source: &dyn BlockDevice,
-    base: &DiskMap,
-    base_bytes: u64,
+    healthy: &HealthyDisk<'_>,
+    map: &DiskMap,
+    map_bytes: u64,
     filler: &mut PackFiller,
     cancel: &CancelToken,
 ) -> Result<RangeSet> {
     let mut lost = RangeSet::new();
-    let mut buffer = Vec::new();
-    let size_bytes = base_bytes.min(source.size_bytes());
-    for_each_place(base, &session.packs, 0..size_bytes.div_ceil(BLOCK), &mut |run| {
+    let size_bytes = map_bytes.min(healthy.source.size_bytes());
+    for_each_place(map, &session.packs, 0..size_bytes.div_ceil(BLOCK), &mut |run| {
         if !run.is_lost() {
             return Ok(());
         }
         cancel.check()?;
         lost.insert(run.bytes(size_bytes));
-        whole_chunks(&run, &mut |block, chunk| {
-            let offset = block * BLOCK;
-            buffer.resize(usize::from(chunk.blocks) * BLOCK_BYTES, 0);
-            let there = size_bytes.saturating_sub(offset).min(buffer.len() as u64);
-            let (content, rest) = buffer.split_at_mut(usize::try_from(there).unwrap_or(0));
-            source.read_at(content, offset)?;
-            rest.fill(0);
-            let id = session.context.subkeys.chunk_id(&buffer);
-            if id == chunk.id {
-                session.store_chunk(&buffer, filler)?;
+        for chunk in chunks_in(session, &run)? {
+            let read = healthy.read(chunk.block, chunk.blocks, size_bytes)?;
+            let Some(content) = read else { continue };
+            let id = session.context.subkeys.chunk_id(&content);
+            if id.prefix() != chunk.key {
+                continue;
             }
-            Ok(())
-        })
+            if healthy.dry_run {
+                session.healing.met(&id, content.len(), run.at);
+            } else {
+                session.store_chunk(&content, filler)?;
+            }
+        }
+        Ok(())
     })?;
     Ok(lost)
+}
+
+/// A damaged chunk, and where it is on a disk.
+struct LostChunk {
+    block: u64,
+    blocks: u64,
+    key: Key,
+}
+
+/// The chunks that lie in a damaged run from end to end: from the directory of the pack, or where
+/// that is lost from what the index remembers of it.
+fn chunks_in(session: &SessionState, run: &PlacedRun) -> Result<Vec<LostChunk>> {
+    let mut chunks = Vec::new();
+    if run.place.is_ok() {
+        whole_chunks(run, &mut |block, chunk| {
+            let blocks = u64::from(chunk.blocks);
+            chunks.push(LostChunk { block, blocks, key: chunk.id.prefix() });
+            Ok(())
+        })?;
+        return Ok(chunks);
+    }
+    let end = Location { ordinal: run.at.ordinal.saturating_add(run.count), ..run.at };
+    let mut known = session.healing.lost.range(run.at..end).peekable();
+    while let Some((place, key)) = known.next() {
+        // A chunk ends where the next one begins; one that the index has elsewhere makes the one
+        // before it seem longer, and is no more found than that.
+        let next = known.peek().map_or(end.ordinal, |(next, _)| next.ordinal);
+        let blocks = next - place.ordinal;
+        if (1..=u32::from(MAX_CHUNK_BLOCKS)).contains(&blocks) {
+            let block = run.first_block + u64::from(place.ordinal - run.at.ordinal);
+            chunks.push(LostChunk { block, blocks: blocks.into(), key: *key });
+        }
+    }
+    Ok(chunks)
+}
+
+impl BackupSession {
+    /// Finds the content of damaged chunks elsewhere in the repository, where it was stored twice.
+    ///
+    /// # Errors
+    /// Those of the store; cancelled.
+    pub(crate) fn heal_from_duplicates(&self, cancel: &CancelToken) -> Result<()> {
+        let (session, keys) = (self.state(), self.state().healing.wanted());
+        for key in keys {
+            cancel.check()?;
+            session.index.lookup_each(&key, &mut |place| {
+                let Ok(Place::Pack(pack)) = session.packs.place(place.pack) else {
+                    return Ok(false);
+                };
+                let Ok(number) = pack.chunk_of(place.ordinal) else { return Ok(false) };
+                let (_, chunk) = pack.chunk(number);
+                let length_bytes = usize::from(chunk.blocks) * BLOCK_BYTES;
+                let sound = session.sound(place, &chunk.id, length_bytes)?;
+                if let Some(sound) = sound.filter(|_| chunk.id.prefix() == key) {
+                    session.healing.met(&chunk.id, length_bytes, sound);
+                }
+                Ok(sound.is_some())
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Takes from `source`, which holds the same disk or one much like it, what `record` has on
+    /// damaged places, as far as the content is the same by its name.
+    ///
+    /// # Errors
+    /// Those of the map and of the store; cancelled. What the source cannot read is passed over.
+    pub(crate) fn heal_from_disk(
+        &self,
+        source: &dyn BlockDevice,
+        record: &DiskRecord,
+        dry_run: bool,
+        cancel: &CancelToken,
+    ) -> Result<()> {
+        let session = self.state();
+        let blocks = record.size_bytes.div_ceil(BLOCK);
+        let map = DiskMap::open(&session.context, &record.map, blocks)?;
+        let healthy = HealthyDisk { source, tolerant: true, dry_run };
+        self.with_filler(|filler| {
+            heal_disk(session, &healthy, &map, record.size_bytes, filler, cancel).map(drop)
+        })
+    }
 }
 
 /// Calls `visit` for the chunks that lie in a run from end to end, with the first block of each on

@@ -3,7 +3,7 @@
 use super::chunk::Chunker;
 use super::fill::PackFiller;
 use super::fresh::{FreshChunks, MAX_PENDING};
-use super::heal::{Healing, heal_base};
+use super::heal::{Healing, HealthyDisk, heal_disk};
 use super::limit::RateLimiter;
 use super::plan::{Piece, plan};
 use super::sink::RunSink;
@@ -223,7 +223,7 @@ impl SessionState {
     /// is only a hint: the pack it names must be there, with a sound directory that has this very
     /// chunk in that place, and nothing of it may be on record as damaged. Otherwise a lost pack
     /// would go on being referred to by every new restore point; this way the next backup heals it.
-    fn sound(
+    pub(super) fn sound(
         &self,
         place: Location,
         id: &ChunkId,
@@ -343,6 +343,27 @@ impl BackupSession {
         stored
     }
 
+    /// What its workers share.
+    pub(super) const fn state(&self) -> &SessionState {
+        &self.state
+    }
+
+    /// Makes what was healed durable and known, without a restore point. Answers with the bytes.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub(crate) fn finish_healing(self, by: &str) -> Result<u64> {
+        self.check_usable()?;
+        for mut filler in self.fillers.into_inner() {
+            filler.finish_pack(&self.state)?;
+        }
+        let pending = std::mem::take(&mut *self.state.pending.lock());
+        self.state.write_index(&pending)?;
+        let bytes = self.state.healing.healed_bytes();
+        self.state.healing.write(&self.state, by)?;
+        Ok(bytes)
+    }
+
     /// The bytes of earlier restore points that were damaged and are whole again once this job is
     /// committed.
     pub fn healed_bytes(&self) -> u64 {
@@ -378,7 +399,8 @@ impl BackupSession {
                 let mut lost = RangeSet::new();
                 self.with_filler(|filler| {
                     let bytes = record.size_bytes;
-                    lost = heal_base(&self.state, source, map, bytes, filler, cancel)?;
+                    let healthy = HealthyDisk { source, tolerant: false, dry_run: false };
+                    lost = heal_disk(&self.state, &healthy, map, bytes, filler, cancel)?;
                     Ok(())
                 })?;
                 Some(lost)
@@ -469,7 +491,10 @@ impl BackupSession {
         })
     }
 
-    fn with_filler(&self, work: impl FnOnce(&mut PackFiller) -> Result<()>) -> Result<()> {
+    pub(super) fn with_filler(
+        &self,
+        work: impl FnOnce(&mut PackFiller) -> Result<()>,
+    ) -> Result<()> {
         let waiting = self.fillers.lock().pop();
         let mut filler = match waiting {
             Some(filler) => filler,

@@ -111,7 +111,7 @@ impl Marks {
             let last = damaged.last;
             match self.add_traced(damaged) {
                 Err(error) if error.is_damage() => {
-                    self.damaged.insert(last);
+                    self.damaged.insert(last.pack);
                 }
                 other => other?,
             }

@@ -7,11 +7,13 @@ mod mark;
 mod prune;
 mod quarantine;
 mod read_frames;
+mod repair;
 mod sample;
 mod verify;
 
 pub use integrity::{IntegrityReport, check_integrity};
 pub use prune::{PruneOptions, PruneReport};
+pub use repair::{RepairOptions, RepairReport};
 pub use sample::{ReadData, SampleReport};
 pub use verify::{Damage, DamagedPlace, VerifyOptions, VerifyReport};
 

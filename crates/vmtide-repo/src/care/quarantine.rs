@@ -2,12 +2,13 @@
 
 use crate::context::RepoContext;
 use crate::disk::{
-    DamageRecord, DamagedPart, Forward, PackSet, Quarantine, lost_ranges, write_damaged,
+    DamageRecord, DamagedPart, Forward, PackSet, Quarantine, SalvagedDisk, lost_ranges,
+    write_damaged,
 };
 use crate::envelope::ObjectKind;
 use crate::map::DiskMap;
 use crate::pack::{FrameDecoder, Pack, is_media_error};
-use crate::point::DiskRecord;
+use crate::point::{DiskRecord, RestorePoint};
 use crate::repository::Repository;
 use crate::{BLOCK_BYTES, Location, ObjectId, RepoError, Result, record};
 use std::sync::Arc;
@@ -39,6 +40,20 @@ impl Repository {
         let blocks = disk.size_bytes.div_ceil(BLOCK_BYTES as u64);
         let map = DiskMap::open(self.context(), &disk.map, blocks)?;
         lost_ranges(&map, &packs, disk.size_bytes)
+    }
+
+    /// A disk of a restore point as far as it can be read: the rest reads as zeros, and is on a list.
+    /// The caller holds [`lock_shared`](Self::lock_shared).
+    ///
+    /// # Errors
+    /// [`RepoError::NotFound`] for a disk that the point does not have; those of the store.
+    pub fn salvage_disk(&self, point: &RestorePoint, disk: &str) -> Result<Arc<SalvagedDisk>> {
+        let record = point.disk_record(disk).ok_or_else(|| RepoError::NotFound {
+            what: format!("disk {disk:?} in restore point {}", point.id),
+            hint: String::new(),
+        })?;
+        let name = format!("{}@{}/{disk}", point.vm, point.id);
+        Ok(Arc::new(SalvagedDisk::open(self.context(), name, record)?))
     }
 
     /// Whether anything is on record as damaged, healed or not.

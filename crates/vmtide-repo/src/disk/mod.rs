@@ -9,6 +9,7 @@ mod packs;
 mod point_disk;
 mod quarantine;
 mod repairs;
+mod salvage;
 mod storage_order;
 mod walk;
 
@@ -19,4 +20,5 @@ pub use point_disk::PointDisk;
 pub use quarantine::DamagedPart;
 pub(crate) use quarantine::{DamageRecord, Quarantine, Quarantined, write_damaged};
 pub(crate) use repairs::Repairs;
+pub use salvage::SalvagedDisk;
 pub(crate) use walk::{PlacedRun, for_each_place, lost_ranges};

@@ -4,6 +4,7 @@ use super::{Forward, Repairs};
 use crate::cache::ByteCache;
 use crate::context::RepoContext;
 use crate::envelope::ObjectKind;
+use crate::map::LOST;
 use crate::pack::Pack;
 use crate::{Location, ObjectId, RepoError, Result};
 use std::sync::{Arc, OnceLock};
@@ -47,8 +48,8 @@ pub(crate) enum Passed {
 pub(crate) struct Traced {
     /// For how many blocks this holds, at least one.
     pub count: u32,
-    /// The pack that the way ended at, there or not.
-    pub last: ObjectId,
+    /// Where the way ended, whether there is such a place or not.
+    pub last: Location,
     /// The pack that holds them now, and the ordinal of the first.
     pub place: Result<(Arc<Pack>, u32)>,
 }
@@ -132,7 +133,7 @@ impl PackSet {
             }
             let next = match self.place(at.pack) {
                 Ok(Place::Pack(pack)) => {
-                    return Ok(Traced { count, last: at.pack, place: Ok((pack, at.ordinal)) });
+                    return Ok(Traced { count, last: at, place: Ok((pack, at.ordinal)) });
                 }
                 Ok(Place::Moved(forward)) => {
                     passed(Passed::Forward(at.pack));
@@ -144,19 +145,21 @@ impl PackSet {
                     })
                 }
                 Err(error) if error.is_damage() => {
-                    self.context.damage.note(at.pack, None, error.to_string());
+                    if at.pack != LOST {
+                        self.context.damage.note(at.pack, None, error.to_string());
+                    }
                     Err(error)
                 }
                 Err(error) => return Err(error),
             };
             match next {
                 Ok((next, run)) => (at, count) = (next, run),
-                Err(error) => return Ok(Traced { count, last: at.pack, place: Err(error) }),
+                Err(error) => return Ok(Traced { count, last: at, place: Err(error) }),
             }
         }
         let detail = format!("leads through more than {MAX_FORWARDS} forwards");
         let name = ObjectKind::Forward.object_name(location.pack);
-        Ok(Traced { count, last: at.pack, place: Err(RepoError::damaged(name, detail)) })
+        Ok(Traced { count, last: at, place: Err(RepoError::damaged(name, detail)) })
     }
 
     /// Where the block was stored once more after it was damaged, if it was; makes `count` no more

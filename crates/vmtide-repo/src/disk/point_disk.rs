@@ -50,14 +50,25 @@ impl PointDisk {
         record: &DiskRecord,
     ) -> Result<Self> {
         let blocks = record.size_bytes.div_ceil(BLOCK);
-        Ok(Self {
+        let map = DiskMap::open(context, &record.map, blocks)?;
+        Ok(Self::with_map(context, name, record.size_bytes, map))
+    }
+
+    /// A disk with a map that is open already.
+    pub(super) fn with_map(
+        context: &Arc<RepoContext>,
+        name: String,
+        size_bytes: u64,
+        map: DiskMap,
+    ) -> Self {
+        Self {
             name,
-            size_bytes: record.size_bytes,
-            map: DiskMap::open(context, &record.map, blocks)?,
+            size_bytes,
+            map,
             packs: PackSet::new(Arc::clone(context)),
             frames: ByteCache::new(FRAME_CACHE_BYTES),
             scratch: Mutex::default(),
-        })
+        }
     }
 
     fn read(&self, buffer: &mut [u8], offset: u64) -> Result<()> {

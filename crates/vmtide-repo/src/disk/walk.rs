@@ -16,6 +16,8 @@ pub(crate) struct PlacedRun {
     pub first_block: u64,
     /// How many.
     pub count: u32,
+    /// Where the first block is, or would be.
+    pub at: Location,
     /// The pack and the ordinal of the first block in it; or why there is no such place.
     pub place: Result<(Arc<Pack>, u32), RepoError>,
     /// Whether these blocks are on record as damaged.
@@ -53,7 +55,7 @@ pub(crate) fn for_each_place(
             let offset = u32::try_from(done).unwrap_or(u32::MAX);
             let left = u32::try_from(run.count - done).unwrap_or(u32::MAX);
             let at = Location { pack, ordinal: ordinal.saturating_add(offset) };
-            let Traced { mut count, place, .. } = packs.trace(at, left, true, &mut |_| {})?;
+            let Traced { mut count, last, place } = packs.trace(at, left, true, &mut |_| {})?;
             let mut damaged = false;
             let place = place.and_then(|(pack, ordinal)| {
                 let at = Location { pack: pack.id(), ordinal };
@@ -69,7 +71,8 @@ pub(crate) fn for_each_place(
             {
                 return place.map(drop);
             }
-            visit(PlacedRun { first_block: run.first_block + done, count, place, damaged })?;
+            let first_block = run.first_block + done;
+            visit(PlacedRun { first_block, count, at: last, place, damaged })?;
             done += u64::from(count);
         }
         Ok(())

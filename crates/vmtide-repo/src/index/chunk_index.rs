@@ -65,7 +65,12 @@ impl ChunkIndex {
                 ids.push(id);
             }
         }
-        let (dead, live): (Vec<_>, Vec<_>) = ids.into_iter().partition(|id| named.contains(id));
+        let (mut dead, live): (Vec<_>, Vec<_>) = ids.into_iter().partition(|id| named.contains(id));
+        // That a segment is damaged does not matter any more when another took its place.
+        let (replaced, kept): (Vec<_>, Vec<_>) =
+            skipped.into_iter().partition(|(id, _)| named.contains(id));
+        skipped = kept;
+        dead.extend(replaced.into_iter().map(|(id, _)| id));
         let mut segments = Vec::new();
         for id in live {
             let opened = SegmentHead::open(ctx, id).and_then(IndexSegment::from_head);
@@ -233,6 +238,11 @@ impl ChunkIndex {
     /// Segments that could not be used, and why.
     pub fn skipped(&self) -> &[(ObjectId, RepoError)] {
         &self.skipped
+    }
+
+    /// The packs that its entries name.
+    pub fn packs(&self) -> HashSet<ObjectId> {
+        self.live().flat_map(|slot| slot.segment.head.packs()).copied().collect()
     }
 
     /// How many segments a lookup may ask.

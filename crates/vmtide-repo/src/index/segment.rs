@@ -48,6 +48,10 @@ impl SegmentHead {
         self.directory.entries
     }
 
+    pub fn packs(&self) -> &[ObjectId] {
+        &self.directory.packs
+    }
+
     pub fn superseded(&self) -> &[ObjectId] {
         &self.directory.superseded
     }

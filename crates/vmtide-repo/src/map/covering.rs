@@ -1,19 +1,26 @@
-//! An overlay without gaps: what no layer has is zero.
+//! An overlay without gaps: what no layer has is zero, or lost where layers are lost.
 
-use super::MapRun;
 use super::overlay::Overlay;
+use super::{MapRun, Target};
 use crate::Result;
+use std::ops::Range;
 
 /// Answers for every block up to `end`, walking forward.
 pub(super) struct Covering<'a> {
     overlay: Overlay<'a>,
     ahead: Option<MapRun>,
     end: u64,
+    gap: Target,
 }
 
 impl<'a> Covering<'a> {
-    pub const fn new(overlay: Overlay<'a>, end: u64) -> Self {
-        Self { overlay, ahead: None, end }
+    /// `gap` is what blocks are that no layer has.
+    pub const fn new(overlay: Overlay<'a>, end: u64, gap: Target) -> Self {
+        Self { overlay, ahead: None, end, gap }
+    }
+
+    const fn gap(&self, blocks: Range<u64>) -> MapRun {
+        MapRun { first_block: blocks.start, count: blocks.end - blocks.start, target: self.gap }
     }
 
     /// The run over `block`, from there on; `block` is before the end and never decreases.
@@ -27,8 +34,8 @@ impl<'a> Covering<'a> {
         }
         Ok(match self.ahead {
             Some(run) if run.first_block <= block => run.slice(block, run.end()),
-            Some(run) => MapRun::zero(block..run.first_block),
-            None => MapRun::zero(block..self.end),
+            Some(run) => self.gap(block..run.first_block),
+            None => self.gap(block..self.end),
         })
     }
 

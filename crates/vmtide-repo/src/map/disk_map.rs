@@ -3,8 +3,9 @@
 use super::covering::Covering;
 use super::overlay::{Overlay, RunSource, SliceSource};
 use super::segment::{MapCache, MapSegment, SegmentCursor};
-use super::{CACHED_PAGES, MAX_BLOCKS, MAX_SEGMENTS, MapRun};
+use super::{CACHED_PAGES, LOST, MAX_BLOCKS, MAX_SEGMENTS, MapRun, Target};
 use crate::context::RepoContext;
+use crate::pack::is_media_error;
 use crate::{ObjectId, RepoError, Result};
 use std::ops::Range;
 
@@ -16,6 +17,8 @@ pub(crate) struct DiskMap {
     mapped_blocks: u64,
     blocks: u64,
     cache: MapCache,
+    /// What blocks are that no segment has.
+    gap: Target,
 }
 
 impl DiskMap {
@@ -39,7 +42,30 @@ impl DiskMap {
             mapped_blocks: blocks,
             blocks,
             cache: MapCache::new(CACHED_PAGES),
+            gap: Target::Zero,
         })
+    }
+
+    /// As [`open`](Self::open), of a map that may be damaged: what cannot be told leads to
+    /// [`LOST`](super::LOST). Where a segment cannot be opened, that is all that no newer one has,
+    /// because it might have said something else than the older ones.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open), but not for damage.
+    pub fn salvage(ctx: &RepoContext, segments: &[ObjectId], blocks: u64) -> Result<Self> {
+        let mut map = Self::open(ctx, &[], blocks)?;
+        for id in segments.iter().take(MAX_SEGMENTS) {
+            match MapSegment::open(ctx, *id) {
+                Ok(segment) => map.segments.push(segment.salvaging()),
+                Err(error) if is_media_error(&error) => {
+                    tracing::warn!(%error, "what this part of the map covers is lost");
+                    map.gap = Target::Data { pack: LOST, ordinal: 0 };
+                    break;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(map)
     }
 
     /// The same map for the disk at another size: cut, or grown by zeros. A disk that grew must be
@@ -155,6 +181,6 @@ impl DiskMap {
         let end = blocks.end;
         let mapped = blocks.start..end.min(self.mapped_blocks);
         let layers = self.segments.iter().zip(0..).map(cursor).collect();
-        Covering::new(Overlay::new(layers, mapped), end)
+        Covering::new(Overlay::new(layers, mapped), end, self.gap)
     }
 }

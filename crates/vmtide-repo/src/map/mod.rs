@@ -36,6 +36,10 @@ pub(crate) use segment::MapSegment;
 /// of positions far below where 64 bits overflow.
 pub(crate) const MAX_BLOCKS: u64 = 1 << 48;
 
+/// The pack that blocks of a salvaged map lead to where nobody can tell where they are. There is no
+/// such pack: ids are random.
+pub(crate) const LOST: crate::ObjectId = crate::ObjectId([0xff; 16]);
+
 /// Runs per page. More makes a single lookup decode more; fewer makes the page table, which is kept
 /// in memory, larger.
 pub(crate) const RUNS_PER_PAGE: usize = 4096;

@@ -6,6 +6,7 @@ use super::page::{PageRun, parse_map_page};
 use super::{MAX_PAGE_BYTES, MapRun};
 use crate::context::{OpenObject, RepoContext};
 use crate::envelope::ObjectKind;
+use crate::pack::is_media_error;
 use crate::page_cache::PageCache;
 use crate::{ObjectId, Result};
 use std::sync::Arc;
@@ -20,6 +21,8 @@ pub(crate) struct MapSegment {
     object: OpenObject,
     pages: Vec<PageEntry>,
     packs: Vec<ObjectId>,
+    /// Whether a page that cannot be read is taken for one whose blocks are lost.
+    salvaging: bool,
 }
 
 impl MapSegment {
@@ -37,7 +40,16 @@ impl MapSegment {
     /// [`RepoError::Damaged`](crate::RepoError::Damaged).
     pub fn from_object(mut object: OpenObject) -> Result<Self> {
         let (pages, packs) = directory::parse(&mut object)?;
-        Ok(Self { id: object.header.id, object, pages, packs })
+        Ok(Self { id: object.header.id, object, pages, packs, salvaging: false })
+    }
+
+    /// The same segment, that takes a page that cannot be read for one whose blocks are
+    /// [`LOST`](super::LOST).
+    #[must_use]
+    pub fn salvaging(mut self) -> Self {
+        self.packs.push(super::LOST);
+        self.salvaging = true;
+        self
     }
 
     /// Its id.
@@ -76,6 +88,20 @@ impl MapSegment {
 
     /// Reads, verifies and decodes a page.
     fn read_page(&self, number: usize) -> Result<Page> {
+        match self.try_read_page(number) {
+            Err(error) if self.salvaging && is_media_error(&error) => {
+                tracing::warn!(%error, "what this part of the map covers is lost");
+                let bounds = self.pages[number].bounds;
+                let count = bounds.end_block - bounds.first_block;
+                // The last of the packs, counted from 1.
+                let pack = u32::try_from(self.packs.len()).unwrap_or(u32::MAX);
+                Ok(vec![PageRun { first_block: bounds.first_block, count, pack, ordinal: 0 }])
+            }
+            other => other,
+        }
+    }
+
+    fn try_read_page(&self, number: usize) -> Result<Page> {
         let page = &self.pages[number];
         let stored = self.object.read_section(
             number as u64,

@@ -20,6 +20,7 @@ pub mod man;
 pub mod map;
 pub mod points;
 pub mod prune;
+pub mod repair;
 pub mod restore;
 pub mod serve;
 pub mod show;

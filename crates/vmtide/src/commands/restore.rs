@@ -16,7 +16,8 @@ A new file has its name only when it is complete. Files are sparse.
 Examples:
   vmtide restore web@latest -r /backup --to /restored/
   vmtide restore web@2026-11-20T03:00 -r /backup --disk virtio0 --to web.qcow2
-  vmtide restore 3fa9c1d2 -r /backup --to /dev/vg/web --in-place";
+  vmtide restore 3fa9c1d2 -r /backup --to /dev/vg/web --in-place
+  vmtide restore 3fa9c1d2 -r /backup --to /restored/ --salvage      of a damaged one, what is left";
 
 /// The options of `restore`.
 #[derive(Debug, Args)]
@@ -45,6 +46,10 @@ pub struct RestoreArgs {
     /// even into an image that others read through, which breaks them
     #[arg(long)]
     force: bool,
+    /// Restore what is left of a damaged restore point: what cannot be read becomes zeros and is
+    /// listed, and the command ends with code 5
+    #[arg(long)]
+    salvage: bool,
     /// Threads that read, decompress and write [default: two more than processors]
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u16).range(1..=256))]
     workers: Option<u16>,
@@ -68,6 +73,7 @@ pub fn run(app: &App, args: &RestoreArgs) -> Result<Exit> {
         in_place: args.in_place,
         force: args.force,
         workers: args.workers.map(usize::from),
+        salvage: args.salvage,
     };
     let summary = job.run(app, |context| restore(&restore_job, context))?;
     for disk in &summary.disks {
@@ -81,10 +87,23 @@ pub fn run(app: &App, args: &RestoreArgs) -> Result<Exit> {
             units::size(disk.written_bytes),
         ));
     }
+    let mut exit = Exit::with_warnings(!summary.warnings.is_empty());
+    for disk in summary.disks.iter().filter(|disk| !disk.lost.is_empty()) {
+        exit = Exit::Damaged;
+        app.output.line(format!(
+            "{} of disk {} could not be read and are zeros in {}:",
+            units::size(disk.lost.total_bytes()),
+            disk.id,
+            disk.path
+        ));
+        for range in disk.lost.iter() {
+            app.output.line(format!("  bytes {} to {}", range.offset, range.end()));
+        }
+    }
     if let Some(path) = &summary.config_path {
         app.output.line(format!("configuration of {} written to {path}", summary.vm));
     }
     app.output.remark(format!("done after {}", units::duration(summary.duration_ms)));
     app.output.summary(&summary);
-    Ok(Exit::with_warnings(!summary.warnings.is_empty()))
+    Ok(exit)
 }
