@@ -22,6 +22,7 @@ mod progress;
 mod range;
 mod range_set;
 mod raw;
+mod reflink;
 mod storage_order;
 mod zero;
 

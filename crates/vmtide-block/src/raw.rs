@@ -45,13 +45,13 @@ pub enum OpenMode {
 /// A raw file or a block device.
 #[derive(Debug)]
 pub struct RawDevice {
-    file: File,
+    pub(crate) file: File,
     /// The same file for writing past the page cache.
     direct: OnceLock<Option<DirectFile>>,
     path: PathBuf,
     size_bytes: AtomicU64,
     block_size_bytes: u32,
-    writable: bool,
+    pub(crate) writable: bool,
     fixed_size: bool,
     flushes: bool,
 }

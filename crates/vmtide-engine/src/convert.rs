@@ -8,7 +8,7 @@ use crate::events::{JobContext, Phase};
 use crate::image::files::files_of;
 use crate::image::open::{image_options, open_disk};
 use crate::image::{DiskSpec, OpenDisk, OpenDiskOptions};
-use crate::target::{Durability, ImageKind, TargetRules, WritePlan};
+use crate::target::{Durability, ImageKind, SourceHints, TargetRules, WritePlan};
 use crate::{EngineError, Result};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -96,8 +96,8 @@ pub fn convert(job: &ConvertJob, context: JobContext<'_>) -> Result<ConvertSumma
     context.progress.add_total(source.device.size_bytes());
     context.phase(Phase::Convert, format!("{} to {}", source.name, plan.name()));
     let durable = plan.is_durable();
-    let unit_bytes = unit_bytes(&source)?;
-    let copied = plan.write(source.device.as_ref(), job.workers, unit_bytes, context)?;
+    let hints = SourceHints { unit_bytes: unit_bytes(&source)?, raw_file: raw_file(&source) };
+    let copied = plan.write(source.device.as_ref(), job.workers, &hints, context)?;
     let source_size_bytes = source.device.size_bytes();
     Ok(ConvertSummary {
         source: source.name,
@@ -129,6 +129,14 @@ fn unit_bytes(source: &OpenDisk) -> Result<Option<u64>> {
         largest = largest.max(Some(unit));
     }
     Ok(largest)
+}
+
+/// The one file that the source is, where it is a raw disk.
+fn raw_file(source: &OpenDisk) -> Option<PathBuf> {
+    match &source.layers[..] {
+        [only] if only.image.format() == Format::Raw => Some(only.path.clone()),
+        _ => None,
+    }
 }
 
 /// Refuses a target that the source is read from: replacing a parent would change every child of it,

@@ -8,7 +8,7 @@
 use crate::damage::record_damage;
 use crate::events::{JobContext, Phase};
 use crate::restore_target;
-use crate::target::WritePlan;
+use crate::target::{SourceHints, WritePlan};
 use crate::{EngineError, Result};
 use serde::Serialize;
 use std::path::PathBuf;
@@ -171,13 +171,14 @@ fn restore_disk(
     write: &WritePlan,
     context: JobContext<'_>,
 ) -> Result<RestoredDisk> {
+    let hints = SourceHints::default();
     let (summary, lost) = if job.salvage {
         let source = job.repository.salvage_disk(job.point, &disk.id)?;
-        let summary = write.write(source.as_ref(), job.workers, None, context)?;
+        let summary = write.write(source.as_ref(), job.workers, &hints, context)?;
         (summary, source.lost())
     } else {
         let source = job.repository.open_disk(job.point, &disk.id)?;
-        (write.write(source.as_ref(), job.workers, None, context)?, RangeSet::new())
+        (write.write(source.as_ref(), job.workers, &hints, context)?, RangeSet::new())
     };
     Ok(RestoredDisk {
         id: disk.id.clone(),

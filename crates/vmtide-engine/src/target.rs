@@ -112,6 +112,15 @@ pub(crate) struct TargetRules {
     pub default_format: Option<Format>,
 }
 
+/// What is known of a source beside its bytes.
+#[derive(Default)]
+pub(crate) struct SourceHints {
+    /// What it decodes at once, 0 where it decodes nothing; none where it is not in files.
+    pub unit_bytes: Option<u64>,
+    /// The file that holds the disk as it is, and nothing else.
+    pub raw_file: Option<PathBuf>,
+}
+
 /// Where one disk goes.
 pub(crate) struct WritePlan {
     place: Place,
@@ -271,8 +280,7 @@ impl WritePlan {
     }
 
     /// Writes the disk: opens the target, copies, and ends it. `workers` are those of the user;
-    /// `unit_bytes` are what the source decodes at once, 0 where it decodes nothing and none where
-    /// it is not in files.
+    /// `hints` say what is known of the source.
     ///
     /// # Errors
     /// A new file is then not there; of what was overwritten, [`EngineError::Incomplete`] tells.
@@ -280,7 +288,7 @@ impl WritePlan {
         &self,
         source: &dyn BlockDevice,
         workers: Option<usize>,
-        unit_bytes: Option<u64>,
+        hints: &SourceHints,
         context: JobContext<'_>,
     ) -> Result<CopySummary> {
         let is_durable = self.is_durable();
@@ -288,7 +296,7 @@ impl WritePlan {
         let mut options =
             CopyOptions { differing_only: self.differing_only, ..CopyOptions::default() };
         let cores = std::thread::available_parallelism().map_or(2, usize::from);
-        if !is_durable && unit_bytes.is_some_and(|unit| unit <= CACHED_PIECE_BYTES as u64) {
+        if !is_durable && hints.unit_bytes.is_some_and(|unit| unit <= CACHED_PIECE_BYTES as u64) {
             options.piece_bytes = CACHED_PIECE_BYTES;
             // Nobody waits for a medium, and one file takes one writer at a time.
             options.workers = cores.clamp(2, 4);
@@ -298,6 +306,14 @@ impl WritePlan {
         let written = match target {
             Target::New(staged) => {
                 options.target_is_zero = true;
+                if let Some(raw_file) = &hints.raw_file
+                    && !self.rules.kind.compress
+                    && staged.image.share_blocks_of(raw_file)?
+                {
+                    progress.add_done(source.size_bytes());
+                    staged.publish()?;
+                    return Ok(CopySummary::default());
+                }
                 let compressed = staged.image.compressed();
                 if self.rules.kind.compress && compressed.is_none() {
                     return Err(EngineError::usage(format!(

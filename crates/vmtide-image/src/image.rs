@@ -6,6 +6,7 @@
 
 use crate::Format;
 use serde::{Deserialize, Serialize};
+use std::path::Path;
 use vmtide_block::{BlockDevice, ByteRange, ExtentKind, RawDevice, Result, WritableBlockDevice};
 
 /// Where one range of a virtual disk is in one layer of a chain.
@@ -63,6 +64,15 @@ pub trait ImageWriter: WritableBlockDevice {
         Ok(None)
     }
 
+    /// Makes this new image hold all that the raw file at `source` holds, by sharing its blocks where
+    /// this is a raw file as well and the file system can; answers whether that was so.
+    ///
+    /// # Errors
+    /// Where `source` cannot be opened.
+    fn share_blocks_of(&self, _source: &Path) -> Result<bool> {
+        Ok(false)
+    }
+
     /// The way to write compressed clusters, for images that were created for it.
     fn compressed(&self) -> Option<&dyn CompressedWriter> {
         None
@@ -114,7 +124,11 @@ impl DiskImage for RawDevice {
     }
 }
 
-impl ImageWriter for RawDevice {}
+impl ImageWriter for RawDevice {
+    fn share_blocks_of(&self, source: &Path) -> Result<bool> {
+        Self::share_blocks_of(self, source)
+    }
+}
 
 /// Appends a placement, joining it with the last one where both the disk and the file go on. Empty
 /// ones vanish.
