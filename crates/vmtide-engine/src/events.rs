@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 use vmtide_block::{CancelToken, Progress};
-use vmtide_repo::DiskCounts;
+use vmtide_repo::{DiskCounts, ObjectId};
 
 /// What happened in a job. The serialised form is what `--json` prints.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -33,6 +33,15 @@ pub enum Event {
         /// What was moved.
         #[serde(flatten)]
         counts: DiskCounts,
+    },
+    /// One restore point is copied.
+    PointCopied {
+        /// Its id in the repository it was copied from.
+        from: ObjectId,
+        /// Its id where it is now.
+        point: ObjectId,
+        /// Its VM.
+        vm: String,
     },
     /// Something the user should know; the job goes on.
     Warning {
@@ -71,6 +80,8 @@ pub enum Phase {
     Check,
     /// A layer of a chain is merged into another.
     Merge,
+    /// A restore point is copied into another repository.
+    Copy,
 }
 
 /// Takes the events of a job, from one thread at a time.

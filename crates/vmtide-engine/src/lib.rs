@@ -13,6 +13,7 @@ mod base;
 mod changes;
 mod compressed;
 mod convert;
+mod copy;
 mod damage;
 pub mod doctor;
 mod error;
@@ -36,6 +37,7 @@ mod verify;
 
 pub use backup::{BackupJob, BackupSummary, DiskSummary, LevelChoice, backup, host_name, lineage};
 pub use convert::{ConvertJob, ConvertSummary, convert};
+pub use copy::{CopiedDisk, CopiedPoint, CopyJob, CopySummary, PresentPoint, UncopiedPoint, copy};
 pub use error::{EngineError, Result};
 pub use events::{Event, JobContext, Observer, Phase, Silent};
 pub use points::{DiskChange, DiskDifference, diff, forget, points, resolve};

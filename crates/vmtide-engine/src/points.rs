@@ -169,6 +169,7 @@ pub(crate) mod tests {
             warnings: Vec::new(),
             disks: vec![disk],
             program: String::new(),
+            origin: None,
         }
     }
 }

@@ -10,7 +10,7 @@ use crate::context::RepoContext;
 use crate::envelope::ObjectKind;
 use crate::point::RestorePoint;
 use crate::repository::{PointList, Repository};
-use crate::{ObjectId, RepoError, Result, record};
+use crate::{ObjectId, PROGRAM, RepoError, Result, record};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
@@ -111,8 +111,6 @@ struct StoredRelease {
     created: Timestamp,
     program: String,
 }
-
-const PROGRAM: &str = concat!("vmtide ", env!("CARGO_PKG_VERSION"));
 
 /// All holds, and what is known of each.
 #[derive(Default)]

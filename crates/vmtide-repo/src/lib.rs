@@ -13,6 +13,7 @@ mod cache;
 mod care;
 mod config;
 mod context;
+mod copy;
 mod crypto;
 mod disk;
 mod document;
@@ -44,6 +45,7 @@ pub use care::{
     RepairReport, SampleReport, VerifyOptions, VerifyReport, check_integrity,
 };
 pub use config::{Encryption, RepositoryConfig};
+pub use copy::CopyOf;
 pub use disk::{DamagedPart, PointDisk, SalvagedDisk};
 pub use error::{RepoError, Result};
 pub use forget::ForgetReport;
@@ -51,7 +53,7 @@ pub use hold::{Hold, HoldList, HoldOptions};
 pub use id::{BLOCK_BYTES, ChunkId, Location, ObjectId};
 pub use keys::{KdfParameters, KeySlotInfo, RecoveryKey, RotatedKey};
 pub use password::Password;
-pub use point::{DiskCounts, DiskRecord, Level, RestorePoint, TrackingRecord};
+pub use point::{DiskCounts, DiskRecord, Level, Origin, RestorePoint, TrackingRecord};
 pub use repository::{InitOptions, PointList, Repository, RepositoryStats};
 pub use store::{
     Corruption, DenyStore, Fault, FaultyStore, LocalStore, MemoryStore, ObjectEntry, ObjectReader,

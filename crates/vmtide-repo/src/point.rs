@@ -72,6 +72,15 @@ pub struct DiskRecord {
     pub tracking: TrackingRecord,
 }
 
+/// Where a restore point was backed up first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Origin {
+    /// The repository's id.
+    pub repository: ObjectId,
+    /// The restore point's id there.
+    pub point: ObjectId,
+}
+
 /// One VM at one moment, as kept in the repository.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RestorePoint {
@@ -103,6 +112,10 @@ pub struct RestorePoint {
     pub disks: Vec<DiskRecord>,
     /// The program and version that wrote it.
     pub program: String,
+    /// Where it was copied from: the repository that it was backed up to, however often it was
+    /// copied since. None where that is this one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<Origin>,
 }
 
 impl RestorePoint {

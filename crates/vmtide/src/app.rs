@@ -99,6 +99,7 @@ fn dispatch(app: &App, command: Command) -> Result<Exit> {
         Command::Forget(args) => commands::forget::run(app, &args),
         Command::Hold(args) => commands::hold::run(app, &args),
         Command::Prune(args) => commands::prune::run(app, &args),
+        Command::Copy(args) => commands::copy::run(app, &args),
         Command::Key(args) => commands::key::run(app, &args),
         Command::Info(args) => commands::info::run(app, &args),
         Command::Map(args) => commands::map::run(app, &args),

@@ -120,6 +120,8 @@ pub enum Command {
     Hold(commands::hold::HoldArgs),
     /// Remove from the repository what no restore point needs
     Prune(commands::prune::PruneArgs),
+    /// Copy restore points into another repository
+    Copy(Box<commands::copy::CopyArgs>),
     /// Manage the passwords of a repository
     Key(commands::key::KeyArgs),
     /// Show what a disk image says of itself

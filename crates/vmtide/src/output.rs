@@ -132,6 +132,7 @@ impl Output {
             Phase::Compare => "comparing",
             Phase::Check => "checking",
             Phase::Merge => "merging",
+            Phase::Copy => "copying",
         };
         let bar = self.bar.lock().clone();
         match bar {

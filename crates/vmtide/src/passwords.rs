@@ -45,6 +45,17 @@ impl<'a> PasswordSource<'a> {
         }
     }
 
+    /// The password of a second repository, that something is copied to.
+    pub const fn of_target(file: Option<&'a Path>, command: Option<&'a str>) -> Self {
+        Self {
+            file,
+            command,
+            variable: "VMTIDE_TO_PASSWORD",
+            purpose: "password of the repository to copy to",
+            advice: "set VMTIDE_TO_PASSWORD, or use --to-password-file or --to-password-command",
+        }
+    }
+
     /// A further password for the repository.
     pub const fn for_new_key(file: Option<&'a Path>, command: Option<&'a str>) -> Self {
         Self {

@@ -61,7 +61,11 @@ pub fn open_other(app: &App, location: &str, file: Option<&Path>) -> Result<Repo
     }
 }
 
-fn open_with(location: &str, source: &PasswordSource<'_>) -> Result<Repository> {
+/// Opens the repository at `location` with a password of its own.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_with(location: &str, source: &PasswordSource<'_>) -> Result<Repository> {
     let store = store_at(location)?;
     let mut refused = None;
     let mut password = || {

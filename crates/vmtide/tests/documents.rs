@@ -22,6 +22,7 @@ const COMMANDS: &[&str] = &[
     "forget",
     "hold",
     "prune",
+    "copy",
     "key",
     "info",
     "map",

@@ -3,6 +3,7 @@
 use super::{Candidate, RetentionPolicy};
 use jiff::Span;
 use jiff::tz::TimeZone;
+use std::collections::BTreeMap;
 
 /// Which restore points are meant.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -21,8 +22,12 @@ impl Selector {
 
     /// Whether the point is meant.
     pub fn selects(&self, point: &Candidate) -> bool {
-        self.selects_vm(&point.vm)
-            && self.tags.iter().all(|(key, value)| point.tags.get(key) == Some(value))
+        self.selects_point(&point.vm, &point.tags)
+    }
+
+    /// Whether a point of this VM with these tags is meant.
+    pub fn selects_point(&self, vm: &str, tags: &BTreeMap<String, String>) -> bool {
+        self.selects_vm(vm) && self.tags.iter().all(|(key, value)| tags.get(key) == Some(value))
     }
 
     /// Whether points of this VM can be meant.

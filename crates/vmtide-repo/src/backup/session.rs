@@ -9,6 +9,7 @@ use super::plan::{Piece, plan};
 use super::sink::RunSink;
 use super::work::DiskJob;
 use crate::context::RepoContext;
+use crate::copy::CopyOf;
 use crate::disk::{PackSet, Place};
 use crate::index::ChunkIndex;
 use crate::map::{BaseMap, DiskMap, MapBuilder, MapRun, Target, write_layered};
@@ -510,12 +511,36 @@ impl BackupSession {
     /// # Errors
     /// Those of the store. Nothing is visible then.
     pub fn commit(self, draft: PointDraft) -> Result<RestorePoint> {
-        self.check_usable()?;
-        for mut filler in self.fillers.into_inner() {
-            filler.finish_pack(&self.state)?;
-        }
+        self.commit_as(draft, None)
+    }
+
+    /// As [`commit`](Self::commit), of a point that is a copy: of the same moment as what it is a
+    /// copy of.
+    ///
+    /// # Errors
+    /// As [`commit`](Self::commit).
+    pub fn commit_copy(self, draft: PointDraft, copy: CopyOf) -> Result<RestorePoint> {
+        self.commit_as(draft, Some(copy))
+    }
+
+    /// Ends a job without a restore point. The packs it finished are noted in the index, so that the next
+    /// job finds what this one stored, if that comes before [`prune`](crate::Repository::prune).
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub fn abandon(self) -> Result<()> {
         let pending = std::mem::take(&mut *self.state.pending.lock());
-        self.state.write_index(&pending)?;
+        self.state.write_index(&pending)
+    }
+
+    fn commit_as(self, draft: PointDraft, copy: Option<CopyOf>) -> Result<RestorePoint> {
+        self.check_usable()?;
+        let mut fillers = self.fillers.into_inner().into_iter();
+        let finished = fillers.try_for_each(|mut filler| filler.finish_pack(&self.state));
+        // Also where the last pack failed: the next try finds what the others hold.
+        let pending = std::mem::take(&mut *self.state.pending.lock());
+        let noted = self.state.write_index(&pending);
+        finished.and(noted)?;
         self.state.healing.write(&self.state, "backup")?;
         if let Err(error) = self.state.index.compact() {
             tracing::warn!(%error, "the index was not compacted; the next backup tries again");
@@ -529,7 +554,7 @@ impl BackupSession {
         let point = RestorePoint {
             id: ObjectId::random()?,
             vm: draft.vm,
-            time: time_after(context, draft.parent),
+            time: copy.map_or_else(|| time_after(context, draft.parent), |copy| copy.time),
             started: draft.started,
             level: draft.level,
             parent: draft.parent,
@@ -541,6 +566,7 @@ impl BackupSession {
             warnings: draft.warnings,
             disks,
             program: crate::PROGRAM.into(),
+            origin: copy.map(|copy| copy.origin),
         };
         point::write(context, &point)?;
         Ok(point)

@@ -123,6 +123,7 @@ fn sample_point() -> Result<RestorePoint> {
             tracking: TrackingRecord { used: true, reason: None, id: Some("bitmap".into()) },
         }],
         program: "vmtide 0.1.0".into(),
+        origin: None,
     })
 }
 

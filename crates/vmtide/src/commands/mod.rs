@@ -6,6 +6,7 @@ pub mod check;
 pub mod compare;
 pub mod completions;
 pub mod convert;
+pub mod copy;
 pub mod create;
 pub mod diff;
 pub mod doctor;

@@ -8,7 +8,7 @@ use clap::Args;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use vmtide_engine::{DiskSummary, Result, points};
-use vmtide_repo::{Hold, Level, ObjectId, RestorePoint};
+use vmtide_repo::{Hold, Level, ObjectId, Origin, RestorePoint};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -42,6 +42,7 @@ struct Listed<'a> {
     disks: Vec<DiskSummary>,
     warnings: &'a [String],
     holds: Vec<&'a Hold>,
+    origin: Option<Origin>,
 }
 
 impl<'a> Listed<'a> {
@@ -64,6 +65,7 @@ impl<'a> Listed<'a> {
             disks: disks.collect(),
             warnings: &point.warnings,
             holds: holds.iter().filter(|hold| hold.point == point.id).collect(),
+            origin: point.origin,
         }
     }
 }

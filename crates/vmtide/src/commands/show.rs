@@ -48,6 +48,10 @@ fn show(app: &App, point: &RestorePoint) {
     field("host", &point.host);
     field("source", &point.source);
     field("written by", &point.program);
+    let origin = point.origin.map(|origin| {
+        format!("restore point {} of repository {}", origin.point, origin.repository)
+    });
+    field("copied from", &origin.unwrap_or_default());
     for (key, value) in &point.tags {
         field("tag", &format!("{key}={value}"));
     }
