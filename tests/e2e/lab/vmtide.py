@@ -1,5 +1,6 @@
 """Running the vmtide command as a user would, and reading its JSON events."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -51,11 +52,14 @@ class Finished:
 
 
 class Running:
-    """A vmtide in the background; its output goes to files, so that it never waits for the test."""
+    """A vmtide in the background; its output goes to files, so that it never waits for the test. Several may run."""
+
+    _numbers = itertools.count()
 
     def __init__(self, directory, arguments, environment):
         self.words = " ".join(["vmtide", *map(str, arguments)])
-        self.paths = (directory / "vmtide.out", directory / "vmtide.err")
+        number = next(self._numbers)
+        self.paths = (directory / f"vmtide-{number}.out", directory / f"vmtide-{number}.err")
         with open(self.paths[0], "wb") as out, open(self.paths[1], "wb") as err:
             self.process = start([binary(), *arguments], stdout=out, stderr=err, env=environment)
 
@@ -75,6 +79,8 @@ class Running:
             kill(self.process)
             raise TestFailure(f"`{self.words}` hangs: not done after {timeout_s} s") from None
         out, err = (path.read_text(errors="replace") for path in self.paths)
+        for path in self.paths:
+            path.unlink()
         return Finished(self.words, self.process.returncode, out, err)
 
 

@@ -1,0 +1,298 @@
+#!/usr/bin/env python3
+"""kill -9 at random moments of everything that changes a repository; nothing that was reported done may be lost.
+
+    tests/e2e/repository_kills.py [--kills 1000] [--seed N] [--keep]
+
+In each round one to three of {backup, forget, prune, copy, adding, changing and removing a password, verify} run at
+the same time on one repository, and most of them are killed at a random moment. Then must hold:
+
+  * each restore point that a backup reported, and that nobody asked to forget, is listed and restores, byte for byte,
+    what the disk held; so does every other restore point that is listed, in the second repository too
+  * what was not killed ended well, without any repair by hand in between
+  * every password that was reported as added opens the repository, none that was reported as removed does
+  * at the end `verify --read-data` finds nothing wrong, and a prune that nothing disturbs leaves no more than a new
+    repository of the same restore points takes, and a little
+"""
+
+import argparse
+import hashlib
+import os
+import random
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from lab.processes import Tally, TestFailure, Workspace
+from lab.vmtide import PASSWORD, Vmtide
+
+DISK_BYTES = 24 << 20
+BLOCK_BYTES = 64 << 10
+VMS = ("alpha", "beta")
+# How many restore points the test lets a repository have before it forgets more than it adds.
+MANY_POINTS = 14
+# After how many rounds all is compared, and read whole.
+CHECK_EVERY = 5
+READ_ALL_EVERY = 40
+WRONG_PASSWORD = 4
+
+
+class Disk:
+    """A disk image that the test changes between backups, and what it held at each of them."""
+
+    def __init__(self, directory, name, chance):
+        self.name = name
+        self.path = directory / f"{name}.raw"
+        self.chance = chance
+        self.path.write_bytes(b"")
+        os.truncate(self.path, DISK_BYTES)
+        for _ in range(60):
+            self.change()
+
+    def change(self):
+        """Writes a few blocks: new content, content that is somewhere else already, or zeros."""
+        with open(self.path, "r+b") as file:
+            for _ in range(self.chance.randrange(1, 12)):
+                block = self.chance.randrange(DISK_BYTES // BLOCK_BYTES)
+                way = self.chance.randrange(4)
+                if way == 0:
+                    content = bytes(BLOCK_BYTES)
+                elif way == 1:
+                    file.seek(self.chance.randrange(DISK_BYTES // BLOCK_BYTES) * BLOCK_BYTES)
+                    content = file.read(BLOCK_BYTES)
+                else:
+                    content = self.chance.randbytes(BLOCK_BYTES)
+                file.seek(block * BLOCK_BYTES)
+                file.write(content)
+
+    def digest(self):
+        return digest_of(self.path)
+
+
+def digest_of(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Job:
+    """One vmtide of a round."""
+
+    def __init__(self, kind, arguments, kill_after_s=None, done=None, codes=(0,)):
+        self.kind = kind
+        self.arguments = arguments
+        self.kill_after_s = kill_after_s
+        # Called with how it ended when it was not killed.
+        self.done = done or (lambda finished: None)
+        self.codes = codes
+        self.running = None
+        self.killed = False
+
+
+class Kills:
+    def __init__(self, directory, seed, tally):
+        self.tally = tally
+        self.directory = directory
+        self.random = random.Random(seed)
+        self.vmtide = Vmtide(directory)
+        self.second = directory / "second"
+        self.run("init", self.second)
+        self.disks = [Disk(directory, name, self.random) for name in VMS]
+        # What the disk held for the backup with this tag.
+        self.held = {}
+        # Restore points a backup reported, and those that somebody asked to forget.
+        self.reported, self.doomed = set(), set()
+        # Passwords that open the repository, that do not any more, and of which nobody can know after a kill.
+        self.passwords, self.gone, self.unsure = {PASSWORD: None}, set(), set()
+        self.durations_s = {}
+        self.number = 0
+        self.rounds = 0
+
+    def run(self, *arguments, codes=(0,)):
+        return self.vmtide.run(*arguments, codes=codes)
+
+    def total_kills(self):
+        return sum(number for what, number in self.tally.counts.items() if what.startswith("killed in the act: "))
+
+    # The jobs of a round.
+
+    def jobs(self):
+        makers = {"backup": 40, "forget": 15, "prune": 20, "copy": 12, "key": 10, "verify": 5}
+        chosen, jobs = set(), []
+        for _ in range(self.random.choices((1, 2, 3), (50, 30, 20))[0]):
+            kind = self.random.choices(list(makers), list(makers.values()))[0]
+            if kind in chosen and kind != "backup":
+                continue
+            chosen.add(kind)
+            job = getattr(self, f"make_{kind}")(jobs)
+            if job:
+                jobs.append(job)
+        for job in jobs:
+            if self.random.random() < 0.85:
+                job.kill_after_s = self.random.uniform(0, 1.05) * self.durations_s.get(job.kind, 0.4)
+        return jobs
+
+    def make_backup(self, others):
+        idle = [disk for disk in self.disks if not any(str(disk.path) in map(str, job.arguments) for job in others)]
+        if not idle:
+            return None
+        disk = self.random.choice(idle)
+        disk.change()
+        self.number += 1
+        self.held[str(self.number)] = disk.digest()
+        return Job(
+            "backup",
+            ["backup", disk.path, "-r", self.vmtide.repository, "--name", disk.name, "--tag", f"run={self.number}"],
+            done=lambda finished: self.reported.add(finished.summary["point"]),
+        )
+
+    def make_forget(self, _):
+        points = [point["id"] for point in self.vmtide.points()]
+        number = self.random.randrange(1, 4) if len(points) <= MANY_POINTS else len(points) - MANY_POINTS // 2
+        if len(points) < 4:
+            return None
+        chosen = self.random.sample(points, min(number, len(points) - 2))
+        self.doomed.update(chosen)
+
+        def done(_):
+            left = {point["id"] for point in self.vmtide.points()}
+            if left & set(chosen):
+                raise TestFailure(f"forget reported {chosen} gone; still there: {left & set(chosen)}")
+
+        return Job("forget", ["forget", *chosen, "-r", self.vmtide.repository], done=done)
+
+    def make_prune(self, _):
+        return Job("prune", ["prune", "-r", self.vmtide.repository])
+
+    def make_copy(self, _):
+        return Job("copy", ["copy", "-r", self.vmtide.repository, "--to", self.second, "--all"])
+
+    def make_verify(self, _):
+        return Job("verify", ["verify", "-r", self.vmtide.repository])
+
+    def make_key(self, _):
+        known = [password for password, slot in self.passwords.items() if slot]
+        if known and self.random.random() < 0.5:
+            password = self.random.choice(known)
+            slot = self.passwords.pop(password)
+            self.unsure.add(password)
+
+            def removed(_):
+                self.unsure.discard(password)
+                self.gone.add(password)
+
+            return Job("key", ["key", "remove", slot, "-r", self.vmtide.repository], done=removed)
+        self.number += 1
+        password = f"password {self.number}"
+        file = self.directory / "new-password"
+        file.write_text(password)
+        self.unsure.add(password)
+
+        def added(finished):
+            self.unsure.discard(password)
+            self.passwords[password] = finished.summary["id"]
+
+        return Job("key", ["key", "add", "--new-password-file", file, "-r", self.vmtide.repository], done=added)
+
+    # A round.
+
+    def round(self):
+        self.rounds += 1
+        jobs = self.jobs()
+        begun = time.monotonic()
+        for job in jobs:
+            job.running = self.vmtide.start(*job.arguments)
+        for job in sorted(jobs, key=lambda job: job.kill_after_s if job.kill_after_s is not None else 1e9):
+            if job.kill_after_s is None:
+                continue
+            while job.running.running() and time.monotonic() < begun + job.kill_after_s:
+                time.sleep(0.001)
+            job.killed = job.running.kill()
+            self.tally.count(f"killed in the act: {job.kind}" if job.killed else "ended before the kill")
+        for job in jobs:
+            finished = job.running.finish()
+            if job.killed:
+                continue
+            if job.kill_after_s is None and len(jobs) == 1:
+                self.durations_s[job.kind] = time.monotonic() - begun
+            finished.must_end_with(*job.codes)
+            self.tally.count(f"ended well: {job.kind}")
+            job.done(finished)
+        if self.rounds % CHECK_EVERY == 0:
+            self.check(everything=self.rounds % READ_ALL_EVERY == 0)
+        self.tally.passed += 1
+
+    def check(self, everything):
+        points = self.vmtide.points()
+        lost = self.reported - self.doomed - {point["id"] for point in points}
+        if lost:
+            raise TestFailure(f"restore points that were reported done are gone: {sorted(lost)}")
+        self.restore(self.vmtide.repository, points if everything else self.random.sample(points, min(2, len(points))))
+        copies = self.run("points", "-r", self.second).summary["points"]
+        self.restore(self.second, copies if everything else self.random.sample(copies, min(1, len(copies))))
+        self.check_passwords(everything)
+        if everything:
+            for repository in (self.vmtide.repository, self.second):
+                self.run("verify", "-r", repository, "--read-data")
+            self.tally.count("whole checks")
+
+    def restore(self, repository, points):
+        target = self.directory / "restored.raw"
+        for point in points:
+            self.run("restore", point["id"], "-r", repository, "--to", target)
+            expected = self.held[point["tags"]["run"]]
+            if digest_of(target) != expected:
+                raise TestFailure(f"restore point {point['id']} of {repository} is not what the disk held")
+            target.unlink()
+            self.tally.count("restores compared")
+
+    def check_passwords(self, everything):
+        environment = self.vmtide.environment
+        for passwords, codes in ((set(self.passwords), (0,)), (self.gone, (WRONG_PASSWORD,))):
+            chosen = sorted(passwords)
+            for password in chosen if everything else self.random.sample(chosen, min(1, len(chosen))):
+                environment["VMTIDE_PASSWORD"] = password
+                try:
+                    self.run("points", "-r", self.vmtide.repository, codes=codes)
+                finally:
+                    environment["VMTIDE_PASSWORD"] = PASSWORD
+
+    def final_check(self):
+        self.check(everything=True)
+        self.run("prune", "-r", self.vmtide.repository, "--repack-below", "100")
+        self.check(everything=True)
+        fresh = self.directory / "fresh"
+        self.run("init", fresh)
+        self.run("copy", "-r", self.vmtide.repository, "--to", fresh, "--all")
+        stored, needed = size_of(self.vmtide.repository), size_of(fresh)
+        print(f"at the end {stored} bytes; a new repository of the same restore points has {needed}")
+        if stored > needed * 1.2 + (2 << 20):
+            raise TestFailure(f"prune leaves {stored} bytes where {needed} are needed")
+        shutil.rmtree(fresh)
+
+
+def size_of(directory):
+    return sum(path.stat().st_size for path in Path(directory).rglob("*") if path.is_file())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=40, help="how many (default: %(default)s; a long run: 1000)")
+    parser.add_argument("--seed", type=int, default=None, help="repeat a run's choices")
+    parser.add_argument("--keep", action="store_true", help="keep the directory of the run")
+    options = parser.parse_args()
+    seed = options.seed if options.seed is not None else random.randrange(1 << 32)
+    print(f"kills: {options.kills}, seed {seed}", flush=True)
+    with Workspace("kills", options.keep) as directory:
+        tally = Tally(f"repeat with --seed {seed}")
+        with tally:
+            kills = Kills(directory, seed, tally)
+            while kills.total_kills() < options.kills:
+                kills.round()
+                if kills.rounds % 50 == 0:
+                    print(f"round {kills.rounds}: {kills.total_kills()} killed", flush=True)
+            kills.final_check()
+    return tally.exit_code()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
