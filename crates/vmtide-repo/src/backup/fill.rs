@@ -96,14 +96,18 @@ impl PackFiller {
         }
         self.frame.extend_from_slice(chunk);
         self.frame_chunks.push(ChunkEntry { id, blocks });
-        if self.frame.len() < self.frame_bytes {
-            return Ok(stored);
+        // Only now, with the chunk taken, may the pack end: it was promised a place in this one.
+        if self.frame.len() >= self.frame_bytes || self.is_pack_full(session) {
+            stored += self.flush_frame()?;
         }
-        stored += self.flush_frame()?;
-        if self.pack.as_ref().is_some_and(|pack| pack.is_full(session.pack_size_bytes)) {
+        if self.is_pack_full(session) {
             self.finish_pack(session)?;
         }
         Ok(stored)
+    }
+
+    fn is_pack_full(&self, session: &SessionState) -> bool {
+        self.pack.as_ref().is_some_and(|pack| pack.is_full(session.pack_size_bytes))
     }
 
     /// Puts the chunks that wait into the pack. Answers with the stored bytes that this made.
