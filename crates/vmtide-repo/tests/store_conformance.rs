@@ -1,238 +1,27 @@
-//! What every object store promises, asked of each of them.
+//! What every object store promises, asked of those of this crate.
 
-#![allow(
-    missing_docs,
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::cast_possible_truncation,
-    reason = "a test: what fails here fails the test"
-)]
+#![allow(missing_docs, clippy::unwrap_used, reason = "a test: what fails here fails the test")]
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, Barrier};
-use tempfile::TempDir;
-use vmtide_repo::{
-    FaultyStore, LocalStore, MemoryStore, ObjectEntry, ObjectStore, RepoError, read_small,
-};
+#[path = "support/conformance.rs"]
+mod conformance;
 
-/// A store and what keeps it alive.
-struct Subject {
-    store: Arc<dyn ObjectStore>,
-    _directory: Option<TempDir>,
-}
+use conformance::{Promises, Subject};
+use std::sync::Arc;
+use vmtide_repo::{FaultyStore, LocalStore, MemoryStore};
 
 fn subjects() -> Vec<Subject> {
     let directory = tempfile::tempdir().unwrap();
     let local = LocalStore::create(directory.path().join("repository")).unwrap();
+    let promises = Promises::ALL;
     vec![
-        Subject { store: Arc::new(MemoryStore::new()), _directory: None },
+        Subject { store: Arc::new(MemoryStore::new()), promises, guard: None },
         Subject {
             store: Arc::new(FaultyStore::new(Arc::new(MemoryStore::new()))),
-            _directory: None,
+            promises,
+            guard: None,
         },
-        Subject { store: Arc::new(local), _directory: Some(directory) },
+        Subject { store: Arc::new(local), promises, guard: Some(Box::new(directory)) },
     ]
 }
 
-fn names(store: &dyn ObjectStore, prefix: &str) -> Vec<(String, u64)> {
-    let mut found = Vec::new();
-    store
-        .list(prefix, &mut |entry| {
-            found.push((entry.name, entry.length_bytes));
-            Ok(())
-        })
-        .unwrap();
-    found.sort();
-    found
-}
-
-#[test]
-fn what_is_put_is_read_back_whole_and_in_parts() {
-    for Subject { store, _directory } in subjects() {
-        let content: Vec<u8> = (0..300_000_u32).map(|n| (n % 251) as u8).collect();
-        let mut writer = store.create("packs/ab/abcd").unwrap();
-        for part in content.chunks(70_001) {
-            writer.write(part).unwrap();
-        }
-        writer.finish().unwrap();
-        let reader = store.open("packs/ab/abcd").unwrap();
-        assert_eq!(reader.length_bytes(), 300_000);
-        let mut part = [0; 1000];
-        reader.read_at(&mut part, 299_000).unwrap();
-        assert_eq!(part[..], content[299_000..]);
-        assert_eq!(read_small(&*store, "packs/ab/abcd", 300_000).unwrap(), content);
-        let error = read_small(&*store, "packs/ab/abcd", 299_999).unwrap_err();
-        assert!(error.is_damage(), "{error}");
-        store.put("empty", b"").unwrap();
-        assert_eq!(read_small(&*store, "empty", 0).unwrap(), b"");
-    }
-}
-
-#[test]
-fn reading_past_the_end_is_damage() {
-    for Subject { store, _directory } in subjects() {
-        store.put("points/a", &[7; 100]).unwrap();
-        let reader = store.open("points/a").unwrap();
-        for offset in [1, 100, 101, u64::MAX - 10, u64::MAX] {
-            let error = reader.read_at(&mut [0; 100], offset).unwrap_err();
-            assert!(error.is_damage(), "{offset}: {error}");
-            assert!(error.to_string().contains("points/a"), "{error}");
-        }
-        reader.read_at(&mut [], 100).unwrap();
-    }
-}
-
-#[test]
-fn an_object_is_not_there_before_it_is_finished_nor_when_it_is_dropped() {
-    for Subject { store, _directory } in subjects() {
-        let mut writer = store.create("points/p").unwrap();
-        writer.write(&[1; 200_000]).unwrap();
-        assert!(matches!(store.open("points/p"), Err(RepoError::NotFound { .. })));
-        assert!(names(&*store, "points/").is_empty());
-        drop(writer);
-        assert!(names(&*store, "points/").is_empty());
-        store.put("points/p", b"whole").unwrap();
-        assert_eq!(names(&*store, "points/"), [("points/p".to_owned(), 5)]);
-    }
-}
-
-#[test]
-fn nothing_is_ever_replaced() {
-    for Subject { store, _directory } in subjects() {
-        store.put("maps/m", b"first").unwrap();
-        let error = store.put("maps/m", b"second").unwrap_err();
-        assert!(matches!(error, RepoError::AlreadyExists { .. }), "{error}");
-        assert!(error.to_string().contains("maps/m"), "{error}");
-        assert_eq!(read_small(&*store, "maps/m", 100).unwrap(), b"first");
-    }
-}
-
-#[test]
-fn of_many_who_create_one_name_exactly_one_wins() {
-    const WRITERS: u8 = 8;
-    for Subject { store, _directory } in subjects() {
-        for round in 0..10 {
-            let name = format!("index/{round}");
-            let barrier = Barrier::new(WRITERS.into());
-            let won: Vec<u8> = std::thread::scope(|scope| {
-                let threads: Vec<_> = (0..WRITERS)
-                    .map(|writer| {
-                        let (store, name, barrier) = (&store, &name, &barrier);
-                        scope.spawn(move || {
-                            let mut object = store.create(name).unwrap();
-                            object.write(&[writer; 50_000]).unwrap();
-                            barrier.wait();
-                            match object.finish() {
-                                Ok(()) => Some(writer),
-                                Err(RepoError::AlreadyExists { .. }) => None,
-                                Err(error) => panic!("{error}"),
-                            }
-                        })
-                    })
-                    .collect();
-                threads.into_iter().filter_map(|thread| thread.join().unwrap()).collect()
-            });
-            assert_eq!(won.len(), 1, "{won:?}");
-            let content = read_small(&*store, &name, 50_000).unwrap();
-            assert_eq!(content, vec![won[0]; 50_000]);
-        }
-    }
-}
-
-#[test]
-fn listing_goes_below_its_prefix_and_nowhere_else() {
-    for Subject { store, _directory } in subjects() {
-        for name in ["packs/00/a", "packs/00/b", "packs/ff/c", "points/p", "packs2/x"] {
-            store.put(name, name.as_bytes()).unwrap();
-        }
-        let found: Vec<String> = names(&*store, "packs/").into_iter().map(|n| n.0).collect();
-        assert_eq!(found, ["packs/00/a", "packs/00/b", "packs/ff/c"]);
-        assert_eq!(names(&*store, "packs/ff/").len(), 1);
-        assert!(names(&*store, "maps/").is_empty());
-        let error =
-            store.list("packs/", &mut |_| Err(RepoError::Invalid("stop".into()))).unwrap_err();
-        assert_eq!(error.to_string(), "stop");
-    }
-}
-
-#[test]
-fn a_listing_says_when_each_object_was_written() {
-    for Subject { store, _directory } in subjects() {
-        store.put("leases/first", b"1").unwrap();
-        std::thread::sleep(std::time::Duration::from_millis(1100));
-        store.put("leases/second", b"2").unwrap();
-        let mut times = BTreeMap::new();
-        let mut visit = |entry: ObjectEntry| {
-            times.insert(entry.name, entry.modified);
-            Ok(())
-        };
-        store.list("leases/", &mut visit).unwrap();
-        let apart = times["leases/second"].duration_since(times["leases/first"]);
-        assert!((1..30).contains(&apart.as_secs()), "{times:?}");
-    }
-}
-
-#[test]
-fn a_visitor_may_remove_what_it_is_shown() {
-    for Subject { store, _directory } in subjects() {
-        for n in 0..50 {
-            store.put(&format!("forward/{n}"), b"x").unwrap();
-        }
-        store.list("forward/", &mut |entry| store.remove(&entry.name)).unwrap();
-        assert!(names(&*store, "forward/").is_empty());
-    }
-}
-
-#[test]
-fn removing_twice_is_no_error_and_an_open_reader_goes_on() {
-    for Subject { store, _directory } in subjects() {
-        store.put("packs/ab/x", b"content").unwrap();
-        let reader = store.open("packs/ab/x").unwrap();
-        store.remove("packs/ab/x").unwrap();
-        store.remove("packs/ab/x").unwrap();
-        store.remove("packs/cd/never").unwrap();
-        assert!(matches!(store.open("packs/ab/x"), Err(RepoError::NotFound { .. })));
-        let mut content = [0; 7];
-        reader.read_at(&mut content, 0).unwrap();
-        assert_eq!(&content, b"content");
-    }
-}
-
-#[test]
-fn names_that_are_paths_are_refused_everywhere() {
-    for Subject { store, _directory } in subjects() {
-        for name in ["../x", "/x", "tmp/x", "locks/gc", "", "a//b", ".x"] {
-            let refused = |error: RepoError| assert!(matches!(error, RepoError::Invalid(_)));
-            refused(store.create(name).map(drop).unwrap_err());
-            refused(store.open(name).map(drop).unwrap_err());
-            refused(store.put(name, b"").unwrap_err());
-            refused(store.remove(name).unwrap_err());
-            refused(store.list(&format!("{name}/"), &mut |_| Ok(())).unwrap_err());
-        }
-        assert!(store.list("packs", &mut |_| Ok(())).is_err());
-    }
-}
-
-#[test]
-fn the_lock_is_shared_by_many_or_held_by_one() {
-    for Subject { store, _directory } in subjects() {
-        let is_busy = |exclusive| match store.lock(exclusive) {
-            Ok(_) => false,
-            Err(RepoError::Busy { .. }) => true,
-            Err(error) => panic!("{error}"),
-        };
-        let first = store.lock(false).unwrap();
-        let second = store.lock(false).unwrap();
-        assert!(is_busy(true));
-        drop(first);
-        assert!(is_busy(true));
-        drop(second);
-        let alone = store.lock(true).unwrap();
-        assert!(is_busy(true));
-        assert!(is_busy(false));
-        drop(alone);
-        assert!(!is_busy(false));
-        assert!(!is_busy(true));
-    }
-}
+conformance_tests!(subjects);

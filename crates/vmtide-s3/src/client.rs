@@ -1,0 +1,299 @@
+//! One request: addressed, signed, sent, and sent again while its failure may pass.
+
+use crate::body::ContentBody;
+use crate::counts::Counters;
+use crate::credentials::Credentials;
+use crate::endpoint::Endpoint;
+use crate::failure::{Cause, Failure, innermost, words};
+use crate::options::S3Options;
+use crate::profile::Profile;
+use crate::retry::{self, Tries, Verdict};
+use crate::spool::Content;
+use crate::{connect, xml};
+use bytes::{Bytes, BytesMut};
+use http::{HeaderMap, HeaderName, HeaderValue, Method};
+use object_store::aws::AwsAuthorizer;
+use object_store::client::{HttpRequest, HttpRequestBody};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use vmtide_repo::Result;
+
+/// The most of an answer that is no object's content: a page of 1,000 keys of 1 KiB in XML.
+const MAX_DOCUMENT_BYTES: usize = 8 << 20;
+
+/// What one try may take beside the moving of its content.
+const TRY_TIME: Duration = Duration::from_secs(60);
+
+/// The slowest rate at which content may move before a try counts as stuck, in bytes per second.
+const SLOWEST_RATE: u64 = 32 << 10;
+
+/// At which try the user is told that something is wrong.
+const WARN_AFTER_TRIES: u32 = 3;
+
+/// A request to be made.
+#[derive(Clone)]
+pub(crate) struct Request {
+    method: Method,
+    key: String,
+    query: Vec<(&'static str, String)>,
+    headers: HeaderMap,
+    content: Option<Content>,
+    expected_bytes: usize,
+    error_in_body: bool,
+}
+
+/// A successful answer.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    /// The status.
+    pub(crate) status: u16,
+    /// The headers.
+    pub(crate) headers: HeaderMap,
+    /// The body; empty where it is longer than was asked for.
+    pub(crate) body: Bytes,
+}
+
+impl Request {
+    /// A request for an object, or with an empty key for the bucket.
+    pub(crate) fn new(method: Method, key: &str) -> Self {
+        Self {
+            method,
+            key: key.to_owned(),
+            query: Vec::new(),
+            headers: HeaderMap::new(),
+            content: None,
+            expected_bytes: MAX_DOCUMENT_BYTES,
+            error_in_body: false,
+        }
+    }
+
+    /// With a parameter. Those of one request come in the order of their names.
+    pub(crate) fn query(mut self, name: &'static str, value: impl Into<String>) -> Self {
+        self.query.push((name, value.into()));
+        self.query.sort();
+        self
+    }
+
+    /// With a header. A value that cannot be one is left out: all are made from checked texts.
+    pub(crate) fn header(mut self, name: &'static str, value: &str) -> Self {
+        if let Ok(value) = HeaderValue::from_str(value) {
+            self.headers.insert(HeaderName::from_static(name), value);
+        }
+        self
+    }
+
+    /// With a body.
+    pub(crate) fn content(mut self, content: Content) -> Self {
+        self.content = Some(content);
+        self
+    }
+
+    /// With so many bytes of content in the answer, at most.
+    pub(crate) const fn expect(mut self, bytes: usize) -> Self {
+        self.expected_bytes = bytes;
+        self
+    }
+
+    /// That may fail after the server began to answer with 200.
+    pub(crate) const fn error_in_body(mut self) -> Self {
+        self.error_in_body = true;
+        self
+    }
+
+    fn is_list(&self) -> bool {
+        self.key.is_empty()
+            && self
+                .query
+                .iter()
+                .any(|(name, _)| matches!(*name, "list-type" | "versions" | "uploads"))
+    }
+}
+
+impl Answer {
+    /// A header's text.
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
+        self.headers.get(name).and_then(|value| value.to_str().ok())
+    }
+}
+
+/// What came of one try.
+struct TryFailure {
+    cause: Cause,
+    verdict: Verdict,
+    wait: Option<Duration>,
+    answered: bool,
+}
+
+/// A connection to a bucket.
+pub(crate) struct Client {
+    http: reqwest::Client,
+    credentials: Credentials,
+    pub(crate) endpoint: Endpoint,
+    retry_time: Duration,
+    reached: AtomicBool,
+    pub(crate) counters: Counters,
+}
+
+impl Client {
+    /// For the bucket of `options`. Asks nobody yet.
+    ///
+    /// # Errors
+    /// Those of endpoint, connection and credentials.
+    pub(crate) fn new(options: &S3Options) -> Result<Self> {
+        let profile = Profile::load(options.profile.as_deref())?;
+        let endpoint = Endpoint::new(options, &profile)?;
+        let http = connect::client(options, &endpoint)?;
+        Ok(Self {
+            credentials: Credentials::new(options, &profile, &endpoint.region, &http)?,
+            http,
+            endpoint,
+            retry_time: options.retry_time,
+            reached: AtomicBool::new(false),
+            counters: Counters::default(),
+        })
+    }
+
+    /// Makes a request, again and again while its failure may pass.
+    ///
+    /// # Errors
+    /// What it failed with for good.
+    pub(crate) async fn send(&self, request: &Request) -> Result<Answer, Failure> {
+        let mut tries = Tries::begin(self.retry_time, self.reached.load(Ordering::Relaxed));
+        loop {
+            let failed = match self.try_once(request).await {
+                Ok(answer) => {
+                    self.reached.store(true, Ordering::Relaxed);
+                    return Ok(answer);
+                }
+                Err(failed) => failed,
+            };
+            if failed.answered {
+                self.reached.store(true, Ordering::Relaxed);
+                tries.reached(self.retry_time);
+            }
+            let Some(wait) = tries.next(failed.verdict, failed.wait) else {
+                return Err(Failure {
+                    cause: failed.cause,
+                    tries: tries.made(),
+                    elapsed: tries.elapsed(),
+                });
+            };
+            let (method, key, cause) = (&request.method, &request.key, &failed.cause);
+            if tries.made() == WARN_AFTER_TRIES {
+                tracing::warn!(%method, key, ?cause, "S3 fails; trying again");
+            } else {
+                tracing::debug!(%method, key, ?cause, ?wait, "S3 fails; trying again");
+            }
+            tokio::time::sleep(wait).await;
+        }
+    }
+
+    async fn try_once(&self, request: &Request) -> Result<Answer, TryFailure> {
+        let signed = self.sign(request).await.map_err(|error| TryFailure {
+            cause: Cause::Own(error),
+            verdict: Verdict::Final,
+            wait: None,
+            answered: false,
+        })?;
+        self.counters.count(&request.method, request.is_list());
+        let moved = request.content.as_ref().map_or(0, Content::length_bytes)
+            + u64::try_from(request.expected_bytes).unwrap_or(u64::MAX);
+        let limit = TRY_TIME + Duration::from_secs(moved / SLOWEST_RATE);
+        match tokio::time::timeout(limit, self.exchange(request, signed)).await {
+            Ok(outcome) => outcome,
+            Err(_) => Err(connection_failed(format!("no answer in {} s", limit.as_secs()), false)),
+        }
+    }
+
+    /// The signed request, as it is sent.
+    async fn sign(&self, request: &Request) -> Result<reqwest::Request> {
+        let invalid = |error: &dyn std::fmt::Display| {
+            vmtide_repo::RepoError::Invalid(format!("sign a request to S3: {error}"))
+        };
+        let url = self.endpoint.url(&request.key, &request.query);
+        let mut to_sign = HttpRequest::new(HttpRequestBody::empty());
+        *to_sign.uri_mut() = url.parse().map_err(|error| invalid(&error))?;
+        *to_sign.method_mut() = request.method.clone();
+        to_sign.headers_mut().clone_from(&request.headers);
+        let credential = self.credentials.get().await?;
+        AwsAuthorizer::new(&credential, "s3", &self.endpoint.region)
+            .try_authorize(
+                &mut to_sign,
+                request.content.as_ref().map(|content| content.sha256.as_slice()),
+            )
+            .map_err(|error| invalid(&error))?;
+        let url = url.parse().map_err(|error| invalid(&error))?;
+        let mut signed = reqwest::Request::new(request.method.clone(), url);
+        *signed.headers_mut() = std::mem::take(to_sign.headers_mut());
+        if let Some(content) = &request.content {
+            let length = HeaderValue::from(content.length_bytes());
+            signed.headers_mut().insert(http::header::CONTENT_LENGTH, length);
+            *signed.body_mut() = Some(reqwest::Body::wrap(ContentBody::new(content.clone())));
+        } else if matches!(request.method, Method::PUT | Method::POST) {
+            signed.headers_mut().insert(http::header::CONTENT_LENGTH, HeaderValue::from(0));
+        }
+        Ok(signed)
+    }
+
+    async fn exchange(
+        &self,
+        request: &Request,
+        signed: reqwest::Request,
+    ) -> Result<Answer, TryFailure> {
+        let failed =
+            |error: &reqwest::Error, answered| connection_failed(innermost(error), answered);
+        let mut response =
+            self.http.execute(signed).await.map_err(|error| failed(&error, false))?;
+        let status = response.status();
+        let limit = if status.is_success() { request.expected_bytes } else { MAX_DOCUMENT_BYTES };
+        let announced = response.content_length().filter(|_| request.method != Method::HEAD);
+        let headers = std::mem::take(response.headers_mut());
+        let mut body = BytesMut::new();
+        let too_long = |length: u64| usize::try_from(length).map_or(true, |length| length > limit);
+        // What is longer than asked for is not read: its length is in the headers.
+        if !announced.is_some_and(too_long) {
+            while let Some(part) = response.chunk().await.map_err(|error| failed(&error, true))? {
+                if body.len().saturating_add(part.len()) > limit {
+                    body.clear();
+                    break;
+                }
+                body.extend_from_slice(&part);
+            }
+            if let Some(announced) = announced
+                && status.is_success()
+                && body.len() as u64 != announced
+            {
+                return Err(connection_failed("the answer was cut".into(), true));
+            }
+        }
+        let error_in_body = request.error_in_body && !xml::parse_error(&body).code.is_empty();
+        if !status.is_success() || error_in_body {
+            return Err(refused(status.as_u16(), &headers, &body));
+        }
+        Ok(Answer { status: status.as_u16(), headers, body: body.freeze() })
+    }
+}
+
+fn connection_failed(text: String, answered: bool) -> TryFailure {
+    TryFailure { cause: Cause::Connection(text), verdict: Verdict::Passing, wait: None, answered }
+}
+
+/// What an answer that is no success means.
+fn refused(status: u16, headers: &HeaderMap, body: &[u8]) -> TryFailure {
+    let document = xml::parse_error(body);
+    let header = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
+    // A success whose body is an error is an error of the server.
+    let status = if (200..300).contains(&status) { 500 } else { status };
+    let wait = header("retry-after").and_then(|text| text.parse().ok()).map(Duration::from_secs);
+    TryFailure {
+        verdict: retry::of_answer(status, &document.code),
+        cause: Cause::Answer {
+            status,
+            code: words(&document.code),
+            message: words(&document.message),
+            region: header("x-amz-bucket-region").map(words).or(document.region),
+        },
+        wait,
+        answered: true,
+    }
+}
