@@ -93,6 +93,7 @@ install_tools() {
     # Other readers of disk images, to compare with.
     ensure_packages "the tests of disk images" libvhdi-utils libvmdk-utils 7zip
     ensure_dissect
+    ensure_s3_servers
     ensure_packages "checking the scripts" shellcheck
 }
 
@@ -107,6 +108,23 @@ ensure_dissect() {
             die "could not install dissect.hypervisor (needed for the tests of disk images)"
     fi
     PATH="$venv/bin:$PATH"
+}
+
+# ensure_s3_servers: S3 servers for the tests, outside of the tree, so that they are built once. s3s-fs checks signatures;
+# moto has conditional writes, versions and object lock. 0.14.1 is the last s3s-fs for Rust 1.95.
+ensure_s3_servers() {
+    local cache="$HOME/.cache/vmtide-tests"
+    if [ ! -x "$cache/bin/s3s-fs" ]; then
+        say "    installing for the tests of S3: s3s-fs 0.14.1 (cargo install, some minutes), in $cache"
+        cargo install --quiet --root "$cache" --features binary --version 0.14.1 --locked s3s-fs ||
+            die "could not install s3s-fs (needed for the tests of S3)"
+    fi
+    if [ ! -x "$cache/moto/bin/moto_server" ]; then
+        say "    installing for the tests of S3: moto 5.2.5 (Python), in $cache/moto"
+        python3 -m venv "$cache/moto" || die "could not make a Python environment in $cache/moto"
+        "$cache/moto/bin/pip" install --quiet --disable-pip-version-check 'moto[server]==5.2.5' ||
+            die "could not install moto (needed for the tests of S3)"
+    fi
 }
 
 check_scripts() {

@@ -1,6 +1,7 @@
 //! The command line: its options, their help, and which command is meant.
 
 use crate::commands;
+use crate::s3::S3Args;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
 use std::path::PathBuf;
 
@@ -44,7 +45,7 @@ pub struct Cli {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Options of all commands")]
 pub struct GlobalArgs {
-    /// The repository: a directory, or file:///DIRECTORY
+    /// The repository: a directory, file:///DIRECTORY, or s3://BUCKET/PREFIX
     #[arg(short, long, global = true, value_name = "REPO", env = "VMTIDE_REPOSITORY")]
     #[arg(hide_env_values = true, value_hint = ValueHint::DirPath)]
     pub repository: Option<String>,
@@ -71,6 +72,9 @@ pub struct GlobalArgs {
     #[arg(long, global = true, value_name = "DIR", env = "VMTIDE_STATE_DIR")]
     #[arg(hide_env_values = true, value_hint = ValueHint::DirPath)]
     pub state_dir: Option<PathBuf>,
+    /// How to get at repositories in S3.
+    #[command(flatten)]
+    pub s3: S3Args,
 }
 
 /// Where the password of the repository comes from, beside `VMTIDE_PASSWORD` and the terminal.

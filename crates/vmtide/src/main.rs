@@ -13,6 +13,7 @@ mod output;
 mod passwords;
 mod progress;
 mod repository;
+mod s3;
 mod settings;
 mod signals;
 mod table;

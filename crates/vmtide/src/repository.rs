@@ -7,6 +7,7 @@ use std::sync::Arc;
 use vmtide_engine::source::{file_path, split_scheme};
 use vmtide_engine::{EngineError, Result};
 use vmtide_repo::{LocalStore, ObjectStore, RepoError, Repository};
+use vmtide_s3::{ProbeDepth, S3Store};
 
 /// The directory of a repository given as a path or `file:///` URL.
 ///
@@ -18,7 +19,7 @@ pub fn directory_of(location: &str) -> Result<PathBuf> {
         None => Ok(location.into()),
         Some(("file", rest)) => file_path(location, rest),
         Some((scheme, _)) => Err(EngineError::usage(format!(
-            "{scheme}:// repositories are not in this build yet: give a directory"
+            "{scheme}:// is no repository: give a directory, or s3://BUCKET/PREFIX"
         ))),
     }
 }
@@ -38,8 +39,26 @@ pub fn open(app: &App) -> Result<Repository> {
 ///
 /// # Errors
 /// [`EngineError::Usage`] for a location that is none; those of the store.
-pub fn store_at(location: &str) -> Result<Arc<dyn ObjectStore>> {
-    Ok(Arc::new(LocalStore::open(&directory_of(location)?)?))
+pub fn store_at(app: &App, location: &str) -> Result<Arc<dyn ObjectStore>> {
+    if is_s3(location) {
+        return Ok(Arc::new(s3_at(app, location)?));
+    }
+    Ok(Arc::new(LocalStore::open(directory_of(location)?)?))
+}
+
+/// Whether a repository is in S3.
+pub fn is_s3(location: &str) -> bool {
+    matches!(split_scheme(location), Some(("s3", _)))
+}
+
+/// The store of the repository in S3 at `location`.
+///
+/// # Errors
+/// As [`store_at`].
+pub fn s3_at(app: &App, location: &str) -> Result<S3Store> {
+    let store = S3Store::connect(&app.global.s3.options(location)?)?;
+    store.require(ProbeDepth::Reading)?;
+    Ok(store)
 }
 
 /// Opens the repository at `location`.
@@ -47,7 +66,7 @@ pub fn store_at(location: &str) -> Result<Arc<dyn ObjectStore>> {
 /// # Errors
 /// As [`open`].
 pub fn open_at(app: &App, location: &str) -> Result<Repository> {
-    open_with(location, &PasswordSource::of_repository(&app.global.password))
+    open_with(app, location, &PasswordSource::of_repository(&app.global.password))
 }
 
 /// Opens another repository beside that of `-r`, with the password in `file`, or else the same.
@@ -56,7 +75,7 @@ pub fn open_at(app: &App, location: &str) -> Result<Repository> {
 /// As [`open`].
 pub fn open_other(app: &App, location: &str, file: Option<&Path>) -> Result<Repository> {
     match file {
-        Some(file) => open_with(location, &PasswordSource::of_file(file)),
+        Some(file) => open_with(app, location, &PasswordSource::of_file(file)),
         None => open_at(app, location),
     }
 }
@@ -65,8 +84,15 @@ pub fn open_other(app: &App, location: &str, file: Option<&Path>) -> Result<Repo
 ///
 /// # Errors
 /// As [`open`].
-pub fn open_with(location: &str, source: &PasswordSource<'_>) -> Result<Repository> {
-    let store = store_at(location)?;
+pub fn open_with(app: &App, location: &str, source: &PasswordSource<'_>) -> Result<Repository> {
+    open_in(store_at(app, location)?, source)
+}
+
+/// Opens the repository in a store.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_in(store: Arc<dyn ObjectStore>, source: &PasswordSource<'_>) -> Result<Repository> {
     let mut refused = None;
     let mut password = || {
         source.get().map_err(|error| {

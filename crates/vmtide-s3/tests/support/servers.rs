@@ -107,6 +107,17 @@ impl Server {
         self.raw("PUT", &format!("{bucket}?versioning="), "", xml);
     }
 
+    /// How many PUT and POST requests for a bucket's objects moto has answered, by its own log. The
+    /// repository is given as `s3://BUCKET/…`.
+    pub fn puts(&self, repository: &str) -> usize {
+        let bucket = repository.strip_prefix("s3://").unwrap().split('/').next().unwrap();
+        let log = std::fs::read_to_string(self.directory.path().with_extension("log")).unwrap();
+        let ours = |line: &&str| {
+            ["PUT", "POST"].iter().any(|verb| line.contains(&format!("\"{verb} /{bucket}/")))
+        };
+        log.lines().filter(ours).count()
+    }
+
     /// A request without signature, which only moto accepts.
     pub fn raw(&self, method: &str, path: &str, headers: &str, body: &str) {
         let answer = self.ask(method, path, headers, body);

@@ -79,7 +79,7 @@ pub fn run(app: &App, args: &CopyArgs) -> Result<Exit> {
         args.to_password_file.as_deref(),
         args.to_password_command.as_deref(),
     );
-    let target = repository::open_with(&args.to, &password)?;
+    let target = repository::open_with(app, &args.to, &password)?;
     let mut exit = Exit::Done;
     let points = if args.point.is_empty() {
         selected(app, &source, &selector, &mut exit)?

@@ -2,16 +2,20 @@
 
 use crate::app::App;
 use crate::exit::Exit;
-use crate::repository;
+use crate::passwords::PasswordSource;
+use crate::{repository, s3};
 use clap::Args;
+use std::sync::Arc;
 use vmtide_engine::doctor::{self, Check, CheckStatus};
 use vmtide_engine::source::{SourceOptions, SourceSpec, split_scheme};
 use vmtide_engine::{EngineError, Result};
+use vmtide_s3::S3Store;
 
 const EXAMPLES: &str = "\
 Examples:
   vmtide doctor qemu+unix:///run/web.qmp     a source: reachable, tracking, leftovers of killed jobs
   vmtide doctor /backup                      a repository: opens, keys, restore points, rights, space
+  vmtide doctor s3://backups/vm              also: which guarantees the server gives
 
 Removes on a source what killed jobs left there, as the next backup would.
 Ends with code 1 where something fails, 3 where something should be looked at.";
@@ -60,11 +64,26 @@ fn check(app: &App, target: &str) -> Result<Vec<Check>> {
             SourceOptions { state_directory: app.state_directory(), ..SourceOptions::default() };
         return Ok(doctor::check_source(&spec, &options));
     }
+    if repository::is_s3(target) {
+        return check_s3(app, target);
+    }
     let directory = repository::directory_of(target)?;
     Ok(match repository::open_at(app, target) {
         Ok(repository) => doctor::check_repository(&repository, Some(&directory)),
         Err(error) => doctor::cannot_open(target, &error),
     })
+}
+
+/// What the server guarantees, then the repository on it.
+fn check_s3(app: &App, target: &str) -> Result<Vec<Check>> {
+    let store = S3Store::connect(&app.global.s3.options(target)?)?;
+    let mut checks = s3::check(&store);
+    let source = PasswordSource::of_repository(&app.global.password);
+    checks.extend(match repository::open_in(Arc::new(store), &source) {
+        Ok(repository) => doctor::check_repository(&repository, None),
+        Err(error) => doctor::cannot_open(target, &error),
+    });
+    Ok(checks)
 }
 
 /// Directories are repositories, files and URLs of platforms are sources.

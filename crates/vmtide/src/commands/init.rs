@@ -3,18 +3,20 @@
 use crate::app::App;
 use crate::exit::Exit;
 use crate::passwords::PasswordSource;
-use crate::repository::directory_of;
-use crate::units;
+use crate::repository::{directory_of, is_s3};
+use crate::{s3, units};
 use clap::Args;
 use std::sync::Arc;
 use vmtide_engine::{EngineError, Result};
-use vmtide_repo::{Encryption, InitOptions, LocalStore, Repository};
+use vmtide_repo::{Encryption, InitOptions, LocalStore, ObjectStore, Repository};
+use vmtide_s3::{ProbeDepth, S3Store, StoreGuarantees};
 
 const EXAMPLES: &str = "\
 Examples:
   vmtide init /backup
   VMTIDE_PASSWORD=… vmtide init /backup --json
   vmtide init ./test --encryption none
+  vmtide init s3://backups/vm --s3-endpoint https://minio.example:9000
 
 Without the password nothing can be restored: keep it in a safe place that is not this machine.";
 
@@ -22,7 +24,8 @@ Without the password nothing can be restored: keep it in a safe place that is no
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct InitArgs {
-    /// The directory to make it in; must not exist or be empty [default: that of -r]
+    /// The directory to make it in, which must not exist or be empty, or s3://BUCKET/PREFIX with
+    /// nothing in it [default: that of -r]
     #[arg(value_name = "REPO")]
     target: Option<String>,
     /// aes-256-gcm, or none
@@ -43,7 +46,6 @@ pub fn run(app: &App, args: &InitArgs) -> Result<Exit> {
     let location = location.ok_or_else(|| {
         EngineError::usage("no repository: say where to make it, `vmtide init REPO`")
     })?;
-    let directory = directory_of(location)?;
     let options = InitOptions {
         chunk_size_bytes: u32::try_from(args.chunk_size).map_err(|_| {
             EngineError::usage(format!("--chunk-size {}: too large", args.chunk_size))
@@ -58,8 +60,8 @@ pub fn run(app: &App, args: &InitArgs) -> Result<Exit> {
             Some(PasswordSource::of_repository(&app.global.password).get_new()?)
         }
     };
-    let store = LocalStore::create(&directory)?;
-    let repository = Repository::init(Arc::new(store), &options, password.as_ref())?;
+    let (store, guarantees) = create(app, location)?;
+    let repository = Repository::init(store, &options, password.as_ref())?;
     let config = repository.config();
     app.output.line(format!(
         "repository {} made at {}: chunks of {}, encryption {}",
@@ -73,6 +75,21 @@ pub fn run(app: &App, args: &InitArgs) -> Result<Exit> {
         "id": config.id,
         "chunk_size_bytes": config.chunk_size_bytes,
         "encryption": config.encryption.to_string(),
+        "guarantees": guarantees,
     }));
     Ok(Exit::Done)
+}
+
+/// The store of a new repository; in S3 only where the server can hold one, with what it guarantees.
+fn create(app: &App, location: &str) -> Result<(Arc<dyn ObjectStore>, Option<StoreGuarantees>)> {
+    if !is_s3(location) {
+        return Ok((Arc::new(LocalStore::create(directory_of(location)?)?), None));
+    }
+    let store = S3Store::create(&app.global.s3.options(location)?)?;
+    let found = store.require(ProbeDepth::Full)?;
+    if app.global.verbose > 0 {
+        app.output.line(s3::summary(&found));
+        found.remarks().iter().for_each(|remark| app.output.remark(remark));
+    }
+    Ok((Arc::new(store), Some(found)))
 }

@@ -175,7 +175,7 @@ fn run_without_key(app: &App) -> Result<Exit> {
     let location = app.global.repository.as_deref().ok_or_else(|| {
         EngineError::usage("no repository: give -r REPO, or set VMTIDE_REPOSITORY")
     })?;
-    let store = repository::store_at(location)?;
+    let store = repository::store_at(app, location)?;
     let job = app.begin_job()?;
     let report = job.run(app, |context| check_integrity(&store, context))?;
     report.damage.iter().for_each(|damage| show_damage_without_key(app, damage));

@@ -1,0 +1,144 @@
+//! Repositories in S3, on real servers: from init to forget, byte for byte, and what it costs in
+//! requests.
+
+#[allow(
+    dead_code,
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "shared by test programs that each use a part of it; a failed unwrap is a failed test"
+)]
+mod common;
+#[path = "../../vmtide-s3/tests/support/servers.rs"]
+mod servers;
+
+use common::{Place, Run, finish};
+use servers::{KEY_ID, SECRET_KEY, Server, moto, s3s_fs};
+
+const MIB: usize = 1 << 20;
+
+struct Job<'a> {
+    place: Place,
+    server: &'a Server,
+    repository: String,
+}
+
+impl<'a> Job<'a> {
+    fn new(server: &'a Server, object_lock: bool) -> Self {
+        let repository = format!("s3://{}/vm", server.bucket(object_lock));
+        Self { place: Place::new(), server, repository }
+    }
+
+    fn run(&self, arguments: &[&str]) -> Run {
+        finish(
+            self.place
+                .command(arguments)
+                .env("VMTIDE_REPOSITORY", &self.repository)
+                .env("AWS_ACCESS_KEY_ID", KEY_ID)
+                .env("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+                .env("AWS_ENDPOINT_URL", &self.server.endpoint)
+                .env("TMPDIR", self.place.directory.path()),
+        )
+    }
+}
+
+/// Bytes that nothing compresses.
+fn noise(length: usize, mut seed: u64) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(length);
+    while bytes.len() < length {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let mixed = (seed ^ (seed >> 29)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        bytes.extend_from_slice(&(mixed ^ (mixed >> 32)).to_le_bytes());
+    }
+    bytes
+}
+
+#[test]
+fn a_disk_goes_into_a_bucket_and_comes_back_byte_for_byte() {
+    for server in [s3s_fs(), moto()] {
+        let job = Job::new(server, false);
+        let made = job.run(&["init", &job.repository, "--json"]).must_end_with(0).summary();
+        assert_eq!(made["guarantees"]["list_after_write"], "yes", "{made}");
+        assert_eq!(made["guarantees"]["conditional_write"], "yes", "{made}");
+        job.run(&["init", &job.repository]).must_end_with(1);
+        let image = job.place.image("web.raw", 8 * MIB);
+        job.run(&["backup", "web.raw"]).must_end_with(0);
+        let mut changed = std::fs::read(&image).unwrap();
+        changed[5 * MIB..6 * MIB].copy_from_slice(&noise(MIB, 1));
+        std::fs::write(&image, &changed).unwrap();
+        job.run(&["backup", "web.raw"]).must_end_with(0);
+        job.run(&["restore", "web@latest", "--to", "back.raw"]).must_end_with(0);
+        assert!(std::fs::read(job.place.path("back.raw")).unwrap() == changed);
+        job.run(&["verify", "--read-data"]).must_end_with(0);
+        let doctor = job.run(&["doctor", &job.repository]);
+        assert!(doctor.stdout.contains("list after removal yes"), "{}", doctor.stdout);
+        job.run(&["forget", "--keep-last", "1"]).must_end_with(0);
+        let points = job.run(&["points", "--json"]).must_end_with(0).summary();
+        assert_eq!(points["points"].as_array().unwrap().len(), 1);
+    }
+}
+
+#[test]
+fn what_is_wrong_ends_with_its_own_code() {
+    let server = s3s_fs();
+    let job = Job::new(server, false);
+    job.run(&["points"]).must_end_with(6);
+    job.run(&["points", "-r", "s3://vmtide-is-not-there/x"]).must_end_with(6);
+    job.run(&["points", "-r", "s3://KEY:SECRET@bucket/x"]).must_end_with(1);
+    job.run(&["init", &job.repository]).must_end_with(0);
+    let wrong = finish(
+        job.place
+            .command(&["points", "-r", &job.repository])
+            .env("AWS_ACCESS_KEY_ID", KEY_ID)
+            .env("AWS_SECRET_ACCESS_KEY", "ganz-geheim")
+            .env("AWS_ENDPOINT_URL", &server.endpoint),
+    );
+    let wrong = wrong.must_end_with(4);
+    assert!(!format!("{}{}", wrong.stdout, wrong.stderr).contains("geheim"), "{}", wrong.stderr);
+    let unsafe_http = job.run(&["points", "--s3-endpoint", "http://minio.example"]);
+    assert!(unsafe_http.must_end_with(1).stderr.contains("--s3-allow-http"));
+}
+
+#[test]
+fn keys_come_from_a_profile_and_options_from_the_settings_file() {
+    let server = s3s_fs();
+    let job = Job::new(server, false);
+    std::fs::create_dir(job.place.path(".aws")).unwrap();
+    std::fs::write(
+        job.place.path(".aws/credentials"),
+        format!("[backup]\naws_access_key_id={KEY_ID}\naws_secret_access_key={SECRET_KEY}\n"),
+    )
+    .unwrap();
+    std::fs::write(
+        job.place.path("vmtide.toml"),
+        format!(
+            "repository = \"{}\"\ns3-endpoint = \"{}\"\ns3-profile = \"backup\"\ns3-path-style = true\n",
+            job.repository, server.endpoint
+        ),
+    )
+    .unwrap();
+    let run = |arguments: &[&str]| {
+        finish(
+            job.place
+                .command(arguments)
+                .env_remove("VMTIDE_REPOSITORY")
+                .env("VMTIDE_CONFIG", job.place.path("vmtide.toml")),
+        )
+    };
+    run(&["init"]).must_end_with(0);
+    run(&["points"]).must_end_with(0);
+}
+
+#[test]
+fn a_backup_costs_few_puts() {
+    let server = moto();
+    let job = Job::new(server, false);
+    job.run(&["init", &job.repository]).must_end_with(0);
+    let before = server.puts(&job.repository);
+    std::fs::write(job.place.path("web.raw"), noise(160 * MIB, 7)).unwrap();
+    let summary = job.run(&["backup", "web.raw", "--json"]).must_end_with(0).summary();
+    let stored = summary["disks"][0]["stored_bytes"].as_u64().unwrap();
+    assert!(stored >= 160 << 20, "{stored}");
+    let puts = (server.puts(&job.repository) - before) as u64;
+    let limit = stored / (32 << 20) + 10;
+    assert!(puts <= limit, "{puts} PUTs for {stored} bytes; {limit} are allowed");
+}
