@@ -312,7 +312,21 @@ pub(crate) struct PolicyFiles<'a> {
 }
 
 impl PolicyFiles<'_> {
+    /// Where the extent file called `name` is. Where it is not there, one of its last name beside the
+    /// descriptor or in a directory to search is taken: disks are copied away from the data store or
+    /// the Windows path that their descriptors name.
     fn path(&self, name: &str) -> Result<PathBuf> {
+        let named = self.named(name);
+        let last = name.rsplit(['/', '\\']).next().unwrap_or_default();
+        if last.is_empty() || last == name || named.as_ref().is_ok_and(|path| path.exists()) {
+            return named;
+        }
+        let searched = self.options.search.iter().map(|directory| directory.join(last));
+        let beside = self.named(last).into_iter();
+        beside.chain(searched).find(|path| path.is_file()).map_or(named, Ok)
+    }
+
+    fn named(&self, name: &str) -> Result<PathBuf> {
         resolve(self.options, &self.image, "extent file", name)?.ok_or_else(|| {
             BlockError::unsupported(
                 self.image.display().to_string(),

@@ -176,7 +176,7 @@ fn write_all(bytes: &[u8]) {
     let Ok(writer) = VhdWriter::open_device(memory.clone(), Some(parent.clone())) else { return };
     let size = writer.size_bytes();
     // Blocks may be of 2 GiB, and fixed disks of any size: not in memory.
-    let small = writer.block_size_bytes().is_none_or(|bytes| bytes <= 1 << 20);
+    let small = writer.allocation_unit_bytes().is_none_or(|bytes| bytes <= 1 << 20);
     if size < 100_000 || !small {
         return;
     }

@@ -141,11 +141,47 @@ fn the_extents_are_opened_only_where_the_policy_allows() {
     let error = open_read_only(&image, &OpenOptions::default()).err().unwrap().to_string();
     assert!(error.contains("disk-flat.vmdk") && error.contains("not opened"), "{error}");
     check(&image, &[5; 1024]);
-    for outside in ["/etc/passwd", "../disk-flat.vmdk", "nbd://host/export", "sub/../../x"] {
+    for outside in ["/etc/passwd", "../other-flat.vmdk", "nbd://host/export", "sub/../../x"] {
         let text = descriptor("monolithicFlat", None, &format!("RW 1 FLAT \"{outside}\" 0"));
         write(directory.path(), "evil.vmdk", text);
         open_read_only(directory.path().join("evil.vmdk"), &allowed()).err().unwrap();
     }
+}
+
+#[test]
+fn extents_that_were_copied_away_are_found_beside_the_descriptor() {
+    let directory = tempfile::tempdir().unwrap();
+    let other = tempfile::tempdir().unwrap();
+    let content: Vec<u8> = (0..65536u32).map(|at| (at / 3 % 251).to_le_bytes()[0]).collect();
+    std::fs::write(directory.path().join("a b-flat.vmdk"), &content).unwrap();
+    std::fs::write(other.path().join("elsewhere.vmdk"), &content).unwrap();
+    let open = |name: &str, options: &OpenOptions| {
+        let image = directory.path().join("disk.vmdk");
+        let text = format!("CID=1\nparentCID=ffffffff\nRW 128 FLAT \"{name}\" 0\n");
+        std::fs::write(&image, format!("# Disk DescriptorFile\n{text}")).unwrap();
+        let disk = open_read_only(&image, options)?;
+        let mut bytes = vec![0; content.len()];
+        disk.read_at(&mut bytes, 0)?;
+        assert!(bytes == content, "{name}");
+        Ok::<_, vmtide_block::BlockError>(())
+    };
+    let same = OpenOptions { backing: BackingPolicy::SameDirectory, ..OpenOptions::default() };
+    for options in [&same, &allowed()] {
+        for name in [
+            "a b-flat.vmdk",
+            "C:\\Users\\x\\a b-flat.vmdk",
+            "sub\\a b-flat.vmdk",
+            "/vmfs/volumes/5f0c-1/web/a b-flat.vmdk",
+        ] {
+            open(name, options).unwrap();
+        }
+        assert!(open("/vmfs/volumes/5f0c-1/web/elsewhere.vmdk", options).is_err());
+        assert!(open("/vmfs/volumes/5f0c-1/web/", options).is_err());
+        let search = vec![other.path().to_path_buf()];
+        let options = OpenOptions { search, ..options.clone() };
+        open("/vmfs/volumes/5f0c-1/web/elsewhere.vmdk", &options).unwrap();
+    }
+    open("/vmfs/a b-flat.vmdk", &OpenOptions::default()).unwrap_err();
 }
 
 #[test]

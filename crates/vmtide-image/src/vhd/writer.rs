@@ -172,7 +172,7 @@ impl VhdWriter {
     }
 
     /// The block size in bytes: the unit of allocation; none for fixed disks.
-    pub fn block_size_bytes(&self) -> Option<u64> {
+    pub fn allocation_unit_bytes(&self) -> Option<u64> {
         (self.layers.kind != Kind::Fixed).then_some(self.layers.shape.block_bytes)
     }
 

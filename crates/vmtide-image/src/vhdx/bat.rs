@@ -193,7 +193,8 @@ impl BatEntry {
             0 => PayloadState::NotPresent,
             1 => PayloadState::Undefined,
             2 => PayloadState::Zero,
-            3 => PayloadState::Unmapped,
+            // Version 0.95 of the specification, before the first release of Hyper-V with VHDX, had 5.
+            3 | 5 => PayloadState::Unmapped,
             6 => PayloadState::FullyPresent,
             7 => PayloadState::PartiallyPresent,
             _ => return None,
@@ -339,7 +340,7 @@ mod tests {
             assert_eq!((entry.bitmap_state(), entry.offset()), (Some(state), !(MIB - 1)));
         }
         assert_eq!(BatEntry(4).payload_state(), None);
-        assert_eq!(BatEntry(5).payload_state(), None);
+        assert_eq!(BatEntry(5).payload_state(), Some(PayloadState::Unmapped));
         assert_eq!(BatEntry(7).bitmap_state(), None);
         assert_eq!(BatEntry(0x8_0008).reserved(), 0x8_0008);
     }

@@ -316,6 +316,16 @@ impl Items<'_> {
         }
     }
 
+    /// The physical sector size, which the guest is only told: other powers of two, and none, count as
+    /// 4096.
+    fn physical_sector_size(&self) -> Result<u32> {
+        let (bytes, _) = self.fixed("PhysicalSectorSize", PHYSICAL_SECTOR_SIZE)?;
+        match u32::from_le_bytes(bytes) {
+            size if size == 0 || (size.is_power_of_two() && size > 4096) => Ok(4096),
+            _ => self.sector_size("PhysicalSectorSize", PHYSICAL_SECTOR_SIZE),
+        }
+    }
+
     fn metadata(&self) -> Result<Metadata> {
         let (parameters, at) = self.fixed::<8>("FileParameters", FILE_PARAMETERS)?;
         let (block_size_bytes, flags) = (le_u32(&parameters, 0), le_u32(&parameters, 4));
@@ -346,7 +356,7 @@ impl Items<'_> {
             disk_size_bytes,
             disk_id: Guid::at(&self.fixed::<16>("VirtualDiskId", VIRTUAL_DISK_ID)?.0, 0),
             logical_sector_bytes,
-            physical_sector_bytes: self.sector_size("PhysicalSectorSize", PHYSICAL_SECTOR_SIZE)?,
+            physical_sector_bytes: self.physical_sector_size()?,
             parent_locator: if has_parent { Some(self.parent_locator()?) } else { None },
         })
     }
@@ -424,7 +434,7 @@ mod tests {
             (VIRTUAL_DISK_SIZE, 513, "513 bytes"),
             (VIRTUAL_DISK_SIZE, (64 << 40) + 512, "at most 64 TiB"),
             (LOGICAL_SECTOR_SIZE, 1024, "1024 bytes, must be 512 or 4096"),
-            (PHYSICAL_SECTOR_SIZE, 0, "0 bytes, must be 512 or 4096"),
+            (PHYSICAL_SECTOR_SIZE, 513, "513 bytes, must be 512 or 4096"),
         ] {
             let error = broken(id, &value.to_le_bytes());
             assert!(error.contains(text) && error.contains("at 0x10"), "{error}");

@@ -126,7 +126,7 @@ impl VhdxWriter {
     }
 
     /// The block size in bytes: the unit of allocation.
-    pub fn block_size_bytes(&self) -> u64 {
+    pub fn allocation_unit_bytes(&self) -> u64 {
         self.geometry.block_bytes()
     }
 

@@ -5,6 +5,7 @@
 //! with blanks, comments, line ends and keys of their own, so it is read liberally: what is not
 //! understood is skipped, what is needed and broken is an error.
 
+use encoding_rs::{Encoding, UTF_8, WINDOWS_1252};
 use std::collections::BTreeMap;
 use vmtide_block::{BlockDevice, BlockError, Result};
 
@@ -113,11 +114,16 @@ impl Descriptor {
     pub(super) fn parse(bytes: &[u8]) -> Result<Self, (usize, String)> {
         let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
         let mut descriptor = Self::default();
+        let encoding = encoding_of(&bytes[..end]);
         let mut at = 0;
         for (number, raw) in bytes[..end].split(|byte| *byte == b'\n').enumerate() {
-            let line = decode(raw);
+            let line = decode(raw, encoding);
             descriptor.line(&line, at).map_err(|detail| (number + 1, detail))?;
             at += raw.len() + 1;
+        }
+        // Some writers have 0 for no parent; a child says where its parent is.
+        if descriptor.parent_cid == Some(0) && descriptor.parent_hint.is_none() {
+            descriptor.parent_cid = None;
         }
         let mut total = Some(0u64);
         for extent in &descriptor.extents {
@@ -257,12 +263,24 @@ fn content_id(value: &str) -> Result<u32, String> {
         .map_err(|_| format!("content id {value:?}; eight hexadecimal digits were expected"))
 }
 
-/// The text of a line. Descriptors say their encoding, but older writers lie: what is no UTF-8 is
-/// taken byte for byte, which is right for the letters of western Europe.
-fn decode(bytes: &[u8]) -> String {
+/// The encoding that a descriptor says it is in (`encoding="GBK"`): VMware writes that of the system
+/// it runs on. One that is not said or not known counts as that of western Europe.
+fn encoding_of(bytes: &[u8]) -> &'static Encoding {
+    let said = bytes.split(|byte| *byte == b'\n').find_map(|line| {
+        let line = std::str::from_utf8(line).ok()?;
+        let (key, value) = line.split_once('=')?;
+        key.trim().eq_ignore_ascii_case("encoding").then(|| unquote(value))
+    });
+    said.and_then(|label| Encoding::for_label(label.as_bytes()))
+        .filter(|encoding| *encoding != UTF_8)
+        .unwrap_or(WINDOWS_1252)
+}
+
+/// The text of a line. Older writers lie about their encoding: what is UTF-8 is taken as that.
+fn decode(bytes: &[u8], encoding: &'static Encoding) -> String {
     match std::str::from_utf8(bytes) {
         Ok(text) => text.to_owned(),
-        Err(_) => bytes.iter().map(|byte| char::from(*byte)).collect(),
+        Err(_) => encoding.decode_without_bom_handling(bytes).0.into_owned(),
     }
 }
 
@@ -310,6 +328,26 @@ mod tests {
         let found =
             Descriptor::parse(b"encoding=\"windows-1252\"\nCID=1\nRW 1 FLAT \"Gr\xfcn.vmdk\" 0");
         assert_eq!(found.unwrap().extents[0].file, "Gr\u{fc}n.vmdk");
+        for (encoding, name, bytes) in [
+            ("GBK", "新建.vmdk", &b"\xd0\xc2\xbd\xa8.vmdk"[..]),
+            ("Shift_JIS", "ディ.vmdk", b"\x83\x66\x83\x42.vmdk"),
+            ("windows-1251", "Диск.vmdk", b"\xc4\xe8\xf1\xea.vmdk"),
+            ("UTF-8", "Grün.vmdk", b"Gr\xc3\xbcn.vmdk"),
+            ("UTF-8", "Grün.vmdk", b"Gr\xfcn.vmdk"),
+            ("no such thing", "Grün.vmdk", b"Gr\xfcn.vmdk"),
+        ] {
+            let text = format!("version=1\nencoding=\"{encoding}\"\nCID=1\nRW 1 FLAT \"");
+            let found = Descriptor::parse(&[text.as_bytes(), bytes, b"\" 0\n"].concat()).unwrap();
+            assert_eq!(found.extents[0].file, name, "{encoding}");
+        }
+    }
+
+    #[test]
+    fn a_parent_of_zero_without_a_name_is_none() {
+        let parse = |text: &str| Descriptor::parse(text.as_bytes()).unwrap().parent_cid;
+        assert_eq!(parse("CID=1\nparentCID=0\nRW 1 ZERO"), None);
+        let child = "CID=1\nparentCID=0\nparentFileNameHint=\"a.vmdk\"\nRW 1 ZERO";
+        assert_eq!(parse(child), Some(0));
     }
 
     #[test]
