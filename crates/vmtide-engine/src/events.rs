@@ -78,6 +78,8 @@ pub enum Phase {
     Compare,
     /// The structure of an image is checked.
     Check,
+    /// A part of the machine or of a store is measured.
+    Measure,
     /// A layer of a chain is merged into another.
     Merge,
     /// A restore point is copied into another repository.

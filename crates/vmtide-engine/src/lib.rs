@@ -10,6 +10,7 @@
 
 mod backup;
 mod base;
+mod bench;
 mod changes;
 mod compressed;
 mod convert;
@@ -36,6 +37,7 @@ mod target;
 mod verify;
 
 pub use backup::{BackupJob, BackupSummary, DiskSummary, LevelChoice, backup, host_name, lineage};
+pub use bench::{BenchJob, BenchSummary, bench};
 pub use convert::{ConvertJob, ConvertSummary, convert};
 pub use copy::{CopiedDisk, CopiedPoint, CopyJob, CopySummary, PresentPoint, UncopiedPoint, copy};
 pub use error::{EngineError, Result};

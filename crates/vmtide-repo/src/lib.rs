@@ -9,6 +9,7 @@
 pub(crate) const PROGRAM: &str = concat!("vmtide ", env!("CARGO_PKG_VERSION"));
 
 mod backup;
+mod bench;
 mod cache;
 mod care;
 mod config;
@@ -40,6 +41,7 @@ mod store;
 pub use backup::{
     BackupOptions, BackupSession, ChangedRanges, DiskDraft, DiskPlan, PointDraft, StoredDisk,
 };
+pub use bench::{Latency, Measured, StoreBench, measure_processor, measure_store};
 pub use care::{
     Damage, DamagedPlace, IntegrityReport, PruneOptions, PruneReport, ReadData, RepairOptions,
     RepairReport, SampleReport, VerifyOptions, VerifyReport, check_integrity,

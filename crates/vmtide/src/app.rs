@@ -112,6 +112,7 @@ fn dispatch(app: &App, command: Command) -> Result<Exit> {
         Command::Vm(args) => commands::vm::run(app, &args),
         Command::Doctor(args) => commands::doctor::run(app, &args),
         Command::Stats(args) => commands::stats::run(app, &args),
+        Command::Bench(args) => commands::bench::run(app, &args),
         Command::Completions(args) => commands::completions::run(app, &args),
         Command::Man(args) => commands::man::run(app, &args),
     }

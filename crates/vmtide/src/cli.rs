@@ -151,6 +151,8 @@ pub enum Command {
     Doctor(commands::doctor::DoctorArgs),
     /// Show how much a repository holds
     Stats(commands::stats::StatsArgs),
+    /// Measure what this machine and a store can do, stage by stage
+    Bench(commands::bench::BenchArgs),
     /// Write the completion script of a shell to standard output
     Completions(commands::completions::CompletionsArgs),
     /// Write man pages into a directory

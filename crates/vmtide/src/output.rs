@@ -133,6 +133,7 @@ impl Output {
             Phase::Check => "checking",
             Phase::Merge => "merging",
             Phase::Copy => "copying",
+            Phase::Measure => "measuring",
         };
         let bar = self.bar.lock().clone();
         match bar {

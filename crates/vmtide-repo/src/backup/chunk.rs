@@ -17,7 +17,7 @@ const MAX_BLOCKS: usize = 1024;
 
 /// A piece of a stretch, in blocks from its beginning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Cut {
+pub(crate) enum Cut {
     /// Zeros.
     Zero { first: usize, count: usize },
     /// One chunk.
@@ -26,19 +26,19 @@ pub(super) enum Cut {
 
 /// Decides where chunks end.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Chunker {
+pub(crate) struct Chunker {
     seed: u64,
     average_blocks: usize,
 }
 
 impl Chunker {
     /// A chunker for chunks of `chunk_size_bytes` on average.
-    pub(super) const fn new(chunk_size_bytes: u32, seed: u64) -> Self {
+    pub(crate) const fn new(chunk_size_bytes: u32, seed: u64) -> Self {
         Self { seed, average_blocks: chunk_size_bytes as usize / BLOCK_BYTES }
     }
 
     /// Cuts `content`, whole blocks, into pieces that follow each other and cover it.
-    pub(super) fn cut(
+    pub(crate) fn cut(
         self,
         content: &[u8],
         mut emit: impl FnMut(Cut) -> crate::Result<()>,

@@ -21,6 +21,7 @@ mod session;
 mod sink;
 mod work;
 
+pub(crate) use chunk::{Chunker, Cut};
 pub use session::{
     BackupOptions, BackupSession, ChangedRanges, DiskDraft, DiskPlan, PointDraft, StoredDisk,
 };

@@ -10,6 +10,7 @@ mod local;
 mod memory;
 mod name;
 mod retention;
+mod scratch;
 
 pub use deny::DenyStore;
 pub use faulty::{Corruption, Fault, FaultyStore, Step, StepCounts};
@@ -17,6 +18,7 @@ pub use local::LocalStore;
 pub use memory::MemoryStore;
 pub use name::{check_object as check_object_name, check_prefix, is_object as is_object_name};
 pub use retention::{Retention, RetentionMode};
+pub(crate) use scratch::{SCRATCH, ScratchStore};
 
 use crate::{RepoError, Result};
 use jiff::Timestamp;

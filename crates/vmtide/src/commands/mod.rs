@@ -1,6 +1,7 @@
 //! The commands, one file each: its options with their help, and what it does with them.
 
 pub mod backup;
+pub mod bench;
 pub mod chain;
 pub mod check;
 pub mod compare;

@@ -10,7 +10,7 @@ mod lock;
 mod reader;
 mod writer;
 
-use super::{ObjectEntry, ObjectReader, ObjectStore, ObjectWriter, StoreLock, name};
+use super::{ObjectEntry, ObjectReader, ObjectStore, ObjectWriter, SCRATCH, StoreLock, name};
 use crate::{ObjectId, RepoError, Result};
 use jiff::Timestamp;
 use parking_lot::Mutex;
@@ -163,6 +163,11 @@ impl ObjectStore for LocalStore {
                 return Ok(());
             }
             Err(error) => Err(error),
+            // What a benchmark made goes with its directories.
+            Ok(()) if name.starts_with(SCRATCH) => {
+                remove_empty_directories(&self.root.path, &path);
+                return Ok(());
+            }
             Ok(()) => path.parent().map_or(Ok(()), files::sync_directory),
         };
         removed
@@ -230,6 +235,18 @@ impl LocalStore {
             }
         }
         Ok(())
+    }
+}
+
+/// Removes the directories between `root` and a file that was removed, as far as they are empty.
+fn remove_empty_directories(root: &Path, file: &Path) {
+    let mut directory = file.parent();
+    while let Some(path) = directory.filter(|path| *path != root) {
+        // One that is not empty ends it.
+        if fs::remove_dir(path).is_err() {
+            return;
+        }
+        directory = path.parent();
     }
 }
 
