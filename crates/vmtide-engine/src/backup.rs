@@ -91,11 +91,17 @@ pub struct BackupSummary {
     /// The disks.
     pub disks: Vec<DiskSummary>,
     /// The bytes of earlier restore points that were damaged and are whole again.
+    #[serde(skip_serializing_if = "is_zero")]
     pub healed_bytes: u64,
     /// How long it took, in milliseconds.
     pub duration_ms: u64,
     /// What the user should know, one line each.
     pub warnings: Vec<String>,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "what serde asks for")]
+const fn is_zero(bytes: &u64) -> bool {
+    *bytes == 0
 }
 
 /// One disk of a [`BackupSummary`].

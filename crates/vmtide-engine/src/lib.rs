@@ -42,7 +42,10 @@ pub use convert::{ConvertJob, ConvertSummary, convert};
 pub use copy::{CopiedDisk, CopiedPoint, CopyJob, CopySummary, PresentPoint, UncopiedPoint, copy};
 pub use error::{EngineError, Result};
 pub use events::{Event, JobContext, Observer, Phase, Silent};
-pub use points::{DiskChange, DiskDifference, diff, forget, points, resolve};
+pub use points::{
+    DiskChange, DiskDifference, PartitionBytes, damaged_bytes, diff, forget, partitions_touched,
+    points, resolve,
+};
 pub use prune::prune;
 pub use repair::repair;
 pub use restore::{RestoreJob, RestoreSummary, RestoreTarget, RestoredDisk, restore};

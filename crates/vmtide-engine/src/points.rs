@@ -1,7 +1,9 @@
 //! Looking at restore points: lists, one point, and the difference of two.
 
+use crate::partitions::{self, Partition};
 use crate::{EngineError, Result};
 use serde::Serialize;
+use std::collections::BTreeMap;
 use vmtide_block::RangeSet;
 use vmtide_repo::{ForgetReport, ObjectId, PointList, RepoError, Repository, RestorePoint};
 
@@ -72,6 +74,77 @@ pub struct DiskDifference {
     pub changed_bytes: u64,
     /// Where these are.
     pub ranges: RangeSet,
+    /// How many of them are in each partition of the disk as it is in the second point; only those
+    /// that differ. Empty where there is no partition table.
+    pub partitions: Vec<PartitionBytes>,
+    /// How many of them are in no partition.
+    pub unpartitioned_bytes: u64,
+}
+
+/// So many bytes of a partition.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct PartitionBytes {
+    /// The partition.
+    #[serde(flatten)]
+    pub partition: Partition,
+    /// The bytes.
+    pub bytes: u64,
+}
+
+/// Which partitions of a stored disk `ranges` lie in, and how many bytes in none. A table that cannot
+/// be read, because it is damaged, is none.
+///
+/// # Errors
+/// Those of the repository other than damage.
+pub fn partitions_touched(
+    repository: &Repository,
+    point: &RestorePoint,
+    disk: &str,
+    ranges: &RangeSet,
+) -> Result<(Vec<PartitionBytes>, u64)> {
+    if ranges.is_empty() {
+        return Ok((Vec::new(), 0));
+    }
+    let device = repository.salvage_disk(point, disk)?;
+    let table = partitions::partitions(device.as_ref());
+    let (inside, outside) = partitions::touched(&table, ranges);
+    let entry = |(partition, bytes)| PartitionBytes { partition, bytes };
+    Ok((inside.into_iter().map(entry).collect(), outside))
+}
+
+/// How many bytes of restore points are damaged, as far as is on record; only those that are.
+///
+/// # Errors
+/// Those of the repository.
+pub fn damaged_bytes(
+    repository: &Repository,
+    points: &[RestorePoint],
+) -> Result<BTreeMap<ObjectId, u64>> {
+    let mut found = BTreeMap::new();
+    if !repository.has_damage_on_record()? {
+        return Ok(found);
+    }
+    // Points often share whole maps.
+    let mut known: BTreeMap<(&[ObjectId], u64), u64> = BTreeMap::new();
+    for point in points {
+        for disk in &point.disks {
+            let key = (disk.map.as_slice(), disk.size_bytes);
+            let bytes = match known.get(&key) {
+                Some(bytes) => *bytes,
+                None => match repository.damaged_ranges(disk) {
+                    Ok(ranges) => ranges.total_bytes(),
+                    // Of a map that cannot be read nothing is known.
+                    Err(error) if error.is_damage() => disk.size_bytes,
+                    Err(error) => return Err(error.into()),
+                },
+            };
+            known.insert(key, bytes);
+            if bytes > 0 {
+                *found.entry(point.id).or_default() += bytes;
+            }
+        }
+    }
+    Ok(found)
 }
 
 /// What became of a disk between two restore points.
@@ -88,8 +161,8 @@ pub enum DiskChange {
     Removed,
 }
 
-/// The differences of all disks of two restore points, found in the disk maps without reading any
-/// data.
+/// The differences of all disks of two restore points, found in the disk maps; of the data only the
+/// partition tables are read.
 ///
 /// # Errors
 /// Those of reading disk maps.
@@ -106,6 +179,8 @@ pub fn diff(
             Some(old) => repository.changed_between(old, new)?,
             None => RangeSet::full(new.size_bytes),
         };
+        let (partitions, unpartitioned_bytes) =
+            partitions_touched(repository, to, &new.id, &ranges)?;
         let same_size = old.is_some_and(|old| old.size_bytes == new.size_bytes);
         differences.push(DiskDifference {
             id: new.id.clone(),
@@ -118,6 +193,8 @@ pub fn diff(
             to_size_bytes: Some(new.size_bytes),
             changed_bytes: ranges.total_bytes(),
             ranges,
+            partitions,
+            unpartitioned_bytes,
         });
     }
     for old in &from.disks {
@@ -129,6 +206,8 @@ pub fn diff(
                 to_size_bytes: None,
                 changed_bytes: 0,
                 ranges: RangeSet::new(),
+                partitions: Vec::new(),
+                unpartitioned_bytes: 0,
             });
         }
     }

@@ -43,8 +43,9 @@ pub use backup::{
 };
 pub use bench::{Latency, Measured, StoreBench, measure_processor, measure_store};
 pub use care::{
-    Damage, DamagedPlace, IntegrityReport, PruneOptions, PruneReport, ReadData, RepairOptions,
-    RepairReport, SampleReport, VerifyOptions, VerifyReport, check_integrity,
+    Damage, DamagedPlace, Growth, IntegrityReport, PruneOptions, PruneReport, ReadData,
+    RepairOptions, RepairReport, SampleReport, UsageReport, VerifyOptions, VerifyReport, VmUsage,
+    check_integrity,
 };
 pub use config::{Encryption, RepositoryConfig};
 pub use copy::CopyOf;

@@ -9,12 +9,14 @@ mod quarantine;
 mod read_frames;
 mod repair;
 mod sample;
+mod usage;
 mod verify;
 
 pub use integrity::{IntegrityReport, check_integrity};
 pub use prune::{PruneOptions, PruneReport};
 pub use repair::{RepairOptions, RepairReport};
 pub use sample::{ReadData, SampleReport};
+pub use usage::{Growth, UsageReport, VmUsage};
 pub use verify::{Damage, DamagedPlace, VerifyOptions, VerifyReport};
 
 pub(crate) use prune::prune;

@@ -236,6 +236,10 @@ fn show(app: &App, summary: &BackupSummary) {
         summary.consistency,
         units::duration(summary.duration_ms),
     ));
+    if summary.healed_bytes > 0 {
+        let bytes = units::size(summary.healed_bytes);
+        output.line(format!("healed {bytes} that were damaged in earlier restore points"));
+    }
     if output.is_quiet() {
         return;
     }

@@ -5,7 +5,7 @@ use crate::exit::Exit;
 use crate::table::Table;
 use crate::{repository, units};
 use clap::Args;
-use vmtide_engine::{DiskChange, Result, diff, resolve};
+use vmtide_engine::{DiskChange, DiskDifference, Result, diff, resolve};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -13,7 +13,7 @@ Examples:
   vmtide diff 3fa9c1d2 88b0aa41 -r /backup --json
 
 The ranges in the JSON summary can be given to `vmtide backup --changes`. They are whole blocks,
-are found without reading any data, and may hold bytes that are equal but were stored twice.";
+are found without reading more than the partition tables, and may hold bytes that are equal but were stored twice.";
 
 /// The options of `diff`.
 #[derive(Debug, Args)]
@@ -52,6 +52,7 @@ pub fn run(app: &App, args: &DiffArgs) -> Result<Exit> {
         ]);
     }
     app.output.lines(table.lines());
+    show_partitions(app, &disks);
     if args.ranges {
         for disk in &disks {
             for range in disk.ranges.iter() {
@@ -65,4 +66,30 @@ pub fn run(app: &App, args: &DiffArgs) -> Result<Exit> {
         "disks": disks,
     }));
     Ok(Exit::Done)
+}
+
+/// How much differs in which partition.
+fn show_partitions(app: &App, disks: &[DiskDifference]) {
+    let mut table = Table::new(&["disk", "partition", "type", "name", ">bytes"]);
+    let mut rows = 0;
+    for disk in disks.iter().filter(|disk| !disk.partitions.is_empty()) {
+        for part in &disk.partitions {
+            rows += 1;
+            table.row([
+                disk.id.clone(),
+                part.partition.number.to_string(),
+                part.partition.kind.clone(),
+                part.partition.name.clone().unwrap_or_default(),
+                units::size(part.bytes),
+            ]);
+        }
+        if disk.unpartitioned_bytes > 0 {
+            let bytes = units::size(disk.unpartitioned_bytes);
+            table.row([disk.id.clone(), "-".into(), "in none".into(), String::new(), bytes]);
+        }
+    }
+    if rows > 0 {
+        app.output.line("");
+        app.output.lines(table.lines());
+    }
 }

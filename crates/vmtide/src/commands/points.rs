@@ -7,7 +7,7 @@ use crate::{repository, units};
 use clap::Args;
 use serde::Serialize;
 use std::collections::BTreeMap;
-use vmtide_engine::{DiskSummary, Result, points};
+use vmtide_engine::{DiskSummary, Result, damaged_bytes, points};
 use vmtide_repo::{Hold, Level, ObjectId, Origin, RestorePoint};
 
 const EXAMPLES: &str = "\
@@ -43,10 +43,11 @@ struct Listed<'a> {
     warnings: &'a [String],
     holds: Vec<&'a Hold>,
     origin: Option<Origin>,
+    damaged_bytes: u64,
 }
 
 impl<'a> Listed<'a> {
-    fn new(point: &'a RestorePoint, holds: &'a [Hold]) -> Self {
+    fn new(point: &'a RestorePoint, holds: &'a [Hold], damaged_bytes: u64) -> Self {
         let disks = point.disks.iter().map(|disk| DiskSummary {
             id: disk.id.clone(),
             counts: disk.counts,
@@ -66,6 +67,7 @@ impl<'a> Listed<'a> {
             warnings: &point.warnings,
             holds: holds.iter().filter(|hold| hold.point == point.id).collect(),
             origin: point.origin,
+            damaged_bytes,
         }
     }
 }
@@ -74,6 +76,7 @@ impl<'a> Listed<'a> {
 pub fn run(app: &App, args: &PointsArgs) -> Result<Exit> {
     let repository = repository::open(app)?;
     let list = points(&repository, args.vm.as_deref())?;
+    let damaged = damaged_bytes(&repository, &list.points)?;
     let mut table = Table::new(&[
         "id",
         "time",
@@ -93,6 +96,9 @@ pub fn run(app: &App, args: &PointsArgs) -> Result<Exit> {
         let tags: Vec<_> = point.tags.iter().map(|(key, value)| format!("{key}={value}")).collect();
         let holds = list.holds.iter().filter(|hold| hold.point == point.id);
         let held: Vec<_> = holds.map(super::hold::end_of).collect();
+        let damage =
+            damaged.get(&point.id).map(|bytes| format!("DAMAGED: {}", units::size(*bytes)));
+        let notes: Vec<_> = damage.into_iter().chain(tags).collect();
         table.row([
             units::short_id(point.id),
             units::time(point.time),
@@ -103,7 +109,7 @@ pub fn run(app: &App, args: &PointsArgs) -> Result<Exit> {
             sum(|counts| counts.changed_bytes),
             sum(|counts| counts.stored_bytes),
             held.join(", "),
-            tags.join(" "),
+            notes.join(" "),
         ]);
     }
     if list.points.is_empty() {
@@ -111,7 +117,10 @@ pub fn run(app: &App, args: &PointsArgs) -> Result<Exit> {
     } else {
         app.output.lines(table.lines());
     }
-    let mut exit = Exit::Done;
+    let mut exit = if damaged.is_empty() { Exit::Done } else { Exit::Damaged };
+    if !damaged.is_empty() {
+        app.output.warning("some restore points are damaged: see `vmtide verify`");
+    }
     let mut unreadable = Vec::new();
     for (name, error) in list.unreadable.iter().chain(&list.unreadable_holds) {
         let message = format!("{name} cannot be read: {error}");
@@ -119,7 +128,11 @@ pub fn run(app: &App, args: &PointsArgs) -> Result<Exit> {
         unreadable.push(serde_json::json!({ "object": name, "error": error.to_string() }));
         exit = exit.worse(exit::of_repo(error));
     }
-    let listed: Vec<_> = list.points.iter().map(|point| Listed::new(point, &list.holds)).collect();
+    let listed: Vec<_> = list
+        .points
+        .iter()
+        .map(|point| Listed::new(point, &list.holds, damaged.get(&point.id).copied().unwrap_or(0)))
+        .collect();
     app.output.summary(&serde_json::json!({ "points": listed, "unreadable": unreadable }));
     Ok(exit)
 }

@@ -6,7 +6,7 @@ use crate::exit::Exit;
 use crate::{repository, units};
 use clap::Args;
 use vmtide_engine::{Result, repair};
-use vmtide_repo::{RepairOptions, RepairReport};
+use vmtide_repo::{RepairOptions, RepairReport, Repository};
 
 const EXAMPLES: &str = "\
 Makes the index anew where it is damaged or lost, takes off the record what is sound after all, and
@@ -58,12 +58,12 @@ pub fn run(app: &App, args: &RepairArgs) -> Result<Exit> {
     };
     let job = app.begin_job()?;
     let report = job.run(app, |context| repair(&repository, &options, context))?;
-    show(app, &report, args);
+    show(app, &repository, &report, args);
     app.output.summary(&report);
     Ok(if report.damage.is_empty() { Exit::Done } else { Exit::Damaged })
 }
 
-fn show(app: &App, report: &RepairReport, args: &RepairArgs) {
+fn show(app: &App, repository: &Repository, report: &RepairReport, args: &RepairArgs) {
     let output = &app.output;
     let would = if report.dry_run { "would be " } else { "" };
     if let Some(reason) = &report.index_rebuilt {
@@ -81,7 +81,7 @@ fn show(app: &App, report: &RepairReport, args: &RepairArgs) {
     for object in &report.removed {
         output.line(format!("{object} {would}removed: nobody can read it"));
     }
-    report.damage.iter().for_each(|damage| show_damage(app, damage));
+    report.damage.iter().for_each(|damage| show_damage(app, repository, damage));
     if !report.unreadable.is_empty() {
         output.remark(format!(
             "{} objects cannot be read by anybody any more; --remove-unreadable removes them",

@@ -5,7 +5,7 @@ use crate::exit::Exit;
 use crate::table::Table;
 use crate::{repository, units};
 use clap::Args;
-use vmtide_engine::{Result, resolve};
+use vmtide_engine::{Result, damaged_bytes, resolve};
 use vmtide_hypervisor::VmConfig;
 use vmtide_repo::RestorePoint;
 
@@ -23,13 +23,30 @@ pub struct ShowArgs {
     point: String,
 }
 
+/// The summary event.
+#[derive(serde::Serialize)]
+struct Shown<'a> {
+    #[serde(flatten)]
+    point: &'a RestorePoint,
+    damaged_bytes: u64,
+}
+
 /// Shows it.
 pub fn run(app: &App, args: &ShowArgs) -> Result<Exit> {
     let repository = repository::open(app)?;
     let point = resolve(&repository, &args.point)?;
+    let damaged = damaged_bytes(&repository, std::slice::from_ref(&point))?;
+    let damaged = damaged.get(&point.id).copied().unwrap_or(0);
     show(app, &point);
-    app.output.summary(&point);
-    Ok(Exit::Done)
+    if damaged > 0 {
+        app.output.warning(&format!(
+            "{} of its data are damaged: see `vmtide verify {}`",
+            units::size(damaged),
+            units::short_id(point.id)
+        ));
+    }
+    app.output.summary(&Shown { point: &point, damaged_bytes: damaged });
+    Ok(if damaged > 0 { Exit::Damaged } else { Exit::Done })
 }
 
 fn show(app: &App, point: &RestorePoint) {

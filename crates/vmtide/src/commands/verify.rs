@@ -4,8 +4,12 @@ use crate::app::App;
 use crate::exit::Exit;
 use crate::{repository, units};
 use clap::Args;
-use vmtide_engine::{EngineError, Result, check_integrity, resolve, verify};
-use vmtide_repo::{Damage, ReadData, SampleReport, VerifyOptions, VerifyReport};
+use vmtide_engine::{
+    EngineError, PartitionBytes, Result, check_integrity, partitions_touched, resolve, verify,
+};
+use vmtide_repo::{
+    Damage, DamagedPlace, ReadData, Repository, SampleReport, VerifyOptions, VerifyReport,
+};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -80,13 +84,13 @@ pub fn run(app: &App, args: &VerifyArgs) -> Result<Exit> {
     let options = VerifyOptions { points, read: args.read_data, seed: args.seed };
     let job = app.begin_job()?;
     let report = job.run(app, |context| verify(&repository, &options, context))?;
-    show(app, &report);
+    show(app, &repository, &report);
     app.output.summary(&report);
     Ok(if report.damage.is_empty() { Exit::Done } else { Exit::Damaged })
 }
 
-fn show(app: &App, report: &VerifyReport) {
-    report.damage.iter().for_each(|damage| show_damage(app, damage));
+fn show(app: &App, repository: &Repository, report: &VerifyReport) {
+    report.damage.iter().for_each(|damage| show_damage(app, repository, damage));
     app.output.line(format!(
         "{}: {} restore points and {} packs checked, {} read",
         verdict(report.damage.len()),
@@ -114,8 +118,11 @@ fn show(app: &App, report: &VerifyReport) {
     }
 }
 
+/// The disks that are listed for one piece of damage: a year of daily restore points shares most data.
+const PLACES_SHOWN: usize = 10;
+
 /// One piece of damage and what it touches.
-pub fn show_damage(app: &App, damage: &Damage) {
+pub fn show_damage(app: &App, repository: &Repository, damage: &Damage) {
     let points: Vec<_> = damage.points.iter().map(|id| units::short_id(*id)).collect();
     let touched = if points.is_empty() {
         "no restore point needs it".to_owned()
@@ -124,7 +131,7 @@ pub fn show_damage(app: &App, damage: &Damage) {
     };
     let frame = damage.frame.map(|frame| format!(" frame {frame}")).unwrap_or_default();
     app.output.line(format!("damaged: {}{frame}: {} ({touched})", damage.object, damage.detail));
-    for place in &damage.places {
+    for place in damage.places.iter().take(PLACES_SHOWN) {
         let bytes = match place.ranges.as_slice() {
             [] => "the disk map".to_owned(),
             [range] => format!("bytes {} to {}", range.offset, range.end()),
@@ -142,6 +149,35 @@ pub fn show_damage(app: &App, damage: &Damage) {
             place.vm,
             place.disk
         ));
+        for line in touched_partitions(repository, place) {
+            app.output.line(format!("    {line}"));
+        }
+    }
+    if damage.places.len() > PLACES_SHOWN {
+        let more = damage.places.len() - PLACES_SHOWN;
+        app.output.line(format!("  and {more} more disks of restore points; --json has all"));
+    }
+}
+
+/// In which partitions the damage lies, for people; nothing where that cannot be told.
+fn touched_partitions(repository: &Repository, place: &DamagedPlace) -> Vec<String> {
+    let point = repository.resolve(&place.point.to_string());
+    let found = point
+        .map_err(Into::into)
+        .and_then(|point| partitions_touched(repository, &point, &place.disk, &place.ranges));
+    match found {
+        Ok((inside, _)) => inside
+            .into_iter()
+            .map(|PartitionBytes { partition, bytes }| {
+                let name = partition.name.map(|name| format!(" {name:?}")).unwrap_or_default();
+                let size = units::size(bytes);
+                format!("{size} in partition {}{name} ({})", partition.number, partition.kind)
+            })
+            .collect(),
+        Err(error) => {
+            tracing::debug!(%error, "no partition table");
+            Vec::new()
+        }
     }
 }
 

@@ -1,0 +1,235 @@
+//! Damage from the command line: found, listed, survived, healed; and what changes in place.
+
+#![allow(clippy::panic, reason = "helpers of tests say what is missing")]
+
+#[allow(
+    dead_code,
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "shared by test programs that each use a part of it; a failed unwrap is a failed test"
+)]
+mod common;
+
+use common::{Place, files_below, finish};
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+const MIB: usize = 1 << 20;
+
+/// Bytes that neither repeat nor compress.
+fn noise(bytes: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()
+    };
+    (0..bytes.div_ceil(8)).flat_map(|_| next()).take(bytes).collect()
+}
+
+/// A disk with one partition, full of data.
+fn partitioned(place: &Place, name: &str) -> Vec<u8> {
+    let path = place.path(name);
+    std::fs::File::create(&path).unwrap().set_len(8 * MIB as u64).unwrap();
+    let mut child = Command::new("sfdisk")
+        .arg("--quiet")
+        .arg(&path)
+        .stdin(Stdio::piped())
+        .spawn()
+        .expect("sfdisk is needed: install fdisk (scripts/test.sh does)");
+    let script = b"label: gpt\nstart=1MiB, size=6MiB, type=L, name=root\n";
+    child.stdin.take().unwrap().write_all(script).unwrap();
+    assert!(child.wait().unwrap().success());
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes[MIB..7 * MIB].copy_from_slice(&noise(6 * MIB, 1));
+    std::fs::write(&path, &bytes).unwrap();
+    bytes
+}
+
+fn packs(place: &Place) -> Vec<PathBuf> {
+    files_below(&place.repository().join("packs"))
+}
+
+/// Flips a bit in the middle of a file.
+fn flip(path: &PathBuf) {
+    let mut permissions = std::fs::metadata(path).unwrap().permissions();
+    #[allow(clippy::permissions_set_readonly_false, reason = "a file of this test")]
+    permissions.set_readonly(false);
+    std::fs::set_permissions(path, permissions).unwrap();
+    let mut bytes = std::fs::read(path).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn damage_is_found_listed_salvaged_and_healed_by_the_next_backup() {
+    let place = Place::with_repository();
+    let disk = partitioned(&place, "web.raw");
+    place.run(&["backup", "web.raw"]).must_end_with(0);
+    place.run(&["verify", "--read-data"]).must_end_with(0);
+    flip(&packs(&place)[0]);
+
+    let without_key = finish(place.command(&["verify", "--no-key"]).env_remove("VMTIDE_PASSWORD"));
+    assert!(without_key.must_end_with(5).stdout.contains("damaged: packs/"));
+    place.run(&["verify"]).must_end_with(0);
+    let found = place.run(&["verify", "--read-data"]).must_end_with(5).stdout;
+    assert!(found.contains("disk disk0") || found.contains(" web disk "), "{found}");
+    assert!(found.contains("partition 1 \"root\" (Linux)"), "{found}");
+    assert!(found.contains("put on record"), "{found}");
+    let listed = place.run(&["points", "--json"]).must_end_with(5).summary();
+    let damaged = listed["points"][0]["damaged_bytes"].as_u64().unwrap();
+    assert!(damaged > 0 && damaged < 8 * MIB as u64, "{listed}");
+    place.run(&["show", "web@latest"]).must_end_with(5);
+
+    place.run(&["restore", "web@latest", "--to", "back.raw"]).must_end_with(5);
+    assert!(!place.path("back.raw").exists());
+    let salvage = ["restore", "web@latest", "--to", "left.raw", "--salvage", "--json"];
+    let salvaged = place.run(&salvage).must_end_with(5).summary();
+    let left = std::fs::read(place.path("left.raw")).unwrap();
+    let mut expected = disk.clone();
+    let mut lost = 0;
+    for range in salvaged["disks"][0]["lost"].as_array().unwrap() {
+        let number = |name: &str| usize::try_from(range[name].as_u64().unwrap()).unwrap();
+        expected[number("offset")..number("offset") + number("length")].fill(0);
+        lost += number("length");
+    }
+    assert!(left == expected, "all but what is listed is there");
+    assert_eq!(lost as u64, damaged);
+
+    // Nothing changed on the disk, and the backup is told so.
+    std::fs::write(place.path("changes.json"), "[]").unwrap();
+    let backup = ["backup", "web.raw", "--changes", "changes.json", "--json"];
+    let run = place.run(&backup);
+    let summary = run.summary();
+    assert!(summary["healed_bytes"].as_u64().unwrap() >= damaged / 2, "{summary}");
+    place.run(&["verify", "--read-data"]).must_end_with(0);
+    let points = place.run(&["points", "--json"]).must_end_with(0).summary();
+    let first = points["points"][0]["id"].as_str().unwrap();
+    place.run(&["restore", first, "--to", "back.raw"]).must_end_with(0);
+    assert!(std::fs::read(place.path("back.raw")).unwrap() == disk);
+}
+
+#[test]
+fn a_second_repository_with_another_password_heals() {
+    let place = Place::with_repository();
+    let disk = partitioned(&place, "web.raw");
+    place.run(&["backup", "web.raw"]).must_end_with(0);
+    let second = place.text("second");
+    let other = |arguments: &[&str]| {
+        let mut command = place.command(arguments);
+        finish(command.env("VMTIDE_PASSWORD", "another").env("VMTIDE_REPOSITORY", &second))
+    };
+    other(&["init", &second]).must_end_with(0);
+    other(&["backup", "web.raw"]).must_end_with(0);
+    std::fs::write(place.path("second.password"), "another\n").unwrap();
+    for pack in packs(&place) {
+        std::fs::remove_file(pack).unwrap();
+    }
+    std::fs::remove_file(place.path("web.raw")).unwrap();
+    place.run(&["verify"]).must_end_with(5);
+    place.run(&["repair"]).must_end_with(5);
+    let repair = ["repair", "--from", &second, "--from-password-file", "second.password"];
+    let done = place.run(&repair).must_end_with(0).stdout;
+    assert!(done.contains("healed") && done.contains("no damage is left"), "{done}");
+    place.run(&["verify", "--read-data"]).must_end_with(0);
+    place.run(&["restore", "web", "--to", "back.raw"]).must_end_with(0);
+    assert!(std::fs::read(place.path("back.raw")).unwrap() == disk);
+}
+
+#[test]
+fn a_repository_without_its_index_is_repaired() {
+    let place = Place::with_repository();
+    partitioned(&place, "web.raw");
+    place.run(&["backup", "web.raw"]).must_end_with(0);
+    std::fs::remove_dir_all(place.repository().join("index")).unwrap();
+    let would = place.run(&["repair", "--dry-run"]).must_end_with(0).stdout;
+    assert!(would.contains("would be made anew"), "{would}");
+    place.run(&["repair"]).must_end_with(0);
+    let again = place.run(&["backup", "web.raw", "--level", "full", "--json"]).must_end_with(0);
+    assert_eq!(again.summary()["disks"][0]["new_bytes"], 0);
+}
+
+#[test]
+fn a_difference_is_told_by_partition_and_stats_by_vm() {
+    let place = Place::with_repository();
+    let mut disk = partitioned(&place, "web.raw");
+    place.run(&["backup", "web.raw"]).must_end_with(0);
+    disk[3 * MIB..3 * MIB + 100_000].copy_from_slice(&noise(100_000, 2));
+    std::fs::write(place.path("web.raw"), &disk).unwrap();
+    place.run(&["backup", "web.raw"]).must_end_with(0);
+    std::fs::write(place.path("db.raw"), noise(2 * MIB, 3)).unwrap();
+    place.run(&["backup", "db.raw"]).must_end_with(0);
+    let points = place.run(&["points", "--vm", "web", "--json"]).must_end_with(0).summary();
+    let id = |number: usize| points["points"][number]["id"].as_str().unwrap().to_owned();
+    let diff = place.run(&["diff", &id(0), &id(1), "--json"]).must_end_with(0).summary();
+    let parts = diff["disks"][0]["partitions"].as_array().unwrap();
+    assert_eq!((parts.len(), &parts[0]["name"]), (1, &"root".into()), "{diff}");
+    assert_eq!(parts[0]["bytes"], diff["disks"][0]["changed_bytes"]);
+    let text = place.run(&["diff", &id(0), &id(1)]).must_end_with(0).stdout;
+    assert!(text.contains("root"), "{text}");
+
+    let stats = place.run(&["stats", "--json", "--price-per-gb-month", "1000"]);
+    let stats = stats.must_end_with(0).summary();
+    let vm = |number: usize| &stats["vms"][number];
+    assert_eq!((&vm(0)["vm"], &vm(1)["vm"]), (&"db".into(), &"web".into()));
+    assert_eq!(vm(0)["needed_bytes"], 2 * MIB as u64);
+    assert_eq!(vm(0)["unique_bytes"], vm(0)["stored_bytes"], "nobody shares noise");
+    let (logical, needed) = (vm(1)["logical_bytes"].as_u64(), vm(1)["needed_bytes"].as_u64());
+    assert!(logical.unwrap() > 2 * needed.unwrap() - 400_000, "two points, one copy: {stats}");
+    assert_eq!(stats["growth"][0]["points"], 3);
+    let bytes = stats["pack_bytes"].as_u64().unwrap() + stats["metadata_bytes"].as_u64().unwrap();
+    let cost = stats["cost_per_month"].as_f64().unwrap();
+    #[allow(clippy::cast_precision_loss, reason = "a few MiB")]
+    let expected = bytes as f64 / 1e6;
+    assert!((cost - expected).abs() < 1e-6, "{cost}");
+    place.run(&["stats", "--growth"]).must_end_with(0);
+}
+
+#[test]
+fn in_place_writes_only_what_differs_as_the_target_counts_it() {
+    let place = Place::with_repository();
+    let disk = partitioned(&place, "web.raw");
+    place.run(&["backup", "web.raw"]).must_end_with(0);
+    let mut there = disk.clone();
+    there[2 * MIB + 5] ^= 1;
+    there[5 * MIB..5 * MIB + 70_000].fill(3);
+    // Data where zeros belong.
+    there[7 * MIB + 100_000] = 9;
+    std::fs::write(place.path("target.raw"), &there).unwrap();
+    let (socket, counted) = (place.text("sock"), place.text("counted"));
+    let mut server = Command::new("nbdkit")
+        .args(["--foreground", "--unix", &socket, "--filter=stats", "file"])
+        .arg(place.path("target.raw"))
+        .arg(format!("statsfile={counted}"))
+        .spawn()
+        .expect("nbdkit is needed: install nbdkit (scripts/test.sh does)");
+    let begun = Instant::now();
+    while !place.path("sock").exists() {
+        assert!(begun.elapsed() < Duration::from_secs(30), "nbdkit does not listen");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let url = format!("nbd+unix:///?socket={socket}");
+    let run = place.run(&["restore", "web", "--to", &url, "--in-place", "--json"]);
+    let summary = run.must_end_with(0).summary();
+    rustix::process::kill_process(
+        rustix::process::Pid::from_child(&server),
+        rustix::process::Signal::TERM,
+    )
+    .unwrap();
+    server.wait().unwrap();
+    assert!(std::fs::read(place.path("target.raw")).unwrap() == disk);
+    // One grain of 64 KiB, two for the stretch, and one of zeros.
+    let told = &summary["disks"][0];
+    assert_eq!((&told["written_bytes"], &told["zeroed_bytes"]), (&(3 << 16).into(), &65536.into()));
+    let counted = std::fs::read_to_string(counted).unwrap();
+    let line = |kind: &str| {
+        let found = counted.lines().find(|line| line.starts_with(kind));
+        found.map(str::to_owned).unwrap_or_default()
+    };
+    assert!(line("write:").contains("192.00 KiB"), "{counted}");
+    assert!(line("zero:").contains("64.00 KiB"), "{counted}");
+}
