@@ -25,6 +25,9 @@ const BLOCK: u64 = BLOCK_BYTES as u64;
 /// more is healed by the next job.
 const MAX_WANTED: usize = 256 << 10;
 
+/// The length of chunks that are cut anew because nobody knows how they were cut: 64 KiB.
+const NAMELESS_BLOCKS: u32 = 16;
+
 /// What one job heals. Shared by its workers.
 #[derive(Default)]
 pub(crate) struct Healing {
@@ -154,16 +157,24 @@ fn chunks_of(packs: &PackSet, part: &DamagedPart) -> Result<Option<Vec<(u32, Chu
 }
 
 /// A disk that what is damaged is read from.
-pub(super) struct HealthyDisk<'a> {
+pub(crate) struct HealthyDisk<'a> {
     /// The disk.
     pub source: &'a dyn BlockDevice,
     /// Whether what it cannot read is passed over: it is a stored disk, which may be damaged itself.
     pub tolerant: bool,
+    /// Whether it is certain to be the same disk at the same moment, so that it heals also what has no
+    /// name any more.
+    pub is_same: bool,
     /// Whether nothing is stored, only counted.
     pub dry_run: bool,
 }
 
-impl HealthyDisk<'_> {
+impl<'a> HealthyDisk<'a> {
+    /// The source of a backup.
+    pub const fn source(source: &'a dyn BlockDevice) -> Self {
+        Self { source, tolerant: false, is_same: false, dry_run: false }
+    }
+
     /// The blocks of a chunk, padded with zeros beyond `size_bytes`; none where they cannot be read.
     fn read(&self, block: u64, blocks: u64, size_bytes: u64) -> Result<Option<Vec<u8>>> {
         let offset = block * BLOCK;
@@ -200,7 +211,11 @@ pub(super) fn heal_disk(
         }
         cancel.check()?;
         lost.insert(run.bytes(size_bytes));
-        for chunk in chunks_in(session, &run)? {
+        let chunks = chunks_in(session, &run)?;
+        if chunks.is_empty() && run.place.is_err() && healthy.is_same {
+            return heal_nameless(session, healthy, &run, size_bytes, filler);
+        }
+        for chunk in chunks {
             let read = healthy.read(chunk.block, chunk.blocks, size_bytes)?;
             let Some(content) = read else { continue };
             let id = session.context.subkeys.chunk_id(&content);
@@ -216,6 +231,31 @@ pub(super) fn heal_disk(
         Ok(())
     })?;
     Ok(lost)
+}
+
+/// Stores what is in the place of blocks of which nobody knows the names any more.
+fn heal_nameless(
+    session: &SessionState,
+    healthy: &HealthyDisk<'_>,
+    run: &PlacedRun,
+    size_bytes: u64,
+    filler: &mut PackFiller,
+) -> Result<()> {
+    let mut done = 0;
+    while done < run.count {
+        let blocks = (run.count - done).min(NAMELESS_BLOCKS);
+        let block = run.first_block + u64::from(done);
+        if let Some(content) = healthy.read(block, blocks.into(), size_bytes)? {
+            let from = Location { ordinal: run.at.ordinal.saturating_add(done), ..run.at };
+            let to = match healthy.dry_run {
+                true => from,
+                false => session.store_chunk(&content, filler)?.place,
+            };
+            session.healing.healed.lock().push((from, blocks, to));
+        }
+        done += blocks;
+    }
+    Ok(())
 }
 
 /// A damaged chunk, and where it is on a disk.
@@ -278,24 +318,22 @@ impl BackupSession {
         Ok(())
     }
 
-    /// Takes from `source`, which holds the same disk or one much like it, what `record` has on
-    /// damaged places, as far as the content is the same by its name.
+    /// Takes from a disk that holds the same or much the same what `record` has on damaged places, as
+    /// far as the content is the same by its name.
     ///
     /// # Errors
-    /// Those of the map and of the store; cancelled. What the source cannot read is passed over.
+    /// Those of the map and of the store; cancelled.
     pub(crate) fn heal_from_disk(
         &self,
-        source: &dyn BlockDevice,
+        healthy: &HealthyDisk<'_>,
         record: &DiskRecord,
-        dry_run: bool,
         cancel: &CancelToken,
     ) -> Result<()> {
         let session = self.state();
         let blocks = record.size_bytes.div_ceil(BLOCK);
         let map = DiskMap::open(&session.context, &record.map, blocks)?;
-        let healthy = HealthyDisk { source, tolerant: true, dry_run };
         self.with_filler(|filler| {
-            heal_disk(session, &healthy, &map, record.size_bytes, filler, cancel).map(drop)
+            heal_disk(session, healthy, &map, record.size_bytes, filler, cancel).map(drop)
         })
     }
 }

@@ -22,6 +22,7 @@ mod sink;
 mod work;
 
 pub(crate) use chunk::{Chunker, Cut};
+pub(crate) use heal::HealthyDisk;
 pub use session::{
     BackupOptions, BackupSession, ChangedRanges, DiskDraft, DiskPlan, PointDraft, StoredDisk,
 };

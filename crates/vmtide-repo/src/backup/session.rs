@@ -400,7 +400,7 @@ impl BackupSession {
                 let mut lost = RangeSet::new();
                 self.with_filler(|filler| {
                     let bytes = record.size_bytes;
-                    let healthy = HealthyDisk { source, tolerant: false, dry_run: false };
+                    let healthy = HealthyDisk::source(source);
                     lost = heal_disk(&self.state, &healthy, map, bytes, filler, cancel)?;
                     Ok(())
                 })?;

@@ -7,7 +7,7 @@
 
 use super::quarantine;
 use super::verify::{self, Damage, VerifyOptions};
-use crate::backup::{BackupOptions, BackupSession};
+use crate::backup::{BackupOptions, BackupSession, HealthyDisk};
 use crate::context::RepoContext;
 use crate::disk::{Quarantine, Repairs};
 use crate::envelope::ObjectKind;
@@ -195,16 +195,22 @@ impl Repository {
         if lost.is_empty() {
             return Ok(());
         }
-        for candidate in candidates(point, disk, other.points) {
-            let opened = match other.repository.open_disk(candidate, &disk.id) {
+        for candidate in candidates(self, point, disk, other) {
+            let opened = match other.repository.open_disk(candidate.point, &disk.id) {
                 Ok(opened) => opened,
                 Err(error) if error.is_damage() => continue,
                 Err(error) => return Err(error),
             };
             let before = session.healed_bytes();
-            session.heal_from_disk(opened.as_ref(), disk, other.dry_run, cancel)?;
+            let source = HealthyDisk {
+                source: opened.as_ref(),
+                tolerant: true,
+                is_same: candidate.is_same,
+                dry_run: other.dry_run,
+            };
+            session.heal_from_disk(&source, disk, cancel)?;
             let healed = session.healed_bytes() - before;
-            tracing::debug!(point = %point.id, from = %candidate.id, healed, "healing");
+            tracing::debug!(point = %point.id, from = %candidate.point.id, healed, "healing");
             if healed >= lost.total_bytes() {
                 break;
             }
@@ -220,20 +226,35 @@ struct OtherRepository<'a> {
     dry_run: bool,
 }
 
+/// A restore point to take data from.
+struct Candidate<'a> {
+    point: &'a RestorePoint,
+    /// Whether it is the same one: one is a copy of the other, or both are of a third.
+    is_same: bool,
+}
+
 /// The restore points that may have the same disk: the same point first, then those of the VM that
 /// were made nearest to it. Whether it is the same data is found out by its names.
 fn candidates<'a>(
+    own: &Repository,
     point: &RestorePoint,
     disk: &DiskRecord,
-    there: &'a [RestorePoint],
-) -> Vec<&'a RestorePoint> {
-    let has_disk =
-        |other: &&RestorePoint| other.vm == point.vm && other.disk_record(&disk.id).is_some();
-    let mut candidates: Vec<&RestorePoint> = there.iter().filter(has_disk).collect();
-    candidates.sort_by_key(|other| {
-        let apart = (other.time.as_millisecond() - point.time.as_millisecond()).unsigned_abs();
-        let started = (other.started.as_millisecond() - point.started.as_millisecond()) != 0;
-        (other.id != point.id, started, apart)
+    other: &OtherRepository<'a>,
+) -> Vec<Candidate<'a>> {
+    let wanted = own.origin_of(point);
+    let mut candidates: Vec<Candidate<'a>> = other
+        .points
+        .iter()
+        .filter(|there| there.disk_record(&disk.id).is_some())
+        .map(|there| Candidate {
+            point: there,
+            is_same: other.repository.origin_of(there) == wanted,
+        })
+        .filter(|there| there.is_same || there.point.vm == point.vm)
+        .collect();
+    candidates.sort_by_key(|there| {
+        let apart = there.point.time.as_millisecond() - point.time.as_millisecond();
+        (!there.is_same, apart.unsigned_abs())
     });
     candidates.truncate(MAX_TRIED);
     candidates
