@@ -11,7 +11,8 @@
 #        what vmtide stored, read by independent programs (tests/interop)
 # fuzz   a minute over the fuzz targets
 #
-# VMTIDE_CYCLES (8) says how many cycles; VMTIDE_FUZZ_SECONDS (60) how long to fuzz in all.
+# VMTIDE_CYCLES (8) says how many cycles, VMTIDE_KILLS (20) how many kills of commands on a repository;
+# VMTIDE_FUZZ_SECONDS (60) how long to fuzz in all.
 # Every part runs, also after a failure; the last line counts, and the exit code is 1 when anything failed.
 set -euo pipefail
 
@@ -24,6 +25,7 @@ set -euo pipefail
 
 ALL_PARTS="lint deny rust e2e fuzz"
 CYCLES="${VMTIDE_CYCLES:-8}"
+KILLS="${VMTIDE_KILLS:-20}"
 FUZZ_SECONDS="${VMTIDE_FUZZ_SECONDS:-60}"
 # Longer than everything in it takes on two slow cores; a hang ends as a failure, not as a machine blocked for ever.
 LIMIT_RUST_S=1500
@@ -182,6 +184,8 @@ part_e2e() {
     done
     counted "$CYCLES cycles of writes, backups, kill -9" \
         timeout --kill-after=30 $((LIMIT_E2E_S + CYCLES * 60)) python3 "$REPO_ROOT/tests/e2e/cycles.py" --cycles "$CYCLES"
+    counted "$KILLS kills -9 of backup, forget, prune, copy, hold, key" \
+        timeout --kill-after=30 $((LIMIT_E2E_S + KILLS * 20)) python3 "$REPO_ROOT/tests/e2e/kills.py" --kills "$KILLS"
 }
 
 target_directory() {

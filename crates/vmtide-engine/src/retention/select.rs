@@ -128,8 +128,13 @@ pub fn parse_count(text: &str) -> Result<u32, String> {
 /// A length of time: `48h`, `14d`, `3months`, `1y6mo`.
 ///
 /// # Errors
-/// In words, where it is none or not longer than zero.
+/// In words, where it is none or not longer than zero; and for a bare `m`, which other programs take
+/// for months and the library for minutes.
 pub fn parse_span(text: &str) -> Result<Span, String> {
+    let mut words = text.split(|c: char| !c.is_ascii_alphabetic());
+    if words.any(|word| word == "m") {
+        return Err(format!("{text:?}: m may mean months or minutes; write mo or min"));
+    }
     let span: Span = text.parse().map_err(|error| {
         format!("{text:?} is no length of time, like 48h, 14d or 3months: {error}")
     })?;
@@ -193,6 +198,8 @@ mod tests {
             ("keep-daily", "NAME=VALUE"),
             ("keep-daily=x", "no number"),
             ("keep-within=-3d", "greater than zero"),
+            ("keep-within=2y5m7d", "mo or min"),
+            ("keep-within=5m", "mo or min"),
             ("keep-monthy=3", "keep-monthy"),
             ("tag=x,keep-last=1", "no tag"),
             ("", "keeps nothing"),
