@@ -17,7 +17,6 @@ Exit codes: 0 done, 1 failed, 2 usage, 4 wrong password or denied, 5 damaged, 6 
 
 import argparse
 import datetime
-import fcntl
 import getpass
 import json
 import os
@@ -148,8 +147,6 @@ class Repository:
         self.path = path
         if not os.path.isfile(os.path.join(path, "vmtide.repo")):
             raise not_found(f"repository at {path}")
-        # Readers hold the lock shared, so that prune leaves them in peace; it ends with us.
-        self.lock = self.take_lock()
         name = "vmtide.repo"
         data = self.read(name)
         members = "format version id created chunk_size_bytes encryption master_key checksum"
@@ -172,16 +169,6 @@ class Repository:
         derive = lambda context: blake3.blake3(master, derive_key_context=context).digest()
         self.chunk_id_key = derive("vmtide v1 chunk id")
         self.object_root = derive("vmtide v1 object key")
-
-    def take_lock(self):
-        try:
-            lock = open(os.path.join(self.path, "locks/gc"), "rb")
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return lock
-        except BlockingIOError:
-            raise Failure(1, "repository is busy: prune is at work on it") from None
-        except OSError:
-            return None  # A copy on media without locks: nobody prunes there.
 
     def file(self, name):
         return open(os.path.join(self.path, name), "rb")
@@ -251,7 +238,8 @@ OBJECTS = {
     "point": (b"VMTIDEPT", lambda digits: f"points/{digits}"),
     "hold": (b"VMTIDEHD", lambda digits: f"holds/{digits}"),
     "release": (b"VMTIDEHR", lambda digits: f"released/{digits}"),
-    "forward": (b"VMTIDEFW", lambda digits: f"forward/{digits}"),
+    "forward": (b"VMTIDEFW", lambda digits, owner: f"forward/{owner}/{digits}"),
+    "judgement": (b"VMTIDERJ", lambda digits, owner: f"revoked/{owner}/judgement-{digits}"),
     "healed": (b"VMTIDEHL", lambda digits: f"healed/{digits}"),
 }
 MAX_DIRECTORY = {kind: 256 << 20 if kind == "map" else 16 << 20 for kind in OBJECTS}
@@ -260,9 +248,9 @@ MAX_DIRECTORY = {kind: 256 << 20 if kind == "map" else 16 << 20 for kind in OBJE
 class Object:
     """A binary object: its header and trailer checked, its directory in memory."""
 
-    def __init__(self, repository, kind, object_id):
+    def __init__(self, repository, kind, object_id, owner=None):
         magic, name = OBJECTS[kind]
-        self.name = name(object_id.hex())
+        self.name = name(object_id.hex(), owner.hex()) if owner else name(object_id.hex())
         self.file = repository.file(self.name)
         size = os.fstat(self.file.fileno()).st_size
         need(size >= HEADER + TRAILER, self.name, f"only {size} bytes long")
@@ -271,13 +259,14 @@ class Object:
         if self.header[:8] == magic and version != 1:
             raise unsupported(self.name, f"version {version}")
         expected = struct.pack(
-            "<8sHHI16s16s16x",
+            "<8sHHI16s16s16s",
             magic,
             1,
             1 if repository.sealed else 0,
             repository.chunk_size,
             object_id,
             repository.id,
+            owner or bytes(16),
         )
         need(self.header == expected, self.name, "its header is not its own")
         trailer = self.at(size - TRAILER, TRAILER)
@@ -406,15 +395,25 @@ class Pack:
         return content
 
 
-def read_forward(repository, pack_id):
+def read_forwards(repository, pack_id):
+    """Runs of all forwards of a pack that was moved; none where there is no forward."""
+    runs = []
+    for digits in repository.names(f"forward/{pack_id.hex()}"):
+        try:
+            runs.append(read_forward(repository, pack_id, bytes.fromhex(digits)))
+        except FileNotFoundError:
+            pass
+    return runs
+
+
+def read_forward(repository, pack_id, forward_id):
     """Runs (first ordinal, end, pack, new first ordinal) of a pack that was moved."""
-    forward = Object(repository, "forward", pack_id)
+    forward = Object(repository, "forward", forward_id, pack_id)
     name, directory = forward.name, forward.directory
-    need(len(directory) == 48, name, "its directory has another length")
+    need(len(directory) == 40, name, "its directory has another length")
     length = struct.unpack_from("<Q", directory)[0]
-    section = struct.unpack_from("<Q", directory, 40)[0]
     need(HEADER + length == forward.directory_offset, name, "something is after its runs")
-    content = forward.section(section, HEADER, length, directory[8:40])
+    content = forward.section(0, HEADER, length, directory[8:40])
     content = decompress(name, content, 16 << 20)
     table = content[: 16 * forward.second]
     need(len(table) == 16 * forward.second, name, "its pack table is cut")
@@ -489,9 +488,9 @@ def overlay(newer, older):
     return result + newer[at:]
 
 
-def read_record(repository, kind, object_id):
+def read_record(repository, kind, object_id, owner=None):
     """The name and the JSON of an object that is one sealed document (§9)."""
-    record = Object(repository, kind, object_id)
+    record = Object(repository, kind, object_id, owner)
     name, directory = record.name, record.directory
     need(len(directory) == 40, name, "its directory has another length")
     length = struct.unpack_from("<Q", directory)[0]
@@ -588,10 +587,10 @@ class Reader:
             try:
                 self.packs[pack_id] = Pack(self.repository, pack_id)
             except FileNotFoundError:
-                try:
-                    self.forwards[pack_id] = read_forward(self.repository, pack_id)
-                except FileNotFoundError:
+                forwards = read_forwards(self.repository, pack_id)
+                if not forwards:
                     raise damaged(OBJECTS["pack"][1](pack_id.hex()), "missing") from None
+                self.forwards[pack_id] = forwards
                 return None
             while len(self.packs) > 32:
                 self.packs.popitem(last=False)[1].object.file.close()
@@ -609,15 +608,10 @@ class Reader:
                 continue
             pack = self.pack(pack_id)
             if pack is None:
-                name = OBJECTS["forward"][1](pack_id.hex())
+                name = OBJECTS["pack"][1](pack_id.hex())
                 need(depth < 16, name, "more than 16 forwards lead on")
-                for first, end, target, new in self.forwards[pack_id]:
-                    if first <= ordinal < end:
-                        part = min(most, end - ordinal)
-                        yield from self.read(target, new + ordinal - first, part, depth + 1)
-                        break
-                else:
-                    raise damaged(name, f"block {ordinal} went nowhere")
+                target, new, part = self.moved(name, pack_id, ordinal, most, depth)
+                yield from self.read(target, new, part, depth + 1)
             else:
                 frame = pack.frame_of(ordinal)
                 content = self.frame(pack_id, pack, frame)
@@ -625,6 +619,32 @@ class Reader:
                 at = (ordinal - frame[0]) * BLOCK
                 yield content[at : at + part * BLOCK]
             ordinal, count = ordinal + part, count - part
+
+    def moved(self, name, pack_id, ordinal, count, depth):
+        """Where a block went: by any forward that leads to a pack that is there (§10)."""
+        found = None
+        for forward in self.forwards[pack_id]:
+            for first, end, target, new in forward:
+                if first <= ordinal < end:
+                    place = (target, new + ordinal - first, min(count, end - ordinal))
+                    found = found or place
+                    if self.leads_on(place[0], place[1], depth + 1):
+                        return place
+        need(found, name, f"block {ordinal} went nowhere")
+        return found
+
+    def leads_on(self, pack_id, ordinal, depth):
+        try:
+            if self.pack(pack_id) is not None:
+                return True
+        except Failure:
+            return False
+        return depth < 16 and any(
+            self.leads_on(target, new + ordinal - first, depth + 1)
+            for forward in self.forwards[pack_id]
+            for first, end, target, new in forward
+            if first <= ordinal < end
+        )
 
     def frame(self, pack_id, pack, frame):
         key = (pack_id, frame[2])
@@ -696,7 +716,34 @@ def points(repository):
             problems.append(failure)
         except FileNotFoundError:
             pass  # Released meanwhile.
-    return sorted(found, key=lambda point: (point["time"].rstrip("Z"), point["id"])), problems
+    counting = []
+    for point in found:
+        try:
+            if counts(repository, point):
+                counting.append(point)
+        except Failure as failure:
+            problems.append(failure)
+            counting.append(point)
+    return sorted(counting, key=lambda point: (point["time"].rstrip("Z"), point["id"])), problems
+
+
+def counts(repository, point):
+    """Whether all judgements of the lease that a restore point was made under name it (§11.3)."""
+    lease = point.get("lease")
+    if lease is None:
+        return True
+    hex_bytes(f"points/{point['id']}", lease, 16)
+    try:
+        names = os.listdir(os.path.join(repository.path, "revoked", lease))
+    except FileNotFoundError:
+        return True
+    for name in sorted(names):
+        if name.startswith("judgement-") and ID.fullmatch(name[len("judgement-") :]):
+            judgement = bytes.fromhex(name[len("judgement-") :])
+            _, value = read_record(repository, "judgement", judgement, bytes.fromhex(lease))
+            if point["id"] not in value.get("points", []):
+                return False
+    return True
 
 
 def resolve(found, spec):

@@ -3,7 +3,7 @@
 //! freeze the VM → learn what changed → store its disks → commit the restore point → release.
 //!
 //! What must hold, and where it is kept:
-//! - The base is chosen under the repository's shared lock, so `prune` cannot take it away.
+//! - The base is chosen after the job's lease can be seen, so that no `prune` takes it away.
 //! - Exactly one of [`FrozenVm::commit`] and [`FrozenVm::abort`] is called, whatever happens
 //!   between ([`backup`]).
 //! - The old change tracking is released only after the restore point is committed: that is what
@@ -122,8 +122,8 @@ pub struct DiskSummary {
 /// Nothing is visible in the repository then, and the VM is released with its tracking as before.
 /// Only what could not be undone on the platform is left, and journalled for the next run.
 pub fn backup(job: &BackupJob<'_>, context: JobContext<'_>) -> Result<BackupSummary> {
-    // From here on: the base that is chosen must not be pruned before it is built on.
-    let _lock = job.repository.lock_shared()?;
+    // From here on nobody removes what is found in the repository.
+    let session = job.repository.begin_backup(&job.options)?;
     let begun = Instant::now();
     let started = Timestamp::now();
     let mut warnings = Vec::new();
@@ -133,7 +133,7 @@ pub fn backup(job: &BackupJob<'_>, context: JobContext<'_>) -> Result<BackupSumm
     };
     check_name(&name)?;
     let outside = job.outside_changes.then_some(job.source.as_str());
-    let base = base::choose(job.repository, &name, job.level, outside)?;
+    let base = base::choose(job.repository, &session, &name, job.level, outside)?;
     for note in &base.notes {
         context.warn(&mut warnings, note.clone());
     }
@@ -142,8 +142,16 @@ pub fn backup(job: &BackupJob<'_>, context: JobContext<'_>) -> Result<BackupSumm
     context.phase(Phase::Freeze, &name);
     let frozen = job.hypervisor.freeze(&freeze_request(job, &name, &base, context))?;
     let stored = check_consistency(job, frozen.as_ref(), context, &mut warnings).and_then(|()| {
-        let stored =
-            store_and_commit(job, &name, started, &base, frozen.as_ref(), context, &mut warnings);
+        let stored = store_and_commit(
+            job,
+            session,
+            &name,
+            started,
+            &base,
+            frozen.as_ref(),
+            context,
+            &mut warnings,
+        );
         match stored {
             // A map that cannot be read on is no base, whatever the restore point looked like.
             Err(EngineError::Repo(RepoError::Damaged { object, detail }))
@@ -157,7 +165,17 @@ pub fn backup(job: &BackupJob<'_>, context: JobContext<'_>) -> Result<BackupSumm
                     ),
                 );
                 let frozen = frozen.as_ref();
-                store_and_commit(job, &name, started, &base, frozen, context, &mut warnings)
+                let session = job.repository.begin_backup(&job.options)?;
+                store_and_commit(
+                    job,
+                    session,
+                    &name,
+                    started,
+                    &base,
+                    frozen,
+                    context,
+                    &mut warnings,
+                )
             }
             other => other,
         }
@@ -246,8 +264,10 @@ fn check_consistency(
     Ok(())
 }
 
+#[allow(clippy::too_many_arguments, reason = "the parts of one backup, each used once")]
 fn store_and_commit(
     job: &BackupJob<'_>,
+    session: BackupSession,
     name: &str,
     started: Timestamp,
     base: &BaseChoice,
@@ -262,7 +282,6 @@ fn store_and_commit(
         let bytes = plan.bytes_to_look_at(disk.device.size_bytes(), BLOCK_BYTES as u64);
         context.progress.add_total(bytes);
     }
-    let session = job.repository.begin_backup(&job.options)?;
     let mut disks = Vec::with_capacity(plans.len());
     for (disk, plan) in &plans {
         context.cancel.check()?;

@@ -9,7 +9,7 @@
 use crate::{LevelChoice, Result};
 use std::collections::BTreeMap;
 use vmtide_hypervisor::{Base, DiskId, TrackingId};
-use vmtide_repo::{DiskRecord, Level, Repository, RestorePoint};
+use vmtide_repo::{BackupSession, DiskRecord, Level, Repository, RestorePoint};
 
 /// The restore points that a backup builds on.
 pub(crate) struct BaseChoice {
@@ -29,13 +29,14 @@ pub(crate) struct BaseChoice {
     pub doubt: Option<String>,
 }
 
-/// Finds them for a backup of `vm`. The caller holds the repository's shared lock.
+/// Finds them for a backup of `vm` in `session`, which has begun, so that what is found stays.
 ///
 /// Change tracking names the moment that it counts from, so [`BaseChoice::newest`] may be any point
 /// that can be read. A list of ranges from outside does not: `outside` is then the source, which
 /// must be that of the newest point, and no point may be unreadable, because it may be the newest.
 pub(crate) fn choose(
     repository: &Repository,
+    session: &BackupSession,
     vm: &str,
     wanted: LevelChoice,
     outside: Option<&str>,
@@ -53,7 +54,7 @@ pub(crate) fn choose(
     let last_full = points.iter().rfind(|point| point.level == Level::Full).cloned();
     let newest = points.pop().filter(|_| wanted != LevelChoice::Full);
     let is_first = newest.is_none();
-    let newest = sound(repository, newest, &mut notes)?;
+    let newest = usable(session, sound(repository, newest, &mut notes)?, &mut notes)?;
     let (level, parent, newest) = match (wanted, newest, last_full) {
         (LevelChoice::Full, ..) | (LevelChoice::Auto, None, _) => (Level::Full, None, None),
         (_, None, _) if !is_first => (Level::Full, None, None),
@@ -109,6 +110,23 @@ fn sound(
                 return Ok(None);
             }
             Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(Some(point))
+}
+
+/// The newest point without the disks that nothing may be built on, because a prune is about to
+/// remove something they need: those are read in full, once.
+fn usable(
+    session: &BackupSession,
+    newest: Option<RestorePoint>,
+    notes: &mut Vec<String>,
+) -> Result<Option<RestorePoint>> {
+    let Some(mut point) = newest else { return Ok(None) };
+    for disk in std::mem::take(&mut point.disks) {
+        match session.why_unusable(&disk)? {
+            None => point.disks.push(disk),
+            Some(reason) => notes.push(format!("disk {} is read in full: {reason}", disk.id)),
         }
     }
     Ok(Some(point))

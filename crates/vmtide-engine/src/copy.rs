@@ -131,7 +131,7 @@ pub fn copy(job: &CopyJob<'_>, context: JobContext<'_>) -> Result<CopySummary> {
             job.target.location()
         )));
     }
-    let _lock = job.source.lock_shared()?;
+    let _lease = job.source.lease(vmtide_repo::Purpose::Read)?;
     let here = job.source.points()?.points;
     let mut known = present_points(job.target)?;
     let mut pairs: Vec<Pair<'_>> = Vec::new();
@@ -220,6 +220,14 @@ fn copy_point(
         return Ok((copied, None));
     }
     let session = job.target.begin_backup(&job.options)?;
+    for base in &mut bases {
+        if let Some(chosen) = &*base
+            && let Some(reason) = session.why_unusable(chosen.record)?
+        {
+            tracing::info!(point = %chosen.there.id, %reason, "a copy is not built on");
+            *base = None;
+        }
+    }
     let drafts = match copy_disks(job, &session, point, &bases, context) {
         Ok(drafts) => drafts,
         Err(error) => {

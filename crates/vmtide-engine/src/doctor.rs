@@ -213,10 +213,6 @@ pub fn check_repository(repository: &Repository, directory: Option<&Path>) -> Ve
         Err(error) => findings.fail("keys", error.to_string(), "run `vmtide verify`"),
     }
     check_points(&mut findings, repository);
-    match repository.lock_shared() {
-        Ok(_) => findings.ok("lock", "free for backups and restores"),
-        Err(error) => findings.warn("lock", error.to_string(), "wait for the other job to end"),
-    }
     if let Some(directory) = directory {
         check_writable(&mut findings, directory);
         check_free_space(&mut findings, directory, "for new backups");

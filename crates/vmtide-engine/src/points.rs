@@ -5,7 +5,9 @@ use crate::{EngineError, Result};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use vmtide_block::RangeSet;
-use vmtide_repo::{ForgetReport, ObjectId, PointList, RepoError, Repository, RestorePoint};
+use vmtide_repo::{
+    ForgetReport, ObjectId, PointList, Purpose, RepoError, Repository, RestorePoint,
+};
 
 /// The restore points of one VM, or of all, oldest first; with those that cannot be read.
 ///
@@ -27,7 +29,7 @@ pub fn points(repository: &Repository, vm: Option<&str>) -> Result<PointList> {
 }
 
 /// The restore point that `spec` names: its id, the first digits of it, `VM@latest`, `VM` or
-/// `VM@TIME`. The caller holds the repository's shared lock where the point must stay.
+/// `VM@TIME`. The caller holds a lease where the point must stay.
 ///
 /// A point that cannot be read may be of any VM and any time. While there is one, "the latest" is
 /// not known, and an older point in its place would be a silent loss; so only ids are answered.
@@ -171,7 +173,7 @@ pub fn diff(
     from: &RestorePoint,
     to: &RestorePoint,
 ) -> Result<Vec<DiskDifference>> {
-    let _lock = repository.lock_shared()?;
+    let _lease = repository.lease(Purpose::Read)?;
     let mut differences = Vec::new();
     for new in &to.disks {
         let old = from.disk_record(&new.id);
@@ -249,6 +251,7 @@ pub(crate) mod tests {
             disks: vec![disk],
             program: String::new(),
             origin: None,
+            lease: None,
         }
     }
 }

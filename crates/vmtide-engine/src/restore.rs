@@ -16,7 +16,7 @@ use std::time::Instant;
 use vmtide_block::RangeSet;
 use vmtide_image::Format;
 use vmtide_nbd::NbdUrl;
-use vmtide_repo::{DiskRecord, ObjectId, Repository, RestorePoint};
+use vmtide_repo::{DiskRecord, ObjectId, Purpose, Repository, RestorePoint};
 
 /// Where a restore goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -117,7 +117,7 @@ pub struct RestoredDisk {
 /// error is [`EngineError::Incomplete`].
 pub fn restore(job: &RestoreJob<'_>, context: JobContext<'_>) -> Result<RestoreSummary> {
     let begun = Instant::now();
-    let _lock = job.repository.lock_shared()?;
+    let _lease = job.repository.lease(Purpose::Read)?;
     let disks = choose_disks(job)?;
     let plan = restore_target::plan(job, &disks)?;
     for disk in &disks {

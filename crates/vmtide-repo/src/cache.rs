@@ -44,6 +44,14 @@ impl<K: Hash + Eq + Clone, V: ?Sized> ByteCache<K, V> {
         Some(value)
     }
 
+    /// Lets a value go.
+    pub(crate) fn remove(&self, key: &K) {
+        let mut inner = self.inner.lock();
+        if let Some((_, bytes, _)) = inner.values.remove(key) {
+            inner.bytes -= bytes;
+        }
+    }
+
     /// Keeps a value that takes `bytes`, and lets others go for it: the last of them comes back, in
     /// case its memory is of use.
     pub(crate) fn put(&self, key: K, value: Arc<V>, bytes: usize) -> Option<Arc<V>> {

@@ -2,7 +2,8 @@
 //! and the two halves that all binary objects share, opening one and writing one (format §3).
 
 use crate::crypto::{ObjectCipher, Subkeys, checksum};
-use crate::envelope::{HEADER_BYTES, Header, ObjectKind, TRAILER_BYTES, Trailer};
+use crate::envelope::{HEADER_BYTES, Header, NO_OWNER, ObjectKind, TRAILER_BYTES, Trailer};
+use crate::point_list::PointCache;
 use crate::store::{ObjectReader, ObjectStore, ObjectWriter};
 use crate::{ObjectId, RepoError, Result};
 use parking_lot::Mutex;
@@ -30,6 +31,8 @@ pub(crate) struct RepoContext {
     pub sealed: bool,
     /// What readers found damaged since somebody last took note of it.
     pub damage: DamageLog,
+    /// Restore points read before.
+    pub points: PointCache,
 }
 
 /// Damage in packs, noted where it is met and put on record by the job that met it: see
@@ -67,15 +70,27 @@ impl DamageLog {
     }
 }
 
+impl std::fmt::Debug for RepoContext {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("RepoContext").field(&self.repository).finish()
+    }
+}
+
 impl RepoContext {
     /// The header of an object of this repository.
     pub fn header(&self, kind: ObjectKind, id: ObjectId) -> Header {
+        self.header_under(kind, NO_OWNER, id)
+    }
+
+    /// The header of an object of this repository that belongs to another.
+    pub fn header_under(&self, kind: ObjectKind, owner: ObjectId, id: ObjectId) -> Header {
         Header {
             kind,
             sealed: self.sealed,
             chunk_size_bytes: self.chunk_size_bytes,
             id,
             repository: self.repository,
+            owner,
         }
     }
 
@@ -103,7 +118,14 @@ impl RepoContext {
     /// # Errors
     /// The same, but for the missing object.
     pub fn try_open_object(&self, kind: ObjectKind, id: ObjectId) -> Result<Option<OpenObject>> {
-        let header = self.header(kind, id);
+        self.try_open(self.header(kind, id))
+    }
+
+    /// As [`try_open_object`](Self::try_open_object), of the object with this header.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn try_open(&self, header: Header) -> Result<Option<OpenObject>> {
         match self.store.open(&header.object_name()) {
             Err(RepoError::NotFound { .. }) => Ok(None),
             Err(error) => Err(error),
@@ -116,7 +138,14 @@ impl RepoContext {
     /// # Errors
     /// Those of the store.
     pub fn create_object(&self, kind: ObjectKind, id: ObjectId) -> Result<NewObject> {
-        let header = self.header(kind, id);
+        self.create(self.header(kind, id))
+    }
+
+    /// As [`create_object`](Self::create_object), of the object with this header.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub fn create(&self, header: Header) -> Result<NewObject> {
         let mut writer = self.store.create(&header.object_name())?;
         writer.write(&header.encode())?;
         Ok(NewObject { writer, cipher: self.cipher(&header)?, header, offset: HEADER_BYTES as u64 })

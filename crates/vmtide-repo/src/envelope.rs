@@ -1,6 +1,7 @@
 //! The header and trailer that every binary object has (format §3).
 
 use crate::{ObjectId, RepoError, Result};
+use std::collections::BTreeSet;
 
 /// The length of a header.
 pub const HEADER_BYTES: usize = 64;
@@ -43,11 +44,23 @@ pub enum ObjectKind {
     Damaged,
     /// Where content that was damaged is stored once more.
     Healed,
+    /// That somebody works with the repository.
+    Lease,
+    /// What the holder of a lease has done, at its end.
+    LeaseEnd,
+    /// What a prune wants to remove.
+    Condemned,
+    /// The leases that must end before a condemned list is decided on.
+    Boundary,
+    /// What of a condemned list nothing needs.
+    Verdict,
+    /// The restore points that a revoked lease had made.
+    Judgement,
 }
 
 impl ObjectKind {
     /// All kinds.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 15] = [
         Self::Pack,
         Self::MapSegment,
         Self::IndexSegment,
@@ -57,7 +70,18 @@ impl ObjectKind {
         Self::Release,
         Self::Damaged,
         Self::Healed,
+        Self::Lease,
+        Self::LeaseEnd,
+        Self::Condemned,
+        Self::Boundary,
+        Self::Verdict,
+        Self::Judgement,
     ];
+
+    /// The prefixes of all kinds, each once.
+    pub fn prefixes() -> BTreeSet<&'static str> {
+        Self::ALL.into_iter().map(Self::prefix).collect()
+    }
 
     /// The first eight bytes of the object.
     pub const fn magic(self) -> &'static [u8; 8] {
@@ -71,21 +95,39 @@ impl ObjectKind {
             Self::Release => b"VMTIDEHR",
             Self::Damaged => b"VMTIDEDM",
             Self::Healed => b"VMTIDEHL",
+            Self::Lease => b"VMTIDELS",
+            Self::LeaseEnd => b"VMTIDELE",
+            Self::Condemned => b"VMTIDECD",
+            Self::Boundary => b"VMTIDECB",
+            Self::Verdict => b"VMTIDECV",
+            Self::Judgement => b"VMTIDERJ",
         }
     }
 
-    /// The object's name in the store (format §2).
+    /// The name in the store (format §2) of an object that belongs to no other.
     pub fn object_name(self, id: ObjectId) -> String {
+        self.name_under(NO_OWNER, id)
+    }
+
+    /// The name in the store (format §2); `owner` is the object that it belongs to, where its kind
+    /// belongs to one: the pack of a forward, the list of a verdict, the lease of a judgement.
+    pub fn name_under(self, owner: ObjectId, id: ObjectId) -> String {
         match self {
             Self::Pack => format!("packs/{:02x}/{id}", id.0[0]),
             Self::MapSegment => format!("maps/{id}"),
             Self::IndexSegment => format!("index/{id}"),
             Self::Point => format!("points/{id}"),
-            Self::Forward => format!("forward/{id}"),
             Self::Hold => format!("holds/{id}"),
             Self::Release => format!("released/{id}"),
             Self::Damaged => format!("damaged/{id}"),
             Self::Healed => format!("healed/{id}"),
+            Self::Forward => format!("forward/{owner}/{id}"),
+            Self::Lease => format!("leases/{id}/begin"),
+            Self::LeaseEnd => format!("leases/{id}/end"),
+            Self::Condemned => format!("condemned/{id}/list"),
+            Self::Boundary => format!("condemned/{owner}/boundary-{id}"),
+            Self::Verdict => format!("condemned/{owner}/verdict-{id}"),
+            Self::Judgement => format!("revoked/{owner}/judgement-{id}"),
         }
     }
 
@@ -99,9 +141,32 @@ impl ObjectKind {
 
     /// The kind and id of the object of this name; none where it is no binary object.
     pub fn of_name(name: &str) -> Option<(Self, ObjectId)> {
-        let id = name.rsplit('/').next()?.parse().ok()?;
-        let fits = |kind: &Self| kind.object_name(id) == name;
-        Self::ALL.into_iter().find(fits).map(|kind| (kind, id))
+        Self::parse_name(name).map(|(kind, _, id)| (kind, id))
+    }
+
+    /// The kind, owner and id of the object of this name; none where it is no binary object.
+    pub fn parse_name(name: &str) -> Option<(Self, ObjectId, ObjectId)> {
+        let (above, last) = name.rsplit_once('/')?;
+        let above = above.rsplit('/').next().and_then(|id| id.parse().ok());
+        let own = last.rsplit('-').next().and_then(|id| id.parse().ok());
+        let candidates =
+            [own.map(|id| (NO_OWNER, id)), above.map(|id| (NO_OWNER, id)), above.zip(own)];
+        candidates.into_iter().flatten().find_map(|(owner, id)| {
+            let fits = |kind: &Self| kind.name_under(owner, id) == name;
+            Self::ALL.into_iter().find(fits).map(|kind| (kind, owner, id))
+        })
+    }
+
+    /// What an object in clear that only says something by being there holds; none for others.
+    pub fn marker_content(name: &str) -> Option<&'static [u8]> {
+        let (above, last) = name.rsplit_once('/')?;
+        let (prefix, _) = above.split_once('/')?;
+        match (prefix, last.split_once('-')?.0) {
+            ("leases", "renewed") => Some(b"renewed\n"),
+            ("revoked", "intent") => Some(b"intent\n"),
+            ("condemned", "closing") => Some(b"closing\n"),
+            _ => None,
+        }
     }
 
     /// The prefix under which all objects of the kind lie.
@@ -116,9 +181,15 @@ impl ObjectKind {
             Self::Release => "released/",
             Self::Damaged => "damaged/",
             Self::Healed => "healed/",
+            Self::Lease | Self::LeaseEnd => "leases/",
+            Self::Condemned | Self::Boundary | Self::Verdict => "condemned/",
+            Self::Judgement => "revoked/",
         }
     }
 }
+
+/// The owner of what belongs to nothing.
+pub const NO_OWNER: ObjectId = ObjectId([0; 16]);
 
 /// The first 64 bytes of a binary object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,12 +204,14 @@ pub struct Header {
     pub id: ObjectId,
     /// The repository it belongs to.
     pub repository: ObjectId,
+    /// The object that it belongs to; [`NO_OWNER`] for most.
+    pub owner: ObjectId,
 }
 
 impl Header {
     /// The object's name in the store.
     pub fn object_name(&self) -> String {
-        self.kind.object_name(self.id)
+        self.kind.name_under(self.owner, self.id)
     }
 
     /// The bytes.
@@ -150,6 +223,7 @@ impl Header {
         bytes[12..16].copy_from_slice(&self.chunk_size_bytes.to_le_bytes());
         bytes[16..32].copy_from_slice(&self.id.0);
         bytes[32..48].copy_from_slice(&self.repository.0);
+        bytes[48..64].copy_from_slice(&self.owner.0);
         bytes
     }
 

@@ -8,6 +8,7 @@
 
 use crate::context::RepoContext;
 use crate::envelope::ObjectKind;
+use crate::lease::Purpose;
 use crate::point::RestorePoint;
 use crate::repository::{PointList, Repository};
 use crate::{ObjectId, PROGRAM, RepoError, Result, record};
@@ -233,7 +234,7 @@ impl Repository {
     /// [`RepoError::Invalid`] for a reason of several lines or an end in the past; those of the store.
     pub fn hold(&self, point: ObjectId, options: &HoldOptions) -> Result<Hold> {
         check_options(options)?;
-        let _lock = self.lock_shared()?;
+        let _lease = self.lease(Purpose::Backup)?;
         let gone = |hint: &str| RepoError::NotFound {
             what: format!("restore point {point} in {}", self.location()),
             hint: hint.into(),

@@ -19,6 +19,10 @@ impl ObjectId {
     /// [`RepoError::Io`] where the system has no randomness to give: nothing may be written then,
     /// because object keys would repeat.
     pub fn random() -> Result<Self> {
+        #[cfg(feature = "simulation")]
+        if let Some(id) = crate::simulation::random_id() {
+            return Ok(id);
+        }
         let mut bytes = [0; 16];
         getrandom::fill(&mut bytes)
             .map_err(|error| RepoError::io("get random bytes", std::io::Error::other(error)))?;

@@ -12,6 +12,7 @@ mod backup;
 mod bench;
 mod cache;
 mod care;
+mod condemned;
 mod config;
 mod context;
 mod copy;
@@ -27,15 +28,20 @@ mod hold;
 mod id;
 mod index;
 mod keys;
+mod lease;
 mod leb128;
 mod map;
 mod pack;
 mod page_cache;
 mod password;
 mod point;
+mod point_list;
 mod record;
 mod repository;
 mod resolve;
+#[cfg(feature = "simulation")]
+#[doc(hidden)]
+pub mod simulation;
 mod store;
 
 pub use backup::{
@@ -45,7 +51,7 @@ pub use bench::{Latency, Measured, StoreBench, measure_processor, measure_store}
 pub use care::{
     Damage, DamagedPlace, Growth, IntegrityReport, PruneOptions, PruneReport, ReadData,
     RepairOptions, RepairReport, SampleReport, UsageReport, VerifyOptions, VerifyReport, VmUsage,
-    check_integrity,
+    WaitsFor, check_integrity,
 };
 pub use config::{Encryption, RepositoryConfig};
 pub use copy::CopyOf;
@@ -55,11 +61,12 @@ pub use forget::ForgetReport;
 pub use hold::{Hold, HoldList, HoldOptions};
 pub use id::{BLOCK_BYTES, ChunkId, Location, ObjectId};
 pub use keys::{KdfParameters, KeySlotInfo, RecoveryKey, RotatedKey};
+pub use lease::{Lease, Purpose};
 pub use password::Password;
 pub use point::{DiskCounts, DiskRecord, Level, Origin, RestorePoint, TrackingRecord};
 pub use repository::{InitOptions, PointList, Repository, RepositoryStats};
 pub use store::{
     Corruption, DenyStore, Fault, FaultyStore, LocalStore, MemoryStore, ObjectEntry, ObjectReader,
-    ObjectStore, ObjectWriter, Retention, RetentionMode, Step, StepCounts, StoreLock,
+    ObjectStore, ObjectWriter, Retention, RetentionMode, Step, StepCounts, UNFINISHED_KEPT,
     check_object_name, check_prefix, is_object_name, read_small,
 };

@@ -116,6 +116,9 @@ pub struct RestorePoint {
     /// copied since. None where that is this one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub origin: Option<Origin>,
+    /// The lease under which it was made; decides whether it counts where that was revoked.
+    #[serde(default)]
+    pub lease: Option<ObjectId>,
 }
 
 impl RestorePoint {

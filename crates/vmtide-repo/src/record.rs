@@ -1,7 +1,7 @@
 //! Objects that are one sealed JSON document: restore points and holds (format §9).
 
-use crate::context::RepoContext;
-use crate::envelope::{HEADER_BYTES, ObjectKind};
+use crate::context::{OpenObject, RepoContext};
+use crate::envelope::{HEADER_BYTES, Header, ObjectKind};
 use crate::{ObjectId, RepoError, Result};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -24,7 +24,19 @@ pub(crate) fn write(
     id: ObjectId,
     document: &impl Serialize,
 ) -> Result<()> {
-    let name = kind.object_name(id);
+    write_as(context, context.header(kind, id), document)
+}
+
+/// As [`write`], of the object with this header.
+///
+/// # Errors
+/// The same.
+pub(crate) fn write_as(
+    context: &RepoContext,
+    header: Header,
+    document: &impl Serialize,
+) -> Result<()> {
+    let name = header.object_name();
     let invalid = |error: &dyn std::fmt::Display| {
         RepoError::Invalid(format!("{name} cannot be written: {error}"))
     };
@@ -37,7 +49,7 @@ pub(crate) fn write(
         return Err(invalid(&format!("{objects} JSON objects, more than a reader takes")));
     }
     let mut section = zstd::bulk::compress(&json, 3).map_err(|error| invalid(&error))?;
-    let mut object = context.create_object(kind, id)?;
+    let mut object = context.create(header)?;
     object.write_section(0, &[], &mut section)?;
     let mut directory = (section.len() as u64).to_le_bytes().to_vec();
     directory.extend_from_slice(blake3::hash(&section).as_bytes());
@@ -53,7 +65,25 @@ pub(crate) fn read<T: DeserializeOwned>(
     kind: ObjectKind,
     id: ObjectId,
 ) -> Result<T> {
-    let opened = context.open_object(kind, id)?;
+    from_object(&context.open_object(kind, id)?)
+}
+
+/// As [`read`], of the object with this header; `None` where there is none.
+///
+/// # Errors
+/// The same, but for the missing object.
+pub(crate) fn try_read<T: DeserializeOwned>(
+    context: &RepoContext,
+    header: Header,
+) -> Result<Option<T>> {
+    match context.try_open(header).and_then(|opened| opened.as_ref().map(from_object).transpose()) {
+        // It went away between two requests.
+        Err(RepoError::NotFound { .. }) => Ok(None),
+        other => other,
+    }
+}
+
+fn from_object<T: DeserializeOwned>(opened: &OpenObject) -> Result<T> {
     let name = opened.header.object_name();
     let damaged = |detail: &str| RepoError::damaged(&name, detail);
     let length = usize::try_from(opened.trailer.directory_offset - HEADER_BYTES as u64)

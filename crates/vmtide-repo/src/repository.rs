@@ -7,12 +7,14 @@ use crate::context::RepoContext;
 use crate::crypto::MasterKey;
 use crate::disk::PointDisk;
 use crate::envelope::ObjectKind;
-use crate::hold::{self, Hold};
+use crate::hold::Hold;
 use crate::keys::{self, KdfParameters, KeySlotInfo};
+use crate::lease::{self, Lease, Purpose};
 use crate::map::DiskMap;
 use crate::password::Password;
-use crate::point::{self, DiskRecord, Level, RestorePoint};
-use crate::store::{ObjectStore, StoreLock};
+use crate::point::{DiskRecord, Level, RestorePoint};
+use crate::point_list::{self, PointCache, Reading};
+use crate::store::ObjectStore;
 use crate::{BLOCK_BYTES, ObjectId, RepoError, Result};
 use jiff::Timestamp;
 use serde::Serialize;
@@ -70,6 +72,9 @@ pub struct PointList {
     pub holds: Vec<Hold>,
     /// The holds that cannot be read, and why: they may be for any point.
     pub unreadable_holds: Vec<(String, RepoError)>,
+    /// Those that do not count: their backup stood still, was taken for dead, and was not reported
+    /// as done. Prune removes them.
+    pub void: Vec<ObjectId>,
 }
 
 /// What a repository holds.
@@ -185,6 +190,7 @@ impl Repository {
             chunk_size_bytes: config.chunk_size_bytes,
             sealed: config.encryption != Encryption::None,
             damage: crate::context::DamageLog::default(),
+            points: PointCache::default(),
         };
         Ok(Self {
             context: Arc::new(context),
@@ -210,12 +216,16 @@ impl Repository {
         self.context.store.location()
     }
 
-    /// Keeps `prune` away until the lock is dropped; readers hold it.
+    /// Begins a lease: until it is dropped nothing is removed of the restore points that can be found
+    /// from now on, whoever forgets them. A reader who cannot write goes on without one.
     ///
     /// # Errors
-    /// [`RepoError::Busy`] while `prune` runs.
-    pub fn lock_shared(&self) -> Result<Box<dyn StoreLock>> {
-        self.context.store.lock(false)
+    /// Those of the store.
+    pub fn lease(&self, purpose: Purpose) -> Result<Lease> {
+        match purpose {
+            Purpose::Read => Lease::begin_reading(&self.context, purpose),
+            Purpose::Backup | Purpose::Prune => Lease::begin(&self.context, purpose),
+        }
     }
 
     /// The key slots.
@@ -247,37 +257,12 @@ impl Repository {
         keys::remove(&*self.context.store, id)
     }
 
-    /// All restore points.
+    /// All restore points that count.
     ///
     /// # Errors
     /// Those of the store. A restore point that cannot be read is not an error here: it is listed.
     pub fn points(&self) -> Result<PointList> {
-        let mut list = PointList::default();
-        let mut names = Vec::new();
-        self.context.store.list(ObjectKind::Point.prefix(), &mut |entry| {
-            names.push(entry.name);
-            Ok(())
-        })?;
-        for name in names {
-            let Some(Ok(id)) = name.rsplit('/').next().map(str::parse::<ObjectId>) else {
-                continue;
-            };
-            match point::read(&self.context, id) {
-                Ok(point) => list.points.push(point),
-                // Forgotten between the listing and the reading.
-                Err(RepoError::Damaged { .. }) if self.is_gone(&name) => {}
-                Err(error) => list.unreadable.push((name, error)),
-            }
-        }
-        // After the points: whoever does not see a point any more sees the hold that keeps it.
-        hold::add_to(&self.context, &mut list)?;
-        list.points.sort_by_key(|point| (point.time, point.id));
-        Ok(list)
-    }
-
-    /// Whether an object is really not there; a store that cannot say so is no proof of it.
-    fn is_gone(&self, name: &str) -> bool {
-        matches!(self.context.store.open(name), Err(RepoError::NotFound { .. }))
+        point_list::load(&self.context, Reading::Fresh)
     }
 
     /// The restore point that `spec` names: an id or the beginning of one (at least 4 digits),
@@ -307,7 +292,7 @@ impl Repository {
         Ok(self.points()?.points.into_iter().rfind(is_full))
     }
 
-    /// A disk of a restore point, for reading. The caller holds [`lock_shared`](Self::lock_shared).
+    /// A disk of a restore point, for reading. The caller holds a [`lease`](Self::lease).
     ///
     /// # Errors
     /// [`RepoError::NotFound`] for a disk it has not; [`RepoError::Damaged`]; those of the store.
@@ -326,9 +311,9 @@ impl Repository {
     /// Begins a backup.
     ///
     /// # Errors
-    /// [`RepoError::Busy`] while `prune` runs; those of the store.
+    /// Those of the store.
     pub fn begin_backup(&self, options: &BackupOptions) -> Result<BackupSession> {
-        BackupSession::begin(Arc::clone(&self.context), options, self.lock_shared()?)
+        BackupSession::begin(Arc::clone(&self.context), options)
     }
 
     /// The bytes of the newer disk that may differ from the older, by their maps alone: nothing is
@@ -348,23 +333,19 @@ impl Repository {
         Ok(changed.clamp(newer.size_bytes))
     }
 
-    /// Removes what no restore point needs.
+    /// Removes what no restore point needs, beside whatever else goes on in the repository.
     ///
     /// # Errors
-    /// [`RepoError::Busy`] while anybody else works with the repository; [`RepoError::Damaged`] where
-    /// a restore point or what it names cannot be read, because what it needs is not known then.
+    /// [`RepoError::Busy`] while another prune is at work; [`RepoError::Damaged`] where a restore
+    /// point or what it names cannot be read, because what it needs is not known then; those of the
+    /// store. Whatever was not removed is found by the next run.
     pub fn prune(
         &self,
         options: &PruneOptions,
         progress: &Progress,
         cancel: &CancelToken,
     ) -> Result<PruneReport> {
-        let _lock = self.context.store.lock(!options.dry_run)?;
-        let list = self.points()?;
-        if let Some((_, error)) = list.unreadable.into_iter().chain(list.unreadable_holds).next() {
-            return Err(error);
-        }
-        care::prune(&self.context, &list.points, options, progress, cancel)
+        care::prune(&self.context, options, progress, cancel)
     }
 
     /// Looks for damage.
@@ -378,7 +359,7 @@ impl Repository {
         progress: &Progress,
         cancel: &CancelToken,
     ) -> Result<VerifyReport> {
-        let _lock = self.lock_shared()?;
+        let lease = self.lease(Purpose::Read)?;
         let mut list = self.points()?;
         list.unreadable.append(&mut list.unreadable_holds);
         if !options.points.is_empty() {
@@ -397,7 +378,14 @@ impl Repository {
                 options.points.iter().any(|id| ObjectKind::Point.object_name(*id) == *name)
             });
         }
-        care::verify(&self.context, &list.points, &list.unreadable, options, progress, cancel)
+        let report =
+            care::verify(&self.context, &list.points, &list.unreadable, options, progress, cancel)
+                .map_err(|error| lease.explain(error))?;
+        // What was removed because we were taken for dead is no damage.
+        if !report.damage.is_empty() && lease.is_revoked()? {
+            return Err(lease::stood_still());
+        }
+        Ok(report)
     }
 
     /// Counts what the repository holds.

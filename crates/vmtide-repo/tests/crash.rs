@@ -12,6 +12,7 @@
 mod common;
 
 use common::{Disk, PASSWORD, init_options, reopen, repository, store_point};
+use jiff::SignedDuration;
 use std::sync::Arc;
 use vmtide_block::{BlockDevice, CancelToken, Progress};
 use vmtide_repo::{
@@ -65,12 +66,15 @@ fn at_every_step(
     let shared: Arc<dyn ObjectStore> = Arc::new(base.clone());
     let points = two_points(&shared);
     for step in 0.. {
-        let copy: Arc<dyn ObjectStore> = Arc::new(base.snapshot());
+        let memory = base.snapshot();
+        let copy: Arc<dyn ObjectStore> = Arc::new(memory.clone());
         let faulty: Arc<dyn ObjectStore> = Arc::new(FaultyStore::crashing_at(copy.clone(), step));
         let outcome = reopen(&faulty).and_then(|repository| job(&repository, &points));
         let after = reopen(&copy).unwrap();
         let survivors = survivors(&points);
         assert_whole(&after, &survivors);
+        // Nobody here can tell that the process is gone: its lease has to expire.
+        memory.advance(SignedDuration::from_hours(2));
         // The next runs go on without repair: a backup, a prune, and all is still whole.
         let bytes = content(9);
         let next =
@@ -108,7 +112,7 @@ fn forget_and_prune_may_die_anywhere() {
         |points| points[1..].to_vec(),
         |repository, points| {
             repository.forget(&[points[0].0.id])?;
-            let options = PruneOptions { dry_run: false, repack_below_percent: 100 };
+            let options = PruneOptions { repack_below_percent: 100, ..PruneOptions::default() };
             repository.prune(&options, &Progress::new(), &CancelToken::new()).map(|_| ())
         },
     );

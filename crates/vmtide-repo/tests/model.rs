@@ -67,7 +67,8 @@ impl World {
             Step::Backup(trust) => self.back_up(*trust),
             Step::Forget(number) => self.forget(*number),
             Step::Prune(percent) => {
-                let options = PruneOptions { dry_run: false, repack_below_percent: *percent };
+                let options =
+                    PruneOptions { repack_below_percent: *percent, ..PruneOptions::default() };
                 self.repository.prune(&options, &Progress::new(), &CancelToken::new()).unwrap();
             }
         }
@@ -308,7 +309,7 @@ fn a_damaged_pack_does_not_keep_prune_from_its_work() {
     }
     memory.replace(victim, &damaged);
 
-    let options = PruneOptions { dry_run: false, repack_below_percent: 100 };
+    let options = PruneOptions { repack_below_percent: 100, ..PruneOptions::default() };
     let report = repository.prune(&options, &Progress::new(), &CancelToken::new()).unwrap();
     assert_eq!(report.packs_damaged, 1);
     assert!(memory.bytes(victim).is_some(), "what is damaged is not removed");

@@ -9,6 +9,8 @@
     reason = "a test: what fails here fails the test"
 )]
 
+mod common;
+
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
@@ -38,10 +40,9 @@ fn an_object_is_a_file_of_its_name_that_only_the_owner_reads() {
     store.put("packs/ab/ab12", b"content").unwrap();
     assert_eq!(fs::read(root.join("packs/ab/ab12")).unwrap(), b"content");
     assert_eq!(mode(&root.join("packs/ab/ab12")), 0o600);
-    for path in ["", "packs", "packs/ab", "tmp", "locks"] {
+    for path in ["", "packs", "packs/ab", "tmp"] {
         assert_eq!(mode(&root.join(path)), 0o700, "{path:?}");
     }
-    assert_eq!(mode(&root.join("locks/gc")), 0o600);
     assert_eq!(files_in(&root.join("tmp")), 0);
     assert_eq!(store.location(), root.to_str().unwrap());
 }
@@ -98,6 +99,8 @@ fn a_dropped_writer_leaves_nothing_and_a_killed_one_leaves_what_prune_removes() 
     let mut killed = store.create("packs/ab/x").unwrap();
     killed.write(&[1; 1 << 20]).unwrap();
     std::mem::forget(killed);
+    assert_eq!(store.remove_unfinished().unwrap(), 0, "its writer may go on");
+    common::make_older(&tmp);
     fs::write(tmp.join("not-ours"), b"x").unwrap();
     assert_eq!(store.remove_unfinished().unwrap(), 1 << 20);
     assert_eq!(store.remove_unfinished().unwrap(), 0);
@@ -156,29 +159,6 @@ fn an_object_cut_while_it_is_open_is_damage() {
     fs::OpenOptions::new().write(true).open(path).unwrap().set_len(5000).unwrap();
     let error = reader.read_at(&mut [0; 1000], 4500).unwrap_err();
     assert!(error.is_damage(), "{error}");
-}
-
-#[test]
-fn two_processes_lock_each_other_out() {
-    let (directory, store) = new_store();
-    let gc = directory.path().join("r/locks/gc");
-    let try_other = |mode: &str| {
-        Command::new("flock")
-            .args(["--nonblock", mode])
-            .arg(&gc)
-            .arg("true")
-            .status()
-            .expect("flock of util-linux is needed")
-            .success()
-    };
-    let shared = store.lock(false).unwrap();
-    assert!(try_other("--shared"));
-    assert!(!try_other("--exclusive"));
-    drop(shared);
-    let exclusive = store.lock(true).unwrap();
-    assert!(!try_other("--shared"));
-    drop(exclusive);
-    assert!(try_other("--exclusive"));
 }
 
 /// `/dev/full` for a whole file system: a small tmpfs needs rights to mount, a file size limit none.
@@ -248,16 +228,14 @@ fn without_permission_it_is_said_to_be_denied() {
     set(&root, 0o000);
     run_as_nobody("all_is_denied", &root);
     // Everything readable, nothing writable: as on a read-only share.
-    for path in ["", "locks", "points", "tmp"] {
+    for path in ["", "points", "tmp"] {
         set(&root.join(path), 0o555);
     }
-    for path in ["vmtide.repo", "locks/gc", "points/secret"] {
+    for path in ["vmtide.repo", "points/secret"] {
         set(&root.join(path), 0o444);
     }
     run_as_nobody("reading_works_and_writing_is_denied", &root);
-    fs::remove_file(root.join("locks/gc")).unwrap();
-    run_as_nobody("reading_works_and_writing_is_denied", &root);
-    for path in ["", "locks", "points", "tmp"] {
+    for path in ["", "points", "tmp"] {
         set(&root.join(path), 0o755);
     }
 }
@@ -280,14 +258,10 @@ fn all_is_denied() {
 fn reading_works_and_writing_is_denied() {
     let root = std::env::var_os("VMTIDE_TEST_ROOT").unwrap();
     let store = LocalStore::open(root).unwrap();
-    let lock = store.lock(false).unwrap();
     assert_eq!(read_small(&store, "points/secret", 10).unwrap(), b"x");
-    drop(lock);
-    for error in [
-        store.put("points/new", b"x").unwrap_err(),
-        store.remove("points/secret").unwrap_err(),
-        store.lock(true).map(drop).unwrap_err(),
-    ] {
+    for error in
+        [store.put("points/new", b"x").unwrap_err(), store.remove("points/secret").unwrap_err()]
+    {
         assert!(matches!(error, RepoError::Denied { .. }), "{error}");
     }
 }

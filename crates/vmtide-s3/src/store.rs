@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use tokio::runtime::Runtime;
 use tokio::sync::Semaphore;
 use vmtide_repo::{
-    ObjectEntry, ObjectReader, ObjectStore, ObjectWriter, RepoError, Result, Retention, StoreLock,
+    ObjectEntry, ObjectReader, ObjectStore, ObjectWriter, RepoError, Result, Retention,
     check_object_name, check_prefix, is_object_name,
 };
 
@@ -276,11 +276,6 @@ impl S3Store {
     }
 }
 
-/// There is nothing to hold: S3 has no locks, and what needs protection has it by other means.
-struct NoLock;
-
-impl StoreLock for NoLock {}
-
 impl ObjectStore for S3Store {
     fn location(&self) -> String {
         self.core.location.clone()
@@ -325,18 +320,6 @@ impl ObjectStore for S3Store {
     fn remove(&self, name: &str) -> Result<()> {
         check_object_name(name)?;
         versions::remove(&self.core, name)
-    }
-
-    fn lock(&self, exclusive: bool) -> Result<Box<dyn StoreLock>> {
-        if exclusive {
-            return Err(RepoError::Busy {
-                detail: format!(
-                    "{} has no locks to keep backups away; prune needs one",
-                    self.core.location
-                ),
-            });
-        }
-        Ok(Box::new(NoLock))
     }
 
     fn remove_unfinished(&self) -> Result<u64> {

@@ -11,6 +11,7 @@
 //! compressed or written. Memory is bounded by the number of workers and by
 //! [`fresh::MAX_PENDING`], whatever the size of disk or repository.
 
+mod base;
 mod chunk;
 mod fill;
 mod fresh;

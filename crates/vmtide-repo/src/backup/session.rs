@@ -1,5 +1,6 @@
 //! One backup job: its disks, and the commit that makes them a restore point.
 
+use super::base::Bases;
 use super::chunk::Chunker;
 use super::fill::PackFiller;
 use super::fresh::{FreshChunks, MAX_PENDING};
@@ -8,14 +9,16 @@ use super::limit::RateLimiter;
 use super::plan::{Piece, plan};
 use super::sink::RunSink;
 use super::work::DiskJob;
+use crate::condemned::Condemned;
 use crate::context::RepoContext;
 use crate::copy::CopyOf;
 use crate::disk::{PackSet, Place};
+use crate::envelope::ObjectKind;
 use crate::index::ChunkIndex;
+use crate::lease::{self, Lease, Purpose};
 use crate::map::{BaseMap, DiskMap, MapBuilder, MapRun, Target, write_layered};
 use crate::pack::{FinishedPack, Pack};
 use crate::point::{self, DiskCounts, DiskRecord, Level, RestorePoint, TrackingRecord};
-use crate::store::StoreLock;
 use crate::{BLOCK_BYTES, ChunkId, Location, ObjectId, RepoError, Result};
 use jiff::Timestamp;
 use parking_lot::{Mutex, RwLock};
@@ -163,6 +166,9 @@ pub(super) struct SessionState {
     pub healing: Healing,
     /// Those that cannot be relied on.
     distrusted: RwLock<HashSet<ObjectId>>,
+    /// What is about to be removed, as it was after the lease of this job could be seen: nothing of
+    /// it is referred to. What is condemned later waits for the lease.
+    pub condemned: Condemned,
 }
 
 impl SessionState {
@@ -230,8 +236,12 @@ impl SessionState {
         id: &ChunkId,
         length_bytes: usize,
     ) -> Result<Option<Location>> {
-        if self.distrusted.read().contains(&place.pack) {
+        if self.condemned.has_pack(place.pack) || self.distrusted.read().contains(&place.pack) {
             return Ok(None);
+        }
+        #[cfg(feature = "simulation")]
+        if crate::simulation::is_weak(crate::simulation::Weakness::IndexTrusted) {
+            return Ok(Some(place));
         }
         match self.packs.place(place.pack) {
             Ok(Place::Pack(pack)) => {
@@ -256,6 +266,7 @@ impl SessionState {
                     let healed = Location { pack: pack.id(), ordinal };
                     let is_it = traced.count == blocks
                         && !repairs.damaged.covers(healed)
+                        && !self.condemned.has_pack(healed.pack)
                         && holds(&pack, ordinal);
                     is_it.then_some(healed)
                 }))
@@ -292,16 +303,17 @@ pub struct BackupSession {
     fillers: Mutex<Vec<PackFiller>>,
     /// A disk failed: places may have been promised that were never filled.
     failed: AtomicBool,
-    _lock: Box<dyn StoreLock>,
+    bases: Bases,
+    lease: Lease,
 }
 
 impl BackupSession {
-    /// Begins a job; `lock` keeps `prune` away until it ends.
-    pub(crate) fn begin(
-        context: Arc<RepoContext>,
-        options: &BackupOptions,
-        lock: Box<dyn StoreLock>,
-    ) -> Result<Self> {
+    /// Begins a job.
+    pub(crate) fn begin(context: Arc<RepoContext>, options: &BackupOptions) -> Result<Self> {
+        // In this order: what is condemned after the lease can be seen waits for it, what was
+        // before is known, and everything that is looked at later is looked at after both.
+        let lease = Lease::begin(&context, Purpose::Backup)?;
+        let condemned = Condemned::read(&context)?;
         let index = ChunkIndex::open(&context)?;
         let packs = PackSet::new(Arc::clone(&context));
         let healing = Healing::begin(&packs, &index)?;
@@ -314,21 +326,32 @@ impl BackupSession {
                 packs,
                 healing,
                 distrusted: RwLock::default(),
+                condemned,
                 context,
             },
             limiter: options.limit_rate.map(RateLimiter::new),
             options: options.clone(),
             fillers: Mutex::default(),
             failed: AtomicBool::new(false),
-            _lock: lock,
+            bases: Bases::default(),
+            lease,
         })
+    }
+
+    /// Why a disk of an earlier restore point cannot be built on, because a prune is at work or the
+    /// point was forgotten; none where it can. Such a disk is to be stored without a base.
+    ///
+    /// # Errors
+    /// [`RepoError::Damaged`] where its map cannot be read; those of the store.
+    pub fn why_unusable(&self, base: &DiskRecord) -> Result<Option<String>> {
+        self.bases.why_unusable(&self.state.context, &self.state.condemned, base)
     }
 
     /// Stores one disk. `progress` counts bytes of the disk that are dealt with and bytes read.
     ///
     /// # Errors
-    /// Those of the source and of the store; [`BlockError::Cancelled`]. The session can then only
-    /// be dropped.
+    /// Those of the source and of the store; [`BlockError::Cancelled`]; [`RepoError::Busy`] for a base
+    /// that [cannot be built on](Self::why_unusable). The session can then only be dropped.
     pub fn store_disk(
         &self,
         source: &dyn BlockDevice,
@@ -388,6 +411,13 @@ impl BackupSession {
         let size_bytes = source.size_bytes();
         check_plan(plan, size_bytes)?;
         let context = &self.state.context;
+        if let Some(base) = plan.base
+            && let Some(reason) = self.why_unusable(base)?
+        {
+            return Err(RepoError::Busy {
+                detail: format!("disk {} cannot build on its base: {reason}", plan.id),
+            });
+        }
         let base_blocks = plan.base.map_or(0, |base| base.size_bytes.div_ceil(BLOCK));
         let base = match plan.base {
             Some(base) => Some(
@@ -456,6 +486,9 @@ impl BackupSession {
         // A small change does not need every worker, nor a small pack from each.
         let useful = usize::try_from(expected >> 23).unwrap_or(usize::MAX).saturating_add(1);
         let workers = self.options.workers.clamp(1, useful);
+        if workers == 1 {
+            return self.run_alone(job, changed);
+        }
         let (sender, receiver) = sync_channel(workers * 2);
         // Owned by the workers alone: when the last one is gone, sending fails instead of waiting.
         let pieces = Arc::new(Mutex::new(receiver));
@@ -492,6 +525,23 @@ impl BackupSession {
         })
     }
 
+    /// As [`run`](Self::run), on this thread: not worth another.
+    fn run_alone(&self, job: &DiskJob<'_>, changed: &ChangedRanges) -> Result<()> {
+        self.with_filler(|filler| {
+            let mut buffer = Vec::new();
+            plan(job.source, changed, job.cancel, &mut |piece| {
+                job.check()?;
+                match piece {
+                    Piece::Zero { first_block, count } => record_zeros(job, first_block, count),
+                    Piece::Data { first_block, count } => {
+                        job.store_stretch(first_block, count, filler, &mut buffer)
+                    }
+                }
+            })?;
+            job.finish(filler)
+        })
+    }
+
     pub(super) fn with_filler(
         &self,
         work: impl FnOnce(&mut PackFiller) -> Result<()>,
@@ -509,7 +559,8 @@ impl BackupSession {
     /// Makes all that was stored durable and then visible, as one restore point.
     ///
     /// # Errors
-    /// Those of the store. Nothing is visible then.
+    /// Those of the store; [`RepoError::Busy`] where this job stood still for so long that it was
+    /// taken for dead. There is no restore point then.
     pub fn commit(self, draft: PointDraft) -> Result<RestorePoint> {
         self.commit_as(draft, None)
     }
@@ -535,7 +586,7 @@ impl BackupSession {
 
     fn commit_as(self, draft: PointDraft, copy: Option<CopyOf>) -> Result<RestorePoint> {
         self.check_usable()?;
-        let mut fillers = self.fillers.into_inner().into_iter();
+        let mut fillers = std::mem::take(&mut *self.fillers.lock()).into_iter();
         let finished = fillers.try_for_each(|mut filler| filler.finish_pack(&self.state));
         // Also where the last pack failed: the next try finds what the others hold.
         let pending = std::mem::take(&mut *self.state.pending.lock());
@@ -567,10 +618,44 @@ impl BackupSession {
             disks,
             program: crate::PROGRAM.into(),
             origin: copy.map(|copy| copy.origin),
+            lease: self.lease.id(),
         };
-        point::write(context, &point)?;
+        publish(context, &self.lease, &point)?;
         Ok(point)
     }
+}
+
+/// Writes the restore point, and makes sure that it counts and will for ever, or that it never will.
+fn publish(context: &Arc<RepoContext>, lease: &Lease, point: &RestorePoint) -> Result<()> {
+    let Some(id) = lease.id() else { return point::write(context, point) };
+    // Until all is settled nobody may conclude from the end of the lease that it is.
+    lease.set_uncertain(true);
+    if let Err(error) = point::write(context, point) {
+        // It may be there all the same, or come to be.
+        if lease::void(context, id).is_ok() {
+            lease.set_uncertain(false);
+        }
+        return Err(error);
+    }
+    #[cfg(feature = "simulation")]
+    if crate::simulation::is_weak(crate::simulation::Weakness::CommitUnchecked) {
+        lease.set_uncertain(false);
+        return Ok(());
+    }
+    let confirmed = lease::confirm(context, id, point.id);
+    if confirmed.is_ok() || lease::void(context, id).is_ok() {
+        lease.set_uncertain(false);
+    }
+    let counts = confirmed?;
+    if counts {
+        lease.add_point(point.id);
+        return Ok(());
+    }
+    let name = ObjectKind::Point.object_name(point.id);
+    if let Err(error) = context.store.remove(&name) {
+        tracing::debug!(%error, "a restore point that does not count is left for prune");
+    }
+    Err(lease::stood_still())
 }
 
 /// Now, or a moment after the parent where the clock went back: newer points have later times.
@@ -606,20 +691,22 @@ fn check_plan(plan: &DiskPlan<'_>, size_bytes: u64) -> Result<()> {
 
 /// The planner: hands zero runs to the sink and stretches of data to the workers.
 fn feed(job: &DiskJob<'_>, changed: &ChangedRanges, sender: SyncSender<Piece>) -> Result<()> {
-    let size_bytes = job.source.size_bytes();
     plan(job.source, changed, job.cancel, &mut |piece| {
         job.check()?;
         match piece {
-            Piece::Zero { first_block, count } => {
-                job.sink.record(MapRun { first_block, count, target: Target::Zero })?;
-                let start = first_block * BLOCK;
-                job.progress.add_done((count * BLOCK).min(size_bytes - start));
-            }
+            Piece::Zero { first_block, count } => record_zeros(job, first_block, count)?,
             // All workers are gone only after one failed, and that one tells why.
             data => sender.send(data).map_err(|_| BlockError::Cancelled)?,
         }
         Ok(())
     })
+}
+
+fn record_zeros(job: &DiskJob<'_>, first_block: u64, count: u64) -> Result<()> {
+    job.sink.record(MapRun { first_block, count, target: Target::Zero })?;
+    let left = job.source.size_bytes().saturating_sub(first_block * BLOCK);
+    job.progress.add_done((count * BLOCK).min(left));
+    Ok(())
 }
 
 fn record_disk(context: &RepoContext, disk: DiskDraft) -> Result<DiskRecord> {

@@ -44,7 +44,11 @@ impl DiskJob<'_> {
             let Ok(Piece::Data { first_block, count }) = next else { break };
             self.store_stretch(first_block, count, filler, &mut buffer)?;
         }
-        // The chunks that wait belong to this disk: count them with it.
+        self.finish(filler)
+    }
+
+    /// Stores the chunks that wait: they belong to this disk and are counted with it.
+    pub(super) fn finish(&self, filler: &mut PackFiller) -> Result<()> {
         self.stored_bytes.fetch_add(filler.flush_frame()?, Ordering::Relaxed);
         Ok(())
     }
@@ -58,26 +62,30 @@ impl DiskJob<'_> {
         Ok(())
     }
 
-    fn store_stretch(
+    /// Reads a stretch of data and stores what is not known. `buffer` is made as long as needed.
+    pub(super) fn store_stretch(
         &self,
         first_block: u64,
         count: u64,
         filler: &mut PackFiller,
-        buffer: &mut [u8],
+        buffer: &mut Vec<u8>,
     ) -> Result<()> {
         self.check()?;
         let offset = first_block * BLOCK;
         let wanted = (count * BLOCK).min(self.source.size_bytes().saturating_sub(offset));
         let filled = usize::try_from(wanted)
             .ok()
-            .filter(|filled| *filled <= buffer.len())
+            .filter(|filled| *filled <= STRETCH_BYTES)
             .ok_or_else(|| RepoError::Invalid("a stretch longer than planned".into()))?;
+        let padded = filled.next_multiple_of(BLOCK_BYTES);
+        if buffer.len() < padded {
+            buffer.resize(padded, 0);
+        }
         if let Some(limiter) = self.limiter {
             limiter.take(wanted, self.cancel)?;
         }
         self.source.read_at(&mut buffer[..filled], offset)?;
         // The last block of a disk is stored at full size.
-        let padded = filled.next_multiple_of(BLOCK_BYTES);
         buffer[filled..padded].fill(0);
         self.read_bytes.fetch_add(wanted, Ordering::Relaxed);
         self.progress.add_transferred(wanted);

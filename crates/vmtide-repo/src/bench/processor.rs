@@ -77,6 +77,7 @@ pub fn measure_processor(sample: &[u8], cancel: &CancelToken) -> Result<Vec<Meas
         chunk_size_bytes: 64 << 10,
         id: ObjectId::random()?,
         repository: ObjectId::random()?,
+        owner: crate::envelope::NO_OWNER,
     };
     let cipher = ObjectCipher::new(&subkeys, &header)?;
     let mut frame = Vec::with_capacity(FRAME_BYTES + TAG_BYTES);

@@ -10,9 +10,9 @@ use super::verify::Damage;
 use crate::config::{self, Encryption, RepositoryConfig};
 use crate::context::{DamageLog, OpenObject, RepoContext, StoredSection};
 use crate::crypto::{MasterKey, checksum};
-use crate::envelope::{HEADER_BYTES, ObjectKind};
+use crate::envelope::{HEADER_BYTES, Header, ObjectKind};
 use crate::pack::is_media_error;
-use crate::store::ObjectStore;
+use crate::store::{ObjectStore, read_small};
 use crate::{ObjectId, RepoError, Result, index, keys, map, pack};
 use parking_lot::Mutex;
 use serde::Serialize;
@@ -62,6 +62,7 @@ pub fn check_integrity(
         chunk_size_bytes: config.chunk_size_bytes,
         sealed: config.encryption != Encryption::None,
         damage: DamageLog::default(),
+        points: crate::point_list::PointCache::default(),
     };
     let mut report = IntegrityReport {
         objects_checked: 1,
@@ -77,18 +78,24 @@ pub fn check_integrity(
         Ok(())
     })?;
     let mut objects = Vec::new();
-    for kind in ObjectKind::ALL {
-        store.list(kind.prefix(), &mut |entry| {
-            match ObjectKind::of_name(&entry.name) {
-                Some((_, id)) => {
+    let mut markers = Vec::new();
+    for prefix in ObjectKind::prefixes() {
+        store.list(prefix, &mut |entry| {
+            match ObjectKind::parse_name(&entry.name) {
+                Some(object) => {
                     progress.add_total(entry.length_bytes);
-                    objects.push((kind, id));
+                    objects.push(object);
+                }
+                None if ObjectKind::marker_content(&entry.name).is_some() => {
+                    markers.push(entry.name);
                 }
                 None => report.unknown += 1,
             }
             Ok(())
         })?;
     }
+    report.objects_checked += markers.len() as u64;
+    report.damage.extend(check_markers(&**store, &markers)?);
     let checked = check_objects(&context, &objects, progress, cancel)?;
     report.objects_checked += objects.len() as u64;
     report.read_bytes += checked.read_bytes;
@@ -118,7 +125,7 @@ pub(super) struct Checked {
 /// Those of the store other than damage; cancelled.
 pub(super) fn check_objects(
     context: &RepoContext,
-    objects: &[(ObjectKind, ObjectId)],
+    objects: &[(ObjectKind, ObjectId, ObjectId)],
     progress: &Progress,
     cancel: &CancelToken,
 ) -> Result<Checked> {
@@ -127,16 +134,17 @@ pub(super) fn check_objects(
     let damage = Mutex::new(Vec::new());
     let worker = || -> Result<()> {
         let mut buffer = Vec::new();
-        while let Some((kind, id)) = objects.get(next.fetch_add(1, Ordering::Relaxed)) {
+        while let Some((kind, owner, id)) = objects.get(next.fetch_add(1, Ordering::Relaxed)) {
             cancel.check()?;
-            match check_object(context, *kind, *id, &mut buffer, cancel) {
+            let header = context.header_under(*kind, *owner, *id);
+            match check_object(context, header, &mut buffer, cancel) {
                 Ok(bytes) => {
                     read_bytes.fetch_add(bytes, Ordering::Relaxed);
                     progress.add_done(bytes);
                     progress.add_transferred(bytes);
                 }
                 Err(error) if is_media_error(&error) || is_unsupported(&error) => {
-                    damage.lock().push(Damage::of_object(kind.object_name(*id), &error));
+                    damage.lock().push(Damage::of_object(header.object_name(), &error));
                 }
                 Err(error) => return Err(error),
             }
@@ -164,13 +172,12 @@ const fn is_unsupported(error: &RepoError) -> bool {
 /// Checks every byte of one object. Answers with its length; 0 where it was removed meanwhile.
 fn check_object(
     context: &RepoContext,
-    kind: ObjectKind,
-    id: ObjectId,
+    header: Header,
     buffer: &mut Vec<u8>,
     cancel: &CancelToken,
 ) -> Result<u64> {
-    let Some(object) = context.try_open_object(kind, id)? else { return Ok(0) };
-    let sections = match kind {
+    let Some(object) = context.try_open(header)? else { return Ok(0) };
+    let sections = match header.kind {
         ObjectKind::Pack => pack::stored_frames(&object)?,
         ObjectKind::MapSegment => map::stored_pages(&object)?,
         ObjectKind::IndexSegment => index::stored_pages(&object)?,
@@ -178,6 +185,30 @@ fn check_object(
     };
     check_sections(&object, &sections, buffer, cancel)?;
     Ok(object.reader.length_bytes())
+}
+
+/// Checks objects in clear that only say something by being there.
+///
+/// # Errors
+/// Those of the store other than damage.
+pub(super) fn check_markers(store: &dyn ObjectStore, names: &[String]) -> Result<Vec<Damage>> {
+    let mut damage = Vec::new();
+    for name in names {
+        let expected = ObjectKind::marker_content(name).unwrap_or_default();
+        match read_small(store, name, expected.len()) {
+            Ok(content) if content == expected => {}
+            Err(RepoError::NotFound { .. }) => {}
+            Ok(_) => {
+                let error = RepoError::damaged(name.as_str(), "it is not what was written");
+                damage.push(Damage::of_object(name.clone(), &error));
+            }
+            Err(error) if is_media_error(&error) => {
+                damage.push(Damage::of_object(name.clone(), &error));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(damage)
 }
 
 /// The one section of an object whose directory begins with its length and its checksum.

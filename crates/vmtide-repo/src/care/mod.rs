@@ -13,7 +13,7 @@ mod usage;
 mod verify;
 
 pub use integrity::{IntegrityReport, check_integrity};
-pub use prune::{PruneOptions, PruneReport};
+pub use prune::{PruneOptions, PruneReport, WaitsFor};
 pub use repair::{RepairOptions, RepairReport};
 pub use sample::{ReadData, SampleReport};
 pub use usage::{Growth, UsageReport, VmUsage};

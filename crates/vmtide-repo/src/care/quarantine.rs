@@ -2,7 +2,7 @@
 
 use crate::context::RepoContext;
 use crate::disk::{
-    DamageRecord, DamagedPart, Forward, PackSet, Quarantine, SalvagedDisk, lost_ranges,
+    DamageRecord, DamagedPart, Forwards, PackSet, Quarantine, SalvagedDisk, lost_ranges,
     write_damaged,
 };
 use crate::envelope::ObjectKind;
@@ -19,7 +19,7 @@ impl Repository {
     /// writers store it again; `by` says who found it. Everything is read once more first: a
     /// failure that passed is no damage. Answers with what was not on record yet.
     ///
-    /// The caller holds [`lock_shared`](Self::lock_shared).
+    /// The caller holds a [`lease`](Self::lease).
     ///
     /// # Errors
     /// Those of the store, as [`RepoError::Denied`] where it may only be read.
@@ -43,7 +43,7 @@ impl Repository {
     }
 
     /// A disk of a restore point as far as it can be read: the rest reads as zeros, and is on a list.
-    /// The caller holds [`lock_shared`](Self::lock_shared).
+    /// The caller holds a [`lease`](Self::lease).
     ///
     /// # Errors
     /// [`RepoError::NotFound`] for a disk that the point does not have; those of the store.
@@ -103,7 +103,7 @@ pub(super) fn confirm(
     let whole = |error: &RepoError| Ok(Some(DamagedPart::whole(pack, error.to_string())));
     let opened = match context.try_open_object(ObjectKind::Pack, pack) {
         Ok(Some(object)) => Pack::from_object(context, object),
-        Ok(None) => match Forward::open(context, pack) {
+        Ok(None) => match Forwards::open(context, pack) {
             Ok(_) => return Ok(None),
             Err(error) if is_media_error(&error) => return whole(&error),
             Err(error) => return Err(error),

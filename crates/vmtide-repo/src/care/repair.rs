@@ -12,6 +12,7 @@ use crate::context::RepoContext;
 use crate::disk::{Quarantine, Repairs};
 use crate::envelope::ObjectKind;
 use crate::index::ChunkIndex;
+use crate::lease::Purpose;
 use crate::pack::{Pack, is_media_error};
 use crate::point::{DiskRecord, RestorePoint};
 use crate::repository::Repository;
@@ -78,7 +79,7 @@ impl Repository {
     /// Repairs what can be repaired without losing anything.
     ///
     /// # Errors
-    /// [`RepoError::Busy`] while `prune` runs; those of the store; cancelled. What was done before
+    /// Those of the store; cancelled. What was done before
     /// stays done.
     pub fn repair(
         &self,
@@ -86,7 +87,7 @@ impl Repository {
         progress: &Progress,
         cancel: &CancelToken,
     ) -> Result<RepairReport> {
-        let _lock = self.lock_shared()?;
+        let _lease = self.lease(Purpose::Read)?;
         let context = self.context();
         let mut report = RepairReport { dry_run: options.dry_run, ..RepairReport::default() };
         if options.dry_run {
@@ -133,7 +134,10 @@ impl Repository {
     ) -> Result<()> {
         let list = self.points()?;
         let repairs = Repairs::load(self.context())?;
-        let points = list.unreadable.into_iter().filter(|(_, error)| error.is_damage());
+        // Not judgements: without one, what it left out would count.
+        let is_point = |name: &str| name.starts_with(ObjectKind::Point.prefix());
+        let points = list.unreadable.into_iter();
+        let points = points.filter(|(name, error)| error.is_damage() && is_point(name));
         let records = repairs.damaged.unreadable.into_iter().chain(repairs.healed.unreadable);
         let records = records.filter_map(|error| match error {
             RepoError::Damaged { object, .. } => Some(object),
@@ -158,7 +162,7 @@ impl Repository {
         let session = self.begin_backup(&BackupOptions::default())?;
         session.heal_from_duplicates(cancel)?;
         if let Some(from) = options.from {
-            let _lock = from.lock_shared()?;
+            let _lease = from.lease(Purpose::Read)?;
             let there = from.points()?.points;
             for point in self.points()?.points {
                 for disk in &point.disks {

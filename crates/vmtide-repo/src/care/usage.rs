@@ -95,7 +95,7 @@ impl Repository {
     /// # Errors
     /// Those of the store other than damage; cancelled.
     pub fn usage(&self, cancel: &CancelToken) -> Result<UsageReport> {
-        let _lock = self.lock_shared()?;
+        let _lease = self.lease(crate::lease::Purpose::Read)?;
         let points = self.points()?.points;
         let context = self.context();
         let packs = PackSet::new(Arc::clone(context));

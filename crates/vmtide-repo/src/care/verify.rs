@@ -158,6 +158,16 @@ pub(crate) fn verify(
         let checked = integrity::check_objects(context, &rest, progress, cancel)?;
         report.read_bytes += checked.read_bytes;
         checked.damage.into_iter().for_each(|damage| impact.add(damage));
+        let mut markers = Vec::new();
+        for prefix in ObjectKind::prefixes() {
+            context.store.list(prefix, &mut |entry| {
+                let is_marker = ObjectKind::marker_content(&entry.name).is_some();
+                markers.extend(is_marker.then_some(entry.name));
+                Ok(())
+            })?;
+        }
+        let damage = integrity::check_markers(&*context.store, &markers)?;
+        damage.into_iter().for_each(|damage| impact.add(damage));
     }
     match quarantine::quarantine_found(context, "verify") {
         Ok(parts) => report.quarantined = parts.len() as u64,
@@ -219,14 +229,14 @@ fn unneeded_objects(
     context: &RepoContext,
     packs: &PackSet,
     needed: &Needed,
-) -> Result<Vec<(ObjectKind, ObjectId)>> {
+) -> Result<Vec<(ObjectKind, ObjectId, ObjectId)>> {
     let damaged: BTreeSet<ObjectId> =
         packs.repairs()?.damaged.iter().map(|entry| entry.part.pack).collect();
     let mut objects = Vec::new();
-    for kind in ObjectKind::ALL {
-        context.store.list(kind.prefix(), &mut |entry| {
-            let found = ObjectKind::of_name(&entry.name);
-            objects.extend(found.filter(|(kind, id)| match kind {
+    for prefix in ObjectKind::prefixes() {
+        context.store.list(prefix, &mut |entry| {
+            let found = ObjectKind::parse_name(&entry.name);
+            objects.extend(found.filter(|(kind, _, id)| match kind {
                 // What is on record and nobody needs is no news.
                 ObjectKind::Pack => !needed.contains_key(id) && !damaged.contains(id),
                 // Read and reported before, as far as they can be read.

@@ -12,6 +12,7 @@ fn header() -> Header {
         chunk_size_bytes: 65536,
         id: ID,
         repository: ObjectId([2; 16]),
+        owner: crate::envelope::NO_OWNER,
     }
 }
 
@@ -87,6 +88,7 @@ fn nothing_opens_in_another_place_or_with_another_key() {
     for other in [
         Header { id: ObjectId([3; 16]), ..own },
         Header { repository: ObjectId([3; 16]), ..own },
+        Header { owner: ObjectId([3; 16]), ..own },
         Header { kind: ObjectKind::MapSegment, ..own },
         Header { chunk_size_bytes: 32768, ..own },
     ] {

@@ -13,9 +13,9 @@ mod salvage;
 mod storage_order;
 mod walk;
 
-pub(crate) use forward::{Forward, Move, write_forward};
+pub(crate) use forward::{Forward, Forwards, Move, write_forward, write_forward_as};
 pub(crate) use healed::{Heal, Healed, write_healed};
-pub(crate) use packs::{PackSet, Passed, Place, Traced};
+pub(crate) use packs::{MAX_FORWARDS, PackSet, Passed, Place, Traced};
 pub use point_disk::PointDisk;
 pub use quarantine::DamagedPart;
 pub(crate) use quarantine::{DamageRecord, Quarantine, Quarantined, write_damaged};

@@ -1,6 +1,6 @@
 //! The packs of a repository as readers see them: opened once, followed where they moved.
 
-use super::{Forward, Repairs};
+use super::{Forwards, Repairs};
 use crate::cache::ByteCache;
 use crate::context::RepoContext;
 use crate::envelope::ObjectKind;
@@ -13,6 +13,10 @@ use std::sync::{Arc, OnceLock};
 /// this; a longer chain, or a circle, is damage.
 pub(crate) const MAX_FORWARDS: usize = 16;
 
+/// The most forwards that are tried to find one block, also where several of one pack lead nowhere:
+/// hostile forwards must not make a search without end, nor exhaust the stack.
+const MAX_STEPS: usize = 64;
+
 /// The open packs that are kept, in bytes of directory. Some 100 packs, and as many open files.
 const OPEN_PACKS_BYTES: usize = 8 << 20;
 
@@ -24,8 +28,8 @@ const OPEN_PACK_OVERHEAD_BYTES: usize = 32 << 10;
 pub(crate) enum Place {
     /// The pack.
     Pack(Arc<Pack>),
-    /// The note where its chunks went.
-    Moved(Arc<Forward>),
+    /// The notes where its chunks went.
+    Moved(Arc<Forwards>),
 }
 
 /// Opens packs and forwards and keeps them open. Shared by threads.
@@ -38,7 +42,7 @@ pub(crate) struct PackSet {
 /// What was passed on the way from a map to a pack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Passed {
-    /// The forward under this pack's id.
+    /// This forward.
     Forward(ObjectId),
     /// This record of what was healed.
     Healed(ObjectId),
@@ -79,20 +83,32 @@ impl PackSet {
         if let Some(place) = self.open.get(&id) {
             return Ok((*place).clone());
         }
-        let (place, bytes) = match self.context.try_open_object(ObjectKind::Pack, id)? {
-            Some(opened) => {
+        let (place, bytes) = match self.context.try_open_object(ObjectKind::Pack, id) {
+            Ok(Some(opened)) => {
                 let pack = Pack::from_object(&self.context, opened)?;
                 let bytes = pack.memory_bytes();
                 (Place::Pack(Arc::new(pack)), bytes)
             }
-            None => {
-                let forward = Forward::open(&self.context, id)?;
-                let bytes = forward.memory_bytes();
-                (Place::Moved(Arc::new(forward)), bytes)
+            // Gone, or going while it was opened.
+            Ok(None) | Err(RepoError::NotFound { .. }) => {
+                let forwards = Forwards::open(&self.context, id)?;
+                let bytes = forwards.memory_bytes();
+                (Place::Moved(Arc::new(forwards)), bytes)
             }
+            Err(error) => return Err(error),
         };
         self.open.put(id, Arc::new(place.clone()), bytes + OPEN_PACK_OVERHEAD_BYTES);
         Ok(place)
+    }
+
+    /// Looks at `id` anew: what stood under it may have been moved since it was opened. Answers with
+    /// whether it was moved.
+    ///
+    /// # Errors
+    /// As [`place`](Self::place).
+    pub(crate) fn look_again(&self, id: ObjectId) -> Result<bool> {
+        self.open.remove(&id);
+        Ok(matches!(self.place(id)?, Place::Moved(_)))
     }
 
     /// The pack that holds the block now, the ordinal in it, and for how many blocks from there on
@@ -135,14 +151,17 @@ impl PackSet {
                 Ok(Place::Pack(pack)) => {
                     return Ok(Traced { count, last: at, place: Ok((pack, at.ordinal)) });
                 }
-                Ok(Place::Moved(forward)) => {
-                    passed(Passed::Forward(at.pack));
-                    forward.find(at.ordinal, count).ok_or_else(|| {
-                        RepoError::damaged(
-                            ObjectKind::Forward.object_name(at.pack),
-                            format!("does not say where block {} went", at.ordinal),
-                        )
-                    })
+                Ok(Place::Moved(forwards)) => {
+                    match self.next_hop(&forwards, at.ordinal, count, &mut { MAX_STEPS })? {
+                        Some((id, next, run)) => {
+                            passed(Passed::Forward(id));
+                            Ok((next, run))
+                        }
+                        None => Err(RepoError::damaged(
+                            ObjectKind::Pack.object_name(at.pack),
+                            format!("no forward says where block {} went", at.ordinal),
+                        )),
+                    }
                 }
                 Err(error) if error.is_damage() => {
                     if at.pack != LOST {
@@ -158,8 +177,48 @@ impl PackSet {
             }
         }
         let detail = format!("leads through more than {MAX_FORWARDS} forwards");
-        let name = ObjectKind::Forward.object_name(location.pack);
+        let name = ObjectKind::Pack.object_name(location.pack);
         Ok(Traced { count, last: at, place: Err(RepoError::damaged(name, detail)) })
+    }
+
+    /// Of several forwards of one pack the first that leads to a pack: others may be about to go.
+    /// Where none does, the first over the block, so that it is told what is missing.
+    fn next_hop(
+        &self,
+        forwards: &Forwards,
+        ordinal: u32,
+        count: u32,
+        steps_left: &mut usize,
+    ) -> Result<Option<(ObjectId, Location, u32)>> {
+        let mut over = forwards.over(ordinal, count).peekable();
+        let Some(first) = over.next() else { return Ok(None) };
+        if over.peek().is_none() {
+            return Ok(Some(first));
+        }
+        for hop in std::iter::once(first).chain(over) {
+            if self.leads_on(hop.1, steps_left)? {
+                return Ok(Some(hop));
+            }
+        }
+        Ok(Some(first))
+    }
+
+    /// Whether a place leads to a pack.
+    fn leads_on(&self, at: Location, steps_left: &mut usize) -> Result<bool> {
+        let Some(left) = steps_left.checked_sub(1) else { return Ok(false) };
+        *steps_left = left;
+        let forwards = match self.place(at.pack) {
+            Ok(Place::Pack(_)) => return Ok(true),
+            Ok(Place::Moved(forwards)) => forwards,
+            Err(error) if error.is_damage() => return Ok(false),
+            Err(error) => return Err(error),
+        };
+        for (_, next, _) in forwards.over(at.ordinal, 1) {
+            if self.leads_on(next, steps_left)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Where the block was stored once more after it was damaged, if it was; makes `count` no more

@@ -121,8 +121,14 @@ impl PointDisk {
             let (pack, ordinal, count) = self.packs.resolve(place, wanted)?;
             let run_end = ((u64::from(within) + u64::from(count)) * BLOCK).min(end);
             let piece = &mut part[index(at - skip)..index(run_end - skip)];
-            self.read_run(&pack, ordinal, at % BLOCK, piece, scratch)?;
-            at = run_end;
+            match self.read_run(&pack, ordinal, at % BLOCK, piece, scratch) {
+                Ok(()) => at = run_end,
+                // A prune may have moved it since it was opened; else it is as it is.
+                Err(error) => match self.packs.look_again(pack.id()) {
+                    Ok(true) => {}
+                    Ok(false) | Err(_) => return Err(error),
+                },
+            }
         }
         Ok(())
     }

@@ -113,5 +113,6 @@ pub(super) fn context(store: &MemoryStore) -> RepoContext {
         chunk_size_bytes: 65536,
         sealed: false,
         damage: DamageLog::default(),
+        points: crate::point_list::PointCache::default(),
     }
 }

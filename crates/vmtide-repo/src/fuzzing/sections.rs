@@ -2,7 +2,7 @@
 
 use super::forge::{FORGED, Forged, forge, put};
 use crate::disk::Forward;
-use crate::envelope::ObjectKind;
+use crate::envelope::{NO_OWNER, ObjectKind};
 use crate::pack::{FrameDecoder, MAX_FRAME_BYTES, Pack};
 use crate::point;
 
@@ -57,7 +57,8 @@ pub(super) fn json_point(json: &[u8]) -> Option<Forged> {
 pub fn forward(input: &[u8]) {
     let Some((&way, rest)) = input.split_first() else { return };
     let forged = if way == 0 { forge(ObjectKind::Forward, rest) } else { plain_forward(rest) };
-    let Some(forward) = forged.and_then(|forged| Forward::open(&forged.context, FORGED).ok())
+    let Some(forward) =
+        forged.and_then(|forged| Forward::open(&forged.context, NO_OWNER, FORGED).ok()).flatten()
     else {
         return;
     };
@@ -75,12 +76,8 @@ pub fn forward(input: &[u8]) {
 pub(super) fn plain_forward(input: &[u8]) -> Option<Forged> {
     let (&[low, high, packs], content) = input.split_first_chunk::<3>()?;
     let section = zstd::bulk::compress(content, 1).ok()?;
-    let directory = [
-        &(section.len() as u64).to_le_bytes()[..],
-        blake3::hash(&section).as_bytes(),
-        &7u64.to_le_bytes(),
-    ]
-    .concat();
+    let directory =
+        [&(section.len() as u64).to_le_bytes()[..], blake3::hash(&section).as_bytes()].concat();
     let counts = (u32::from(u16::from_le_bytes([low, high])), u32::from(packs));
     put(ObjectKind::Forward, &section, &directory, counts)
 }

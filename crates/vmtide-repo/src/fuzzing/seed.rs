@@ -4,8 +4,8 @@ use super::forge::{FORGED, context};
 use crate::config::{Encryption, RepositoryConfig};
 use crate::context::RepoContext;
 use crate::crypto::MasterKey;
-use crate::disk::write_forward;
-use crate::envelope::{HEADER_BYTES, ObjectKind, TRAILER_BYTES};
+use crate::disk::write_forward_as;
+use crate::envelope::{HEADER_BYTES, NO_OWNER, ObjectKind, TRAILER_BYTES};
 use crate::pack::{ChunkEntry, FrameEncoder, PackWriter};
 use crate::point::{self, DiskCounts, DiskRecord, Level, RestorePoint, TrackingRecord};
 use crate::store::MemoryStore;
@@ -124,13 +124,14 @@ fn sample_point() -> Result<RestorePoint> {
         }],
         program: "vmtide 0.1.0".into(),
         origin: None,
+        lease: None,
     })
 }
 
 fn sample_forward(context: &Arc<RepoContext>) -> Result<()> {
     let place = |pack, ordinal| Location { pack: ObjectId([pack; 16]), ordinal };
     let moves = [(0, 3, place(5, 0)), (7, 2, place(5, 3)), (20, 100, place(6, 4))];
-    write_forward(context, FORGED, &moves)
+    write_forward_as(context, NO_OWNER, FORGED, &moves)
 }
 
 /// Two runs into two packs, as it is before compression.

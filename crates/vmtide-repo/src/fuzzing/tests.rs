@@ -87,7 +87,9 @@ fn seeds_of_points_forwards_and_documents_are_sound() {
         match kind {
             ObjectKind::Point => drop(crate::point::read(&forged.context, FORGED).unwrap()),
             _ => {
-                let forward = Forward::open(&forged.context, FORGED).unwrap();
+                let forward = Forward::open(&forged.context, crate::envelope::NO_OWNER, FORGED)
+                    .unwrap()
+                    .unwrap();
                 assert_eq!(forward.find(8, 9).unwrap().1, 1);
             }
         }
@@ -95,7 +97,8 @@ fn seeds_of_points_forwards_and_documents_are_sound() {
     let point = sections::json_point(&seed_of("repo_point", "json")[1..]).unwrap();
     assert_eq!(crate::point::read(&point.context, FORGED).unwrap().vm, "web");
     let forward = sections::plain_forward(&seed_of("repo_forward", "content")[1..]).unwrap();
-    let forward = Forward::open(&forward.context, FORGED).unwrap();
+    let forward =
+        Forward::open(&forward.context, crate::envelope::NO_OWNER, FORGED).unwrap().unwrap();
     assert_eq!(forward.find(7, 200).unwrap().1, 100);
     for name in ["plain", "encrypted"] {
         RepositoryConfig::decode(&with_checksum(&seed_of("repo_config", name))).unwrap();

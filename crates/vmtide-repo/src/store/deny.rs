@@ -1,6 +1,6 @@
 //! A store whose credential may add and never remove.
 
-use super::{ObjectEntry, ObjectReader, ObjectStore, ObjectWriter, Retention, StoreLock};
+use super::{ObjectEntry, ObjectReader, ObjectStore, ObjectWriter, Retention};
 use crate::{RepoError, Result};
 use std::io;
 use std::sync::Arc;
@@ -52,10 +52,6 @@ impl ObjectStore for DenyStore {
 
     fn remove(&self, name: &str) -> Result<()> {
         Err(self.denied(name))
-    }
-
-    fn lock(&self, exclusive: bool) -> Result<Box<dyn StoreLock>> {
-        self.inner.lock(exclusive)
     }
 
     fn remove_unfinished(&self) -> Result<u64> {

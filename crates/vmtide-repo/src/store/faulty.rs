@@ -5,7 +5,7 @@
 //! these. To try a job at every moment, run it with a crash at change 0, 1, 2, … until it comes
 //! through.
 
-use super::{ObjectEntry, ObjectReader, ObjectStore, ObjectWriter, Retention, StoreLock};
+use super::{ObjectEntry, ObjectReader, ObjectStore, ObjectWriter, Retention};
 use crate::{RepoError, Result};
 use parking_lot::Mutex;
 use rustix::io::Errno;
@@ -306,11 +306,6 @@ impl ObjectStore for FaultyStore {
 
     fn remove(&self, name: &str) -> Result<()> {
         take(&self.state, Step::Change, name, || self.inner.remove(name))
-    }
-
-    fn lock(&self, exclusive: bool) -> Result<Box<dyn StoreLock>> {
-        check(&self.state, "the lock", false)?;
-        self.inner.lock(exclusive)
     }
 
     fn remove_unfinished(&self) -> Result<u64> {

@@ -1,8 +1,8 @@
 //! Objects in memory, for tests, simulation and fuzzing.
 
-use super::{ObjectEntry, ObjectReader, ObjectStore, ObjectWriter, Retention, StoreLock, name};
+use super::{ObjectEntry, ObjectReader, ObjectStore, ObjectWriter, Retention, name};
 use crate::{RepoError, Result};
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -19,8 +19,10 @@ struct State {
     objects: BTreeMap<String, Object>,
     /// Bytes of writers that ended without `finish` and did not clean up.
     unfinished_bytes: u64,
-    shared: usize,
-    exclusive: bool,
+    /// How far the store's clock is ahead of ours.
+    ahead: SignedDuration,
+    /// Where the store's clock stands, when it does not go by itself.
+    stopped: Option<Timestamp>,
 }
 
 /// An object's content, and when it was finished.
@@ -32,8 +34,15 @@ struct Object {
 }
 
 impl Object {
-    fn new(content: Arc<[u8]>) -> Self {
-        Self { content, modified: Timestamp::now(), retained_until: None }
+    const fn new(content: Arc<[u8]>, modified: Timestamp) -> Self {
+        Self { content, modified, retained_until: None }
+    }
+}
+
+impl State {
+    fn now(&self) -> Timestamp {
+        let now = self.stopped.unwrap_or_else(Timestamp::now);
+        now.checked_add(self.ahead).unwrap_or(now)
     }
 }
 
@@ -51,7 +60,9 @@ impl MemoryStore {
     /// Puts an object in place of whatever is there, which no real store does: this is how a test
     /// makes damage.
     pub fn replace(&self, name: &str, content: &[u8]) {
-        self.state.lock().objects.insert(name.into(), Object::new(content.into()));
+        let mut state = self.state.lock();
+        let object = Object::new(content.into(), state.now());
+        state.objects.insert(name.into(), object);
     }
 
     /// Until when an object is kept, None where it may be removed at any time.
@@ -64,10 +75,26 @@ impl MemoryStore {
         self.state.lock().objects.keys().cloned().collect()
     }
 
-    /// Another store with the same objects and no locks: what is found after a crash now.
+    /// Another store with the same objects: what is found after a crash now.
     pub fn snapshot(&self) -> Self {
-        let state = State { objects: self.state.lock().objects.clone(), ..State::default() };
-        Self { state: Arc::new(Mutex::new(state)) }
+        let state = self.state.lock();
+        let copy = State {
+            objects: state.objects.clone(),
+            unfinished_bytes: 0,
+            ahead: state.ahead,
+            stopped: state.stopped,
+        };
+        Self { state: Arc::new(Mutex::new(copy)) }
+    }
+
+    /// Lets time pass, by the store's clock.
+    pub fn advance(&self, time: SignedDuration) {
+        self.state.lock().ahead += time;
+    }
+
+    /// Makes the store's clock stand at a time; it goes on only by [`advance`](Self::advance).
+    pub fn stop_clock(&self, at: Timestamp) {
+        self.state.lock().stopped = Some(at);
     }
 
     /// Makes as if a crashed writer had left that many bytes, for
@@ -99,8 +126,10 @@ impl ObjectWriter for MemoryWriter {
                 hint: String::new(),
             });
         }
-        let object =
-            Object { retained_until: self.retained_until, ..Object::new(self.content.into()) };
+        let object = Object {
+            retained_until: self.retained_until,
+            ..Object::new(self.content.into(), state.now())
+        };
         state.objects.insert(self.name, object);
         Ok(())
     }
@@ -132,24 +161,6 @@ impl ObjectReader for MemoryReader {
             })?;
         buffer.copy_from_slice(part);
         Ok(())
-    }
-}
-
-struct MemoryLock {
-    state: Arc<Mutex<State>>,
-    exclusive: bool,
-}
-
-impl StoreLock for MemoryLock {}
-
-impl Drop for MemoryLock {
-    fn drop(&mut self) {
-        let mut state = self.state.lock();
-        if self.exclusive {
-            state.exclusive = false;
-        } else {
-            state.shared -= 1;
-        }
     }
 }
 
@@ -221,25 +232,11 @@ impl ObjectStore for MemoryStore {
         name::check_object(name)?;
         let mut state = self.state.lock();
         let until = state.objects.get(name).and_then(|object| object.retained_until);
-        if let Some(until) = until.filter(|until| *until > Timestamp::now()) {
+        if let Some(until) = until.filter(|until| *until > state.now()) {
             return Err(RepoError::Locked { object: name.into(), until });
         }
         state.objects.remove(name);
         Ok(())
-    }
-
-    fn lock(&self, exclusive: bool) -> Result<Box<dyn StoreLock>> {
-        let mut state = self.state.lock();
-        if state.exclusive || (exclusive && state.shared > 0) {
-            let others = if exclusive { "another" } else { "prune" };
-            return Err(RepoError::Busy { detail: format!("{others} is at work on memory") });
-        }
-        if exclusive {
-            state.exclusive = true;
-        } else {
-            state.shared += 1;
-        }
-        Ok(Box::new(MemoryLock { state: Arc::clone(&self.state), exclusive }))
     }
 
     fn remove_unfinished(&self) -> Result<u64> {

@@ -21,8 +21,10 @@ pub use retention::{Retention, RetentionMode};
 pub(crate) use scratch::{SCRATCH, ScratchStore};
 
 use crate::{RepoError, Result};
-use jiff::Timestamp;
-use std::any::Any;
+use jiff::{SignedDuration, Timestamp};
+
+/// How long unfinished objects are kept in case their writer goes on: much longer than any write takes.
+pub const UNFINISHED_KEPT: SignedDuration = SignedDuration::from_hours(24);
 
 /// One object in a listing.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -98,15 +100,9 @@ pub trait ObjectStore: Send + Sync {
     /// [`RepoError::Locked`](crate::RepoError::Locked) where it is kept until a time; `Io`, `Denied`.
     fn remove(&self, name: &str) -> Result<()>;
 
-    /// Excludes garbage collection (`exclusive` false) or everybody else (`exclusive` true) until
-    /// the guard is dropped or the process ends, without waiting.
-    ///
-    /// # Errors
-    /// [`RepoError::Busy`](crate::RepoError::Busy) where another process holds it the other way.
-    fn lock(&self, exclusive: bool) -> Result<Box<dyn StoreLock>>;
-
-    /// Removes what unfinished writers left. Only with the exclusive lock held. Answers with the
-    /// number of bytes freed.
+    /// Removes what writers left unfinished that nobody went on with for [`UNFINISHED_KEPT`], in the
+    /// store's time. Loses nothing even where its writer only stood still: that one gets an error.
+    /// Answers with the number of bytes freed.
     ///
     /// # Errors
     /// `Io`, `Denied`.
@@ -139,9 +135,6 @@ pub fn read_small(store: &dyn ObjectStore, name: &str, limit_bytes: usize) -> Re
         )),
     }
 }
-
-/// Holds a lock of the store until dropped.
-pub trait StoreLock: Send + Sync + Any {}
 
 /// An object being written.
 pub trait ObjectWriter: Send {

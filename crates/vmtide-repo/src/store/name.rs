@@ -12,8 +12,8 @@ const MAX_BYTES: usize = 200;
 /// The deepest name, in components. `packs/XX/ID` has three.
 pub(super) const MAX_DEPTH: usize = 4;
 
-/// First components that the stores keep for themselves.
-const RESERVED: [&str; 2] = ["tmp", "locks"];
+/// First components that stores keep for themselves.
+const RESERVED: [&str; 1] = ["tmp"];
 
 /// Whether one component is letters, digits, `-`, `_` and `.` and does not begin with a dot.
 pub(super) fn is_component(text: &str) -> bool {
@@ -78,7 +78,6 @@ mod tests {
             "a\0b",
             "ü",
             "tmp/x",
-            "locks/gc",
             "tmp",
             "a/b/c/d/e",
         ] {
@@ -94,7 +93,7 @@ mod tests {
     fn prefixes_end_in_a_slash() {
         assert_eq!(check_prefix("packs/").unwrap(), "packs");
         assert_eq!(check_prefix("packs/ab/").unwrap(), "packs/ab");
-        for prefix in ["", "/", "packs", "../", "packs//", "tmp/", "locks/"] {
+        for prefix in ["", "/", "packs", "../", "packs//", "tmp/"] {
             assert!(check_prefix(prefix).is_err(), "{prefix:?}");
         }
     }

@@ -1,6 +1,6 @@
 //! A part of a store for measuring, apart from the repository in it.
 
-use super::{ObjectEntry, ObjectReader, ObjectStore, ObjectWriter, StoreLock};
+use super::{ObjectEntry, ObjectReader, ObjectStore, ObjectWriter};
 use crate::{RepoError, Result};
 use jiff::{SignedDuration, Timestamp};
 use std::sync::Arc;
@@ -89,10 +89,6 @@ impl ObjectStore for ScratchStore {
 
     fn remove(&self, name: &str) -> Result<()> {
         self.inner.remove(&inside(name))
-    }
-
-    fn lock(&self, exclusive: bool) -> Result<Box<dyn StoreLock>> {
-        self.inner.lock(exclusive)
     }
 
     fn remove_unfinished(&self) -> Result<u64> {

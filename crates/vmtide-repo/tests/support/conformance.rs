@@ -206,7 +206,7 @@ pub fn removing_twice_is_no_error_and_an_open_reader_goes_on(subjects: &dyn Fn()
 
 pub fn names_that_are_paths_are_refused_everywhere(subjects: &dyn Fn() -> Vec<Subject>) {
     for Subject { store, promises, .. } in subjects() {
-        for name in ["../x", "/x", "tmp/x", "locks/gc", "", "a//b", ".x"] {
+        for name in ["../x", "/x", "tmp/x", "", "a//b", ".x"] {
             let refused = |error: RepoError| assert!(matches!(error, RepoError::Invalid(_)));
             refused(store.create(name).map(drop).unwrap_err());
             refused(store.open(name).map(drop).unwrap_err());
@@ -215,31 +215,6 @@ pub fn names_that_are_paths_are_refused_everywhere(subjects: &dyn Fn() -> Vec<Su
             refused(store.list(&format!("{name}/"), &mut |_| Ok(())).unwrap_err());
         }
         assert!(store.list("packs", &mut |_| Ok(())).is_err());
-    }
-}
-
-pub fn the_lock_is_shared_by_many_or_held_by_one(subjects: &dyn Fn() -> Vec<Subject>) {
-    for Subject { store, promises, .. } in subjects() {
-        if !promises.locks {
-            continue;
-        }
-        let is_busy = |exclusive| match store.lock(exclusive) {
-            Ok(_) => false,
-            Err(RepoError::Busy { .. }) => true,
-            Err(error) => panic!("{error}"),
-        };
-        let first = store.lock(false).unwrap();
-        let second = store.lock(false).unwrap();
-        assert!(is_busy(true));
-        drop(first);
-        assert!(is_busy(true));
-        drop(second);
-        let alone = store.lock(true).unwrap();
-        assert!(is_busy(true));
-        assert!(is_busy(false));
-        drop(alone);
-        assert!(!is_busy(false));
-        assert!(!is_busy(true));
     }
 }
 
@@ -259,7 +234,6 @@ macro_rules! conformance_tests {
             a_visitor_may_remove_what_it_is_shown,
             removing_twice_is_no_error_and_an_open_reader_goes_on,
             names_that_are_paths_are_refused_everywhere,
-            the_lock_is_shared_by_many_or_held_by_one,
         );
     };
     ($subjects:path: $($name:ident,)*) => {

@@ -60,7 +60,7 @@ pub fn run(app: &App, args: &RestoreArgs) -> Result<Exit> {
     let target = RestoreTarget::parse(&args.to)?;
     let repository = repository::open(app)?;
     // What is found must not be pruned before it is restored.
-    let _lock = repository.lock_shared()?;
+    let _lease = repository.lease(vmtide_repo::Purpose::Read)?;
     let point = resolve(&repository, &args.point)?;
     let job = app.begin_job()?;
     let restore_job = RestoreJob {

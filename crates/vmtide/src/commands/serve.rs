@@ -95,7 +95,7 @@ pub fn run(app: &App, args: &ServeArgs) -> Result<Exit> {
     }
     let repository = repository::open(app)?;
     // What is served must not be pruned.
-    let _lock = repository.lock_shared()?;
+    let _lease = repository.lease(vmtide_repo::Purpose::Read)?;
     let point = resolve(&repository, &args.what)?;
     let mut disks = open_point(&repository, &point, args.disk.as_deref())?;
     if let (Some(name), [only]) = (&args.export, &mut disks[..]) {

@@ -21,6 +21,7 @@ fn context(store: &MemoryStore, sealed: bool) -> Arc<RepoContext> {
         chunk_size_bytes: 65536,
         sealed,
         damage: crate::context::DamageLog::default(),
+        points: crate::point_list::PointCache::default(),
     })
 }
 

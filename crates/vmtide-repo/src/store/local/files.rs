@@ -19,17 +19,6 @@ pub(super) fn create_new(path: &Path) -> io::Result<File> {
     OpenOptions::new().write(true).create_new(true).mode(FILE_MODE).open(path)
 }
 
-/// Opens a file for reading and writing, and creates it where it is not there.
-pub(super) fn open_or_create(path: &Path) -> io::Result<File> {
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(FILE_MODE)
-        .open(path)
-}
-
 /// Opens a regular file for reading. Never waits, whatever the path is: a named pipe in place of an
 /// object is an error, not a hang.
 pub(super) fn open_regular(path: &Path) -> io::Result<(File, u64)> {
@@ -84,12 +73,14 @@ pub(super) fn link_new(from: &Path, to: &Path) -> io::Result<()> {
         Ok(()) => {}
         // NFS repeats a request whose answer was lost: then the name that is "taken" is ours.
         Err(Errno::EXIST) if same_file(from, to) => {}
-        Err(Errno::PERM | Errno::NOSYS | Errno::NOTSUP) => {
-            return Err(io::Error::new(
-                ErrorKind::Unsupported,
-                "the file system can neither rename without replacement nor make hard links; \
-                 keep the repository on another one",
-            ));
+        // SMB shares and FAT have neither. Names are random and nobody else's, so that looking first
+        // is enough; only `init` by two at the same moment could replace something.
+        Err(Errno::PERM | Errno::NOSYS | Errno::NOTSUP | Errno::MLINK) => {
+            return match fs::symlink_metadata(to) {
+                Ok(_) => Err(ErrorKind::AlreadyExists.into()),
+                Err(error) if error.kind() == ErrorKind::NotFound => fs::rename(from, to),
+                Err(error) => Err(error),
+            };
         }
         Err(error) => return Err(error.into()),
     }

@@ -6,11 +6,10 @@
 
 mod bulk;
 mod files;
-mod lock;
 mod reader;
 mod writer;
 
-use super::{ObjectEntry, ObjectReader, ObjectStore, ObjectWriter, SCRATCH, StoreLock, name};
+use super::{ObjectEntry, ObjectReader, ObjectStore, ObjectWriter, SCRATCH, UNFINISHED_KEPT, name};
 use crate::{ObjectId, RepoError, Result};
 use jiff::Timestamp;
 use parking_lot::Mutex;
@@ -20,6 +19,7 @@ use std::fs::{self, FileType};
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 use writer::LocalWriter;
 
 /// The object that makes a directory a repository.
@@ -28,15 +28,9 @@ const CONFIGURATION: &str = "vmtide.repo";
 /// Where objects are files before they have a name.
 const TEMPORARY: &str = "tmp";
 
-/// The directory of the lock file.
-const LOCKS: &str = "locks";
-
-/// The lock file.
-const LOCK: &str = "locks/gc";
-
 /// What may be in a directory that `init` takes for an empty one: what an interrupted `init` leaves
 /// (key slots of a repository that never was open nothing), and what a fresh file system has.
-const HARMLESS: [&str; 4] = [TEMPORARY, LOCKS, "keys", "lost+found"];
+const HARMLESS: [&str; 3] = [TEMPORARY, "keys", "lost+found"];
 
 /// A store in a local directory, which may be a mounted network share. Shared by threads; any
 /// number of processes may use one directory.
@@ -94,11 +88,7 @@ impl LocalStore {
         files::create_directories(&path)?;
         must_be_directory(&path)?;
         must_be_empty(&path)?;
-        for directory in [TEMPORARY, LOCKS] {
-            files::create_directory(&path.join(directory)).map_err(|error| cannot(&path, error))?;
-        }
-        files::open_or_create(&path.join(LOCK))
-            .and_then(|_| files::sync_directory(&path.join(LOCKS)))
+        files::create_directory(&path.join(TEMPORARY))
             .and_then(|()| files::sync_directory(&path))
             .map_err(|error| cannot(&path, error))?;
         Ok(Self { root: Arc::new(Root::new(path)) })
@@ -174,14 +164,11 @@ impl ObjectStore for LocalStore {
             .map_err(|error| RepoError::io(format!("remove {name} in {}", self.location()), error))
     }
 
-    fn lock(&self, exclusive: bool) -> Result<Box<dyn StoreLock>> {
-        lock::take(&self.root, exclusive)
-    }
-
     fn remove_unfinished(&self) -> Result<u64> {
         let directory = self.root.path.join(TEMPORARY);
         let failed = |error| RepoError::io(format!("empty {}", directory.display()), error);
         let mut freed_bytes = 0_u64;
+        let mut now = None;
         for entry in read_directory(&directory).map_err(failed)? {
             let entry = entry.map_err(failed)?;
             // Only what a writer of ours made: everything else is left alone.
@@ -189,7 +176,15 @@ impl ObjectStore for LocalStore {
             let (true, Some(metadata)) = (ours, found(entry.metadata()).map_err(failed)?) else {
                 continue;
             };
-            if metadata.is_file() && found(fs::remove_file(entry.path())).map_err(failed)?.is_some()
+            let now = match now {
+                Some(now) => now,
+                None => *now.insert(self.now().map_err(failed)?),
+            };
+            let modified = metadata.modified().map_err(failed)?;
+            let age = now.duration_since(modified).unwrap_or_default();
+            if metadata.is_file()
+                && age >= UNFINISHED_KEPT.unsigned_abs()
+                && found(fs::remove_file(entry.path())).map_err(failed)?.is_some()
             {
                 freed_bytes = freed_bytes.saturating_add(metadata.len());
             }
@@ -199,6 +194,15 @@ impl ObjectStore for LocalStore {
 }
 
 impl LocalStore {
+    /// The time by the clock that stamps the files, which may be that of a server.
+    fn now(&self) -> io::Result<SystemTime> {
+        let id = ObjectId::random().map_err(io::Error::other)?;
+        let path = self.root.path.join(TEMPORARY).join(id.to_string());
+        let modified = files::create_new(&path).and_then(|file| file.metadata()?.modified());
+        let _ = fs::remove_file(&path);
+        modified
+    }
+
     /// Visits the objects of a directory and of those below it.
     fn walk(
         &self,
