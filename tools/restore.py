@@ -240,6 +240,7 @@ OBJECTS = {
     "release": (b"VMTIDEHR", lambda digits: f"released/{digits}"),
     "forward": (b"VMTIDEFW", lambda digits, owner: f"forward/{owner}/{digits}"),
     "judgement": (b"VMTIDERJ", lambda digits, owner: f"revoked/{owner}/judgement-{digits}"),
+    "damaged": (b"VMTIDEDM", lambda digits: f"damaged/{digits}"),
     "healed": (b"VMTIDEHL", lambda digits: f"healed/{digits}"),
 }
 MAX_DIRECTORY = {kind: 256 << 20 if kind == "map" else 16 << 20 for kind in OBJECTS}
@@ -539,20 +540,49 @@ def read_held_point(repository, hold_id):
         raise damaged(name, f"its JSON: {error!r}") from None
 
 
+def read_all(repository, kind):
+    """The name and the JSON of all records of a kind that can be read; and whether some cannot."""
+    found, complete = {}, True
+    for digits in repository.names(kind):
+        try:
+            found[digits] = read_record(repository, kind, bytes.fromhex(digits))
+        except FileNotFoundError:
+            pass  # Removed meanwhile.
+        except Failure as failure:
+            print(f"restore.py: passed over: {failure}", file=sys.stderr)
+            complete = False
+    return found, complete
+
+
+def read_damaged(repository):
+    """What is on record as damaged (§10.1): (first ordinal, end) by pack; and whether all is known."""
+    damaged_parts = {}
+    found, complete = read_all(repository, "damaged")
+    for name, value in found.values():
+        try:
+            for part in value["parts"]:
+                first = part["first_block"]
+                parts = damaged_parts.setdefault(hex_bytes(name, part["pack"], 16), [])
+                parts.append((first, first + part["blocks"]))
+        except (Failure, ValueError, KeyError, TypeError, AttributeError) as error:
+            print(f"restore.py: passed over: {name}: {error!r}", file=sys.stderr)
+            complete = False
+    return damaged_parts, complete
+
+
 def read_healed(repository):
     """Runs (first ordinal, end, pack, new first ordinal) of packs that were damaged (§10.1)."""
     healed = {}
-    for digits in repository.names("healed"):
+    for name, value in read_all(repository, "healed")[0].values():
         try:
-            name, value = read_record(repository, "healed", bytes.fromhex(digits))
             packs = [hex_bytes(name, pack, 16) for pack in value["packs"]]
             for old, first, count, new, target in value["runs"]:
                 need(count >= 1, name, "an empty run")
                 healed.setdefault(packs[old], []).append(
                     (first, first + count, packs[new], target)
                 )
-        except (Failure, FileNotFoundError, ValueError, KeyError, TypeError, IndexError) as error:
-            print(f"restore.py: passed over: {error}", file=sys.stderr)
+        except (Failure, ValueError, KeyError, TypeError, IndexError) as error:
+            print(f"restore.py: passed over: {name}: {error!r}", file=sys.stderr)
     return healed
 
 
@@ -565,19 +595,72 @@ class Reader:
         self.forwards = {}
         self.frames = OrderedDict()
         self.healed = read_healed(repository)
+        self.damaged, self.damage_is_known = read_damaged(repository)
 
-    def healed_place(self, pack_id, ordinal, count):
-        """Where a block was stored once more, or None; and for how many blocks that holds."""
-        runs = self.healed.get(pack_id, [])
-        edges = [edge - ordinal for run in runs for edge in run[:2] if edge > ordinal]
-        for first, end, target, new in runs:
-            if first <= ordinal < end:
-                try:
-                    self.pack(target)
-                    return (target, new + ordinal - first), min([count] + edges)
-                except Failure:
-                    continue  # It came to nothing, or is gone again.
-        return None, min([count] + edges)
+    def find(self, pack_id, ordinal, count):
+        """The pack that a block is read from, the ordinal in it, and for how many blocks that holds:
+        the original, unless it is on record as damaged or cannot be opened (§10.1)."""
+        # Place, how many runs and forwards led there, whether a run did.
+        queue, later, known = [((pack_id, ordinal), 0, False)], [], {(pack_id, ordinal)}
+        on_record = failure = None
+        while queue or later:
+            late = not queue
+            step = (later if late else queue).pop(0)
+            (pack_id, ordinal), passed, by_run = step
+
+            def add(target, run, position, passed=passed):
+                if passed == 16 or target in known or len(known) == 64:
+                    return False
+                known.add(target)
+                queue.insert(position, (target, passed + 1, run))
+                return True
+
+            if not late and self.healed:
+                runs = self.healed.get(pack_id, [])
+                parts = self.damaged.get(pack_id, [])
+                edges = [edge - ordinal for run in runs + parts for edge in run[:2]]
+                count = min([count] + [edge for edge in edges if edge > 0])
+                over = [run for run in runs if run[0] <= ordinal < run[1]]
+                for first, _, target, new in over:
+                    add((target, new + ordinal - first), True, len(queue))
+                doubtful = over and not self.damage_is_known
+                if doubtful or any(first <= ordinal < end for first, end in parts):
+                    later.append(step)
+                    continue
+            try:
+                pack = self.pack(pack_id)
+                if pack is None:
+                    targets, count = self.moved(pack_id, ordinal, count)
+                    name = OBJECTS["pack"][1](pack_id.hex())
+                    # Any that leads to a pack is right (§10); the first is looked at first.
+                    added = [add(target, by_run, 0) for target in reversed(targets)]
+                    need(any(added), name, "moved too often, or in a circle")
+                    continue
+                pack.frame_of(ordinal)
+            except (Failure, OSError) as error:
+                # What became of the original says more than what became of a second place.
+                if failure is None or (failure[1] and not by_run):
+                    failure = (error, by_run)
+                continue
+            if not late:
+                return pack_id, ordinal, count
+            on_record = on_record or (pack_id, ordinal)
+        if on_record:
+            return *on_record, count
+        raise failure[0]
+
+    def moved(self, pack_id, ordinal, count):
+        """Where a block of a pack that was moved went by each of its forwards, and for how many
+        blocks that holds."""
+        places = []
+        for forward in self.forwards[pack_id]:
+            for first, end, target, new in forward:
+                if first <= ordinal < end:
+                    places.append((target, new + ordinal - first))
+                    count = min(count, end - ordinal)
+        name = OBJECTS["pack"][1](pack_id.hex())
+        need(places, name, f"no forward says where block {ordinal} went")
+        return places, count
 
     def pack(self, pack_id):
         """The pack, or None where it was moved."""
@@ -597,54 +680,17 @@ class Reader:
         self.packs.move_to_end(pack_id)
         return self.packs[pack_id]
 
-    def read(self, pack_id, ordinal, count, depth=0):
+    def read(self, pack_id, ordinal, count):
         """Yields the content of `count` blocks in parts."""
         while count:
-            place, most = self.healed_place(pack_id, ordinal, count)
-            if place is not None:
-                need(depth < 16, OBJECTS["pack"][1](pack_id.hex()), "leads in circles")
-                yield from self.read(place[0], place[1], most, depth + 1)
-                ordinal, count = ordinal + most, count - most
-                continue
-            pack = self.pack(pack_id)
-            if pack is None:
-                name = OBJECTS["pack"][1](pack_id.hex())
-                need(depth < 16, name, "more than 16 forwards lead on")
-                target, new, part = self.moved(name, pack_id, ordinal, most, depth)
-                yield from self.read(target, new, part, depth + 1)
-            else:
-                frame = pack.frame_of(ordinal)
-                content = self.frame(pack_id, pack, frame)
-                part = min(most, frame[1] - ordinal)
-                at = (ordinal - frame[0]) * BLOCK
-                yield content[at : at + part * BLOCK]
+            found_id, found, most = self.find(pack_id, ordinal, count)
+            pack = self.pack(found_id)
+            frame = pack.frame_of(found)
+            content = self.frame(found_id, pack, frame)
+            part = min(most, frame[1] - found)
+            at = (found - frame[0]) * BLOCK
+            yield content[at : at + part * BLOCK]
             ordinal, count = ordinal + part, count - part
-
-    def moved(self, name, pack_id, ordinal, count, depth):
-        """Where a block went: by any forward that leads to a pack that is there (§10)."""
-        found = None
-        for forward in self.forwards[pack_id]:
-            for first, end, target, new in forward:
-                if first <= ordinal < end:
-                    place = (target, new + ordinal - first, min(count, end - ordinal))
-                    found = found or place
-                    if self.leads_on(place[0], place[1], depth + 1):
-                        return place
-        need(found, name, f"block {ordinal} went nowhere")
-        return found
-
-    def leads_on(self, pack_id, ordinal, depth):
-        try:
-            if self.pack(pack_id) is not None:
-                return True
-        except Failure:
-            return False
-        return depth < 16 and any(
-            self.leads_on(target, new + ordinal - first, depth + 1)
-            for forward in self.forwards[pack_id]
-            for first, end, target, new in forward
-            if first <= ordinal < end
-        )
 
     def frame(self, pack_id, pack, frame):
         key = (pack_id, frame[2])

@@ -77,6 +77,37 @@ check() {
     echo "ok: $ENCRYPTION, $3"
 }
 
+# flip PACK: flips one bit in the middle of a file.
+flip() {
+    local at byte
+    at=$(($(stat -c %s "$1") / 2))
+    byte="$(od -An -tu1 -j "$at" -N 1 "$1")"
+    printf '%b' "\\x$(printf '%02x' $((byte ^ 1)))" |
+        dd of="$1" bs=1 seek="$at" conv=notrunc status=none
+}
+
+# Damages packs, lets a backup heal them, brings them back, and damages what healed them.
+healing() {
+    local code=0
+    cp -a "$REPO/packs" "$WORK/packs"
+    find "$REPO/packs" -type f | while read -r pack; do flip "$pack"; done
+    "$VMTIDE" verify -r "$REPO" --read-data >"$WORK/vmtide.log" 2>&1 || code=$?
+    [[ "$code" == 5 ]] || die "verify of damaged packs: exit code $code"
+    code=0
+    "$VMTIDE" backup "$IMAGE" -r "$REPO" --level full >"$WORK/vmtide.log" 2>&1 || code=$?
+    [[ "$code" == 0 || "$code" == 3 ]] || die "backup of damaged packs: exit code $code"
+    find "$REPO/healed" -type f | grep -q . || die "nothing was healed"
+    check 2 3 "healed"
+    cp -a "$WORK/packs/." "$REPO/packs/"
+    "$VMTIDE" verify -r "$REPO" --read-data >"$WORK/vmtide.log" 2>&1 || die "verify of what came back"
+    find "$REPO/packs" -type f | while read -r pack; do
+        [[ -e "$WORK/packs/${pack#"$REPO/packs/"}" ]] || flip "$pack"
+    done
+    "$VMTIDE" verify -r "$REPO" --read-data >"$WORK/vmtide.log" 2>&1 || true
+    check 2 3 "an original that came back, and what healed it is damaged"
+    rm -r "$WORK/packs"
+}
+
 # expect CODE WHAT COMMAND…: the command ends with this exit code.
 expect() {
     local expected="$1" what="$2" code=0
@@ -120,6 +151,8 @@ for ENCRYPTION in aes-256-gcm none; do
     check 2 3 "after forget and prune, the newer"
     echo "   forwards: $(find "$REPO/forward" -type f 2>/dev/null | wc -l)"
 
+    healing
+
     held="$(point_id 1)"
     vmtide hold "$held" -r "$REPO" --reason "interoperation" --until 1d
     rm -f "$REPO/points/$held"
@@ -132,12 +165,7 @@ for ENCRYPTION in aes-256-gcm none; do
     expect 6 "no repository" restore_py "$WORK/absent"
     disk="$(restore_py "$REPO" "$(point_id 1)" | head -n 1 | sed 's/  [0-9]* bytes$//')"
     # One bit in the middle of every pack: whichever is read first is found.
-    find "$REPO/packs" -type f | while read -r pack; do
-        at=$(($(stat -c %s "$pack") / 2))
-        byte="$(od -An -tu1 -j "$at" -N 1 "$pack")"
-        printf '%b' "\\x$(printf '%02x' $((byte ^ 1)))" |
-            dd of="$pack" bs=1 seek="$at" conv=notrunc status=none
-    done
+    find "$REPO/packs" -type f | while read -r pack; do flip "$pack"; done
     expect 5 "flipped bits" restore_py "$REPO" "$(point_id 1)" "$disk" "$WORK/none"
     [[ ! -e "$WORK/none" && ! -e "$WORK/none.partial" ]] || die "a damaged restore left a file"
 done

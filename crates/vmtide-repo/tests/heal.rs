@@ -248,6 +248,55 @@ fn prune_keeps_what_heals_and_removes_it_with_the_points_that_need_it() {
     assert_eq!(world.count("packs/"), 0);
 }
 
+/// A disk is away, a backup heals what was on it, the disk comes back, and then what healed it is
+/// damaged: the original is sound, and is what everybody reads.
+#[test]
+fn an_original_that_comes_back_outlives_the_damage_of_what_healed_it() {
+    let mut world = world(true);
+    let victim = world.victim();
+    let sound = world.memory.bytes(&victim).unwrap();
+    let packs = world.memory.names();
+    world.hurt(&victim);
+    verify(&world.repository, ReadData::All);
+    world.reopen();
+    let source = Disk::new(world.new.clone());
+    let next = plan(Some(&world.incremental), only(0, 4096));
+    let third = store_point(&world.repository, &source, &next, Level::Incremental).unwrap();
+    world.memory.replace(&victim, &sound);
+    world.reopen();
+    assert_eq!(verify(&world.repository, ReadData::All).recovered, 1);
+
+    let is_new = |name: &String| name.starts_with("packs/") && !packs.contains(name);
+    for name in world.memory.names().into_iter().filter(is_new) {
+        world.hurt(&name);
+    }
+    let found = verify(&world.repository, ReadData::All);
+    assert!(found.quarantined > 0, "{found:?}");
+    for point in found.damage.iter().flat_map(|damage| &damage.points) {
+        assert_eq!(*point, third.id, "the others need the original only");
+    }
+    world.reopen();
+    assert!(read(&world.repository, &world.full).unwrap() == world.old);
+    let fourth = store_point(
+        &world.repository,
+        &source,
+        &plan(Some(&third), only(0, 4096)),
+        Level::Incremental,
+    )
+    .unwrap();
+    for _ in 0..2 {
+        world.reopen();
+        for (point, content) in
+            [(&world.full, &world.old), (&world.incremental, &world.new), (&fourth, &world.new)]
+        {
+            assert!(read(&world.repository, point).unwrap() == *content);
+        }
+        assert!(read(&world.repository, &third).unwrap() == world.new, "healed by the original");
+        let options = PruneOptions { repack_below_percent: 90, ..PruneOptions::default() };
+        world.repository.prune(&options, &Progress::new(), &CancelToken::new()).unwrap();
+    }
+}
+
 #[test]
 fn a_restore_that_meets_damage_puts_it_on_record() {
     let mut world = world(true);

@@ -257,9 +257,10 @@ impl SessionState {
                     return Ok(None);
                 }
                 let repairs = self.packs.repairs()?;
-                if repairs.is_empty() || !repairs.damaged.covers(place) {
+                if repairs.is_empty() {
                     return Ok(Some(place));
                 }
+                // What readers of this place would be led to, and nothing else.
                 let blocks = u32::try_from(length_bytes / BLOCK_BYTES).unwrap_or(u32::MAX);
                 let traced = self.packs.trace(place, blocks, true, &mut |_| {})?;
                 Ok(traced.place.ok().and_then(|(pack, ordinal)| {

@@ -10,6 +10,7 @@ mod point_disk;
 mod quarantine;
 mod repairs;
 mod salvage;
+mod search;
 mod storage_order;
 mod walk;
 
