@@ -47,7 +47,9 @@ mod store;
 pub use backup::{
     BackupOptions, BackupSession, ChangedRanges, DiskDraft, DiskPlan, PointDraft, StoredDisk,
 };
-pub use bench::{Latency, Measured, StoreBench, measure_processor, measure_store};
+pub use bench::{
+    IndexMeasured, Latency, Measured, StoreBench, measure_index, measure_processor, measure_store,
+};
 pub use care::{
     Damage, DamagedPlace, Growth, IntegrityReport, PruneOptions, PruneReport, ReadData,
     RepairOptions, RepairReport, SampleReport, UsageReport, VerifyOptions, VerifyReport, VmUsage,

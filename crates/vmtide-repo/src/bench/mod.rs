@@ -5,10 +5,12 @@
 //! is removed at the end.
 
 mod disk;
+mod index;
 mod processor;
 mod whole;
 mod work;
 
+pub use index::{IndexMeasured, measure_index};
 pub use processor::measure_processor;
 pub use whole::{StoreBench, measure_store};
 

@@ -75,3 +75,25 @@ fn percentiles_are_of_what_was_measured() {
     assert_eq!(latency, Latency { median_ms: 51.0, p90_ms: 91.0, p99_ms: 100.0, max_ms: 101.0 });
     assert_eq!(Latency::of(Vec::new()), None);
 }
+
+#[test]
+fn the_index_of_many_chunks_takes_the_memory_it_may() {
+    let store: Arc<dyn ObjectStore> = Arc::new(crate::store::MemoryStore::new());
+    let measure =
+        |entries| measure_index(Arc::clone(&store), entries, 500, &CancelToken::new()).unwrap();
+    // A 64th of a TiB in chunks of 64 KiB, against next to nothing: the cache of pages is in both.
+    let (few, many) = (1 << 12, 1 << 18);
+    let (small, large) = (measure(few), measure(many));
+    // 64 MiB for a TiB are 4 bytes for a chunk.
+    let grown = large.memory_bytes - small.memory_bytes;
+    assert!(grown < (many - few) * 4, "{small:?} {large:?}");
+    assert!(large.stored_bytes > many * 24);
+    let mut left = 0;
+    store
+        .list("bench/", &mut |_| {
+            left += 1;
+            Ok(())
+        })
+        .unwrap();
+    assert_eq!(left, 0);
+}

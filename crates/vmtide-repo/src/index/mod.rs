@@ -18,12 +18,14 @@ mod filter;
 mod merge;
 mod rebuild;
 mod segment;
+mod synthetic;
 #[cfg(test)]
 mod tests;
 mod writer;
 
 pub(crate) use chunk_index::ChunkIndex;
 pub(crate) use directory::stored_pages;
+pub(crate) use synthetic::measure as measure_synthetic;
 
 /// The part of a chunk id that is looked up: its first 16 bytes.
 pub(crate) type Key = [u8; 16];
