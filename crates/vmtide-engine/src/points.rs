@@ -252,6 +252,7 @@ pub(crate) mod tests {
             program: String::new(),
             origin: None,
             lease: None,
+            immutable: None,
         }
     }
 }

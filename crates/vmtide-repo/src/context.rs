@@ -4,7 +4,7 @@
 use crate::crypto::{ObjectCipher, Subkeys, checksum};
 use crate::envelope::{HEADER_BYTES, Header, NO_OWNER, ObjectKind, TRAILER_BYTES, Trailer};
 use crate::point_list::PointCache;
-use crate::store::{ObjectReader, ObjectStore, ObjectWriter};
+use crate::store::{ObjectReader, ObjectStore, ObjectWriter, Retention};
 use crate::{ObjectId, RepoError, Result};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
@@ -29,6 +29,8 @@ pub(crate) struct RepoContext {
     pub chunk_size_bytes: u32,
     /// Whether objects are encrypted.
     pub sealed: bool,
+    /// Until when what restores need is kept, of what is written.
+    pub retention: Option<Retention>,
     /// What readers found damaged since somebody last took note of it.
     pub damage: DamageLog,
     /// Restore points read before.
@@ -77,6 +79,21 @@ impl std::fmt::Debug for RepoContext {
 }
 
 impl RepoContext {
+    /// The same repository for a job whose point is to be kept: with that retention, and without what
+    /// others noted.
+    pub fn keeping(&self, retention: Retention) -> Self {
+        Self {
+            store: Arc::clone(&self.store),
+            subkeys: self.subkeys.clone(),
+            repository: self.repository,
+            chunk_size_bytes: self.chunk_size_bytes,
+            sealed: self.sealed,
+            retention: Some(retention),
+            damage: DamageLog::default(),
+            points: PointCache::default(),
+        }
+    }
+
     /// The header of an object of this repository.
     pub fn header(&self, kind: ObjectKind, id: ObjectId) -> Header {
         self.header_under(kind, NO_OWNER, id)
@@ -146,7 +163,13 @@ impl RepoContext {
     /// # Errors
     /// Those of the store.
     pub fn create(&self, header: Header) -> Result<NewObject> {
-        let mut writer = self.store.create(&header.object_name())?;
+        let name = header.object_name();
+        let mut writer = match &self.retention {
+            Some(retention) if header.kind.is_needed_by_restores() => {
+                self.store.create_retained(&name, retention)?
+            }
+            _ => self.store.create(&name)?,
+        };
         writer.write(&header.encode())?;
         Ok(NewObject { writer, cipher: self.cipher(&header)?, header, offset: HEADER_BYTES as u64 })
     }

@@ -169,6 +169,19 @@ impl ObjectKind {
         }
     }
 
+    /// Whether restores need objects of the kind. The index is made anew from the packs.
+    pub const fn is_needed_by_restores(self) -> bool {
+        matches!(
+            self,
+            Self::Pack
+                | Self::MapSegment
+                | Self::Point
+                | Self::Forward
+                | Self::Damaged
+                | Self::Healed
+        )
+    }
+
     /// The prefix under which all objects of the kind lie.
     pub const fn prefix(self) -> &'static str {
         match self {

@@ -1,5 +1,6 @@
 //! Restore points: one VM at one moment. Writing one is the commit (format §9).
 
+use crate::Retention;
 use crate::context::RepoContext;
 use crate::envelope::ObjectKind;
 use crate::{ObjectId, RepoError, Result, record};
@@ -119,6 +120,10 @@ pub struct RestorePoint {
     /// The lease under which it was made; decides whether it counts where that was revoked.
     #[serde(default)]
     pub lease: Option<ObjectId>,
+    /// Until when nobody can remove it, nor anything that it needs, and how firmly; none where it was
+    /// not made immutable.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub immutable: Option<Retention>,
 }
 
 impl RestorePoint {

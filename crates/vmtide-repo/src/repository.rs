@@ -189,6 +189,7 @@ impl Repository {
             repository: config.id,
             chunk_size_bytes: config.chunk_size_bytes,
             sealed: config.encryption != Encryption::None,
+            retention: None,
             damage: crate::context::DamageLog::default(),
             points: PointCache::default(),
         };
@@ -313,7 +314,11 @@ impl Repository {
     /// # Errors
     /// Those of the store.
     pub fn begin_backup(&self, options: &BackupOptions) -> Result<BackupSession> {
-        BackupSession::begin(Arc::clone(&self.context), options)
+        let mut context = Arc::clone(&self.context);
+        if let Some(immutability) = options.immutability {
+            context = Arc::new(context.keeping(immutability.from(Timestamp::now())));
+        }
+        BackupSession::begin(context, options)
     }
 
     /// The bytes of the newer disk that may differ from the older, by their maps alone: nothing is

@@ -74,6 +74,8 @@ fn a_disk_goes_into_a_bucket_and_comes_back_byte_for_byte() {
         job.run(&["forget", "--keep-last", "1"]).must_end_with(0);
         let points = job.run(&["points", "--json"]).must_end_with(0).summary();
         assert_eq!(points["points"].as_array().unwrap().len(), 1);
+        job.run(&["prune", "--json"]).must_end_with(0);
+        job.run(&["verify", "--read-data"]).must_end_with(0);
     }
 }
 
@@ -126,6 +128,59 @@ fn keys_come_from_a_profile_and_options_from_the_settings_file() {
     };
     run(&["init"]).must_end_with(0);
     run(&["points"]).must_end_with(0);
+}
+
+#[test]
+fn what_is_immutable_stays_and_shows_until_when() {
+    let server = moto();
+    let job = Job::new(server, true);
+    job.run(&["init", &job.repository]).must_end_with(0);
+    job.place.image("web.raw", 4 * MIB);
+    let lock = ["--immutable-for", "30d", "--immutability", "compliance"];
+    let run = |more: &[&str]| job.run(&[&["backup", "web.raw"], more].concat());
+    run(&lock).must_end_with(0);
+    run(&["--immutable-for", "90d", "--immutability", "compliance"]).must_end_with(0);
+    let points = job.run(&["points", "--json"]).must_end_with(0).summary();
+    let points = points["points"].as_array().unwrap().clone();
+    let until = |point: &serde_json::Value| {
+        assert_eq!(point["immutable"]["mode"], "compliance");
+        point["immutable"]["until"].as_str().unwrap().parse::<jiff::Timestamp>().unwrap()
+    };
+    let now = jiff::Timestamp::now();
+    assert!(until(&points[0]).duration_since(now).as_hours() >= 30 * 24 - 1);
+    assert!(until(&points[1]).duration_since(now).as_hours() >= 90 * 24 - 1);
+    let shown = job.run(&["show", "web@latest"]).must_end_with(0).stdout;
+    assert!(shown.contains("immutable") && shown.contains("compliance"), "{shown}");
+    // Nothing that a restore needs can be removed, with all rights on the bucket.
+    let bucket = job.repository.strip_prefix("s3://").unwrap().split('/').next().unwrap();
+    let listing = server.ask("GET", &format!("{bucket}?versions="), "", "");
+    let mut locked = 0;
+    for version in listing.split("<Version>").skip(1) {
+        let text = |tag: &str| {
+            let (_, rest) = version.split_once(&format!("<{tag}>")).unwrap();
+            rest.split('<').next().unwrap().to_owned()
+        };
+        let (key, id) = (text("Key"), text("VersionId"));
+        if ["packs/", "maps/", "points/", "keys/", "vmtide.repo"]
+            .iter()
+            .any(|part| key.contains(part))
+        {
+            let answer = server.ask("DELETE", &format!("{bucket}/{key}?versionId={id}"), "", "");
+            assert!(answer.starts_with("HTTP/1.1 403"), "{key}: {answer}");
+            locked += 1;
+        }
+    }
+    assert!(locked >= 6, "{listing}");
+    job.run(&["restore", "web@latest", "--to", "back.raw"]).must_end_with(0);
+    assert!(
+        std::fs::read(job.place.path("back.raw")).unwrap()
+            == std::fs::read(job.place.path("web.raw")).unwrap()
+    );
+    // Where a store cannot keep objects, nothing is promised.
+    let local = Place::with_repository();
+    local.image("web.raw", MIB);
+    let refused = local.run(&[&["backup", "web.raw"][..], &lock].concat());
+    assert!(refused.must_end_with(1).stderr.contains("Object Lock"));
 }
 
 #[test]

@@ -14,6 +14,7 @@ use crate::context::RepoContext;
 use crate::copy::CopyOf;
 use crate::disk::{PackSet, Place};
 use crate::envelope::ObjectKind;
+use crate::immutable::{self, Immutability};
 use crate::index::ChunkIndex;
 use crate::lease::{self, Lease, Purpose};
 use crate::map::{BaseMap, DiskMap, MapBuilder, MapRun, Target, write_layered};
@@ -43,6 +44,9 @@ pub struct BackupOptions {
     pub pack_size_bytes: u64,
     /// At most so many bytes a second are read from sources, all together.
     pub limit_rate: Option<u64>,
+    /// For how long the restore point is to be immutable; none for not at all. Needs a store that can
+    /// keep objects.
+    pub immutability: Option<Immutability>,
 }
 
 /// Enough for S3's cost of requests to vanish (one PUT per pack) and small enough that half-dead
@@ -66,6 +70,7 @@ impl Default for BackupOptions {
             frame_bytes: FRAME_BYTES,
             pack_size_bytes: PACK_SIZE_BYTES,
             limit_rate: None,
+            immutability: None,
         }
     }
 }
@@ -160,6 +165,11 @@ pub(super) struct SessionState {
     pub fresh: FreshChunks,
     pub pack_size_bytes: u64,
     pending: Mutex<Vec<(ChunkId, Location)>>,
+    /// The packs that this job wrote.
+    written: Mutex<HashSet<ObjectId>>,
+    /// Packs of earlier jobs that this one refers to beside those of its bases; only noted where the
+    /// point becomes immutable.
+    reused: Mutex<HashSet<ObjectId>>,
     /// Packs of earlier jobs, to look at before they are referred to.
     pub packs: PackSet,
     /// What this job heals.
@@ -175,6 +185,9 @@ impl SessionState {
     /// Takes the chunks of a durable pack, and writes those that wait as an index segment when they
     /// are many.
     pub(super) fn add_finished_pack(&self, pack: FinishedPack) -> Result<()> {
+        if self.context.retention.is_some() {
+            self.written.lock().insert(pack.id);
+        }
         let full = {
             let mut pending = self.pending.lock();
             let mut ordinal = 0;
@@ -223,6 +236,9 @@ impl SessionState {
             found = self.sound(place, id, length_bytes)?;
             Ok(found.is_some())
         })?;
+        if let (Some(_), Some(place)) = (self.context.retention, found) {
+            self.reused.lock().insert(place.pack);
+        }
         Ok(found)
     }
 
@@ -324,6 +340,8 @@ impl BackupSession {
                 fresh: FreshChunks::new(),
                 pack_size_bytes: options.pack_size_bytes,
                 pending: Mutex::default(),
+                written: Mutex::default(),
+                reused: Mutex::default(),
                 packs,
                 healing,
                 distrusted: RwLock::default(),
@@ -598,6 +616,8 @@ impl BackupSession {
             tracing::warn!(%error, "the index was not compacted; the next backup tries again");
         }
         let context = &self.state.context;
+        let base_maps: Vec<_> =
+            draft.disks.iter().map(|disk| disk.stored.base_map.clone()).collect();
         let disks = draft
             .disks
             .into_iter()
@@ -620,7 +640,17 @@ impl BackupSession {
             program: crate::PROGRAM.into(),
             origin: copy.map(|copy| copy.origin),
             lease: self.lease.id(),
+            immutable: context.retention,
         };
+        if let Some(retention) = context.retention {
+            let job = immutable::Job {
+                context,
+                packs: &self.state.packs,
+                written: &self.state.written.lock(),
+                reused: &self.state.reused.lock(),
+            };
+            immutable::protect(&job, &point, &base_maps, retention)?;
+        }
         publish(context, &self.lease, &point)?;
         Ok(point)
     }

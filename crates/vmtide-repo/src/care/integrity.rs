@@ -61,6 +61,7 @@ pub fn check_integrity(
         repository: config.id,
         chunk_size_bytes: config.chunk_size_bytes,
         sealed: config.encryption != Encryption::None,
+        retention: None,
         damage: DamageLog::default(),
         points: crate::point_list::PointCache::default(),
     };

@@ -112,6 +112,7 @@ pub(super) fn context(store: &MemoryStore) -> RepoContext {
         repository: ObjectId([2; 16]),
         chunk_size_bytes: 65536,
         sealed: false,
+        retention: None,
         damage: DamageLog::default(),
         points: crate::point_list::PointCache::default(),
     }

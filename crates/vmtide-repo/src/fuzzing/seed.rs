@@ -125,6 +125,7 @@ fn sample_point() -> Result<RestorePoint> {
         program: "vmtide 0.1.0".into(),
         origin: None,
         lease: None,
+        immutable: None,
     })
 }
 

@@ -7,13 +7,14 @@ use crate::output::Output;
 use crate::table::Table;
 use crate::{repository, units};
 use clap::{Args, ValueEnum};
+use jiff::SignedDuration;
 use std::io::Read;
 use vmtide_block::RangeSet;
 use vmtide_engine::source::{SourceOptions, SourceSpec, image_name, parse_changes, tracked_disks};
 use vmtide_engine::{BackupJob, BackupSummary, EngineError, LevelChoice, Result, backup};
 use vmtide_hypervisor::{Consistency, DiskId};
 use vmtide_image::Format;
-use vmtide_repo::{BackupOptions, Repository};
+use vmtide_repo::{BackupOptions, Immutability, Repository, RetentionMode};
 
 const EXAMPLES: &str = "\
 SOURCE is one of
@@ -86,6 +87,15 @@ pub struct BackupArgs {
     /// restore point; read the disk in full where one differs
     #[arg(long, value_name = "NUMBER", default_value_t = 0, hide_default_value = true)]
     check_unchanged: u32,
+    /// Let nobody remove the restore point, nor anything it needs, for this long: 30d, 6months; needs
+    /// a bucket with S3 Object Lock
+    #[arg(long, value_name = "TIME", env = "VMTIDE_IMMUTABLE_FOR", value_parser = parse_immutable)]
+    #[arg(hide_env_values = true)]
+    immutable_for: Option<SignedDuration>,
+    /// governance (users with a special permission may remove it), or compliance (nobody)
+    #[arg(long, value_name = "HOW", default_value = "governance", env = "VMTIDE_IMMUTABILITY")]
+    #[arg(hide_env_values = true, hide_default_value = true)]
+    immutability: RetentionMode,
     /// Read at most so many bytes a second, e.g. 50MiB
     #[arg(long, value_name = "RATE", value_parser = units::parse_size)]
     limit_rate: Option<u64>,
@@ -202,10 +212,23 @@ fn run_one(
             workers: args.workers.map_or(defaults.workers, usize::from),
             compression_level: args.compression,
             limit_rate: args.limit_rate,
+            immutability: args
+                .immutable_for
+                .map(|duration| Immutability::new(args.immutability, duration))
+                .transpose()?,
             ..defaults
         },
     };
     job.run(app, |context| backup(&backup_job, context))
+}
+
+/// A time such as `30d` or `6months`, from now on.
+fn parse_immutable(text: &str) -> std::result::Result<SignedDuration, String> {
+    let wrong = |error: jiff::Error| format!("{text:?} is no length of time: {error}");
+    let span: jiff::Span = text.parse().map_err(wrong)?;
+    let now = jiff::Zoned::now();
+    let end = now.checked_add(span).map_err(wrong)?;
+    Ok(end.timestamp().duration_since(now.timestamp()))
 }
 
 fn read_changes(path: &str) -> Result<RangeSet> {

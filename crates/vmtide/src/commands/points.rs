@@ -8,7 +8,7 @@ use clap::Args;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use vmtide_engine::{DiskSummary, Result, damaged_bytes, points};
-use vmtide_repo::{Hold, Level, ObjectId, Origin, RestorePoint};
+use vmtide_repo::{Hold, Level, ObjectId, Origin, RestorePoint, Retention};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -44,6 +44,8 @@ struct Listed<'a> {
     holds: Vec<&'a Hold>,
     origin: Option<Origin>,
     damaged_bytes: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    immutable: Option<Retention>,
 }
 
 impl<'a> Listed<'a> {
@@ -68,6 +70,7 @@ impl<'a> Listed<'a> {
             holds: holds.iter().filter(|hold| hold.point == point.id).collect(),
             origin: point.origin,
             damaged_bytes,
+            immutable: point.immutable,
         }
     }
 }
@@ -87,6 +90,7 @@ pub fn run(app: &App, args: &PointsArgs) -> Result<Exit> {
         ">changed",
         ">stored",
         "held",
+        "immutable until",
         "tags",
     ]);
     for point in &list.points {
@@ -109,6 +113,7 @@ pub fn run(app: &App, args: &PointsArgs) -> Result<Exit> {
             sum(|counts| counts.changed_bytes),
             sum(|counts| counts.stored_bytes),
             held.join(", "),
+            point.immutable.map(|kept| units::time(kept.until)).unwrap_or_default(),
             notes.join(" "),
         ]);
     }

@@ -62,6 +62,10 @@ fn show(app: &App, point: &RestorePoint) {
     let parent = point.parent.map(|id| format!(", compared with {}", units::short_id(id)));
     field("level", &format!("{}{}", point.level, parent.unwrap_or_default()));
     field("consistency", &point.consistency);
+    if let Some(kept) = point.immutable {
+        let until = units::time(kept.until);
+        field("immutable", &format!("until {until} ({}), with all it needs", kept.mode));
+    }
     field("host", &point.host);
     field("source", &point.source);
     field("written by", &point.program);

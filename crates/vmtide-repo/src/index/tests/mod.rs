@@ -22,6 +22,7 @@ fn context(store: &MemoryStore, sealed: bool) -> Arc<RepoContext> {
         repository: ObjectId([9; 16]),
         chunk_size_bytes: 65536,
         sealed,
+        retention: None,
         damage: crate::context::DamageLog::default(),
         points: crate::point_list::PointCache::default(),
     })
