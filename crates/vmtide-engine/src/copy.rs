@@ -220,12 +220,14 @@ fn copy_point(
         return Ok((copied, None));
     }
     let session = job.target.begin_backup(&job.options)?;
-    for base in &mut bases {
+    for (base, disk) in bases.iter_mut().zip(&mut copied.disks) {
         if let Some(chosen) = &*base
             && let Some(reason) = session.why_unusable(chosen.record)?
         {
             tracing::info!(point = %chosen.there.id, %reason, "a copy is not built on");
+            context.progress.add_total(disk.size_bytes.saturating_sub(disk.read_bytes));
             *base = None;
+            disk.base = None;
         }
     }
     let drafts = match copy_disks(job, &session, point, &bases, context) {

@@ -1,7 +1,11 @@
 //! Copies of restore points in another repository: byte for byte the same, reading only what
 //! changed, whatever crashes or is damaged.
 
-#![allow(clippy::unwrap_used, reason = "helpers of tests: a failed unwrap is a failed test")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "helpers of tests: a failed unwrap is a failed test"
+)]
 
 #[allow(
     dead_code,
@@ -342,18 +346,25 @@ fn a_copy_may_die_before_any_change_of_the_target() {
 
 #[test]
 fn a_store_that_fails_once_ends_the_copy_and_what_was_stored_is_found_again() {
-    let (source, target) = (World::new(65_536), World::new(65_536));
+    let (source, empty) = (World::new(65_536), World::new(65_536));
     let points = four_points(&source);
-    let faulty = FaultyStore::new(Arc::new(target.memory.clone()));
-    // One pack is there, the next fails.
-    faulty.plan(Step::Change, 1, Fault::Io);
-    let error = try_copy(&source.repository, &open(Arc::new(faulty)), &points[..1]).unwrap_err();
-    assert!(error.to_string().contains("injected"), "{error}");
-    assert_eq!(target.points().len(), 0);
-    let summary = run(&source, &target, &points[..1]);
-    let new: u64 = summary.copied[0].disks.iter().map(|disk| disk.new_bytes).sum();
-    assert!(new < 3_000_000, "{new} of some 3.8 MB were stored again");
-    assert_same(&source, &target, &points[..1]);
+    for step in 0.. {
+        let target = empty.snapshot();
+        let faulty = FaultyStore::new(Arc::new(target.memory.clone()));
+        faulty.plan(Step::Change, step, Fault::Io);
+        let failed = try_copy(&source.repository, &open(Arc::new(faulty)), &points[..1]);
+        let error = failed.expect_err("one pack is there, and another fails, before it is done");
+        assert!(error.to_string().contains("injected"), "{error}");
+        assert_eq!(target.points().len(), 0);
+        if !target.memory.names().iter().any(|name| name.starts_with("packs/")) {
+            continue;
+        }
+        let summary = run(&source, &target, &points[..1]);
+        let new: u64 = summary.copied[0].disks.iter().map(|disk| disk.new_bytes).sum();
+        assert!(new < 3_000_000, "{new} of some 3.8 MB were stored again");
+        assert_same(&source, &target, &points[..1]);
+        return;
+    }
 }
 
 #[test]
