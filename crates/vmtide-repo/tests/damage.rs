@@ -11,6 +11,7 @@
 
 mod common;
 
+use common::every_kind;
 use common::{Disk, commit, fast_options, reopen, repository};
 use std::sync::Arc;
 use vmtide_block::{BlockDevice, CancelToken, Progress};
@@ -193,4 +194,99 @@ fn a_repository_cannot_be_turned_into_an_unencrypted_one() {
     sealed.replace("vmtide.repo", &clear.bytes("vmtide.repo").unwrap());
     let store: Arc<dyn ObjectStore> = sealed;
     assert!(matches!(reopen(&store), Err(RepoError::Damaged { .. })));
+}
+
+/// Opens everything there is: an error, or the true content and nothing else. Answers whether
+/// anything but the full verification noticed.
+fn all_points_or_error(store: &Arc<dyn ObjectStore>) -> bool {
+    let read = || -> Result<(), RepoError> {
+        let repository = reopen(store)?;
+        let list = repository.points()?;
+        if let Some((_, error)) = list.unreadable.into_iter().chain(list.unreadable_holds).next() {
+            return Err(error);
+        }
+        let contents = every_kind::contents();
+        if list.points.len() != contents.len() {
+            return Err(RepoError::NotFound { what: "a point".into(), hint: String::new() });
+        }
+        for (point, content) in list.points.iter().zip(contents) {
+            let mut back = vec![0; content.len()];
+            repository.open_disk(point, "disk0")?.read_at(&mut back, 0)?;
+            assert!(back == content, "wrong bytes were restored without an error");
+        }
+        Ok(())
+    };
+    read().is_err()
+}
+
+fn verify_finds(store: &Arc<dyn ObjectStore>) -> bool {
+    reopen(store).map_or(true, |repository| {
+        let options = VerifyOptions { points: Vec::new(), read: ReadData::All, seed: None };
+        repository
+            .verify(&options, &Progress::new(), &CancelToken::new())
+            .map_or(true, |report| !report.damage.is_empty())
+    })
+}
+
+#[test]
+fn every_byte_of_every_kind_of_object_is_watched_over() {
+    let memory = Arc::new(MemoryStore::new());
+    let victim = every_kind::every_kind(&memory);
+    let store: Arc<dyn ObjectStore> = memory.clone();
+    let names = memory.names();
+    for kind in every_kind::KINDS.iter().chain(&["released/"]) {
+        assert!(names.iter().any(|name| name.starts_with(kind)), "no {kind} in {names:?}");
+    }
+    let known: Vec<String> =
+        names.iter().filter(|name| name.starts_with("damaged/")).cloned().collect();
+    assert!(!all_points_or_error(&store) && !verify_finds(&store));
+    // The pack that is on record already, and whose content was healed, is no news.
+    for name in names.iter().filter(|name| **name != victim) {
+        let original = memory.bytes(name).unwrap();
+        let step = original.len().div_ceil(60).max(1);
+        for at in (0..original.len()).step_by(step).chain([original.len() - 1]) {
+            let mut changed = original.to_vec();
+            changed[at] ^= 1 << (at % 8);
+            memory.replace(name, &changed);
+            all_points_or_error(&store);
+            assert!(verify_finds(&store), "{name}: verify did not find a flip of byte {at}");
+            assert!(found_without_key(&store), "{name}: a flip of byte {at} passed without key");
+            forget_new_damage(&memory, &known);
+        }
+        for length in [0, original.len() / 2, original.len() - 1] {
+            memory.replace(name, &original[..length]);
+            all_points_or_error(&store);
+            assert!(verify_finds(&store), "{name} cut to {length} bytes");
+            forget_new_damage(&memory, &known);
+        }
+        memory.replace(name, &original);
+    }
+    assert!(!all_points_or_error(&store) && !verify_finds(&store));
+}
+
+/// Takes off the record what a flip put on it.
+fn forget_new_damage(memory: &Arc<MemoryStore>, known: &[String]) {
+    for name in memory.names() {
+        if name.starts_with("damaged/") && !known.contains(&name) {
+            memory.remove(&name).unwrap();
+        }
+    }
+}
+
+#[test]
+fn what_is_missing_of_what_a_point_needs_is_found() {
+    let memory = Arc::new(MemoryStore::new());
+    let victim = every_kind::every_kind(&memory);
+    let store: Arc<dyn ObjectStore> = memory.clone();
+    let needed = ["packs/", "maps/", "forward/", "healed/"];
+    for name in memory.names().into_iter().filter(|name| *name != victim) {
+        if !needed.iter().any(|kind| name.starts_with(kind)) {
+            continue;
+        }
+        let original = memory.bytes(&name).unwrap();
+        store.remove(&name).unwrap();
+        assert!(all_points_or_error(&store), "nobody misses {name}");
+        assert!(verify_finds(&store), "verify does not miss {name}");
+        memory.replace(&name, &original);
+    }
 }
