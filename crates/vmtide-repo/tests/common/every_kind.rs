@@ -5,13 +5,14 @@ use std::sync::Arc;
 use vmtide_block::{BlockDevice, ByteRange, CancelToken, Progress, RangeSet};
 use vmtide_repo::{
     ChangedRanges, DenyStore, DiskPlan, HoldOptions, KdfParameters, Level, MemoryStore,
-    ObjectStore, Password, PruneOptions, ReadData, Repository, RestorePoint, VerifyOptions,
+    ObjectStore, Password, PruneOptions, Purpose, ReadData, Repository, RestorePoint,
+    VerifyOptions,
 };
 
 const BLOCK: usize = 4096;
 
 /// The prefixes of the objects that [`every_kind`] makes.
-pub const KINDS: [&str; 10] = [
+pub const KINDS: [&str; 12] = [
     "vmtide.repo",
     "keys/",
     "packs/",
@@ -22,6 +23,8 @@ pub const KINDS: [&str; 10] = [
     "holds/",
     "damaged/",
     "healed/",
+    "leases/",
+    "condemned/",
 ];
 
 /// Blocks of text that compress to little, no two of them the same.
@@ -38,9 +41,8 @@ pub fn contents() -> Vec<Vec<u8>> {
     let mut changed = text(256, 1);
     changed[..200 * BLOCK].copy_from_slice(&text(200, 2));
     let third = text(100, 3);
-    let mut fourth = third.clone();
-    fourth[..BLOCK].copy_from_slice(&text(1, 4));
-    vec![changed, third, fourth]
+    // Nothing changed: what is damaged of the third is still on the disk, all of it.
+    vec![changed, third.clone(), third]
 }
 
 fn store(
@@ -82,12 +84,6 @@ pub fn every_kind(memory: &Arc<MemoryStore>) -> String {
     repository.forget(&[first.id]).unwrap();
     let (progress, cancel) = (Progress::new(), CancelToken::new());
     repository.prune(&PruneOptions::default(), &progress, &cancel).unwrap();
-    let options = HoldOptions { reason: "kept".into(), ..HoldOptions::default() };
-    repository.hold(held.id, &options).unwrap();
-    let released = repository.hold(held.id, &options).unwrap();
-    let denying: Arc<dyn ObjectStore> = Arc::new(DenyStore::new(Arc::clone(&shared)));
-    reopen(&denying).unwrap().release_hold(released.id).unwrap();
-
     let before = packs(memory);
     let third = store(&repository, &contents[1], None);
     let victim = packs(memory).into_iter().find(|name| !before.contains(name)).unwrap();
@@ -97,6 +93,16 @@ pub fn every_kind(memory: &Arc<MemoryStore>) -> String {
     let options = VerifyOptions { points: Vec::new(), read: ReadData::All, seed: None };
     assert_eq!(repository.verify(&options, &progress, &cancel).unwrap().quarantined, 1);
     store(&reopen(&shared).unwrap(), &contents[2], Some((&third, 1)));
+    // A prune that has to wait for a reader leaves its list.
+    let dead = store(&repository, &text(20, 9), None);
+    let _reader = repository.lease(Purpose::Read).unwrap();
+    repository.forget(&[dead.id]).unwrap();
+    repository.prune(&PruneOptions::default(), &progress, &cancel).unwrap();
+    let options = HoldOptions { reason: "kept".into(), ..HoldOptions::default() };
+    repository.hold(held.id, &options).unwrap();
+    let released = repository.hold(held.id, &options).unwrap();
+    let denying: Arc<dyn ObjectStore> = Arc::new(DenyStore::new(Arc::clone(&shared)));
+    reopen(&denying).unwrap().release_hold(released.id).unwrap();
     victim
 }
 
