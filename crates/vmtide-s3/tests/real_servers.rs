@@ -17,6 +17,7 @@ use conformance::{Promises, Subject};
 use servers::{KEY_ID, SECRET_KEY, Server, moto, s3s_fs};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use vmtide_repo::{ObjectStore, RepoError, Retention, RetentionMode, read_small};
 use vmtide_s3::{
     Guarantee, ObjectLockState, ProbeDepth, S3Options, S3Store, StaticCredentials, Versioning,
@@ -42,10 +43,30 @@ fn subjects() -> Vec<Subject> {
     // Neither server lets exactly one of several simultaneous writers win in every round: no
     // protocol of vmtide needs that.
     let promises = Promises { one_winner: false, no_replacement: true, locks: false };
-    [s3s_fs(), moto()]
+    let mut subjects: Vec<_> = [s3s_fs(), moto()]
         .into_iter()
         .map(|server| Subject { store: Arc::new(store(server)), promises, guard: None })
-        .collect()
+        .collect();
+    subjects.extend(named_server());
+    subjects
+}
+
+/// The server of `VMTIDE_TEST_S3` (`s3://BUCKET/PREFIX`, with keys and endpoint by `AWS_*`): any other,
+/// such as Garage, MinIO or AWS. What it leaves under the prefix is the user's to remove.
+fn named_server() -> Option<Subject> {
+    static NUMBER: AtomicU32 = AtomicU32::new(0);
+    let url = std::env::var("VMTIDE_TEST_S3").ok()?;
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    let run = format!("{}-{number}", std::process::id());
+    let options = S3Options::parse(&format!("{url}/{run}")).unwrap();
+    let store = S3Store::create(&options).unwrap();
+    let found = store.require(ProbeDepth::Full).unwrap();
+    let promises = Promises {
+        one_winner: false,
+        no_replacement: found.conditional_write == Guarantee::Yes,
+        locks: false,
+    };
+    Some(Subject { store: Arc::new(store), promises, guard: None })
 }
 
 conformance_tests!(subjects);
