@@ -142,6 +142,25 @@ def argon2id(password, salt, memory_kib, iterations, lanes):
     )
 
 
+ALPHABET = b"0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+
+
+def canonical(password):
+    """The 47 characters of a recovery key, however it is written; any other password as it is (§5.1)."""
+    text = password.upper().translate(bytes.maketrans(b"OIL", b"011"), b"- \t\r\n")
+    symbols = [ALPHABET.find(byte) for byte in text]
+    if len(symbols) != 40 or -1 in symbols:
+        return password
+    for number in range(8):
+        check = 0
+        for symbol in reversed(symbols[5 * number : 5 * number + 4]):
+            check = (check ^ symbol) << 1
+            check ^= 0b100101 if check & 32 else 0
+        if check ^ (number + 1) != symbols[5 * number + 4]:
+            return password
+    return b"-".join(text[5 * number : 5 * number + 5] for number in range(8))
+
+
 class Repository:
     def __init__(self, path, password):
         self.path = path
@@ -186,8 +205,11 @@ class Repository:
     def unlock(self, config_data, password):
         """The master key from the first slot that opens (§5)."""
         slots, problem = [], None
-        names = list(self.names("keys"))
-        need(len(names) <= 64, "keys/", "more than 64 key slots")
+        password = canonical(password)
+        names = self.names("keys")
+        # Of too many, which anybody can put there, those that were there first.
+        age = lambda digits: os.stat(os.path.join(self.path, "keys", digits)).st_mtime_ns
+        names = sorted(names, key=age)[:64] if len(names) > 64 else names
         for digits in names:
             try:
                 slots.append(self.slot(digits))
@@ -809,7 +831,7 @@ def run(arguments):
         if arguments.password_file:
             with open(arguments.password_file, "rb") as file:
                 data = file.read()
-                return data[:-1] if data.endswith(b"\n") else data
+                return re.sub(rb"\r?\n\Z", b"", data)
         if "VMTIDE_PASSWORD" in os.environ:
             return os.environb[b"VMTIDE_PASSWORD"]
         return getpass.getpass("Password: ").encode()

@@ -159,6 +159,11 @@ for ENCRYPTION in aes-256-gcm none; do
     check 1 2 "kept by a hold alone"
 
     if [[ "$ENCRYPTION" != none ]]; then
+        vmtide key add -r "$REPO" --recovery --recovery-file "$WORK/paper"
+        tr -d '-' <"$WORK/paper" | tr '[:upper:]01' '[:lower:]oi' | tr -d '\n' >"$WORK/typed"
+        printf '\r\n' >>"$WORK/typed"
+        restore_py --password-file "$WORK/typed" "$REPO" >/dev/null || die "a recovery key in small letters"
+        rm "$WORK/paper" "$WORK/typed"
         VMTIDE_PASSWORD=wrong expect 4 "wrong password" restore_py "$REPO"
     fi
     expect 6 "no such point" restore_py "$REPO" 00000000 disk "$WORK/none"

@@ -5,7 +5,7 @@ use crate::{EngineError, Result};
 use serde::Serialize;
 use std::path::Path;
 use vmtide_hypervisor::VmConfig;
-use vmtide_repo::{Repository, RestorePoint};
+use vmtide_repo::{KeyList, Repository, RestorePoint};
 
 /// Below this a backup of an ordinary VM is likely to end for lack of space.
 const LOW_SPACE_BYTES: u64 = 10 << 30;
@@ -203,13 +203,20 @@ pub fn check_repository(repository: &Repository, directory: Option<&Path>) -> Ve
         ),
     );
     match repository.keys() {
-        Ok(keys) if keys.is_empty() => findings.ok("keys", "not encrypted: no key is needed"),
-        Ok(keys) if keys.len() == 1 => findings.warn(
+        Ok(KeyList { unreadable, .. }) if !unreadable.is_empty() => findings.warn(
+            "keys",
+            unreadable.iter().map(|(_, error)| error.to_string()).collect::<Vec<_>>().join("; "),
+            "remove with `vmtide key remove` what is no key of yours",
+        ),
+        Ok(KeyList { keys, .. }) if keys.is_empty() => {
+            findings.ok("keys", "not encrypted: no key is needed");
+        }
+        Ok(KeyList { keys, .. }) if keys.len() == 1 => findings.warn(
             "keys",
             "one key slot: who loses this password loses all backups",
             "add a second password with `vmtide key add` and keep it elsewhere",
         ),
-        Ok(keys) => findings.ok("keys", format!("{} key slots", keys.len())),
+        Ok(KeyList { keys, .. }) => findings.ok("keys", format!("{} key slots", keys.len())),
         Err(error) => findings.fail("keys", error.to_string(), "run `vmtide verify`"),
     }
     check_points(&mut findings, repository);

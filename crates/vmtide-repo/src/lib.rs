@@ -64,7 +64,7 @@ pub use forget::ForgetReport;
 pub use hold::{Hold, HoldList, HoldOptions};
 pub use id::{BLOCK_BYTES, ChunkId, Location, ObjectId};
 pub use immutable::Immutability;
-pub use keys::{KdfParameters, KeySlotInfo, RecoveryKey, RotatedKey};
+pub use keys::{KdfParameters, KeyList, KeySlotInfo, RecoveryKey, RotatedKey};
 pub use lease::{Lease, Purpose};
 pub use password::Password;
 pub use point::{DiskCounts, DiskRecord, Level, Origin, RestorePoint, TrackingRecord};

@@ -8,7 +8,7 @@ use crate::crypto::MasterKey;
 use crate::disk::PointDisk;
 use crate::envelope::ObjectKind;
 use crate::hold::Hold;
-use crate::keys::{self, KdfParameters, KeySlotInfo};
+use crate::keys::{self, KdfParameters};
 use crate::lease::{self, Lease, Purpose};
 use crate::map::DiskMap;
 use crate::password::Password;
@@ -17,6 +17,7 @@ use crate::point_list::{self, PointCache, Reading};
 use crate::store::ObjectStore;
 use crate::{BLOCK_BYTES, ObjectId, RepoError, Result};
 use jiff::Timestamp;
+use parking_lot::Mutex;
 use serde::Serialize;
 use std::sync::Arc;
 use vmtide_block::{ByteRange, CancelToken, Progress, RangeSet};
@@ -101,6 +102,8 @@ pub struct Repository {
     pub(crate) master: MasterKey,
     /// The key slot it was opened with.
     pub(crate) slot: Option<ObjectId>,
+    /// The key slots that a password was seen to open: that one, and those added since.
+    pub(crate) opened: Arc<Mutex<Vec<ObjectId>>>,
 }
 
 impl Repository {
@@ -199,6 +202,7 @@ impl Repository {
             config_bytes: Arc::new(config_bytes),
             master,
             slot,
+            opened: Arc::new(Mutex::new(slot.into_iter().collect())),
         })
     }
 
@@ -227,35 +231,6 @@ impl Repository {
             Purpose::Read => Lease::begin_reading(&self.context, purpose),
             Purpose::Backup | Purpose::Prune => Lease::begin(&self.context, purpose),
         }
-    }
-
-    /// The key slots.
-    ///
-    /// # Errors
-    /// Those of the store; [`RepoError::Damaged`].
-    pub fn keys(&self) -> Result<Vec<KeySlotInfo>> {
-        keys::list(&*self.context.store)
-    }
-
-    /// Adds a password.
-    ///
-    /// # Errors
-    /// [`RepoError::Invalid`] in a repository without encryption; those of the store.
-    pub fn add_key(
-        &self,
-        label: &str,
-        password: &Password,
-        kdf: &KdfParameters,
-    ) -> Result<KeySlotInfo> {
-        self.add_slot(label, password, kdf)
-    }
-
-    /// Removes a key slot; its password opens nothing any more.
-    ///
-    /// # Errors
-    /// [`RepoError::Invalid`] for the last one, [`RepoError::NotFound`]; those of the store.
-    pub fn remove_key(&self, id: ObjectId) -> Result<()> {
-        keys::remove(&*self.context.store, id)
     }
 
     /// All restore points that count.

@@ -49,7 +49,7 @@ fn a_password_is_changed_at_every_step_or_not() {
         let repository = open(&copy, works).unwrap();
         let again = repository.rotate_key(slot(&repository), "", &Password::new("three"), &kdf());
         assert!(again.unwrap().old_left.is_none(), "step {step}");
-        for key in open(&copy, "three").unwrap().keys().unwrap() {
+        for key in open(&copy, "three").unwrap().keys().unwrap().keys {
             if Some(key.id) != open(&copy, "three").unwrap().opened_with() {
                 repository.remove_key(key.id).unwrap();
             }
@@ -112,7 +112,7 @@ fn two_that_remove_the_last_two_keys_at_once_leave_one() {
             handles.map(|handle| handle.join().unwrap())
         });
         assert_ne!(removed, [true, true]);
-        let left = repository.keys().unwrap().len();
+        let left = repository.keys().unwrap().keys.len();
         assert_eq!(left, 2 - removed.iter().filter(|done| **done).count());
         let names = memory.names();
         assert!(!names.iter().any(|name| name.starts_with("removing/")), "{names:?}");
@@ -157,7 +157,7 @@ fn a_credential_that_may_not_remove_changes_a_password_and_says_what_is_left() {
     // Nothing is left that would keep one who may from removing any of the two.
     let admin = open(&full, "two").unwrap();
     admin.remove_key(old).unwrap();
-    assert_eq!(admin.keys().unwrap().len(), 1);
+    assert_eq!(admin.keys().unwrap().keys.len(), 1);
     let error = admin.rotate_key(old, "", &Password::new("x"), &kdf()).unwrap_err();
     assert!(matches!(error, RepoError::NotFound { .. }), "{error}");
 }

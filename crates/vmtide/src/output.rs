@@ -48,6 +48,19 @@ impl Output {
         }
     }
 
+    /// Text that must reach somebody, or the run ends before anything depends on it.
+    ///
+    /// # Errors
+    /// Those of writing to standard output.
+    pub fn must_write(&self, text: &str) -> std::io::Result<()> {
+        let mut written = Ok(());
+        self.above_bar(|| {
+            let mut out = std::io::stdout().lock();
+            written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+        });
+        written
+    }
+
     /// Lines of the result, for people only.
     pub fn lines(&self, lines: impl IntoIterator<Item = String>) {
         lines.into_iter().for_each(|line| self.line(line));

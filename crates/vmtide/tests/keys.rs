@@ -84,3 +84,44 @@ fn a_recovery_key_goes_to_a_file_of_its_own_and_never_into_json() {
     place.run(&["key", "add", "-r", "open", "--recovery"]).must_end_with(1);
     place.run(&["key", "rotate", "-r", "open"]).must_end_with(1);
 }
+
+#[cfg(unix)]
+#[test]
+fn a_recovery_key_that_nobody_saw_changes_nothing() {
+    let place = Place::with_repository();
+    for arguments in [["key", "rotate", "--recovery"], ["key", "add", "--recovery"]] {
+        // A shell in between, because only it can be told where the output is to go.
+        let mut command = assert_cmd::Command::new("sh");
+        command
+            .args(["-c", "exec \"$0\" \"$@\" > /dev/full"])
+            .arg(assert_cmd::cargo::cargo_bin!("vmtide"))
+            .args(arguments)
+            .current_dir(place.path("."))
+            .env("VMTIDE_STATE_DIR", place.path("state"))
+            .env("VMTIDE_PASSWORD", common::PASSWORD)
+            .env("VMTIDE_REPOSITORY", place.repository());
+        let run = finish(&mut command).must_end_with(1);
+        assert!(run.stderr.contains("show the recovery key"), "{}", run.stderr);
+    }
+    let list = place.run(&["key", "list", "--json"]).must_end_with(0).summary();
+    assert_eq!(list["keys"].as_array().map(Vec::len), Some(1));
+}
+
+#[test]
+fn junk_among_the_keys_is_shown_and_keeps_nobody_from_changing_them() {
+    let place = Place::with_repository();
+    let id = "0123456789abcdef0123456789abcdef";
+    let junk = place.repository().join("keys").join(id);
+    std::fs::write(&junk, "junk").unwrap_or_default();
+    let run = place.run(&["key", "list"]).must_end_with(3);
+    assert!(run.stderr.contains("key remove 01234567"), "{}", run.stderr);
+    let listed = place.run(&["key", "list", "--json"]).must_end_with(3).summary();
+    assert_eq!(listed["unreadable"][0]["id"], id);
+    place.run(&["key", "rotate", "--new-password-command", "echo two"]).must_end_with(0);
+    with_password(&place, "two", &["key", "remove", "0123"]).must_end_with(0);
+    assert!(!junk.exists());
+    let list = with_password(&place, "two", &["key", "list", "--json"]).must_end_with(0).summary();
+    let only = list["keys"][0]["id"].as_str().unwrap_or_default().to_owned();
+    let run = with_password(&place, "two", &["key", "remove", &only]).must_end_with(1);
+    assert!(run.stderr.contains("is the last"), "{}", run.stderr);
+}

@@ -1,6 +1,8 @@
 //! Changing the keys of an open repository.
 
-use super::{KdfParameters, KeySlotInfo, RecoveryKey, create_slot, read_slots, remove};
+use super::{
+    KdfParameters, KeyList, KeySlotInfo, RecoveryKey, create_slot, list, read_slots, remove,
+};
 use crate::config::Encryption;
 use crate::repository::Repository;
 use crate::{ObjectId, Password, RepoError, Result};
@@ -20,6 +22,47 @@ impl Repository {
         self.slot
     }
 
+    /// The key slots.
+    ///
+    /// # Errors
+    /// Those of the store. A slot that cannot be read is not an error here: it is listed.
+    pub fn keys(&self) -> Result<KeyList> {
+        list(&*self.context.store)
+    }
+
+    /// Adds a password: makes a slot for it, reads it back and opens it.
+    ///
+    /// # Errors
+    /// [`RepoError::Invalid`] in a repository without encryption, and where there are 64 slots; those of the
+    /// store.
+    pub fn add_key(
+        &self,
+        label: &str,
+        password: &Password,
+        kdf: &KdfParameters,
+    ) -> Result<KeySlotInfo> {
+        if self.config.encryption == Encryption::None {
+            return Err(RepoError::Invalid(
+                "this repository is not encrypted: it has no keys".into(),
+            ));
+        }
+        let store = &*self.context.store;
+        let key = create_slot(store, &self.config_bytes, &self.master, label, password, kdf)?;
+        self.check_opens(key.id, password)?;
+        self.opened.lock().push(key.id);
+        Ok(key)
+    }
+
+    /// Removes a key slot, readable or not; its password opens nothing any more. One stays that was seen to
+    /// open: the one this was opened with, or one that was added since.
+    ///
+    /// # Errors
+    /// [`RepoError::Invalid`] where none would stay, [`RepoError::NotFound`]; those of the store.
+    pub fn remove_key(&self, id: ObjectId) -> Result<()> {
+        let opened = self.opened.lock().clone();
+        remove(&*self.context.store, id, &opened)
+    }
+
     /// Adds a recovery key: a password made here, to be written down. Answers with it; it is stored
     /// nowhere.
     ///
@@ -34,8 +77,7 @@ impl Repository {
         Ok((self.add_key(label, &key.password(), kdf)?, key))
     }
 
-    /// Changes a password: makes a slot for the new one, reads it back and opens it, and only then removes
-    /// the slot `old`. Interrupted anywhere, the old or both passwords open the repository.
+    /// Changes a password: [adds](Self::add_key) the new one, and only then removes the slot `old`. Interrupted anywhere, the old or both passwords open the repository.
     ///
     /// The master key stays the same. Who has had it, or a copy of the repository with the old slot and its
     /// password, can read what is stored now and later; a new master key takes a copy to a new repository.
@@ -60,24 +102,7 @@ impl Repository {
             });
         }
         let key = self.add_key(label, password, kdf)?;
-        self.check_opens(key.id, password)?;
-        Ok(RotatedKey { key, old_left: remove(store, old).err() })
-    }
-
-    /// Adds a slot (see [`add_key`](Self::add_key)) for an encrypted repository.
-    pub(crate) fn add_slot(
-        &self,
-        label: &str,
-        password: &Password,
-        kdf: &KdfParameters,
-    ) -> Result<KeySlotInfo> {
-        if self.config.encryption == Encryption::None {
-            return Err(RepoError::Invalid(
-                "this repository is not encrypted: it has no keys".into(),
-            ));
-        }
-        let store = &*self.context.store;
-        create_slot(store, &self.config_bytes, &self.master, label, password, kdf)
+        Ok(RotatedKey { key, old_left: self.remove_key(old).err() })
     }
 
     /// Reads a slot back and opens it.

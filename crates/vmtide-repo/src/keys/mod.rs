@@ -28,7 +28,9 @@ use slot::Slot;
 const PREFIX: &str = "keys/";
 
 /// The most slots that are read. People have a handful; somebody who can write to the store could
-/// have readers look through any number, each at the price of [`KdfParameters`]' limits.
+/// have readers look through any number, each at the price of [`KdfParameters`]' limits. Where there are
+/// more, those are read that the store has had longest, so that adding some closes the repository to
+/// nobody.
 const MAX_SLOTS: usize = 64;
 
 fn object_name(id: ObjectId) -> String {
@@ -39,8 +41,8 @@ fn object_name(id: ObjectId) -> String {
 /// be in the store yet.
 ///
 /// # Errors
-/// [`RepoError::Invalid`] for an empty password, or parameters or a label that cannot be; those of
-/// the store.
+/// [`RepoError::Invalid`] for an empty password, parameters or a label that cannot be, or where there are
+/// [`MAX_SLOTS`] already; those of the store.
 pub(crate) fn create_slot(
     store: &dyn ObjectStore,
     config_bytes: &[u8],
@@ -50,6 +52,15 @@ pub(crate) fn create_slot(
     kdf: &KdfParameters,
 ) -> Result<KeySlotInfo> {
     let repository = RepositoryConfig::decode(config_bytes)?.id;
+    let (ids, more) = slot_ids(store)?;
+    if ids.len() + more.len() >= MAX_SLOTS {
+        return Err(RepoError::Invalid(format!(
+            "{} has {} objects under {PREFIX}, of which no more than {MAX_SLOTS} are read: remove some \
+             (`vmtide key list`, `vmtide key remove`) before another is added",
+            store.location(),
+            ids.len() + more.len()
+        )));
+    }
     let slot = Slot::seal(repository, config_bytes, master, label, password, kdf)?;
     store.put(&object_name(slot.info.id), &slot.encode()?)?;
     Ok(slot.info)
@@ -69,10 +80,6 @@ pub(crate) fn unlock(
     let Slots { mut readable, unreadable } =
         read_slots(store, RepositoryConfig::decode(config_bytes)?.id)?;
     let written = recovery::recognise(password);
-    let password = match &written {
-        Recognised::Key(key) => &key.password(),
-        Recognised::Mistyped(_) | Recognised::Other => password,
-    };
     // A hostile slot that takes minutes must not stand before an honest one.
     readable.sort_by_key(|slot| slot.info.kdf.cost());
     for slot in &readable {
@@ -96,18 +103,26 @@ pub(crate) fn unlock(
     Err(RepoError::WrongPassword { repository })
 }
 
+/// The key slots of a repository.
+#[derive(Debug, Default)]
+pub struct KeyList {
+    /// Those that can be read, oldest first. None of them is sure to open with anything: whoever can write
+    /// to the store can put a slot there.
+    pub keys: Vec<KeySlotInfo>,
+    /// Those that cannot, and why; no password is tried on them.
+    pub unreadable: Vec<(ObjectId, RepoError)>,
+}
+
 /// The slots, oldest first.
 ///
 /// # Errors
-/// [`RepoError::Damaged`] or [`RepoError::Unsupported`] where one cannot be read; those of the store.
-pub(crate) fn list(store: &dyn ObjectStore) -> Result<Vec<KeySlotInfo>> {
-    let slots = read_slots(store, repository_of(store)?)?;
-    if let Some((_, error)) = slots.unreadable.into_iter().next() {
-        return Err(error);
-    }
-    let mut infos: Vec<KeySlotInfo> = slots.readable.into_iter().map(|slot| slot.info).collect();
-    infos.sort_by_key(|info| (info.created, info.id));
-    Ok(infos)
+/// Those of the store; [`RepoError::Damaged`] for the configuration. A slot that cannot be read is not an
+/// error here: it is listed.
+pub(crate) fn list(store: &dyn ObjectStore) -> Result<KeyList> {
+    let Slots { readable, unreadable } = read_slots(store, repository_of(store)?)?;
+    let mut keys: Vec<KeySlotInfo> = readable.into_iter().map(|slot| slot.info).collect();
+    keys.sort_by_key(|info| (info.created, info.id));
+    Ok(KeyList { keys, unreadable })
 }
 
 /// The slots that cannot be read, and why.
@@ -124,23 +139,23 @@ struct Slots {
     unreadable: Vec<(ObjectId, RepoError)>,
 }
 
-/// Reads all slots of a repository. Those of another, left by an interrupted `init`, are passed over.
-fn read_slots(store: &dyn ObjectStore, repository: ObjectId) -> Result<Slots> {
-    let mut ids = Vec::new();
+/// The ids of the slots that are read, and of those that are too many.
+fn slot_ids(store: &dyn ObjectStore) -> Result<(Vec<ObjectId>, Vec<ObjectId>)> {
+    let mut found = Vec::new();
     store.list(PREFIX, &mut |entry| {
-        let id = entry.name.strip_prefix(PREFIX).map(str::parse::<ObjectId>);
-        match id {
-            Some(Ok(_)) if ids.len() == MAX_SLOTS => Err(RepoError::damaged(
-                PREFIX,
-                format!("more than {MAX_SLOTS} key slots: somebody put them there"),
-            )),
-            Some(Ok(id)) => {
-                ids.push(id);
-                Ok(())
-            }
-            _ => Ok(()),
-        }
+        let id = entry.name.strip_prefix(PREFIX).and_then(|id| id.parse::<ObjectId>().ok());
+        found.extend(id.map(|id| (entry.modified, id)));
+        Ok(())
     })?;
+    found.sort_unstable();
+    let mut ids: Vec<ObjectId> = found.into_iter().map(|(_, id)| id).collect();
+    let more = ids.split_off(ids.len().min(MAX_SLOTS));
+    Ok((ids, more))
+}
+
+/// Reads the slots of a repository. Those of another, left by an interrupted `init`, are passed over.
+fn read_slots(store: &dyn ObjectStore, repository: ObjectId) -> Result<Slots> {
+    let (ids, more) = slot_ids(store)?;
     let mut slots = Slots { readable: Vec::new(), unreadable: Vec::new() };
     for id in ids {
         let slot =
@@ -152,7 +167,14 @@ fn read_slots(store: &dyn ObjectStore, repository: ObjectId) -> Result<Slots> {
             Err(error) => slots.unreadable.push((id, error)),
         }
     }
+    slots.unreadable.extend(more.into_iter().map(|id| (id, too_many(id))));
     Ok(slots)
+}
+
+fn too_many(id: ObjectId) -> RepoError {
+    let detail =
+        format!("one of more than {MAX_SLOTS} key slots, and newer than those that are read");
+    RepoError::damaged(object_name(id), detail)
 }
 
 fn repository_of(store: &dyn ObjectStore) -> Result<ObjectId> {

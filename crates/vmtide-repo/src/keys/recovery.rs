@@ -84,6 +84,15 @@ pub(super) enum Recognised {
     Other,
 }
 
+/// The bytes a slot is sealed with: of a recovery key, however it is written, its 47 characters; of
+/// everything else the password as it is.
+pub(super) fn canonical(password: &Password) -> Password {
+    match recognise(password) {
+        Recognised::Key(key) => key.password(),
+        Recognised::Mistyped(_) | Recognised::Other => password.clone(),
+    }
+}
+
 /// Reads a recovery key however it is written: small letters, spaces or nothing between the groups,
 /// letters for the digits they look like.
 pub(super) fn recognise(password: &Password) -> Recognised {

@@ -1,6 +1,6 @@
 //! One key slot: the master key sealed with a key from a password (format §5).
 
-use super::KdfParameters;
+use super::{KdfParameters, recovery};
 use crate::crypto::MasterKey;
 use crate::document;
 use crate::id::{parse_hex, to_hex};
@@ -95,7 +95,7 @@ impl Slot {
         }
         let id = ObjectId::random()?;
         let ObjectId(salt) = ObjectId::random()?;
-        let key = cipher(&kdf.derive(password, &salt)?)?;
+        let key = cipher(&kdf.derive(&recovery::canonical(password), &salt)?)?;
         let mut sealed = [0; SEALED_BYTES];
         sealed[..32].copy_from_slice(master.as_bytes());
         let tag = key
@@ -116,12 +116,13 @@ impl Slot {
         })
     }
 
-    /// The master key, or None where the password is another.
+    /// The master key, or None where the password is another. A recovery key opens however it is written.
     ///
     /// # Errors
     /// `Io` where the memory to derive the key is not to be had.
     pub fn open(&self, config_bytes: &[u8], password: &Password) -> Result<Option<MasterKey>> {
-        let key = cipher(&self.info.kdf.derive(password, &self.salt)?)?;
+        let password = recovery::canonical(password);
+        let key = cipher(&self.info.kdf.derive(&password, &self.salt)?)?;
         let mut sealed = Zeroizing::new(self.sealed);
         let associated = associated(self.info.id, config_bytes);
         let Ok(opened) = key.open_in_place(nonce(), associated, &mut sealed[..]) else {

@@ -55,7 +55,7 @@ fn any_of_several_passwords_opens_and_no_other() {
     for password in ["", "One", "one ", "three"] {
         assert!(!opens(&store, &config, password).unwrap(), "{password}");
     }
-    assert_eq!(list(&store).unwrap().len(), 4);
+    assert_eq!(list(&store).unwrap().keys.len(), 4);
 }
 
 #[test]
@@ -63,7 +63,7 @@ fn a_slot_shows_what_it_was_made_with_and_nothing_secret() {
     let (store, config) = repository();
     let made = create_slot(&store, &config, &master(), "office", &Password::new("hunter2"), &CHEAP)
         .unwrap();
-    assert_eq!(list(&store).unwrap(), std::slice::from_ref(&made));
+    assert_eq!(list(&store).unwrap().keys, std::slice::from_ref(&made));
     assert_eq!((made.label.as_str(), made.kdf), ("office", CHEAP));
     let stored = store.bytes(&object_name(made.id)).unwrap();
     let stored = std::str::from_utf8(&stored).unwrap();
@@ -76,14 +76,15 @@ fn a_slot_shows_what_it_was_made_with_and_nothing_secret() {
 fn a_removed_password_opens_nothing_and_the_last_stays() {
     let (store, config) = repository();
     let first = add(&store, &config, "one");
-    let error = remove(&store, first).unwrap_err();
+    let error = remove(&store, first, &[first]).unwrap_err();
     assert!(matches!(error, RepoError::Invalid(_)), "{error}");
     let second = add(&store, &config, "two");
-    remove(&store, first).unwrap();
+    let opened = [first, second];
+    remove(&store, first, &opened).unwrap();
     assert!(!opens(&store, &config, "one").unwrap());
     assert!(opens(&store, &config, "two").unwrap());
-    assert!(matches!(remove(&store, first), Err(RepoError::NotFound { .. })));
-    assert!(matches!(remove(&store, second), Err(RepoError::Invalid(_))));
+    assert!(matches!(remove(&store, first, &opened), Err(RepoError::NotFound { .. })));
+    assert!(matches!(remove(&store, second, &opened), Err(RepoError::Invalid(_))));
 }
 
 #[test]
@@ -102,7 +103,7 @@ fn what_cannot_be_a_slot_is_not_made() {
     ] {
         assert!(matches!(made, Err(RepoError::Invalid(_))));
     }
-    assert!(list(&store).unwrap().is_empty());
+    assert!(list(&store).unwrap().keys.is_empty());
 }
 
 #[test]
@@ -118,10 +119,10 @@ fn slots_of_a_repository_that_never_was_do_not_count() {
     let (_, other_config) = repository();
     let stray = add(&store, &other_config, "stray");
     let own = add(&store, &config, "one");
-    assert_eq!(list(&store).unwrap().len(), 1);
+    assert_eq!(list(&store).unwrap().keys.len(), 1);
     assert!(!opens(&store, &config, "stray").unwrap());
-    assert!(matches!(remove(&store, own), Err(RepoError::Invalid(_))));
-    remove(&store, stray).unwrap();
+    assert!(matches!(remove(&store, own, &[own, stray]), Err(RepoError::Invalid(_))));
+    remove(&store, stray, &[own]).unwrap();
 }
 
 #[test]
@@ -153,10 +154,12 @@ fn a_damaged_slot_is_damage_where_it_is_the_only_one_and_named_beside_others() {
     let error = unlock(&store, &config, &Password::new("one")).unwrap_err();
     assert!(matches!(error, RepoError::WrongPassword { .. }), "{error}");
     assert!(error.to_string().contains(&object_name(id)), "{error}");
-    assert!(list(&store).unwrap_err().is_damage());
-    assert!(matches!(remove(&store, other), Err(RepoError::Invalid(_))));
-    remove(&store, id).unwrap();
-    assert_eq!(list(&store).unwrap().len(), 1);
+    let listed = list(&store).unwrap();
+    assert_eq!((listed.keys.len(), listed.unreadable.len()), (1, 1));
+    assert!(listed.unreadable[0].0 == id && listed.unreadable[0].1.is_damage());
+    assert!(matches!(remove(&store, other, &[id, other]), Err(RepoError::Invalid(_))));
+    remove(&store, id, &[other]).unwrap();
+    assert_eq!(list(&store).unwrap().keys.len(), 1);
 }
 
 #[test]
@@ -205,13 +208,98 @@ fn hostile_parameters_are_refused_at_once() {
 }
 
 #[test]
-fn too_many_slots_are_not_looked_through() {
+fn more_slots_than_are_read_keep_nobody_out_and_are_not_made() {
     let (store, config) = repository();
-    add(&store, &config, "one");
-    for n in 0..MAX_SLOTS {
+    let first = add(&store, &config, "one");
+    for n in 0..MAX_SLOTS - 1 {
+        std::thread::sleep(std::time::Duration::from_millis(1));
         store.replace(&format!("keys/{n:032x}"), b"");
     }
-    assert!(opens(&store, &config, "one").unwrap_err().is_damage());
+    let full = || create_slot(&store, &config, &master(), "", &Password::new("two"), &CHEAP);
+    let error = full().unwrap_err();
+    assert!(matches!(error, RepoError::Invalid(_)), "{error}");
+    store.replace("keys/0000000000000000ffffffffffffffff", b"");
+    assert!(opens(&store, &config, "one").unwrap(), "the oldest are read");
+    assert!(matches!(full(), Err(RepoError::Invalid(_))));
+    let KeyList { keys, unreadable } = list(&store).unwrap();
+    assert_eq!((keys.len(), unreadable.len()), (1, MAX_SLOTS));
+    for (id, _) in unreadable {
+        remove(&store, id, &[first]).unwrap();
+    }
+    assert!(full().is_ok());
+}
+
+#[test]
+fn a_recovery_key_given_as_a_chosen_password_opens_however_it_is_written() {
+    let (store, config) = repository();
+    let key = RecoveryKey::random().unwrap();
+    let (small, bare) = (key.text().to_lowercase(), key.text().replace('-', ""));
+    for written in [key.text(), &small, &bare, &format!(" {small}\n")] {
+        let id = add(&store, &config, written);
+        for typed in [key.text(), &small, &bare] {
+            assert!(opens(&store, &config, typed).unwrap(), "{written:?} as {typed:?}");
+        }
+        remove(&store, id, &[add(&store, &config, "other")]).unwrap();
+    }
+}
+
+#[test]
+fn a_slot_that_opens_with_nothing_does_not_count_as_one_that_is_left() {
+    let (store, config) = repository();
+    let own = add(&store, &config, "one");
+    let junk = add(&store, &config, "junk");
+    change(&store, junk, |value| value["sealed_master_key"] = json!("00".repeat(48)));
+    let error = remove(&store, own, &[own]).unwrap_err();
+    assert!(error.to_string().contains("key rotate"), "{error}");
+    assert!(opens(&store, &config, "one").unwrap());
+    remove(&store, junk, &[own]).unwrap();
+}
+
+/// Says that what is not there may be removed, as a directory does that can only be added to, and denies
+/// the rest.
+#[derive(Clone)]
+struct AppendOnly(MemoryStore);
+
+impl ObjectStore for AppendOnly {
+    fn location(&self) -> String {
+        self.0.location()
+    }
+    fn create(&self, name: &str) -> Result<Box<dyn crate::store::ObjectWriter>> {
+        self.0.create(name)
+    }
+    fn open(&self, name: &str) -> Result<Box<dyn crate::store::ObjectReader>> {
+        self.0.open(name)
+    }
+    fn list(
+        &self,
+        prefix: &str,
+        visit: &mut dyn FnMut(crate::store::ObjectEntry) -> Result<()>,
+    ) -> Result<()> {
+        self.0.list(prefix, visit)
+    }
+    fn remove(&self, name: &str) -> Result<()> {
+        match self.0.bytes(name) {
+            None => Ok(()),
+            Some(_) => Err(RepoError::io(
+                "remove",
+                std::io::Error::from(std::io::ErrorKind::PermissionDenied),
+            )),
+        }
+    }
+    fn remove_unfinished(&self) -> Result<u64> {
+        self.0.remove_unfinished()
+    }
+}
+
+#[test]
+fn a_removal_that_is_denied_late_announces_nothing() {
+    let (store, config) = repository();
+    let (first, second) = (add(&store, &config, "one"), add(&store, &config, "two"));
+    let opened = [first, second];
+    let error = remove(&AppendOnly(store.clone()), first, &opened).unwrap_err();
+    assert!(matches!(error, RepoError::Denied { .. }), "{error}");
+    remove(&store, second, &opened).unwrap();
+    assert!(opens(&store, &config, "one").unwrap());
 }
 
 #[test]
@@ -220,7 +308,7 @@ fn what_is_no_slot_by_name_is_left_alone() {
     add(&store, &config, "one");
     store.replace("keys/README", b"text");
     assert!(opens(&store, &config, "one").unwrap());
-    assert_eq!(list(&store).unwrap().len(), 1);
+    assert_eq!(list(&store).unwrap().keys.len(), 1);
 }
 
 proptest! {

@@ -11,7 +11,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use vmtide_engine::{EngineError, Result};
 use vmtide_repo::{
-    KdfParameters, KeySlotInfo, ObjectId, Password, RecoveryKey, RepoError, Repository,
+    KdfParameters, KeyList, KeySlotInfo, ObjectId, Password, RecoveryKey, RepoError, Repository,
 };
 
 const EXAMPLES: &str = "\
@@ -111,7 +111,7 @@ fn json_of(key: &KeySlotInfo) -> serde_json::Value {
 }
 
 fn list(app: &App, repository: &Repository) -> Result<Exit> {
-    let keys = repository.keys()?;
+    let KeyList { keys, unreadable } = repository.keys()?;
     let mut table = Table::new(&["id", "made", "used now", "label"]);
     let is_used = |key: &KeySlotInfo| repository.opened_with() == Some(key.id);
     for key in &keys {
@@ -123,7 +123,7 @@ fn list(app: &App, repository: &Repository) -> Result<Exit> {
             key.label.clone(),
         ]);
     }
-    if keys.is_empty() {
+    if keys.is_empty() && unreadable.is_empty() {
         app.output.remark("this repository is not encrypted: it has no keys");
     } else {
         app.output.lines(table.lines());
@@ -134,8 +134,21 @@ fn list(app: &App, repository: &Repository) -> Result<Exit> {
         json
     });
     let listed: Vec<_> = listed.collect();
-    app.output.summary(&serde_json::json!({ "keys": listed }));
-    Ok(Exit::Done)
+    warn_of(app, &unreadable);
+    let broken: Vec<_> = unreadable
+        .iter()
+        .map(|(id, error)| serde_json::json!({ "id": id, "message": error.to_string() }))
+        .collect();
+    app.output.summary(&serde_json::json!({ "keys": listed, "unreadable": broken }));
+    Ok(if unreadable.is_empty() { Exit::Done } else { Exit::Warnings })
+}
+
+/// No password is tried on these: one may be lost, or somebody put them there.
+fn warn_of(app: &App, unreadable: &[(ObjectId, RepoError)]) {
+    for (id, error) in unreadable {
+        let id = units::short_id(*id);
+        app.output.warning(&format!("{error}; `vmtide key remove {id}` removes it"));
+    }
 }
 
 fn check_encrypted(repository: &Repository) -> Result<ObjectId> {
@@ -186,14 +199,17 @@ impl NewKey<'_> {
     fn tell(&mut self, app: &App) -> Result<()> {
         let Self::Made(key, file) = self else { return Ok(()) };
         let Some((path, file)) = file else {
-            app.output.line("recovery key, shown only now; write it down and keep it safe:");
-            app.output.line("");
-            app.output.line(format!("    {}", key.text()));
-            app.output.line("");
-            return Ok(());
+            let text = zeroize::Zeroizing::new(format!(
+                "recovery key, shown only now; write it down and keep it safe:\n\n    {}\n\n",
+                key.text()
+            ));
+            return app.output.must_write(&text).map_err(|error| {
+                EngineError::io("show the recovery key; nothing was changed", error)
+            });
         };
         let written = file.write_all(key.text().as_bytes()).and_then(|()| file.write_all(b"\n"));
-        written.and_then(|()| file.sync_all()).map_err(|error| {
+        let written = written.and_then(|()| file.sync_all()).and_then(|()| sync_parent(path));
+        written.map_err(|error| {
             EngineError::io(format!("write the recovery key to {}", path.display()), error)
         })
     }
@@ -208,6 +224,19 @@ fn create_secret(path: &Path) -> Result<File> {
     options.open(path).map_err(|error| {
         EngineError::io(format!("make the file {} for the recovery key", path.display()), error)
     })
+}
+
+/// Makes the name of a new file durable.
+fn sync_parent(path: &Path) -> std::io::Result<()> {
+    // Windows has no such thing: names are in a journal there.
+    #[cfg(unix)]
+    {
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+        File::open(parent.unwrap_or_else(|| Path::new(".")))?.sync_all()?;
+    }
+    #[cfg(not(unix))]
+    let _ = path;
+    Ok(())
 }
 
 fn label_of(wanted: Option<&String>, recovery: bool) -> String {
@@ -235,11 +264,12 @@ fn remove(app: &App, repository: &Repository, prefix: &str) -> Result<Exit> {
 
 fn rotate(app: &App, repository: &Repository, args: &RotateArgs) -> Result<Exit> {
     let keys = repository.keys()?;
+    warn_of(app, &keys.unreadable);
     let used = check_encrypted(repository)?;
     let old = args.id.as_ref().map_or(Ok(used), |prefix| find(&keys, prefix))?;
     let mut new = args.new.get(app, repository)?;
     new.tell(app)?;
-    let label = keys.iter().find(|key| key.id == old).map(|key| key.label.clone());
+    let label = keys.keys.iter().find(|key| key.id == old).map(|key| key.label.clone());
     let label = args.label.clone().or(label.filter(|_| !args.new.recovery));
     let label = label_of(label.as_ref(), args.new.recovery);
     let kdf = KdfParameters::default();
@@ -256,13 +286,19 @@ fn rotate(app: &App, repository: &Repository, args: &RotateArgs) -> Result<Exit>
     Ok(Exit::Done)
 }
 
-fn find(keys: &[KeySlotInfo], prefix: &str) -> Result<ObjectId> {
-    let matching: Vec<_> = keys
+/// The slot, readable or not, whose id begins so.
+fn find(keys: &KeyList, prefix: &str) -> Result<ObjectId> {
+    let prefix = prefix.to_ascii_lowercase();
+    let unreadable = keys.unreadable.iter().map(|(id, _)| *id);
+    let matching: Vec<ObjectId> = keys
+        .keys
         .iter()
-        .filter(|key| !prefix.is_empty() && key.id.to_string().starts_with(prefix))
+        .map(|key| key.id)
+        .chain(unreadable)
+        .filter(|id| !prefix.is_empty() && id.to_string().starts_with(&prefix))
         .collect();
     match matching.as_slice() {
-        [key] => Ok(key.id),
+        [id] => Ok(*id),
         [] => Err(EngineError::NotFound {
             what: format!("key {prefix}"),
             hint: "see `vmtide key list`".into(),
