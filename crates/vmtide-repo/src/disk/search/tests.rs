@@ -32,6 +32,7 @@ impl World {
             sealed: true,
             damage: crate::context::DamageLog::default(),
             points: crate::point_list::PointCache::default(),
+            retention: None,
         });
         Self { store, context }
     }
