@@ -176,6 +176,11 @@ fn what_is_immutable_stays_and_shows_until_when() {
         std::fs::read(job.place.path("back.raw")).unwrap()
             == std::fs::read(job.place.path("web.raw")).unwrap()
     );
+    // What is locked is normal to prune, and forgetting it is refused.
+    let forget = job.run(&["forget", points[0]["id"].as_str().unwrap()]);
+    assert!(forget.code != 0 && forget.stderr.contains("immutable"), "{}", forget.stderr);
+    job.run(&["prune"]).must_end_with(0);
+    job.run(&["verify", "--read-data"]).must_end_with(0);
     // Where a store cannot keep objects, nothing is promised.
     let local = Place::with_repository();
     local.image("web.raw", MIB);
