@@ -580,9 +580,13 @@ def read_damaged(repository):
     """What is on record as damaged (§10.1): (first ordinal, end) by pack; and whether all is known."""
     damaged_parts = {}
     found, complete = read_all(repository, "damaged")
-    for name, value in found.values():
+    replaced = set()
+    for _, value in found.values():
+        if isinstance(value, dict) and isinstance(value.get("replaces"), list):
+            replaced.update(map(str, value["replaces"]))
+    for digits, (name, value) in found.items():
         try:
-            for part in value["parts"]:
+            for part in value["parts"] if digits not in replaced else ():
                 first = part["first_block"]
                 parts = damaged_parts.setdefault(hex_bytes(name, part["pack"], 16), [])
                 parts.append((first, first + part["blocks"]))

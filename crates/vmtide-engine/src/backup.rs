@@ -267,7 +267,7 @@ fn check_consistency(
 #[allow(clippy::too_many_arguments, reason = "the parts of one backup, each used once")]
 fn store_and_commit(
     job: &BackupJob<'_>,
-    session: BackupSession,
+    mut session: BackupSession,
     name: &str,
     started: Timestamp,
     base: &BaseChoice,
@@ -276,6 +276,8 @@ fn store_and_commit(
     warnings: &mut Vec<String>,
 ) -> Result<(RestorePoint, u64)> {
     let plans = plan_disks(job, base, frozen, context, warnings)?;
+    // What the comparison with the stored copy met is not to be shared.
+    session.look_for_damage()?;
     warn_of_missing_disks(job, base, frozen, context, warnings);
     context.phase(Phase::Store, name);
     for (disk, plan) in &plans {
@@ -287,6 +289,7 @@ fn store_and_commit(
         context.cancel.check()?;
         disks.push(store_disk(job, &session, base, disk, plan, context)?);
     }
+    let disks = mend_disks(&mut session, &plans, disks, context, warnings)?;
     context.cancel.check()?;
     // The disks may have stopped being those of one moment while they were read.
     frozen.check()?;
@@ -308,6 +311,49 @@ fn store_and_commit(
     };
     let healed_bytes = session.healed_bytes();
     Ok((session.commit(draft)?, healed_bytes))
+}
+
+/// Times that the disks are looked at again because damage was found. What is read again can meet
+/// more of it, but a repository that goes on falling apart is no place for a backup.
+const MAX_MENDS: usize = 4;
+
+/// Reads again what the disks share with places that were found damaged while they were stored.
+fn mend_disks(
+    session: &mut BackupSession,
+    plans: &[(&FrozenDisk, DiskChanges)],
+    mut disks: Vec<DiskDraft>,
+    context: JobContext<'_>,
+    warnings: &mut Vec<String>,
+) -> Result<Vec<DiskDraft>> {
+    for _ in 0..MAX_MENDS {
+        if !session.look_for_damage()? {
+            return Ok(disks);
+        }
+        let mut mended = Vec::with_capacity(disks.len());
+        for (draft, (disk, _)) in disks.into_iter().zip(plans) {
+            let DiskDraft { stored, .. } = draft;
+            let source = disk.device.as_ref();
+            let (stored, lost) =
+                session.mend_disk(source, stored, context.progress, context.cancel)?;
+            if !lost.is_empty() {
+                let bytes = lost.total_bytes();
+                let message = format!(
+                    "{bytes} bytes of disk {} are damaged in earlier restore points and were read \
+                     again; run `vmtide verify` to see which",
+                    disk.id
+                );
+                context.warn(warnings, message);
+            }
+            mended.push(DiskDraft { stored, ..draft });
+        }
+        disks = mended;
+    }
+    context.warn(
+        warnings,
+        "damage was found in the repository again and again while this backup ran: this restore \
+         point may not be whole; run `vmtide verify --read-data`",
+    );
+    Ok(disks)
 }
 
 /// Decides for every disk what is read, and warns of what was lost.

@@ -15,8 +15,8 @@ use common::{Disk, commit, fast_options, reopen, repository, store_point};
 use std::sync::Arc;
 use vmtide_block::{BlockDevice, ByteRange, CancelToken, Progress, RangeSet};
 use vmtide_repo::{
-    ChangedRanges, DiskPlan, Level, MemoryStore, ObjectStore, PruneOptions, ReadData, Repository,
-    RestorePoint, VerifyOptions, VerifyReport,
+    ChangedRanges, DenyStore, DiskPlan, Level, MemoryStore, ObjectStore, PruneOptions, ReadData,
+    Repository, RestorePoint, VerifyOptions, VerifyReport,
 };
 
 const MIB: usize = 1 << 20;
@@ -341,4 +341,91 @@ fn a_sample_states_what_it_is_worth_and_can_be_drawn_again() {
         assert!(report.frames_read <= report.frames);
     }
     assert_eq!(verify(&world.repository, ReadData::All).sample, None);
+}
+
+#[test]
+fn what_a_backup_finds_lost_is_read_again_before_its_restore_point_is_written() {
+    let mut world = world(true);
+    let victim = world.victim();
+    let store: Arc<dyn ObjectStore> = world.memory.clone();
+    store.remove(&victim).unwrap();
+    world.reopen();
+    let source = Disk::new(world.new.clone());
+    let (progress, cancel) = (Progress::new(), CancelToken::new());
+    let mut session = world.repository.begin_backup(&fast_options()).unwrap();
+    // Part of what the lost pack has: the index leads there.
+    let changes = plan(Some(&world.incremental), only(3 * MIB + 300_000, 500_000));
+    let mut stored = session.store_disk(&source, &changes, &progress, &cancel).unwrap();
+    let mut lost = 0;
+    for _ in 0..3 {
+        if session.look_for_damage().unwrap() {
+            let (mended, again) = session.mend_disk(&source, stored, &progress, &cancel).unwrap();
+            (stored, lost) = (mended, lost + again.total_bytes());
+        }
+    }
+    assert!(!session.look_for_damage().unwrap());
+    assert!(lost > 100_000, "{lost} bytes were shared with the lost pack");
+    let third = commit(session, vec![stored], Level::Incremental).unwrap();
+    assert_eq!(world.count("damaged/"), 1, "it is on record");
+    world.reopen();
+    assert!(read(&world.repository, &third).unwrap() == world.new);
+}
+
+#[test]
+fn records_of_damage_that_nothing_leads_to_any_more_go_with_the_next_prune() {
+    let mut world = world(true);
+    let victim = world.victim();
+    world.hurt(&victim);
+    verify(&world.repository, ReadData::All);
+    world.reopen();
+    let source = Disk::new(world.new.clone());
+    let next = plan(Some(&world.incremental), only(0, 4096));
+    let third = store_point(&world.repository, &source, &next, Level::Incremental).unwrap();
+    let prune = |repository: &Repository| {
+        repository.prune(&PruneOptions::default(), &Progress::new(), &CancelToken::new()).unwrap()
+    };
+    prune(&world.repository);
+    assert_eq!((world.count("damaged/"), world.count("healed/")), (1, 1), "still led through");
+    assert!(read(&world.repository, &world.full).unwrap() == world.old);
+    // The newest has all of its own; nothing leads to the damaged pack but the damage.
+    world.repository.forget(&[world.full.id, world.incremental.id, third.id]).unwrap();
+    prune(&world.repository);
+    prune(&world.repository);
+    assert_eq!((world.count("packs/"), world.count("damaged/"), world.count("healed/")), (0, 0, 0));
+}
+
+#[test]
+fn where_nothing_may_be_removed_records_do_not_pile_up_and_what_is_sound_is_taken_off() {
+    let mut world = world(true);
+    let packs: Vec<String> =
+        world.memory.names().into_iter().filter(|name| name.starts_with("packs/")).collect();
+    let sound: Vec<_> = packs.iter().map(|name| world.memory.bytes(name).unwrap()).collect();
+    packs.iter().for_each(|name| world.hurt(name));
+    let all: Arc<dyn ObjectStore> = world.memory.clone();
+    let deny: Arc<dyn ObjectStore> = Arc::new(DenyStore::new(Arc::clone(&all)));
+    world.repository = reopen(&deny).unwrap();
+    assert!(verify(&world.repository, ReadData::All).quarantined >= 2);
+    assert_eq!(world.count("damaged/"), 1);
+    world.memory.replace(&packs[0], &sound[0]);
+    for (recovered, records) in [(1, 2), (0, 2), (0, 2)] {
+        world.repository = reopen(&deny).unwrap();
+        let report = verify(&world.repository, ReadData::All);
+        assert_eq!((report.recovered, world.count("damaged/")), (recovered, records));
+        assert!(report.damage.iter().all(|damage| damage.object != packs[0]), "{report:?}");
+    }
+    packs.iter().zip(&sound).for_each(|(name, bytes)| world.memory.replace(name, bytes));
+    for _ in 0..2 {
+        world.repository = reopen(&deny).unwrap();
+        verify(&world.repository, ReadData::All);
+        assert_eq!(world.count("damaged/"), 3);
+        assert!(!world.repository.has_damage_on_record().unwrap());
+    }
+    // Who may remove clears up.
+    world.reopen();
+    verify(&world.repository, ReadData::All);
+    world
+        .repository
+        .prune(&PruneOptions::default(), &Progress::new(), &CancelToken::new())
+        .unwrap();
+    assert_eq!(world.count("damaged/"), 0);
 }

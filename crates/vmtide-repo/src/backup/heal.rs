@@ -8,7 +8,7 @@
 use super::fill::PackFiller;
 use super::session::{BackupSession, SessionState};
 use crate::disk::{
-    DamagedPart, Heal, PackSet, Place, PlacedRun, Repairs, for_each_place, write_healed,
+    DamagedPart, Heal, PackSet, Place, PlacedRun, Repairs, Suspects, for_each_suspect, write_healed,
 };
 use crate::index::{ChunkIndex, Key};
 use crate::map::DiskMap;
@@ -31,7 +31,7 @@ const NAMELESS_BLOCKS: u32 = 16;
 /// What one job heals. Shared by its workers.
 #[derive(Default)]
 pub(crate) struct Healing {
-    /// Nothing is damaged, so that nobody needs to ask.
+    /// Nothing is damaged that was not healed, so that nobody needs to ask.
     idle: bool,
     /// The places of damaged chunks by their names.
     wanted: Mutex<HashMap<Key, Vec<Location>>>,
@@ -74,7 +74,8 @@ impl Healing {
             }
         }
         let mut names = BTreeMap::new();
-        if !lost.is_empty() {
+        // The index of a repository that was pruned since does not name them any more.
+        if !lost.is_disjoint(&index.packs()) {
             index.for_each_entry(&mut |key, place| {
                 if !lost.contains(&place.pack) || names.len() >= MAX_WANTED {
                     return Ok(());
@@ -83,11 +84,14 @@ impl Healing {
                 want(key, place)
             })?;
         }
+        if wanted.is_empty() && lost.is_empty() {
+            return Ok(Self { idle: true, ..Self::default() });
+        }
         tracing::info!(chunks = wanted.len(), "looking for the content of damaged chunks");
         Ok(Self { idle: false, wanted: Mutex::new(wanted), lost: names, healed: Mutex::default() })
     }
 
-    /// Whether there is nothing on record as damaged.
+    /// Whether nothing is on record as damaged that is not healed.
     pub const fn is_idle(&self) -> bool {
         self.idle
     }
@@ -103,6 +107,11 @@ impl Healing {
             let mut healed = self.healed.lock();
             healed.extend(damaged.into_iter().map(|from| (from, blocks, place)));
         }
+    }
+
+    /// Adds what another healed in the same job.
+    pub fn take_over(&self, other: &Self) {
+        self.healed.lock().append(&mut other.healed.lock());
     }
 
     /// The names of all damaged chunks that are wanted.
@@ -205,7 +214,8 @@ pub(super) fn heal_disk(
 ) -> Result<RangeSet> {
     let mut lost = RangeSet::new();
     let size_bytes = map_bytes.min(healthy.source.size_bytes());
-    for_each_place(map, &session.packs, 0..size_bytes.div_ceil(BLOCK), &mut |run| {
+    let suspects = Suspects::of(&session.context, session.packs.repairs()?, &[])?;
+    for_each_suspect(map, &session.packs, size_bytes.div_ceil(BLOCK), &suspects, &mut |run| {
         if !run.is_lost() {
             return Ok(());
         }

@@ -17,6 +17,7 @@ mod fill;
 mod fresh;
 mod heal;
 mod limit;
+mod mend;
 mod plan;
 mod session;
 mod sink;

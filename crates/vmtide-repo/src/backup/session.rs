@@ -97,11 +97,11 @@ pub struct DiskPlan<'a> {
 
 /// A disk that is stored, waiting for the commit.
 pub struct StoredDisk {
-    id: String,
-    base_map: Vec<ObjectId>,
-    base_blocks: u64,
-    runs: MapBuilder,
-    counts: DiskCounts,
+    pub(super) id: String,
+    pub(super) base_map: Vec<ObjectId>,
+    pub(super) base_blocks: u64,
+    pub(super) runs: MapBuilder,
+    pub(super) counts: DiskCounts,
 }
 
 impl StoredDisk {
@@ -175,7 +175,9 @@ pub(super) struct SessionState {
     /// What this job heals.
     pub healing: Healing,
     /// Those that cannot be relied on.
-    distrusted: RwLock<HashSet<ObjectId>>,
+    pub distrusted: RwLock<HashSet<ObjectId>>,
+    /// Those of them that restore points were not yet held against.
+    pub doubted: Mutex<Vec<ObjectId>>,
     /// What is about to be removed, as it was after the lease of this job could be seen: nothing of
     /// it is referred to. What is condemned later waits for the lease.
     pub condemned: Condemned,
@@ -291,6 +293,7 @@ impl SessionState {
             Ok(Place::Moved(_)) => Ok(None),
             Err(error @ (RepoError::Damaged { .. } | RepoError::Unsupported { .. })) => {
                 if self.distrusted.write().insert(place.pack) {
+                    self.doubted.lock().push(place.pack);
                     tracing::warn!(%error, "a pack cannot be relied on; its chunks are stored again");
                 }
                 Ok(None)
@@ -314,10 +317,10 @@ impl SessionState {
 /// One backup job on a repository. Stores disks, one after the other or from several threads, then
 /// commits. Dropped without a commit it leaves garbage for `prune`, and nothing else.
 pub struct BackupSession {
-    state: SessionState,
+    pub(super) state: SessionState,
     options: BackupOptions,
-    limiter: Option<RateLimiter>,
-    fillers: Mutex<Vec<PackFiller>>,
+    pub(super) limiter: Option<RateLimiter>,
+    pub(super) fillers: Mutex<Vec<PackFiller>>,
     /// A disk failed: places may have been promised that were never filled.
     failed: AtomicBool,
     bases: Bases,
@@ -345,6 +348,7 @@ impl BackupSession {
                 packs,
                 healing,
                 distrusted: RwLock::default(),
+                doubted: Mutex::default(),
                 condemned,
                 context,
             },
@@ -380,10 +384,15 @@ impl BackupSession {
     ) -> Result<StoredDisk> {
         self.check_usable()?;
         let stored = self.try_store_disk(source, plan, progress, cancel);
-        if stored.is_err() {
+        self.note_outcome(&stored);
+        stored
+    }
+
+    /// After a failure places may have been promised that were never filled.
+    pub(super) fn note_outcome<T>(&self, outcome: &Result<T>) {
+        if outcome.is_err() {
             self.failed.store(true, Ordering::Relaxed);
         }
-        stored
     }
 
     /// What its workers share.
@@ -413,7 +422,7 @@ impl BackupSession {
         self.state.healing.healed_bytes()
     }
 
-    fn check_usable(&self) -> Result<()> {
+    pub(super) fn check_usable(&self) -> Result<()> {
         if self.failed.load(Ordering::Relaxed) {
             return Err(RepoError::Invalid("a disk of this backup failed; begin another".into()));
         }
@@ -497,7 +506,7 @@ impl BackupSession {
     }
 
     /// Runs planner and workers to the end or the first error.
-    fn run(&self, job: &DiskJob<'_>, changed: &ChangedRanges) -> Result<()> {
+    pub(super) fn run(&self, job: &DiskJob<'_>, changed: &ChangedRanges) -> Result<()> {
         let expected = match changed {
             ChangedRanges::Everything => job.source.size_bytes(),
             ChangedRanges::Only(ranges) => ranges.total_bytes(),

@@ -14,6 +14,7 @@ mod verify;
 
 pub use integrity::{IntegrityReport, check_integrity};
 pub use prune::{PruneOptions, PruneReport, WaitsFor};
+pub(crate) use quarantine::quarantine_found;
 pub use repair::{RepairOptions, RepairReport};
 pub use sample::{ReadData, SampleReport};
 pub use usage::{Growth, UsageReport, VmUsage};

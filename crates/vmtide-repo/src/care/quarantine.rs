@@ -11,6 +11,7 @@ use crate::pack::{FrameDecoder, Pack, is_media_error};
 use crate::point::{DiskRecord, RestorePoint};
 use crate::repository::Repository;
 use crate::{BLOCK_BYTES, Location, ObjectId, RepoError, Result, record};
+use std::collections::HashSet;
 use std::sync::Arc;
 use vmtide_block::{CancelToken, RangeSet};
 
@@ -39,7 +40,7 @@ impl Repository {
         }
         let blocks = disk.size_bytes.div_ceil(BLOCK_BYTES as u64);
         let map = DiskMap::open(self.context(), &disk.map, blocks)?;
-        lost_ranges(&map, &packs, disk.size_bytes)
+        lost_ranges(&map, &packs, disk.size_bytes, None)
     }
 
     /// A disk of a restore point as far as it can be read: the rest reads as zeros, and is on a list.
@@ -66,7 +67,7 @@ impl Repository {
 }
 
 /// See [`Repository::quarantine_found`].
-pub(super) fn quarantine_found(context: &RepoContext, by: &str) -> Result<Vec<DamagedPart>> {
+pub(crate) fn quarantine_found(context: &RepoContext, by: &str) -> Result<Vec<DamagedPart>> {
     let noted = context.damage.noted();
     if noted.is_empty() {
         return Ok(Vec::new());
@@ -145,33 +146,71 @@ pub(super) fn confirm(
 /// Those of the store that do not mean damage; cancelled.
 pub(super) fn lift_sound(context: &RepoContext, cancel: &CancelToken) -> Result<u64> {
     let mut lifted = 0;
-    for id in record::list(context, ObjectKind::Damaged)? {
-        let content = match record::read::<DamageRecord>(context, ObjectKind::Damaged, id) {
-            Ok(content) => content,
-            Err(error) if is_media_error(&error) => continue,
-            Err(error) => return Err(error),
-        };
+    for (id, content) in read_records(context)? {
         let before = content.parts.len();
         let mut parts = Vec::new();
-        for part in content.parts {
+        for part in &content.parts {
             cancel.check()?;
             if confirm(context, part.pack, part.frame)?.is_some() {
-                parts.push(part);
+                parts.push(part.clone());
             }
         }
-        if parts.len() == before {
-            continue;
-        }
-        if !parts.is_empty() {
-            let left = DamageRecord { parts: parts.clone(), ..content };
-            record::write(context, ObjectKind::Damaged, ObjectId::random()?, &left)?;
-        }
-        match context.store.remove(&ObjectKind::Damaged.object_name(id)) {
-            Ok(()) => lifted += (before - parts.len()) as u64,
-            Err(error) => {
-                tracing::warn!(%error, "what is sound after all stays on record as damaged");
-            }
+        if parts.len() < before {
+            lifted += (before - parts.len()) as u64;
+            replace_record(context, id, content, parts)?;
         }
     }
     Ok(lifted)
+}
+
+/// The records that count and can be read. Those that do not count any more are removed where that is
+/// allowed.
+pub(super) fn read_records(context: &RepoContext) -> Result<Vec<(ObjectId, DamageRecord)>> {
+    let mut records = Vec::new();
+    for id in record::list(context, ObjectKind::Damaged)? {
+        match record::read::<DamageRecord>(context, ObjectKind::Damaged, id) {
+            Ok(content) => records.push((id, content)),
+            Err(error) if is_media_error(&error) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    let replaced: HashSet<ObjectId> =
+        records.iter().flat_map(|(_, content)| &content.replaces).copied().collect();
+    let (gone, counting): (Vec<_>, Vec<_>) =
+        records.into_iter().partition(|(id, _)| replaced.contains(id));
+    for (id, _) in gone {
+        remove_record(context, id);
+    }
+    Ok(counting)
+}
+
+/// Puts a record with other parts in the place of one. Where nothing may be removed both stay, and
+/// only the new one counts.
+pub(super) fn replace_record(
+    context: &RepoContext,
+    id: ObjectId,
+    content: DamageRecord,
+    parts: Vec<DamagedPart>,
+) -> Result<()> {
+    // Without parts and with nothing else to replace a record has nothing to say once the old one is gone.
+    if parts.is_empty() && content.replaces.is_empty() && remove_record(context, id) {
+        return Ok(());
+    }
+    let mut replaces = content.replaces.clone();
+    replaces.push(id);
+    let left = DamageRecord { parts, replaces, ..content };
+    record::write(context, ObjectKind::Damaged, ObjectId::random()?, &left)?;
+    remove_record(context, id);
+    Ok(())
+}
+
+/// Removes a record; answers with whether that was possible.
+pub(super) fn remove_record(context: &RepoContext, id: ObjectId) -> bool {
+    match context.store.remove(&ObjectKind::Damaged.object_name(id)) {
+        Ok(()) => true,
+        Err(error) => {
+            tracing::debug!(%error, "a record of damage that counts no more stays");
+            false
+        }
+    }
 }

@@ -10,7 +10,7 @@ use crate::envelope::ObjectKind;
 use crate::{Location, ObjectId, RepoError, Result, record};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 /// Runs in one record; what is more goes into another. Each takes at most 50 bytes of JSON.
 const RUNS_PER_RECORD: usize = 50_000;
@@ -100,6 +100,20 @@ impl Healed {
             self.packs.entry(from).or_default().push(run);
         }
         Ok(())
+    }
+
+    /// The records that are of no other damaged packs than these.
+    pub fn records_of_only(&self, packs: &BTreeSet<ObjectId>) -> BTreeSet<ObjectId> {
+        let records = |wanted: bool| {
+            let runs = self.packs.iter().filter(move |(id, _)| packs.contains(id) == wanted);
+            runs.flat_map(|(_, runs)| runs).map(|run| run.record).collect::<BTreeSet<_>>()
+        };
+        &records(true) - &records(false)
+    }
+
+    /// The packs that were damaged.
+    pub fn packs(&self) -> impl Iterator<Item = ObjectId> + '_ {
+        self.packs.keys().copied()
     }
 
     /// Whether nothing was healed.

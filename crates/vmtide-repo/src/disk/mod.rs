@@ -22,4 +22,4 @@ pub use quarantine::DamagedPart;
 pub(crate) use quarantine::{DamageRecord, Quarantine, Quarantined, write_damaged};
 pub(crate) use repairs::Repairs;
 pub use salvage::SalvagedDisk;
-pub(crate) use walk::{PlacedRun, for_each_place, lost_ranges};
+pub(crate) use walk::{PlacedRun, Suspects, for_each_place, for_each_suspect, lost_ranges};

@@ -10,7 +10,7 @@ use crate::envelope::ObjectKind;
 use crate::{Location, ObjectId, RepoError, Result, record};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 /// Parts of packs in one record; what is more goes into another. Each takes some 150 bytes of JSON.
 const PARTS_PER_RECORD: usize = 10_000;
@@ -53,6 +53,9 @@ pub(crate) struct DamageRecord {
     pub program: String,
     /// What.
     pub parts: Vec<DamagedPart>,
+    /// Records that count no more: this one says what is left of them.
+    #[serde(default)]
+    pub replaces: Vec<ObjectId>,
 }
 
 /// A part on record, with where it is on record.
@@ -70,6 +73,8 @@ pub(crate) struct Quarantined {
 #[derive(Debug, Default)]
 pub(crate) struct Quarantine {
     packs: HashMap<ObjectId, Vec<Quarantined>>,
+    /// All records there are.
+    pub records: Vec<ObjectId>,
     /// Records that cannot be read.
     pub unreadable: Vec<RepoError>,
 }
@@ -80,16 +85,25 @@ impl Quarantine {
     /// # Errors
     /// Those of the store.
     pub fn load(context: &RepoContext) -> Result<Self> {
-        let mut quarantine = Self::default();
-        for id in record::list(context, ObjectKind::Damaged)? {
-            match record::read::<DamageRecord>(context, ObjectKind::Damaged, id) {
-                Ok(content) => quarantine.add(content),
+        let records = record::list(context, ObjectKind::Damaged)?;
+        let mut quarantine = Self { records, ..Self::default() };
+        let mut found = Vec::new();
+        let mut replaced = HashSet::new();
+        for id in &quarantine.records {
+            match record::read::<DamageRecord>(context, ObjectKind::Damaged, *id) {
+                Ok(content) => {
+                    replaced.extend(content.replaces.iter().copied());
+                    found.push((*id, content));
+                }
                 Err(error @ (RepoError::Damaged { .. } | RepoError::Unsupported { .. })) => {
                     tracing::warn!(%error, "a record of damage is passed over");
                     quarantine.unreadable.push(error);
                 }
                 Err(error) => return Err(error),
             }
+        }
+        for (_, content) in found.into_iter().filter(|(id, _)| !replaced.contains(id)) {
+            quarantine.add(content);
         }
         for parts in quarantine.packs.values_mut() {
             parts.sort_by_key(|entry| (entry.part.first_block, entry.part.end()));
@@ -150,6 +164,7 @@ pub(crate) fn write_damaged(context: &RepoContext, by: &str, parts: &[DamagedPar
             by: by.into(),
             program: crate::PROGRAM.into(),
             parts: parts.to_vec(),
+            replaces: Vec::new(),
         };
         record::write(context, ObjectKind::Damaged, ObjectId::random()?, &content)?;
     }

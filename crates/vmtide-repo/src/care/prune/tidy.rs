@@ -2,7 +2,9 @@
 //! index segments that were replaced, files that were never finished.
 
 use super::Pruner;
+use crate::care::quarantine;
 use crate::condemned::{BoundaryRecord, list_beside};
+use crate::disk::Repairs;
 use crate::envelope::ObjectKind;
 use crate::index::ChunkIndex;
 use crate::{ObjectId, RepoError, Result, record};
@@ -37,7 +39,62 @@ impl Pruner<'_> {
             }
         }
         self.report.freed_bytes += self.context.store.remove_unfinished()?;
+        self.remove_idle_repairs()
+    }
+
+    /// Takes off the record what was damaged and is gone, and which no restore point leads to any
+    /// more; and records of what healed only that. Otherwise every backup would look for it for ever.
+    /// Not while anybody is at work: what they refer to is not known yet.
+    fn remove_idle_repairs(&self) -> Result<()> {
+        if !self.lists.is_empty() || self.roster.unfinished(self.lease.id()).next().is_some() {
+            return Ok(());
+        }
+        let repairs = Repairs::load(self.context)?;
+        let mut idle = BTreeSet::new();
+        let damaged = repairs.damaged.iter().map(|entry| entry.part.pack);
+        for pack in damaged.chain(repairs.healed.packs()).collect::<BTreeSet<_>>() {
+            if self.is_idle(pack)? {
+                idle.insert(pack);
+            }
+        }
+        for (id, content) in quarantine::read_records(self.context)? {
+            let parts = &content.parts;
+            let left: Vec<_> =
+                parts.iter().filter(|part| !idle.contains(&part.pack)).cloned().collect();
+            let replaced = |id: &ObjectId| repairs.damaged.records.contains(id);
+            if left.is_empty() && !content.replaces.iter().any(replaced) {
+                quarantine::remove_record(self.context, id);
+            } else if left.len() < parts.len() {
+                quarantine::replace_record(self.context, id, content, left)?;
+            }
+        }
+        for id in repairs.healed.records_of_only(&idle) {
+            match self.context.store.remove(&ObjectKind::Healed.object_name(id)) {
+                Ok(()) | Err(RepoError::Locked { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
         Ok(())
+    }
+
+    /// Whether a pack is not there, was not moved, and is nothing that a restore point leads to.
+    fn is_idle(&self, pack: ObjectId) -> Result<bool> {
+        if self.marks.packs.contains_key(&pack) || self.marks.damaged.contains(&pack) {
+            return Ok(false);
+        }
+        let name = ObjectKind::Pack.object_name(pack);
+        match self.context.store.open(&name) {
+            Err(RepoError::NotFound { .. }) => {}
+            // There, or nobody knows.
+            _ => return Ok(false),
+        }
+        let mut is_moved = false;
+        let prefix = format!("{}{pack}/", ObjectKind::Forward.prefix());
+        self.context.store.list(&prefix, &mut |_| {
+            is_moved = true;
+            Ok(())
+        })?;
+        Ok(!is_moved)
     }
 
     fn remove_void_points(&mut self) -> Result<()> {
