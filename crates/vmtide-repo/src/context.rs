@@ -146,7 +146,11 @@ impl RepoContext {
         match self.store.open(&header.object_name()) {
             Err(RepoError::NotFound { .. }) => Ok(None),
             Err(error) => Err(error),
-            Ok(reader) => OpenObject::from_reader(reader, header, self.cipher(&header)?).map(Some),
+            Ok(reader) => match OpenObject::from_reader(reader, header, self.cipher(&header)?) {
+                // It went away between two requests.
+                Err(RepoError::NotFound { .. }) => Ok(None),
+                opened => opened.map(Some),
+            },
         }
     }
 

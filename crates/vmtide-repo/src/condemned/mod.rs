@@ -14,7 +14,7 @@ pub(crate) use record::{
 
 use crate::context::RepoContext;
 use crate::{ObjectId, RepoError, Result};
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 /// Everything that is condemned, as it was at one moment.
 #[derive(Clone, Debug, Default)]
@@ -25,7 +25,7 @@ pub(crate) struct Condemned {
     maps: HashSet<ObjectId>,
     forwards: HashSet<ObjectId>,
     /// Packs whose live chunks were moved, and the forwards that say where to.
-    moved: HashMap<ObjectId, Vec<ObjectId>>,
+    moved: BTreeMap<ObjectId, Vec<ObjectId>>,
     /// The lists that this is from.
     pub lists: BTreeSet<ObjectId>,
 }

@@ -136,7 +136,7 @@ impl ChunkIndex {
                 continue;
             }
             match slot.segment.lookup(key, &self.cache, number) {
-                Err(error) if error.is_damage() => {
+                Err(error) if error.is_damage() || is_gone(&error) => {
                     if !slot.damaged.swap(true, Ordering::Relaxed) {
                         tracing::warn!(%error, "an index segment is not used any more; `vmtide repair` makes the index anew");
                     }
@@ -179,7 +179,7 @@ impl ChunkIndex {
                 match entries.next_entry() {
                     Ok(Some((key, place))) => visit(key, place)?,
                     Ok(None) => break,
-                    Err(error) if error.is_damage() => {
+                    Err(error) if error.is_damage() || is_gone(&error) => {
                         tracing::warn!(%error, "the rest of an index segment is passed over");
                         break;
                     }
@@ -197,7 +197,14 @@ impl ChunkIndex {
     /// [`RepoError::Invalid`] after 2048 segments in one job; those of the store.
     pub fn add(&self, entries: Vec<(Key, Location)>) -> Result<()> {
         let Some(id) = write_unsorted(&self.ctx, entries, Vec::new())? else { return Ok(()) };
-        let mut slot = Slot::new(IndexSegment::open(&self.ctx, id)?);
+        // A prune may have put another in its place at once; what it held is stored again then.
+        let Some(object) = self.ctx.try_open_object(ObjectKind::IndexSegment, id)? else {
+            return Ok(());
+        };
+        let mut slot = match IndexSegment::from_object(object) {
+            Err(error) if is_gone(&error) => return Ok(()),
+            opened => Slot::new(opened?),
+        };
         for place in &self.added {
             match place.set(slot) {
                 Ok(()) => return Ok(()),
@@ -289,6 +296,11 @@ fn merge_count(sizes: &[u64]) -> usize {
     least + more.count()
 }
 
+/// Whether a prune removed a segment while it was in use: another took its place.
+pub(super) const fn is_gone(error: &RepoError) -> bool {
+    matches!(error, RepoError::NotFound { .. })
+}
+
 /// The segment; none where it is damaged or too new, which is noted.
 fn tolerate<T>(
     id: ObjectId,
@@ -296,6 +308,10 @@ fn tolerate<T>(
     skipped: &mut Vec<(ObjectId, RepoError)>,
 ) -> Result<Option<T>> {
     match outcome {
+        Err(error) if is_gone(&error) => {
+            tracing::debug!(%error, "an index segment went while it was opened");
+            Ok(None)
+        }
         Err(error @ (RepoError::Damaged { .. } | RepoError::Unsupported { .. })) => {
             tracing::warn!(%error, "an index segment is passed over; prune makes the index anew");
             skipped.push((id, error));

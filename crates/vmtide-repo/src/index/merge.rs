@@ -1,6 +1,7 @@
 //! Merges segments into one, streaming.
 
 use super::Key;
+use super::chunk_index::is_gone;
 use super::segment::{Entries, SegmentHead};
 use super::writer::IndexSegmentWriter;
 use crate::context::RepoContext;
@@ -54,7 +55,7 @@ impl<'a> Source<'a> {
     /// Takes the next entry and answers with its key.
     fn advance(&mut self) -> Result<Option<Key>> {
         self.next = match self.entries.next_entry() {
-            Err(error) if error.is_damage() => {
+            Err(error) if error.is_damage() || is_gone(&error) => {
                 tracing::warn!(segment = %self.id, %error, "the rest of a damaged index segment is left out");
                 None
             }

@@ -185,6 +185,7 @@ impl IndexSegment {
     ///
     /// # Errors
     /// Those of [`RepoContext::open_object`].
+    #[cfg(test)]
     pub fn open(ctx: &RepoContext, id: ObjectId) -> Result<Self> {
         Self::from_head(SegmentHead::open(ctx, id)?)
     }

@@ -174,8 +174,8 @@ impl Lease {
         Self { held: None }
     }
 
-    /// Its id; none where there is none.
-    pub(crate) fn id(&self) -> Option<ObjectId> {
+    /// Its id; none for a reader who could not write one.
+    pub fn id(&self) -> Option<ObjectId> {
         self.held.as_ref().map(|held| held.id)
     }
 

@@ -107,14 +107,6 @@ pub(super) struct Candidates {
     pub freed_bytes: u64,
 }
 
-/// What was rewritten.
-struct Repacked {
-    /// The packs, and the forwards that say where their chunks went.
-    forwards: Vec<(ObjectId, ObjectId)>,
-    /// The new packs.
-    packs: Vec<ObjectId>,
-}
-
 impl Pruner<'_> {
     /// What nothing needs and nobody has condemned yet.
     pub(super) fn candidates(&mut self) -> Result<Candidates> {
@@ -214,7 +206,7 @@ impl Pruner<'_> {
     /// there was anything.
     pub(super) fn condemn(&mut self) -> Result<bool> {
         let candidates = self.candidates()?;
-        let repacked = self.repack(&candidates.sparse)?;
+        let moved = self.repack(&candidates.sparse)?;
         let mut records = vec![CondemnedRecord::default()];
         let next = |records: &mut Vec<CondemnedRecord>, add: &dyn Fn(&mut CondemnedRecord)| {
             if records.last().is_none_or(|record| record.len() >= OBJECTS_PER_LIST) {
@@ -225,7 +217,7 @@ impl Pruner<'_> {
         for id in &candidates.packs {
             next(&mut records, &|record| record.packs.push(*id));
         }
-        for (pack, forward) in &repacked.forwards {
+        for (pack, forward) in &moved {
             next(&mut records, &|record| {
                 record.packs.push(*pack);
                 record.moved.push((*pack, *forward));
@@ -240,7 +232,7 @@ impl Pruner<'_> {
         records.retain(|record| record.len() > 0);
         if records.is_empty() {
             if self.is_index_incomplete()? {
-                self.rebuild_index(&[])?;
+                self.rebuild_index()?;
             }
             return Ok(false);
         }
@@ -251,7 +243,7 @@ impl Pruner<'_> {
             self.adopt(&list)?;
         }
         if has_packs || self.is_index_incomplete()? {
-            self.rebuild_index(&repacked.packs)?;
+            self.rebuild_index()?;
         }
         Ok(true)
     }
@@ -272,9 +264,9 @@ impl Pruner<'_> {
         Ok(())
     }
 
-    /// Rewrites packs without their dead chunks, and writes their forwards. A damaged pack is left as it is: it must not keep the others
+    /// Rewrites packs without their dead chunks, and writes their forwards. Answers with both. A damaged pack is left as it is: it must not keep the others
     /// from being rewritten.
-    fn repack(&mut self, sparse: &[(ObjectId, u64)]) -> Result<Repacked> {
+    fn repack(&mut self, sparse: &[(ObjectId, u64)]) -> Result<Vec<(ObjectId, ObjectId)>> {
         let length =
             |id: &ObjectId| self.inventory.packs.get(id).map_or(0, |pack| pack.length_bytes);
         self.progress.add_total(sparse.iter().map(|(id, _)| length(id)).sum());
@@ -297,13 +289,13 @@ impl Pruner<'_> {
             self.progress.add_done(pack.length_bytes());
         }
         // Forwards may only name packs that are durable.
-        let (packs, bytes) = mover.finish()?;
+        let bytes = mover.finish()?;
         self.report.rewritten_bytes += bytes;
         self.report.packs_repacked += moved.len() as u64;
         let forwards = moved
             .iter()
             .map(|(id, moves)| Ok((*id, write_forward(self.context, *id, moves)?)))
             .collect::<Result<Vec<_>>>()?;
-        Ok(Repacked { forwards, packs })
+        Ok(forwards)
     }
 }

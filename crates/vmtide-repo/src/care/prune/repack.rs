@@ -4,7 +4,7 @@ use crate::care::mark::ChunkBits;
 use crate::context::RepoContext;
 use crate::disk::Move;
 use crate::pack::{ChunkEntry, FrameDecoder, FrameEncoder, Pack, PackWriter};
-use crate::{BLOCK_BYTES, Location, ObjectId, Result};
+use crate::{BLOCK_BYTES, Location, Result};
 
 /// The level of compression of what is rewritten: that of backups.
 const COMPRESSION_LEVEL: i32 = 3;
@@ -31,7 +31,6 @@ pub(super) struct Mover<'a> {
     decoder: FrameDecoder,
     encoder: FrameEncoder,
     writer: Option<PackWriter>,
-    finished: Vec<ObjectId>,
     rewritten_bytes: u64,
 }
 
@@ -43,7 +42,6 @@ impl<'a> Mover<'a> {
             decoder: FrameDecoder::new()?,
             encoder: FrameEncoder::new(COMPRESSION_LEVEL)?,
             writer: None,
-            finished: Vec::new(),
             rewritten_bytes: 0,
         })
     }
@@ -105,15 +103,14 @@ impl<'a> Mover<'a> {
     fn finish_pack(&mut self) -> Result<()> {
         if let Some(writer) = self.writer.take() {
             let pack = writer.finish()?;
-            self.finished.push(pack.id);
             self.rewritten_bytes += pack.stored_bytes;
         }
         Ok(())
     }
 
-    /// Makes the last pack durable. Answers with all packs written and their stored bytes.
-    pub(super) fn finish(mut self) -> Result<(Vec<ObjectId>, u64)> {
+    /// Makes the last pack durable. Answers with the stored bytes of all.
+    pub(super) fn finish(mut self) -> Result<u64> {
         self.finish_pack()?;
-        Ok((self.finished, self.rewritten_bytes))
+        Ok(self.rewritten_bytes)
     }
 }
