@@ -6,7 +6,7 @@ use crate::repository::Repository;
 use crate::{ObjectId, RepoError, Result};
 
 /// What became of restore points that were to be forgotten.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default)]
 pub struct ForgetReport {
     /// Those that are gone.
     pub forgotten: Vec<ObjectId>,
@@ -14,6 +14,9 @@ pub struct ForgetReport {
     pub held: Vec<(ObjectId, Hold)>,
     /// Those that are not, because the store keeps them, and what it says.
     pub locked: Vec<(ObjectId, String)>,
+    /// What ended the work after some were forgotten; the points that are in none of the lists are still
+    /// there.
+    pub failed: Option<RepoError>,
 }
 
 impl Repository {
@@ -24,7 +27,8 @@ impl Repository {
     ///
     /// # Errors
     /// [`RepoError::Damaged`] where a hold cannot be read, because it may be on any point: nothing is
-    /// forgotten then. [`RepoError::Denied`] where this credential may not remove; those of the store.
+    /// forgotten then. [`RepoError::Denied`] where this credential may not remove; those of the store. After
+    /// some were forgotten the error is in the report.
     pub fn forget(&self, points: &[ObjectId]) -> Result<ForgetReport> {
         let holds = self.holds()?;
         if let Some((_, error)) = holds.unreadable.into_iter().next() {
@@ -44,7 +48,13 @@ impl Repository {
                 Err(error @ RepoError::Locked { .. }) => {
                     report.locked.push((*id, error.to_string()));
                 }
-                Err(error) => return Err(append_only(error, *id, report.forgotten.len())),
+                Err(error) if report.forgotten.is_empty() => {
+                    return Err(append_only(error, *id, 0));
+                }
+                Err(error) => {
+                    report.failed = Some(append_only(error, *id, report.forgotten.len()));
+                    return Ok(report);
+                }
             }
         }
         hold::tidy(&self.context);

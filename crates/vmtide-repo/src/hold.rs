@@ -12,7 +12,7 @@ use crate::lease::Purpose;
 use crate::point::RestorePoint;
 use crate::repository::{PointList, Repository};
 use crate::{ObjectId, PROGRAM, RepoError, Result, record};
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 
@@ -105,12 +105,11 @@ impl Stored {
     }
 }
 
-/// A release as it is stored.
+/// A release as it is stored: nothing but what is the same for all that release the same hold, because
+/// they seal it with the same key and nonce.
 #[derive(Serialize, Deserialize)]
 struct StoredRelease {
     id: ObjectId,
-    created: Timestamp,
-    program: String,
 }
 
 /// All holds, and what is known of each.
@@ -136,7 +135,7 @@ fn read_all(context: &RepoContext) -> Result<AllHolds> {
     for id in ids {
         let name = ObjectKind::Hold.object_name(id);
         // The name alone would do, but anybody can write a name; this took the key.
-        if released.contains(&id) && is_released(context, id, &mut all.unreadable)? {
+        if released.contains(&id) && is_released(context, id)? {
             all.released.push(id);
             continue;
         }
@@ -156,15 +155,12 @@ fn read_all(context: &RepoContext) -> Result<AllHolds> {
     Ok(all)
 }
 
-fn is_released(
-    context: &RepoContext,
-    id: ObjectId,
-    unreadable: &mut Vec<(String, RepoError)>,
-) -> Result<bool> {
+/// Whether the release of a hold is one. What cannot be read releases nothing: anybody can put it there.
+fn is_released(context: &RepoContext, id: ObjectId) -> Result<bool> {
     match record::read::<StoredRelease>(context, ObjectKind::Release, id) {
         Ok(release) => Ok(release.id == id),
         Err(error @ (RepoError::Damaged { .. } | RepoError::Unsupported { .. })) => {
-            unreadable.push((ObjectKind::Release.object_name(id), error));
+            tracing::warn!(%error, "hold {id} is not released by what cannot be read");
             Ok(false)
         }
         Err(error) => Err(error),
@@ -186,17 +182,15 @@ fn is_gone(context: &RepoContext, name: &str) -> bool {
     matches!(context.store.open(name), Err(RepoError::NotFound { .. }))
 }
 
-/// Adds to a list of restore points the holds, and the points that only a hold keeps. The points
+/// Adds to a list of restore points the holds, and the points that only a hold keeps or can tell. The points
 /// must have been listed before (see the head of this file).
 pub(crate) fn add_to(context: &RepoContext, list: &mut PointList) -> Result<()> {
     let all = read_all(context)?;
     for stored in all.in_force {
         list.holds.push(stored.hold());
         let id = stored.record.id;
-        let name = ObjectKind::Point.object_name(id);
-        let is_known = list.points.iter().any(|point| point.id == id)
-            || list.unreadable.iter().any(|(unreadable, _)| *unreadable == name);
-        if !is_known {
+        // Also where its own object cannot be read: the hold has all that was in it.
+        if list.points.iter().all(|point| point.id != id) {
             list.points.push(stored.record);
         }
     }
@@ -204,7 +198,33 @@ pub(crate) fn add_to(context: &RepoContext, list: &mut PointList) -> Result<()> 
     Ok(())
 }
 
-/// Removes holds that are released or over, and what released them. Nothing depends on it: an error
+/// The record of a restore point that a hold has, in force or over.
+pub(crate) fn record_of(context: &RepoContext, point: ObjectId) -> Result<Option<RestorePoint>> {
+    let AllHolds { in_force, over, .. } = read_all(context)?;
+    let mut records = in_force.into_iter().chain(over).map(|stored| stored.record);
+    Ok(records.find(|record| record.id == point))
+}
+
+/// How long a hold has been over before it is removed: longer than a clock that is set by hand is wrong.
+const KEPT_AFTER_END: SignedDuration = SignedDuration::from_hours(30 * 24);
+
+/// Whether a hold that ended `until` may be removed. Not the clock of this host alone says so: something was
+/// `written` that much later by the clock of the store.
+fn may_go(until: Timestamp, now: Timestamp, written: Timestamp) -> bool {
+    now.min(written).duration_since(until) >= KEPT_AFTER_END
+}
+
+/// When the newest restore point was written, by the clock of the store.
+fn newest_written(context: &RepoContext) -> Result<Timestamp> {
+    let mut newest = Timestamp::UNIX_EPOCH;
+    context.store.list(ObjectKind::Point.prefix(), &mut |entry| {
+        newest = newest.max(entry.modified);
+        Ok(())
+    })?;
+    Ok(newest)
+}
+
+/// Removes holds that are released or long over, and what released them. Nothing depends on it: an error
 /// is only logged.
 pub(crate) fn tidy(context: &RepoContext) {
     let tidied = || -> Result<()> {
@@ -214,8 +234,14 @@ pub(crate) fn tidy(context: &RepoContext) {
             Err(RepoError::Locked { .. }) => Ok(()),
             outcome => outcome,
         };
-        let over = all.over.iter().map(|stored| stored.id);
-        over.chain(all.released).try_for_each(|id| remove(ObjectKind::Hold, id))?;
+        if !all.over.is_empty() {
+            let (now, written) = (Timestamp::now(), newest_written(context)?);
+            let is_long_over =
+                |stored: &&Stored| stored.until.is_some_and(|until| may_go(until, now, written));
+            let over = all.over.iter().filter(is_long_over);
+            over.map(|stored| stored.id).try_for_each(|id| remove(ObjectKind::Hold, id))?;
+        }
+        all.released.into_iter().try_for_each(|id| remove(ObjectKind::Hold, id))?;
         let holds = ids_of(context, ObjectKind::Hold)?;
         let releases = ids_of(context, ObjectKind::Release)?;
         releases.difference(&holds).try_for_each(|id| remove(ObjectKind::Release, *id))
@@ -306,11 +332,11 @@ impl Repository {
             Err(error @ (RepoError::Denied { .. } | RepoError::Locked { .. })) => error,
             Err(error) => return Err(error),
         };
-        let now = Timestamp::now();
-        let release = StoredRelease { id, created: now, program: PROGRAM.into() };
-        match record::write(context, ObjectKind::Release, id, &release) {
-            // Somebody released it before.
-            Ok(()) | Err(RepoError::AlreadyExists { .. }) => Ok(false),
+        match record::write(context, ObjectKind::Release, id, &StoredRelease { id }) {
+            Ok(()) => Ok(false),
+            // Somebody released it before; or put junk there, which releases nothing.
+            Err(RepoError::AlreadyExists { .. }) if is_released(context, id)? => Ok(false),
+            Err(RepoError::AlreadyExists { .. }) => Err(denied),
             Err(RepoError::Denied { .. }) => Err(denied),
             Err(error) => Err(error),
         }
@@ -328,5 +354,24 @@ fn check_options(options: &HoldOptions) -> Result<()> {
             Err(RepoError::Invalid(format!("a hold until {until:.0} would be over already")))
         }
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hold_is_removed_when_the_store_too_is_long_past_its_end() {
+        let at = |text: &str| text.parse::<Timestamp>().unwrap();
+        let until = at("2026-06-30T00:00:00Z");
+        for (now, written, goes) in [
+            ("2026-07-29T00:00:00Z", "2026-07-29T00:00:00Z", false),
+            ("2026-07-30T00:00:00Z", "2026-07-30T00:00:00Z", true),
+            ("2036-01-01T00:00:00Z", "2026-06-30T12:00:00Z", false),
+            ("2026-07-01T00:00:00Z", "2036-01-01T00:00:00Z", false),
+        ] {
+            assert_eq!(may_go(until, at(now), at(written)), goes, "{now} {written}");
+        }
     }
 }

@@ -78,6 +78,17 @@ pub struct PointList {
     pub void: Vec<ObjectId>,
 }
 
+impl PointList {
+    /// The first restore point that is lost: its object cannot be read, and no hold has its record.
+    pub fn first_lost(&mut self) -> Option<(String, RepoError)> {
+        let is_told = |name: &str| {
+            self.points.iter().any(|point| ObjectKind::Point.object_name(point.id) == name)
+        };
+        let at = self.unreadable.iter().position(|(name, _)| !is_told(name))?;
+        Some(self.unreadable.swap_remove(at))
+    }
+}
+
 /// What a repository holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct RepositoryStats {

@@ -16,9 +16,9 @@ use jiff::{SignedDuration, Timestamp};
 use std::sync::Arc;
 use vmtide_block::{BlockDevice, CancelToken, Progress};
 use vmtide_repo::{
-    ChangedRanges, DenyStore, DiskPlan, FaultyStore, HoldOptions, Level, MemoryStore, ObjectStore,
-    Password, PruneOptions, ReadData, RepoError, Repository, RestorePoint, Retention,
-    RetentionMode, VerifyOptions,
+    ChangedRanges, CopyOf, DenyStore, DiskPlan, FaultyStore, HoldOptions, Level, MemoryStore,
+    ObjectId, ObjectStore, Origin, Password, PointDraft, PruneOptions, ReadData, RepoError,
+    Repository, RestorePoint, Retention, RetentionMode, VerifyOptions,
 };
 
 fn content(seed: u8) -> Vec<u8> {
@@ -138,7 +138,83 @@ fn a_hold_ends_by_itself_and_is_tidied_up() {
     assert_eq!(repository.points().unwrap().holds, []);
     assert_eq!(repository.holds().unwrap().holds.len(), 1, "it is listed, as over");
     assert_eq!(repository.forget(&[point.id]).unwrap().forgotten, [point.id]);
-    assert!(!memory.names().iter().any(|name| name.starts_with("holds/")));
+    let kept = memory.names().iter().any(|name| name.starts_with("holds/"));
+    assert!(kept, "should this clock be wrong, the hold is in force again");
+}
+
+#[test]
+fn junk_in_the_place_of_a_release_releases_nothing_and_stops_nothing() {
+    let memory = MemoryStore::new();
+    let store: Arc<dyn ObjectStore> = Arc::new(memory.clone());
+    let repository = repository(&store, true);
+    let (point, other) = (add_point(&repository, 0), add_point(&repository, 7));
+    let hold = repository.hold(point.id, &reason("audit")).unwrap();
+    memory.replace(&format!("released/{}", hold.id), b"junk");
+    let list = repository.holds().unwrap();
+    assert_eq!((list.holds.len(), list.unreadable.len()), (1, 0));
+    let report = repository.forget(&[point.id, other.id]).unwrap();
+    assert_eq!((report.held.len(), report.forgotten), (1, vec![other.id]));
+    prune(&repository).unwrap();
+    let deny: Arc<dyn ObjectStore> = Arc::new(DenyStore::new(Arc::clone(&store)));
+    let error = reopen(&deny).unwrap().release_hold(hold.id).unwrap_err();
+    assert!(matches!(error, RepoError::Denied { .. }), "{error}");
+    assert!(repository.release_hold(hold.id).unwrap());
+    assert_eq!(repository.holds().unwrap().holds, []);
+}
+
+#[test]
+fn two_that_release_a_hold_write_the_same_bytes() {
+    let memory = MemoryStore::new();
+    let store: Arc<dyn ObjectStore> = Arc::new(memory.clone());
+    let repository = repository(&store, true);
+    let point = add_point(&repository, 0);
+    let hold = repository.hold(point.id, &reason("")).unwrap();
+    let name = format!("released/{}", hold.id);
+    let release = || {
+        let copy = memory.snapshot();
+        let deny: Arc<dyn ObjectStore> = Arc::new(DenyStore::new(Arc::new(copy.clone())));
+        assert!(!reopen(&deny).unwrap().release_hold(hold.id).unwrap());
+        copy.bytes(&name).unwrap().to_vec()
+    };
+    let first = release();
+    std::thread::sleep(std::time::Duration::from_millis(5));
+    assert!(first == release(), "one key and nonce sealed two texts");
+}
+
+#[test]
+fn a_hold_tells_its_point_where_the_object_of_the_point_is_damaged() {
+    let memory = MemoryStore::new();
+    let store: Arc<dyn ObjectStore> = Arc::new(memory.clone());
+    let repository = repository(&store, true);
+    let point = add_point(&repository, 0);
+    let hold = repository.hold(point.id, &reason("audit")).unwrap();
+    let name = format!("points/{}", point.id);
+    let mut bytes = memory.bytes(&name).unwrap().to_vec();
+    bytes[70] ^= 1;
+    memory.replace(&name, &bytes);
+    let mut list = reopen(&store).unwrap().points().unwrap();
+    assert_eq!((&list.points[..], list.unreadable.len()), (std::slice::from_ref(&point), 1));
+    assert!(list.first_lost().is_none());
+    let repository = reopen(&store).unwrap();
+    prune(&repository).unwrap();
+    let mut back = vec![0; content(0).len()];
+    repository.open_disk(&list.points[0], "disk0").unwrap().read_at(&mut back, 0).unwrap();
+    assert!(back == content(0));
+    repository.release_hold(hold.id).unwrap();
+    assert!(reopen(&store).unwrap().points().unwrap().first_lost().is_some());
+}
+
+#[test]
+fn what_was_forgotten_before_an_error_is_told() {
+    let memory = MemoryStore::new();
+    let store: Arc<dyn ObjectStore> = Arc::new(memory.clone());
+    let repository = repository(&store, true);
+    let (first, second) = (add_point(&repository, 0), add_point(&repository, 7));
+    let faulty: Arc<dyn ObjectStore> = Arc::new(FaultyStore::crashing_at(store, 1));
+    let report = reopen(&faulty).unwrap().forget(&[first.id, second.id]).unwrap();
+    assert_eq!(report.forgotten, [first.id]);
+    assert!(report.failed.is_some());
+    assert_eq!(repository.points().unwrap().points, [second]);
 }
 
 #[test]
@@ -279,4 +355,32 @@ fn what_the_store_keeps_is_passed_over_and_said() {
     assert!(!repository.release_hold(hold.id).unwrap());
     assert_eq!(repository.forget(&[second.id]).unwrap().forgotten, [second.id]);
     assert_eq!(repository.points().unwrap().points, [first]);
+}
+
+#[test]
+fn a_point_is_later_than_a_parent_that_only_a_hold_tells() {
+    let store: Arc<dyn ObjectStore> = Arc::new(MemoryStore::new());
+    let repository = repository(&store, true);
+    let draft = |parent| PointDraft {
+        vm: "vm".into(),
+        level: Level::Full,
+        parent,
+        consistency: "crash".into(),
+        tags: std::collections::BTreeMap::new(),
+        host: String::new(),
+        source: String::new(),
+        started: Timestamp::now(),
+        config: serde_json::Value::Null,
+        warnings: Vec::new(),
+        disks: Vec::new(),
+    };
+    let begin = || repository.begin_backup(&common::fast_options()).unwrap();
+    // Of a host whose clock was ahead of ours.
+    let origin = Origin { repository: ObjectId([1; 16]), point: ObjectId([2; 16]) };
+    let time = "2099-01-01T00:00:00Z".parse().unwrap();
+    let parent = begin().commit_copy(draft(None), CopyOf { origin, time }).unwrap();
+    repository.hold(parent.id, &reason("audit")).unwrap();
+    store.remove(&format!("points/{}", parent.id)).unwrap();
+    let next = begin().commit(draft(Some(parent.id))).unwrap();
+    assert!(next.time > parent.time, "{} after {}", next.time, parent.time);
 }

@@ -23,7 +23,7 @@ pub use select::{Selector, parse_count, parse_policy, parse_span, parse_zone};
 
 use crate::{EngineError, Result};
 use jiff::tz::TimeZone;
-use jiff::{Span, Timestamp};
+use jiff::{SignedDuration, Span, Timestamp};
 use rules::{Rule, Verdict, rules_of};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -90,6 +90,19 @@ pub struct RetentionPlan {
     pub allow_none: bool,
     /// Where days begin.
     pub zone: TimeZone,
+    /// The present. Points of later than a day from it stay, and no rule counts them or counts from them:
+    /// one host with a wrong clock, or one forged point, would have the others forgotten.
+    pub now: Timestamp,
+}
+
+/// How far clocks of hosts may be ahead of ours.
+const CLOCKS_DIFFER: SignedDuration = SignedDuration::from_hours(24);
+
+impl RetentionPlan {
+    /// Whether a point of that moment is of a time to come.
+    pub fn is_future(&self, time: Timestamp) -> bool {
+        time.duration_since(self.now) > CLOCKS_DIFFER
+    }
 }
 
 /// What retention has to know of a restore point.
@@ -151,7 +164,16 @@ pub fn decide(candidates: &[Candidate], plan: &RetentionPlan) -> Result<Vec<Deci
         // The id settles the order of points of one moment, so that the answer is always the same.
         points.sort_by_key(|point| std::cmp::Reverse((point.time, point.id)));
         match policy.and_then(|number| plan.policies.get(number)) {
-            Some((_, policy)) => decisions.extend(decide_group(&points, policy, plan)?),
+            Some((_, policy)) => {
+                let future = points.partition_point(|point| plan.is_future(point.time));
+                let (future, present) = points.split_at(future);
+                decisions.extend(future.iter().map(|point| {
+                    let mut reasons = point.held.clone();
+                    reasons.push("of a time in the future".into());
+                    decision(point, true, reasons)
+                }));
+                decisions.extend(decide_group(present, policy, plan)?);
+            }
             None => decisions.extend(points.into_iter().map(|point| {
                 let mut reasons = point.held.clone();
                 reasons.push("no policy is for it".into());

@@ -17,6 +17,7 @@ fn plan(policy: RetentionPolicy, zone: &TimeZone) -> RetentionPlan {
         group_by_tags: Vec::new(),
         allow_none: false,
         zone: zone.clone(),
+        now: Timestamp::MAX,
     }
 }
 
@@ -160,6 +161,23 @@ fn nothing_loses_its_last_point_unless_that_is_allowed() {
     all.policies[0].1 = RetentionPolicy::default();
     let decisions = decide(&points, &all).unwrap();
     assert!(decisions.iter().all(|decision| !decision.keep && decision.reasons.len() == 1));
+}
+
+#[test]
+fn points_of_the_future_stay_and_are_not_what_the_rules_count_from() {
+    let mut points = gap_years()[..2].to_vec();
+    points[0].time = "2026-11-19T12:00:00Z".parse().unwrap();
+    points[1].time = "2026-11-20T12:00:00Z".parse().unwrap();
+    for (id, time) in [(98, "2099-01-01T00:00:00Z"), (99, "2099-01-01T00:00:00.001Z")] {
+        points.push(candidate(id, "web", time));
+    }
+    let rules = policy(|p| p.within = Some(Span::new().days(14)));
+    let mut plan = plan(rules, &TimeZone::UTC);
+    plan.now = "2026-11-20T13:00:00Z".parse().unwrap();
+    let own: Vec<u8> = [1, 0].iter().map(|at: &usize| points[*at].id.0[0]).collect();
+    assert_eq!(kept_by(&points, &plan), [99, 98, own[0], own[1]]);
+    plan.policies[0].1 = policy(|p| p.daily = 1);
+    assert_eq!(kept_by(&points, &plan), [99, 98, own[0]]);
 }
 
 #[test]

@@ -701,7 +701,8 @@ fn publish(context: &Arc<RepoContext>, lease: &Lease, point: &RestorePoint) -> R
 /// Now, or a moment after the parent where the clock went back: newer points have later times.
 fn time_after(context: &RepoContext, parent: Option<ObjectId>) -> Timestamp {
     let now = Timestamp::now();
-    let parent = parent.and_then(|id| point::read(context, id).ok());
+    let held = |id| crate::hold::record_of(context, id).ok().flatten();
+    let parent = parent.and_then(|id| point::read(context, id).ok().or_else(|| held(id)));
     match parent
         .and_then(|parent| parent.time.checked_add(jiff::SignedDuration::from_millis(1)).ok())
     {

@@ -5,8 +5,8 @@ use crate::exit::Exit;
 use crate::table::Table;
 use crate::{repository, units};
 use clap::Args;
-use jiff::Span;
 use jiff::tz::TimeZone;
+use jiff::{Span, Timestamp};
 use vmtide_engine::retention::{
     Candidate, Decision, RetentionPlan, RetentionPolicy, Selector, decide, parse_count,
     parse_policy, parse_span, parse_zone,
@@ -57,9 +57,9 @@ pub struct ForgetArgs {
     /// repeated
     #[arg(long, value_name = "KEY")]
     group_by_tag: Vec<String>,
-    /// Where days begin: local, UTC, a name such as Europe/Berlin
-    #[arg(long, value_name = "ZONE", value_parser = parse_zone, default_value = "local")]
-    time_zone: TimeZone,
+    /// Where days begin: local, UTC, a name such as Europe/Berlin [default: local]
+    #[arg(long, value_name = "ZONE", value_parser = parse_zone)]
+    time_zone: Option<TimeZone>,
     /// Forget even the last restore point of a VM where no rule keeps it; without rules all, for which
     /// --vm or --tag must say of what
     #[arg(long)]
@@ -162,11 +162,13 @@ impl ForgetArgs {
         if !general.is_empty() || policies.is_empty() {
             policies.push((Selector::default(), general));
         }
+        let zone = self.time_zone.clone().map_or_else(|| parse_zone("local"), Ok);
         Ok(RetentionPlan {
             policies,
             group_by_tags: self.group_by_tag.clone(),
             allow_none: self.allow_forget_all,
-            zone: self.time_zone.clone(),
+            zone: zone.map_err(|error| EngineError::usage(format!("{error}; give --time-zone")))?,
+            now: Timestamp::now(),
         })
     }
 }
@@ -182,11 +184,19 @@ pub fn run(app: &App, args: &ForgetArgs) -> Result<Exit> {
     };
     let wanted = doomed(&decisions);
     let report = if args.dry_run {
-        ForgetReport { forgotten: wanted, ..ForgetReport::default() }
+        ForgetReport { forgotten: wanted.clone(), ..ForgetReport::default() }
     } else {
         forget(&repository, &wanted)?
     };
     // The store may keep them, and somebody may have put a hold in between.
+    let stayed: Vec<ObjectId> = match &report.failed {
+        Some(_) => wanted.iter().filter(|id| !report.forgotten.contains(id)).copied().collect(),
+        None => Vec::new(),
+    };
+    for decision in decisions.iter_mut().filter(|decision| stayed.contains(&decision.point)) {
+        decision.keep = true;
+        decision.reasons = vec!["could not be forgotten".into()];
+    }
     let held = report.held.iter().map(|(point, hold)| (*point, hold.to_string()));
     for (point, reason) in held.chain(report.locked.iter().cloned()) {
         for decision in decisions.iter_mut().filter(|decision| decision.point == point) {
@@ -210,13 +220,33 @@ pub fn run(app: &App, args: &ForgetArgs) -> Result<Exit> {
         ));
         exit = Exit::Warnings;
     }
-    let pruned = if args.prune && !args.dry_run {
+    exit = exit.worse(warn_of_future(app, &decisions, plan.as_ref()));
+    let pruned = if args.prune && !args.dry_run && report.failed.is_none() {
         Some(super::prune::prune_now(app, &repository, &super::prune::default_options(false))?)
     } else {
         None
     };
     summarise(app, args, &decisions, &report.forgotten, pruned.as_ref());
-    Ok(exit)
+    report.failed.map_or(Ok(exit), |error| Err(error.into()))
+}
+
+/// Points of a time to come: of a host with a wrong clock, or of somebody who would have the rules forget
+/// the others.
+fn warn_of_future(app: &App, decisions: &[Decision], plan: Option<&RetentionPlan>) -> Exit {
+    let Some(plan) = plan else { return Exit::Done };
+    let mut exit = Exit::Done;
+    for decision in decisions.iter().filter(|decision| plan.is_future(decision.time)) {
+        app.output.warning(&format!(
+            "restore point {} of {} is of {}, which is in the future: no rule looks at it; `vmtide forget {}` \
+             forgets it",
+            units::short_id(decision.point),
+            decision.vm,
+            units::time(decision.time),
+            units::short_id(decision.point)
+        ));
+        exit = Exit::Warnings;
+    }
+    exit
 }
 
 fn doomed(decisions: &[Decision]) -> Vec<ObjectId> {
@@ -264,9 +294,9 @@ fn by_rules(
     selector: &Selector,
     plan: &RetentionPlan,
 ) -> Result<Vec<Decision>> {
-    let list = readable(points(repository, None)?)?;
+    let mut list = readable(points(repository, None)?)?;
     // A point that cannot be read may be the newest of a VM: rules over the rest would be wrong.
-    if let Some((name, error)) = list.unreadable.into_iter().next() {
+    if let Some((name, error)) = list.first_lost() {
         tracing::error!("{name} cannot be read, so the rules cannot be applied");
         return Err(error.into());
     }

@@ -129,6 +129,8 @@ fn release(app: &App, repository: &Repository, prefixes: &[String]) -> Result<Ex
     let of_name = |(name, _): &(String, _)| name.rsplit('/').next()?.parse::<ObjectId>().ok();
     let mut ids: Vec<ObjectId> = holds.iter().map(|hold| hold.id).collect();
     ids.extend(unreadable.iter().filter_map(of_name));
+    ids.sort_unstable();
+    ids.dedup();
     let chosen: Vec<ObjectId> =
         prefixes.iter().map(|prefix| find(&ids, prefix)).collect::<Result<_>>()?;
     for id in &chosen {

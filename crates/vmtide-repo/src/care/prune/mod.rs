@@ -218,9 +218,8 @@ impl Pruner<'_> {
             self.marked_with = Some(self.condemned.lists.clone());
             self.repairs = repairs;
         }
-        let list = point_list::load(self.context, Reading::Remembered)?;
-        let unreadable = list.unreadable.into_iter().chain(list.unreadable_holds);
-        if let Some((_, error)) = unreadable.into_iter().next() {
+        let mut list = point_list::load(self.context, Reading::Remembered)?;
+        if let Some((_, error)) = list.first_lost().or_else(|| list.unreadable_holds.pop()) {
             return Err(error);
         }
         let marker = Marker::new(self.context, &self.condemned, self.cancel);
