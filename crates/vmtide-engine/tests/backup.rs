@@ -361,3 +361,27 @@ fn a_damaged_base_is_read_past_with_a_full_backup() {
     let restored = target.repository.open_disk(&point, "d0").unwrap();
     assert_eq!(content(restored.as_ref()), hypervisor.disks[0].device.memory.to_bytes());
 }
+
+#[test]
+fn data_found_lost_while_a_backup_runs_is_read_again_and_told() {
+    let target = TestRepository::new();
+    let hypervisor = ScriptedHypervisor::new(&[("d0", 4 * MIB)]);
+    let data: Vec<u8> = (0..3 * MIB / 4).flat_map(|n| scrambled(n as u32)).collect();
+    hypervisor.write(0, 0, &data);
+    run(&job(&target.repository, &hypervisor)).unwrap();
+    std::fs::remove_dir_all(target.path("repository/packs")).unwrap();
+    // The same bytes: written, and known by the index, which leads to what is lost.
+    hypervisor.write(0, MIB as u64, &data[MIB..2 * MIB]);
+    let summary = run(&job(&target.repository, &hypervisor)).unwrap();
+    assert_eq!(summary.level, Level::Incremental);
+    let is_told = summary.warnings.iter().any(|warning| warning.contains("were read again"));
+    assert!(is_told || summary.healed_bytes >= 2 * MIB as u64, "{summary:?}");
+    let point = target.repository.resolve(&summary.point.to_string()).unwrap();
+    let restored = target.repository.open_disk(&point, "d0").unwrap();
+    assert_eq!(content(restored.as_ref()), hypervisor.disks[0].device.memory.to_bytes());
+}
+
+/// Four bytes that do not repeat.
+fn scrambled(number: u32) -> [u8; 4] {
+    number.wrapping_mul(0x9e37_79b1).rotate_left(number % 31).to_le_bytes()
+}
