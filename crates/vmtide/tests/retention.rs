@@ -181,7 +181,9 @@ fn a_user_who_may_only_add_backs_up_and_restores_and_cannot_forget() {
         }
     }
     let key = place.run(&["key", "list", "--json"]).must_end_with(0).summary();
-    let key = key["keys"][0]["id"].as_str().unwrap().to_owned();
+    // That which is in use would be refused, whoever asks.
+    let key = key["keys"].as_array().unwrap().iter().find(|key| key["used"] == false).unwrap();
+    let key = key["id"].as_str().unwrap().to_owned();
     let as_nobody = |arguments: &[&str], code: i32| {
         let output = std::process::Command::new("setpriv")
             .args(["--reuid=65534", "--regid=65534", "--clear-groups", "--"])
@@ -217,4 +219,16 @@ fn a_user_who_may_only_add_backs_up_and_restores_and_cannot_forget() {
     as_nobody(&["key", "remove", &key], 4);
     assert_eq!(ids(&place).len(), 3);
     place.run(&["verify", "--read-data"]).must_end_with(0);
+}
+
+#[test]
+fn a_point_is_forgotten_by_name_where_the_time_zone_cannot_be_told() {
+    let (place, points) = with_points(2);
+    let lost =
+        |arguments: &[&str]| common::finish(place.command(arguments).env("TZ", "Middle/Earth"));
+    let run = lost(&["forget", "--keep-daily", "1"]).must_end_with(2);
+    assert!(run.stderr.contains("--time-zone"), "{}", run.stderr);
+    lost(&["forget", "--keep-daily", "1", "--time-zone", "UTC", "--dry-run"]).must_end_with(0);
+    lost(&["forget", &points[0]]).must_end_with(0);
+    assert_eq!(ids(&place).len(), 1);
 }
