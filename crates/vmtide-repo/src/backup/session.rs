@@ -367,7 +367,8 @@ impl BackupSession {
     /// # Errors
     /// [`RepoError::Damaged`] where its map cannot be read; those of the store.
     pub fn why_unusable(&self, base: &DiskRecord) -> Result<Option<String>> {
-        self.bases.why_unusable(&self.state.context, &self.state.condemned, base)
+        let reason = self.bases.why_unusable(&self.state.context, &self.state.condemned, base);
+        reason.map_err(|error| self.lease.explain(error))
     }
 
     /// Stores one disk. `progress` counts bytes of the disk that are dealt with and bytes read.
@@ -385,7 +386,7 @@ impl BackupSession {
         self.check_usable()?;
         let stored = self.try_store_disk(source, plan, progress, cancel);
         self.note_outcome(&stored);
-        stored
+        stored.map_err(|error| self.lease.explain(error))
     }
 
     /// After a failure places may have been promised that were never filled.
@@ -590,7 +591,7 @@ impl BackupSession {
     /// Those of the store; [`RepoError::Busy`] where this job stood still for so long that it was
     /// taken for dead. There is no restore point then.
     pub fn commit(self, draft: PointDraft) -> Result<RestorePoint> {
-        self.commit_as(draft, None)
+        self.commit_as(draft, None).map_err(|error| self.lease.explain(error))
     }
 
     /// As [`commit`](Self::commit), of a point that is a copy: of the same moment as what it is a
@@ -599,7 +600,7 @@ impl BackupSession {
     /// # Errors
     /// As [`commit`](Self::commit).
     pub fn commit_copy(self, draft: PointDraft, copy: CopyOf) -> Result<RestorePoint> {
-        self.commit_as(draft, Some(copy))
+        self.commit_as(draft, Some(copy)).map_err(|error| self.lease.explain(error))
     }
 
     /// Ends a job without a restore point. The packs it finished are noted in the index, so that the next
@@ -612,7 +613,7 @@ impl BackupSession {
         self.state.write_index(&pending)
     }
 
-    fn commit_as(self, draft: PointDraft, copy: Option<CopyOf>) -> Result<RestorePoint> {
+    fn commit_as(&self, draft: PointDraft, copy: Option<CopyOf>) -> Result<RestorePoint> {
         self.check_usable()?;
         let mut fillers = std::mem::take(&mut *self.fillers.lock()).into_iter();
         let finished = fillers.try_for_each(|mut filler| filler.finish_pack(&self.state));
