@@ -366,7 +366,8 @@ fn a_damaged_base_is_read_past_with_a_full_backup() {
 fn data_found_lost_while_a_backup_runs_is_read_again_and_told() {
     let target = TestRepository::new();
     let hypervisor = ScriptedHypervisor::new(&[("d0", 4 * MIB)]);
-    let data: Vec<u8> = (0..3 * MIB / 4).flat_map(|n| scrambled(n as u32)).collect();
+    let words = u32::try_from(3 * MIB / 4).unwrap();
+    let data: Vec<u8> = (0..words).flat_map(scrambled).collect();
     hypervisor.write(0, 0, &data);
     run(&job(&target.repository, &hypervisor)).unwrap();
     std::fs::remove_dir_all(target.path("repository/packs")).unwrap();

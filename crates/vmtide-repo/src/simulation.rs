@@ -31,6 +31,8 @@ pub enum Weakness {
     ForwardTrusted,
     /// Prune removes the moment a verdict is put, whoever may be about to remove the list.
     VerdictUnconfirmed,
+    /// Prune takes a lease for ended that ended only after the restore points were marked.
+    RosterReadAgain,
 }
 
 /// One simulated process, as its thread carries it.

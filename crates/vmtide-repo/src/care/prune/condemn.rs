@@ -15,6 +15,15 @@ use std::collections::BTreeMap;
 /// for a forward.
 const OBJECTS_PER_LIST: usize = 20_000;
 
+/// As [`OBJECTS_PER_LIST`]; in a simulation so few that what happens between two lists is met.
+fn objects_per_list() -> usize {
+    #[cfg(feature = "simulation")]
+    if crate::simulation::process().is_some() {
+        return 2;
+    }
+    OBJECTS_PER_LIST
+}
+
 /// Packs that are reached through this many forwards are not moved again (format §10 allows 16).
 const MAX_DEPTH: usize = crate::disk::MAX_FORWARDS - 1;
 
@@ -209,7 +218,7 @@ impl Pruner<'_> {
         let moved = self.repack(&candidates.sparse)?;
         let mut records = vec![CondemnedRecord::default()];
         let next = |records: &mut Vec<CondemnedRecord>, add: &dyn Fn(&mut CondemnedRecord)| {
-            if records.last().is_none_or(|record| record.len() >= OBJECTS_PER_LIST) {
+            if records.last().is_none_or(|record| record.len() >= objects_per_list()) {
                 records.push(CondemnedRecord::default());
             }
             records.last_mut().into_iter().for_each(add);

@@ -46,7 +46,7 @@ impl Pruner<'_> {
             self.verdicts.get(&list.id).into_iter().flat_map(|all| all.values().cloned()).collect();
         let mut waits = BTreeSet::new();
         for verdict in &verdicts {
-            let readers = self.unsettled(&verdict.waits_for);
+            let readers = self.unsettled_now(&verdict.waits_for)?;
             if readers.is_empty() {
                 self.remove_dead(&verdict.dead)?;
             }

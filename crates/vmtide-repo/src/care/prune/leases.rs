@@ -47,8 +47,23 @@ impl Pruner<'_> {
         Ok(self.records.get(&id).and_then(Option::as_ref))
     }
 
-    /// Those of the leases whose holders may still be at work.
+    /// Those of the leases whose holders may still have been at work before the restore points were
+    /// listed that count now. Only that says that all they made is marked: whoever ended since may
+    /// have made a restore point that the marks do not know.
     pub(super) fn unsettled(&self, leases: &[ObjectId]) -> BTreeSet<ObjectId> {
+        self.at_work_in(&self.roster, leases)
+    }
+
+    /// Those of the leases whose holders may be at work now. They may have begun after the roster
+    /// was read that [`unsettled`](Self::unsettled) goes by.
+    pub(super) fn unsettled_now(&self, leases: &[ObjectId]) -> Result<BTreeSet<ObjectId>> {
+        if leases.is_empty() {
+            return Ok(BTreeSet::new());
+        }
+        Ok(self.at_work_in(&Roster::read(self.context)?, leases))
+    }
+
+    fn at_work_in(&self, roster: &Roster, leases: &[ObjectId]) -> BTreeSet<ObjectId> {
         #[cfg(feature = "simulation")]
         if crate::simulation::is_weak(crate::simulation::Weakness::LeasesIgnored) {
             return BTreeSet::new();
@@ -56,7 +71,7 @@ impl Pruner<'_> {
         let own = self.lease.id();
         let at_work = |id: &ObjectId| {
             Some(*id) != own
-                && self.roster.get(*id).is_some_and(|lease| !lease.ended)
+                && roster.get(*id).is_some_and(|lease| !lease.ended)
                 && !self.is_judged(*id)
         };
         leases.iter().copied().filter(at_work).collect()
@@ -144,10 +159,15 @@ impl Pruner<'_> {
         Ok(true)
     }
 
-    /// Lists the leases that have not ended.
+    /// Lists the leases that have not ended. The roster by which boundaries are judged stays the one
+    /// from before the marks.
     pub(super) fn now_at_work(&mut self) -> Result<Vec<ObjectId>> {
-        self.roster = Roster::read(self.context)?;
-        let unfinished = self.roster.unfinished(None).map(|(id, _)| id);
-        Ok(unfinished.filter(|id| !self.is_judged(*id)).collect())
+        let now = Roster::read(self.context)?;
+        let at_work: Vec<ObjectId> = now.unfinished(None).map(|(id, _)| id).collect();
+        #[cfg(feature = "simulation")]
+        if crate::simulation::is_weak(crate::simulation::Weakness::RosterReadAgain) {
+            self.roster = now;
+        }
+        Ok(at_work.into_iter().filter(|id| !self.is_judged(*id)).collect())
     }
 }
