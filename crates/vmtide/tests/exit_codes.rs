@@ -65,7 +65,7 @@ fn wrong_usage_is_2() {
         &["backup", "web.raw", "--allow-downgrade"],
         &["backup", "web.raw", "--limit-rate", "fast"],
         &["backup", "web.raw", "--compression", "99"],
-        &["points", "-r", "s3://bucket/prefix"],
+        &["points", "-r", "ftp://bucket/prefix"],
         &["restore", "web", "--to", "s3://bucket/x"],
         &["verify", "--read-data=101"],
         &["init", "x", "--encryption", "rot13"],
