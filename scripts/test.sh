@@ -28,7 +28,7 @@ CYCLES="${VMTIDE_CYCLES:-8}"
 KILLS="${VMTIDE_KILLS:-20}"
 FUZZ_SECONDS="${VMTIDE_FUZZ_SECONDS:-60}"
 # Longer than everything in it takes on two slow cores; a hang ends as a failure, not as a machine blocked for ever.
-LIMIT_RUST_S=1500
+LIMIT_RUST_S=2700
 LIMIT_E2E_S=900
 LIMIT_FUZZ_BUILD_S=900
 # cargo's own needs come first; a fuzz target lives in less than half.

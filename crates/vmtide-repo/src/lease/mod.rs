@@ -233,6 +233,10 @@ pub(crate) fn stood_still() -> RepoError {
 impl Held {
     fn renew(&self) -> Result<()> {
         let mut renewals = self.renewals.lock();
+        if renewals.ended {
+            // A renewal after the end would look like a lease of nobody.
+            return Ok(());
+        }
         let name = format!("leases/{}/renewed-{:08x}", self.id, renewals.next);
         renewals.next = renewals.next.wrapping_add(1);
         self.context.store.put(&name, RENEWAL)?;

@@ -34,17 +34,18 @@ impl LeaseState {
 #[derive(Debug, Default)]
 pub(crate) struct Roster {
     leases: BTreeMap<ObjectId, LeaseState>,
-    /// The latest time that any of their objects was written: no earlier than the last renewal of
-    /// whoever asks, so that no clock but the store's is needed.
+    /// The store's time: that of the last renewal of whoever asks, who renews just before, so that
+    /// neither another clock nor an object with a time in the future counts. Without a lease of one's
+    /// own, the latest time that any of the objects was written.
     pub now: Timestamp,
 }
 
 impl Roster {
-    /// Lists them.
+    /// Lists them; `own` is the lease of whoever asks.
     ///
     /// # Errors
     /// Those of the store.
-    pub fn read(context: &RepoContext) -> Result<Self> {
+    pub fn read(context: &RepoContext, own: Option<ObjectId>) -> Result<Self> {
         let mut roster = Self { leases: BTreeMap::new(), now: Timestamp::MIN };
         context.store.list(ObjectKind::Lease.prefix(), &mut |entry| {
             let mut parts = entry.name.split('/').skip(1);
@@ -61,6 +62,8 @@ impl Roster {
             }
             Ok(())
         })?;
+        let heard = own.and_then(|own| roster.get(own)?.heard);
+        roster.now = heard.map_or(roster.now, |(_, last)| last);
         Ok(roster)
     }
 

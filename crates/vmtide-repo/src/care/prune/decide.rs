@@ -240,7 +240,12 @@ impl Pruner<'_> {
             }
             self.report.needed_after_all += left;
         }
-        list.remove(self.context)?;
+        match list.remove(self.context) {
+            Ok(()) => {}
+            // A bucket may keep whatever is put into it; then the list goes when its time is over.
+            Err(RepoError::Locked { .. }) => return Ok(Outcome::Stays),
+            Err(error) => return Err(error),
+        }
         if let Some(known) = &mut self.marked_with {
             known.remove(&list.id);
         }

@@ -11,7 +11,7 @@ impl Pruner<'_> {
     pub(super) fn look_at_leases(&mut self) -> Result<()> {
         // So that the newest time in the listing is now.
         self.lease.renew()?;
-        self.roster = Roster::read(self.context)?;
+        self.roster = Roster::read(self.context, self.lease.id())?;
         self.revocations = Revocations::read(self.context)?;
         let own = self.lease.id();
         let unfinished: Vec<ObjectId> = self.roster.unfinished(own).map(|(id, _)| id).collect();
@@ -60,7 +60,7 @@ impl Pruner<'_> {
         if leases.is_empty() {
             return Ok(BTreeSet::new());
         }
-        Ok(self.at_work_in(&Roster::read(self.context)?, leases))
+        Ok(self.at_work_in(&Roster::read(self.context, self.lease.id())?, leases))
     }
 
     fn at_work_in(&self, roster: &Roster, leases: &[ObjectId]) -> BTreeSet<ObjectId> {
@@ -162,7 +162,7 @@ impl Pruner<'_> {
     /// Lists the leases that have not ended. The roster by which boundaries are judged stays the one
     /// from before the marks.
     pub(super) fn now_at_work(&mut self) -> Result<Vec<ObjectId>> {
-        let now = Roster::read(self.context)?;
+        let now = Roster::read(self.context, self.lease.id())?;
         let at_work: Vec<ObjectId> = now.unfinished(None).map(|(id, _)| id).collect();
         #[cfg(feature = "simulation")]
         if crate::simulation::is_weak(crate::simulation::Weakness::RosterReadAgain) {

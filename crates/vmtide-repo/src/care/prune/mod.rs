@@ -156,7 +156,7 @@ impl Pruner<'_> {
 
     /// Says what a run would do.
     fn explain(&mut self) -> Result<()> {
-        self.roster = Roster::read(self.context)?;
+        self.roster = Roster::read(self.context, self.lease.id())?;
         self.revocations = Revocations::read(self.context)?;
         self.look_at_lists()?;
         self.mark()?;

@@ -21,10 +21,18 @@ impl Pruner<'_> {
             // listing alone could have missed it.
             let name = ObjectKind::Condemned.object_name(id);
             if matches!(self.context.store.open(&name), Err(RepoError::NotFound { .. })) {
-                beside.names.iter().try_for_each(|name| self.context.store.remove(name))?;
+                beside.names.iter().try_for_each(|name| self.remove_if_allowed(name))?;
             }
         }
         Ok(())
+    }
+
+    /// Removes an object; one that the store keeps until a time stays until a later run.
+    fn remove_if_allowed(&self, name: &str) -> Result<()> {
+        match self.context.store.remove(name) {
+            Err(RepoError::Locked { .. }) => Ok(()),
+            outcome => outcome,
+        }
     }
 
     /// Removes the rest.
