@@ -5,18 +5,21 @@ use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use std::io::Error;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 
 /// Content on its way. A new one is made for every try.
 pub(crate) struct ContentBody {
     content: Content,
     offset: u64,
+    sent_bytes: Arc<AtomicU64>,
 }
 
 impl ContentBody {
-    /// All of `content`.
-    pub(crate) const fn new(content: Content) -> Self {
-        Self { content, offset: 0 }
+    /// All of `content`. How much of it was taken to be sent is kept in `sent_bytes`.
+    pub(crate) const fn new(content: Content, sent_bytes: Arc<AtomicU64>) -> Self {
+        Self { content, offset: 0, sent_bytes }
     }
 }
 
@@ -34,6 +37,7 @@ impl Body for ContentBody {
         // A file is read here and now: it was written a moment ago, and comes out of memory.
         Poll::Ready(Some(self.content.read_from(self.offset).map(|bytes| {
             self.offset += bytes.len() as u64;
+            self.sent_bytes.store(self.offset, Ordering::Relaxed);
             Frame::data(bytes)
         })))
     }

@@ -14,7 +14,8 @@ use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue, Method};
 use object_store::aws::AwsAuthorizer;
 use object_store::client::{HttpRequest, HttpRequestBody};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use vmtide_repo::Result;
 
@@ -23,6 +24,14 @@ const MAX_DOCUMENT_BYTES: usize = 8 << 20;
 
 /// What one try may take beside the moving of its content.
 const TRY_TIME: Duration = Duration::from_secs(60);
+
+/// Content so short that all of it moves within [`TRY_TIME`].
+const SHORT_BYTES: u64 = 1 << 20;
+
+/// How many times the patience with anything else long content has while nothing of it moves. What
+/// moved last may wait in buffers of this machine, 4 MiB on Linux by default, which at the slowest
+/// rate take 128 s to be empty.
+const BUFFERS_PATIENCE: u32 = 3;
 
 /// The slowest rate at which content may move before a try counts as stuck, in bytes per second.
 const SLOWEST_RATE: u64 = 32 << 10;
@@ -130,6 +139,8 @@ pub(crate) struct Client {
     credentials: Credentials,
     pub(crate) endpoint: Endpoint,
     retry_time: Duration,
+    /// How long nothing may move before a try counts as stuck, beside what buffers take.
+    patience: Duration,
     reached: AtomicBool,
     pub(crate) counters: Counters,
 }
@@ -148,6 +159,7 @@ impl Client {
             http,
             endpoint,
             retry_time: options.retry_time,
+            patience: TRY_TIME,
             reached: AtomicBool::new(false),
             counters: Counters::default(),
         })
@@ -228,11 +240,40 @@ impl Client {
         if let Some(content) = &request.content {
             let length = HeaderValue::from(content.length_bytes());
             signed.headers_mut().insert(http::header::CONTENT_LENGTH, length);
-            *signed.body_mut() = Some(reqwest::Body::wrap(ContentBody::new(content.clone())));
         } else if matches!(request.method, Method::PUT | Method::POST) {
             signed.headers_mut().insert(http::header::CONTENT_LENGTH, HeaderValue::from(0));
         }
         Ok(signed)
+    }
+
+    /// Sends the request with its content. The answer's head may take as long as content moves: on
+    /// a slow line that is most of an hour for a large pack, and nothing is wrong.
+    async fn answer_head(
+        &self,
+        request: &Request,
+        mut signed: reqwest::Request,
+    ) -> Result<reqwest::Response, TryFailure> {
+        let sent_bytes = Arc::new(AtomicU64::new(0));
+        let mut stalled = self.patience;
+        if let Some(content) = &request.content {
+            if content.length_bytes() > SHORT_BYTES {
+                stalled *= BUFFERS_PATIENCE;
+            }
+            let body = ContentBody::new(content.clone(), Arc::clone(&sent_bytes));
+            *signed.body_mut() = Some(reqwest::Body::wrap(body));
+        }
+        let mut answer = std::pin::pin!(self.http.execute(signed));
+        let mut before = 0;
+        loop {
+            if let Ok(answer) = tokio::time::timeout(stalled, answer.as_mut()).await {
+                return answer.map_err(|error| connection_failed(innermost(&error), false));
+            }
+            let sent = sent_bytes.load(Ordering::Relaxed);
+            if sent == before {
+                return Err(stuck(stalled, false));
+            }
+            before = sent;
+        }
     }
 
     async fn exchange(
@@ -240,10 +281,7 @@ impl Client {
         request: &Request,
         signed: reqwest::Request,
     ) -> Result<Answer, TryFailure> {
-        let failed =
-            |error: &reqwest::Error, answered| connection_failed(innermost(error), answered);
-        let mut response =
-            self.http.execute(signed).await.map_err(|error| failed(&error, false))?;
+        let mut response = self.answer_head(request, signed).await?;
         let status = response.status();
         let limit = if status.is_success() { request.expected_bytes } else { MAX_DOCUMENT_BYTES };
         let announced = response.content_length().filter(|_| request.method != Method::HEAD);
@@ -252,7 +290,12 @@ impl Client {
         let too_long = |length: u64| usize::try_from(length).map_or(true, |length| length > limit);
         // What is longer than asked for is not read: its length is in the headers.
         if !announced.is_some_and(too_long) {
-            while let Some(part) = response.chunk().await.map_err(|error| failed(&error, true))? {
+            loop {
+                let part = tokio::time::timeout(self.patience, response.chunk())
+                    .await
+                    .map_err(|_| stuck(self.patience, true))?
+                    .map_err(|error| connection_failed(innermost(&error), true))?;
+                let Some(part) = part else { break };
                 if body.len().saturating_add(part.len()) > limit {
                     body.clear();
                     break;
@@ -272,6 +315,10 @@ impl Client {
         }
         Ok(Answer { status: status.as_u16(), headers, body: body.freeze() })
     }
+}
+
+fn stuck(waited: Duration, answered: bool) -> TryFailure {
+    connection_failed(format!("nothing moved for {} s", waited.as_secs()), answered)
 }
 
 fn connection_failed(text: String, answered: bool) -> TryFailure {
@@ -295,5 +342,85 @@ fn refused(status: u16, headers: &HeaderMap, body: &[u8]) -> TryFailure {
         },
         wait,
         answered: true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::options::StaticCredentials;
+    use std::io::{Read, Write};
+    use std::net::{Ipv4Addr, TcpListener};
+    use std::time::Instant;
+
+    const LENGTH: usize = 12 << 20;
+    const PIECE: usize = 256 << 10;
+
+    /// A server for one request of a connection each: takes `pieces` of 256 KiB with a wait after
+    /// each, then nothing more; answers what it took whole with a body that trickles for as long.
+    fn slow_server(pieces: usize, wait: Duration) -> String {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let endpoint = format!("http://{}", listener.local_addr().unwrap());
+        std::thread::spawn(move || {
+            let mut stuck = Vec::new();
+            for mut stream in listener.incoming().flatten() {
+                let mut buffer = vec![0; PIECE];
+                let mut taken = 0;
+                for _ in 0..pieces {
+                    let mut filled = 0;
+                    while filled < buffer.len() && taken < LENGTH {
+                        let read = stream.read(&mut buffer[filled..]).unwrap_or(0);
+                        filled += read;
+                        taken += read;
+                        if read == 0 {
+                            break;
+                        }
+                    }
+                    std::thread::sleep(wait);
+                }
+                if taken < LENGTH {
+                    stuck.push(stream);
+                    continue;
+                }
+                let head = b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 20\r\n\r\n";
+                let _ = stream.write_all(head);
+                for _ in 0..20 {
+                    let _ = stream.write_all(b"x");
+                    std::thread::sleep(wait);
+                }
+            }
+        });
+        endpoint
+    }
+
+    async fn put(endpoint: String, patience: Duration) -> Result<Answer, Failure> {
+        let mut options = S3Options::parse("s3://bucket/x").unwrap();
+        options.endpoint = Some(endpoint);
+        options.retry_time = Duration::from_millis(1);
+        options.credentials = Some(StaticCredentials {
+            key_id: "AKIA".into(),
+            secret_key: "geheim".to_owned().into(),
+            token: None,
+        });
+        let mut client = Client::new(&options).unwrap();
+        client.patience = patience;
+        let content = Content::of(&vec![7; LENGTH], false);
+        client.send(&Request::new(Method::PUT, "packs/p").content(content)).await
+    }
+
+    #[test]
+    fn what_moves_is_waited_for_and_what_stands_still_is_not() {
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+        let wait = Duration::from_millis(100);
+        let patience = Duration::from_secs(1);
+        let begun = Instant::now();
+        let answer = runtime.block_on(put(slow_server(LENGTH / PIECE, wait), patience)).unwrap();
+        assert_eq!(&answer.body[..], [b'x'; 20]);
+        // Longer than anything may stand still, both ways.
+        assert!(begun.elapsed() > patience * (BUFFERS_PATIENCE + 1), "{:?}", begun.elapsed());
+        let begun = Instant::now();
+        let failure = runtime.block_on(put(slow_server(4, wait), patience)).unwrap_err();
+        assert!(format!("{failure:?}").contains("nothing moved"), "{failure:?}");
+        assert!(begun.elapsed() < patience * BUFFERS_PATIENCE * 4, "{:?}", begun.elapsed());
     }
 }

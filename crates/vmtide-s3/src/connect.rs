@@ -14,9 +14,6 @@ use vmtide_repo::{RepoError, Result};
 /// How long a server may take to accept a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long nothing may come of an answer before the connection counts as dead.
-const READ_TIMEOUT: Duration = Duration::from_secs(60);
-
 /// How long a connection is kept for the next request. Servers and load balancers drop them after
 /// 20 s to some minutes; a request on a dropped one costs a retry.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(15);
@@ -35,8 +32,9 @@ pub(crate) fn client(options: &S3Options, endpoint: &Endpoint) -> Result<reqwest
         .referer(false)
         .tcp_nodelay(true)
         .http1_only()
+        // No timeout for reading: that of reqwest runs while content is sent, too, and would end
+        // every long one. The client looks after what moves.
         .connect_timeout(CONNECT_TIMEOUT)
-        .read_timeout(READ_TIMEOUT)
         .pool_idle_timeout(IDLE_TIMEOUT);
     if endpoint.is_loopback {
         builder = builder.no_proxy();

@@ -12,6 +12,8 @@ use crate::{versions, xml};
 use http::Method;
 use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
+use std::collections::BTreeSet;
+use std::io::ErrorKind;
 use vmtide_repo::{ObjectStore as _, RepoError, Result};
 
 /// The length of the object that is written.
@@ -55,6 +57,8 @@ pub struct StoreGuarantees {
     pub ranged_read: Guarantee,
     /// Whether what was written is listed at once. Needed.
     pub list_after_write: Guarantee,
+    /// Whether a listing that comes in several pages is whole. Needed.
+    pub list_in_pages: Guarantee,
     /// Whether what was removed is listed no more. Needed.
     pub list_after_delete: Guarantee,
     /// Whether a write can be made to replace nothing (`If-None-Match: *`). Not needed: all names
@@ -77,6 +81,7 @@ impl StoreGuarantees {
             read_after_write: Guarantee::Untried,
             ranged_read: Guarantee::Untried,
             list_after_write: Guarantee::Untried,
+            list_in_pages: Guarantee::Untried,
             list_after_delete: Guarantee::Untried,
             conditional_write: Guarantee::Untried,
             delete: Guarantee::Untried,
@@ -95,6 +100,11 @@ impl StoreGuarantees {
                 self.list_after_write,
                 "what was written is not listed at once, so that `prune` could remove what a new \
                  backup needs",
+            ),
+            (
+                self.list_in_pages,
+                "its long listings are cut, so that `prune` would remove what it does not see \
+                 needed",
             ),
             (
                 self.list_after_delete,
@@ -175,10 +185,15 @@ impl S3Store {
             try_reading(self, "vmtide.repo", None, &mut found)?;
             return Ok(found);
         }
+        let second = format!("{name}-2");
         let tried = try_reading(self, &name, Some(&content), &mut found)
-            .and_then(|()| try_condition(core, &name, &mut found));
+            .and_then(|()| try_condition(core, &name, &mut found))
+            .and_then(|()| try_pages(core, &name, &second, &mut found));
         // What was written goes, whatever came of it.
         try_removing(self, &name, &mut found)?;
+        if let Err(error) = self.remove(&second) {
+            tracing::debug!(%error, "an object of the probe stays");
+        }
         tried.map(|()| found)
     }
 
@@ -268,6 +283,31 @@ fn is_listed(core: &Core, name: &str, length_bytes: Option<u64>) -> Result<bool>
     Ok(listed)
 }
 
+/// Writes a second one, and lists both a page each.
+fn try_pages(core: &Core, name: &str, second: &str, found: &mut StoreGuarantees) -> Result<()> {
+    // A server that does not list at once is refused for that.
+    if found.list_after_write != Guarantee::Yes {
+        return Ok(());
+    }
+    let request =
+        Request::new(Method::PUT, &core.key(second)).content(Content::of(b"second", true));
+    core.send(&core.object_headers(request, None, "probe"), &format!("write {second}"))?;
+    let mut keys = BTreeSet::new();
+    let listed = core.list_in_pages(&core.key(name), Some(1), &mut |object| {
+        keys.insert(object.key);
+        Ok(())
+    });
+    found.list_in_pages = match listed {
+        Ok(()) if keys == BTreeSet::from([core.key(name), core.key(second)]) => Guarantee::Yes,
+        Ok(()) => Guarantee::No,
+        Err(RepoError::Io { source, .. }) if source.kind() == ErrorKind::InvalidData => {
+            Guarantee::No
+        }
+        Err(error) => return Err(error),
+    };
+    Ok(())
+}
+
 /// Writes it once more, which must fail.
 fn try_condition(core: &Core, name: &str, found: &mut StoreGuarantees) -> Result<()> {
     let request = Request::new(Method::PUT, &core.key(name))
@@ -323,6 +363,7 @@ mod tests {
             |found: &mut StoreGuarantees| found.read_after_write = Guarantee::No,
             |found: &mut StoreGuarantees| found.ranged_read = Guarantee::No,
             |found: &mut StoreGuarantees| found.list_after_write = Guarantee::No,
+            |found: &mut StoreGuarantees| found.list_in_pages = Guarantee::No,
             |found: &mut StoreGuarantees| found.list_after_delete = Guarantee::No,
         ] {
             let mut found = found.clone();

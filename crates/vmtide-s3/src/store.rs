@@ -142,10 +142,25 @@ impl Core {
         request
     }
 
-    /// Visits a page after the other of a listing below a key.
+    /// Visits all keys with a prefix.
+    ///
+    /// # Errors
+    /// Those of `visit`; [`RepoError::Io`] also where the server's listing is not whole: what is
+    /// missing in it would count as not there, and what only it needs would be removed.
     pub(crate) fn list_keys(
         &self,
         prefix: &str,
+        visit: &mut dyn FnMut(xml::ObjectInPage) -> Result<()>,
+    ) -> Result<()> {
+        self.list_in_pages(prefix, None, visit)
+    }
+
+    /// As [`list_keys`](Self::list_keys), with at most `page_keys` in a page; none for as many as
+    /// the server gives.
+    pub(crate) fn list_in_pages(
+        &self,
+        prefix: &str,
+        page_keys: Option<u32>,
         visit: &mut dyn FnMut(xml::ObjectInPage) -> Result<()>,
     ) -> Result<()> {
         let what = format!("list {prefix}");
@@ -157,15 +172,21 @@ impl Core {
             if let Some(token) = &token {
                 request = request.query("continuation-token", token.clone());
             }
+            if let Some(keys) = page_keys {
+                request = request.query("max-keys", keys.to_string());
+            }
             let answer = self.send(&request, &what)?;
-            let page: xml::ObjectPage = xml::parse(&what, &answer.body)?;
+            let page: xml::ObjectPage = xml::parse_page(&what, "ListBucketResult", &answer.body)?;
             page.contents.into_iter().try_for_each(&mut *visit)?;
-            let next = page.next_continuation_token.filter(|_| page.is_truncated);
-            // A server that gives the same page for ever must not keep us for ever.
-            if next.is_none() || next == token {
+            if !page.is_truncated {
                 return Ok(());
             }
-            token = next;
+            // Servers that pass over `list-type=2` answer so. A page that leads to itself would
+            // keep us for ever.
+            if page.next_continuation_token.is_none() || page.next_continuation_token == token {
+                return Err(xml::not_whole(&what));
+            }
+            token = page.next_continuation_token;
         }
     }
 }

@@ -115,7 +115,7 @@ fn versions_of(core: &Core, key: &str, what: &str) -> Result<(Vec<String>, Vec<S
             request = request.query("key-marker", key).query("version-id-marker", version);
         }
         let answer = core.send(&request, what)?;
-        let page: xml::VersionPage = xml::parse(what, &answer.body)?;
+        let page: xml::VersionPage = xml::parse_page(what, "ListVersionsResult", &answer.body)?;
         // Keys come in order: the first other one ends it.
         let others = |version: &&xml::VersionInPage| version.key != key;
         let ended = page.versions.iter().chain(&page.delete_markers).any(|v| others(&v));
@@ -125,8 +125,12 @@ fn versions_of(core: &Core, key: &str, what: &str) -> Result<(Vec<String>, Vec<S
         versions.extend(ours(page.versions));
         markers.extend(ours(page.delete_markers));
         let next = page.next_key_marker.zip(page.next_version_id_marker);
-        if ended || !page.is_truncated || next.is_none() || next == from {
+        if ended || !page.is_truncated {
             return Ok((versions, markers));
+        }
+        // A version that is left would come back when the marker above it goes.
+        if next.is_none() || next == from {
+            return Err(xml::not_whole(what));
         }
         from = next;
     }

@@ -2,9 +2,11 @@
 //! default; how long one may be is bounded by who reads it.
 
 use jiff::Timestamp;
+use quick_xml::events::Event;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use std::fmt::Write as _;
+use std::io::{Error, ErrorKind};
 use vmtide_repo::{RepoError, Result};
 
 /// An error.
@@ -119,10 +121,40 @@ pub(crate) struct DefaultRetention {
 pub(crate) fn parse<T: DeserializeOwned>(what: &str, bytes: &[u8]) -> Result<T> {
     let unreadable = |error: &dyn std::fmt::Display| {
         let text = format!("the server's answer is not what S3 answers: {error}");
-        RepoError::io(what, std::io::Error::new(std::io::ErrorKind::InvalidData, text))
+        RepoError::io(what, Error::new(ErrorKind::InvalidData, text))
     };
     let text = std::str::from_utf8(bytes).map_err(|error| unreadable(&error))?;
     quick_xml::de::from_str(text).map_err(|error| unreadable(&error))
+}
+
+/// Reads a page of a listing, whose root element must be `root`: all that it holds can be left out,
+/// so that any other document would be an empty listing.
+///
+/// # Errors
+/// As [`parse`].
+pub(crate) fn parse_page<T: DeserializeOwned>(what: &str, root: &str, bytes: &[u8]) -> Result<T> {
+    let mut reader = quick_xml::Reader::from_reader(bytes);
+    let is_root = loop {
+        match reader.read_event() {
+            Ok(Event::Start(start) | Event::Empty(start)) => {
+                break start.local_name().as_ref() == root.as_bytes();
+            }
+            Ok(Event::Eof) | Err(_) => break false,
+            Ok(_) => {}
+        }
+    };
+    if is_root {
+        return parse(what, bytes);
+    }
+    let text = format!("the server's answer is not what S3 answers: it is no {root}");
+    Err(RepoError::io(what, Error::new(ErrorKind::InvalidData, text)))
+}
+
+/// The error of a listing that says that there is more, and not how to get it.
+pub(crate) fn not_whole(what: &str) -> RepoError {
+    let text = "the server's listing is not whole: it was cut, and does not say how it goes on, so \
+                that no repository can be kept there";
+    RepoError::io(what, Error::new(ErrorKind::InvalidData, text))
 }
 
 /// The error in an answer; empty where it says nothing.
@@ -186,6 +218,24 @@ mod tests {
         );
         let empty: ObjectPage = parse("list", b"<ListBucketResult/>").unwrap();
         assert!(empty.contents.is_empty() && !empty.is_truncated);
+    }
+
+    #[test]
+    fn a_page_is_that_of_the_listing_that_was_asked_for() {
+        let page =
+            |text: &str| parse_page::<ObjectPage>("list", "ListBucketResult", text.as_bytes());
+        for right in [
+            "<?xml version=\"1.0\"?>\n<ListBucketResult xmlns=\"x\"></ListBucketResult>",
+            "<!-- s3 --><s3:ListBucketResult xmlns:s3=\"x\"/>",
+        ] {
+            assert!(page(right).unwrap().contents.is_empty(), "{right}");
+        }
+        for wrong in
+            ["<html></html>", "<ListVersionsResult/>", "<ListAllMyBucketsResult/>", "", "{}", "<"]
+        {
+            let error = page(wrong).unwrap_err();
+            assert!(error.to_string().contains("not what S3 answers"), "{wrong}: {error}");
+        }
     }
 
     #[test]

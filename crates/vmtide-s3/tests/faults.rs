@@ -14,7 +14,7 @@ mod conformance;
 mod faulty;
 
 use conformance::{Promises, Subject};
-use faulty::{Fault, FaultyServer};
+use faulty::{Fault, FaultyServer, Pages};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vmtide_repo::{ObjectStore, RepoError, read_small};
@@ -139,4 +139,38 @@ fn conditions_that_are_passed_over_are_found_out_and_late_listings_refused() {
     server.list_late();
     let error = store(&server).require(ProbeDepth::Full).unwrap_err();
     assert!(error.to_string().contains("not listed at once"), "{error}");
+}
+
+#[test]
+fn a_listing_that_is_cut_is_an_error_and_such_a_server_is_refused() {
+    let server = FaultyServer::start(true);
+    let store = store(&server);
+    let count = || {
+        let mut names = std::collections::BTreeSet::new();
+        let listed = store.list("points/", &mut |entry| {
+            names.insert(entry.name);
+            Ok(())
+        });
+        listed.map(|()| names.len())
+    };
+    for number in 0..1001 {
+        store.put(&format!("points/{number}"), b"x").unwrap();
+    }
+    assert_eq!(count().unwrap(), 1001);
+    assert_eq!(store.require(ProbeDepth::Full).unwrap().list_in_pages, Guarantee::Yes);
+    for pages in [Pages::Cut, Pages::Same] {
+        server.pages(pages);
+        let error = count().unwrap_err();
+        assert!(error.to_string().contains("not whole"), "{pages:?}: {error}");
+        let error = store.require(ProbeDepth::Full).unwrap_err();
+        assert!(error.to_string().contains("long listings are cut"), "{pages:?}: {error}");
+        let mut left = 0;
+        store
+            .list("probe/", &mut |_| {
+                left += 1;
+                Ok(())
+            })
+            .unwrap();
+        assert_eq!(left, 0, "{pages:?}");
+    }
 }

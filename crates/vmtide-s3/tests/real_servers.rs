@@ -162,6 +162,7 @@ fn the_probe_tells_what_each_server_does() {
             (found.read_after_write, "read"),
             (found.ranged_read, "range"),
             (found.list_after_write, "list"),
+            (found.list_in_pages, "pages"),
             (found.list_after_delete, "delete"),
             (found.conditional_write, "condition"),
             (found.delete, "delete"),

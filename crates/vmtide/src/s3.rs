@@ -129,12 +129,13 @@ pub fn summary(found: &StoreGuarantees) -> String {
         ObjectLockState::Unknown => "not told".to_owned(),
     };
     format!(
-        "write {}, read after write {}, parts {}, list after write {}, list after removal {}, \
+        "write {}, read after write {}, parts {}, list after write {}, in pages {}, list after removal {}, \
          conditional write {}, removal {}, versions {versions}, object lock {lock}",
         word(found.write),
         word(found.read_after_write),
         word(found.ranged_read),
         word(found.list_after_write),
+        word(found.list_in_pages),
         word(found.list_after_delete),
         word(found.conditional_write),
         word(found.delete),

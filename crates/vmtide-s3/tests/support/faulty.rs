@@ -30,6 +30,18 @@ struct Object {
     modified: jiff::Timestamp,
 }
 
+/// How listings go on that do not fit in a page of 1,000 keys, or of `max-keys`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Pages {
+    /// As they should.
+    #[default]
+    Whole,
+    /// They are cut, and only the V1 form of listing could go on.
+    Cut,
+    /// Each page leads to itself.
+    Same,
+}
+
 #[derive(Default)]
 struct State {
     objects: BTreeMap<String, Object>,
@@ -37,6 +49,7 @@ struct State {
     seen: Vec<String>,
     honours_conditions: bool,
     lists_late: bool,
+    pages: Pages,
 }
 
 /// The server. Ends with the process.
@@ -70,6 +83,11 @@ impl FaultyServer {
     /// Listings leave out everything from now on.
     pub fn list_late(&self) {
         self.state.lock().unwrap().lists_late = true;
+    }
+
+    /// How listings go on from now on.
+    pub fn pages(&self, pages: Pages) {
+        self.state.lock().unwrap().pages = pages;
     }
 
     /// The requests until now, method and path.
@@ -129,25 +147,7 @@ impl FaultyServer {
             (status, Vec::new(), format!("<Error><Code>{code}</Code></Error>").into_bytes())
         };
         if query.contains("list-type") {
-            let prefix = query.split('&').find_map(|part| part.strip_prefix("prefix=")).unwrap();
-            let prefix = format!("/bucket/{}", prefix.replace("%2F", "/"));
-            let late = state.lists_late;
-            let listed: String = state
-                .objects
-                .iter()
-                .filter(|(key, _)| !late && key.starts_with(&prefix))
-                .map(|(key, object)| {
-                    format!(
-                        "<Contents><Key>{}</Key><Size>{}</Size><LastModified>{}\
-                         </LastModified></Contents>",
-                        key.strip_prefix("/bucket/").unwrap(),
-                        object.content.len(),
-                        object.modified
-                    )
-                })
-                .collect();
-            let xml = format!("<ListBucketResult>{listed}</ListBucketResult>");
-            return (200, Vec::new(), xml.into_bytes());
+            return (200, Vec::new(), list(&state, query).into_bytes());
         }
         if !query.is_empty() {
             return error(501, "NotImplemented");
@@ -186,6 +186,38 @@ impl FaultyServer {
             }
         }
     }
+}
+
+/// A page of a listing.
+fn list(state: &State, query: &str) -> String {
+    let part = |name: &str| query.split('&').find_map(|part| part.strip_prefix(name));
+    let prefix = format!("/bucket/{}", part("prefix=").unwrap().replace("%2F", "/"));
+    let length = part("max-keys=").map_or(1000, |text| text.parse().unwrap());
+    let from = part("continuation-token=").filter(|_| state.pages == Pages::Whole);
+    let from: usize = from.map_or(0, |text| text.parse().unwrap());
+    let keys: Vec<_> = state
+        .objects
+        .iter()
+        .filter(|(key, _)| !state.lists_late && key.starts_with(&prefix))
+        .skip(from)
+        .collect();
+    let mut xml = String::from("<ListBucketResult>");
+    for (key, object) in keys.iter().take(length) {
+        xml.push_str(&format!(
+            "<Contents><Key>{}</Key><Size>{}</Size><LastModified>{}</LastModified></Contents>",
+            key.strip_prefix("/bucket/").unwrap(),
+            object.content.len(),
+            object.modified
+        ));
+    }
+    if keys.len() > length {
+        xml.push_str("<IsTruncated>true</IsTruncated>");
+        if state.pages != Pages::Cut {
+            let next = from + length;
+            xml.push_str(&format!("<NextContinuationToken>{next}</NextContinuationToken>"));
+        }
+    }
+    xml + "</ListBucketResult>"
 }
 
 fn send(
