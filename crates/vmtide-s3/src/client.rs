@@ -12,12 +12,13 @@ use crate::spool::Content;
 use crate::{connect, xml};
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue, Method};
-use object_store::aws::AwsAuthorizer;
+use object_store::aws::{AwsAuthorizer, AwsCredential};
 use object_store::client::{HttpRequest, HttpRequestBody};
+use std::io::Error;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
-use vmtide_repo::Result;
+use vmtide_repo::{RepoError, Result};
 
 /// The most of an answer that is no object's content: a page of 1,000 keys of 1 KiB in XML.
 const MAX_DOCUMENT_BYTES: usize = 8 << 20;
@@ -142,6 +143,8 @@ pub(crate) struct Client {
     /// How long nothing may move before a try counts as stuck, beside what buffers take.
     patience: Duration,
     reached: AtomicBool,
+    /// Keys were had once.
+    had_keys: AtomicBool,
     pub(crate) counters: Counters,
 }
 
@@ -161,6 +164,7 @@ impl Client {
             retry_time: options.retry_time,
             patience: TRY_TIME,
             reached: AtomicBool::new(false),
+            had_keys: AtomicBool::new(false),
             counters: Counters::default(),
         })
     }
@@ -201,12 +205,30 @@ impl Client {
     }
 
     async fn try_once(&self, request: &Request) -> Result<Answer, TryFailure> {
-        let signed = self.sign(request).await.map_err(|error| TryFailure {
+        let own = |error, verdict| TryFailure {
             cause: Cause::Own(error),
-            verdict: Verdict::Final,
+            verdict,
             wait: None,
             answered: false,
-        })?;
+        };
+        let credential = match tokio::time::timeout(self.patience, self.credentials.get()).await {
+            Ok(had) => had,
+            Err(_) => Err(RepoError::io("get AWS credentials", Error::other("no answer"))),
+        };
+        let credential = match credential {
+            Ok(credential) => credential,
+            // Who had keys will have some again: the service that gives them is away for a while.
+            Err(RepoError::Denied { context, source } | RepoError::Io { context, source })
+                if self.had_keys.load(Ordering::Relaxed) =>
+            {
+                let source =
+                    Error::other(format!("keys were had before, and are not now: {source}"));
+                return Err(own(RepoError::Io { context, source }, Verdict::Passing));
+            }
+            Err(error) => return Err(own(error, Verdict::Final)),
+        };
+        self.had_keys.store(true, Ordering::Relaxed);
+        let signed = self.sign(request, &credential).map_err(|error| own(error, Verdict::Final))?;
         self.counters.count(&request.method, request.is_list());
         let moved = request.content.as_ref().map_or(0, Content::length_bytes)
             + u64::try_from(request.expected_bytes).unwrap_or(u64::MAX);
@@ -218,17 +240,16 @@ impl Client {
     }
 
     /// The signed request, as it is sent.
-    async fn sign(&self, request: &Request) -> Result<reqwest::Request> {
+    fn sign(&self, request: &Request, credential: &AwsCredential) -> Result<reqwest::Request> {
         let invalid = |error: &dyn std::fmt::Display| {
-            vmtide_repo::RepoError::Invalid(format!("sign a request to S3: {error}"))
+            RepoError::Invalid(format!("sign a request to S3: {error}"))
         };
         let url = self.endpoint.url(&request.key, &request.query);
         let mut to_sign = HttpRequest::new(HttpRequestBody::empty());
         *to_sign.uri_mut() = url.parse().map_err(|error| invalid(&error))?;
         *to_sign.method_mut() = request.method.clone();
         to_sign.headers_mut().clone_from(&request.headers);
-        let credential = self.credentials.get().await?;
-        AwsAuthorizer::new(&credential, "s3", &self.endpoint.region)
+        AwsAuthorizer::new(credential, "s3", &self.endpoint.region)
             .try_authorize(
                 &mut to_sign,
                 request.content.as_ref().map(|content| content.sha256.as_slice()),
@@ -406,6 +427,44 @@ mod tests {
         client.patience = patience;
         let content = Content::of(&vec![7; LENGTH], false);
         client.send(&Request::new(Method::PUT, "packs/p").content(content)).await
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn keys_that_are_not_had_for_a_while_end_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let count = directory.path().join("count");
+        // Not had the second and third time; they end at once.
+        let command = format!(
+            "echo x >> {0}; n=$(wc -l < {0}); [ $n = 2 ] && exit 1; [ $n = 3 ] && exit 1; \
+             echo '{{\"Version\":1,\"AccessKeyId\":\"A\",\"SecretAccessKey\":\"s\",\
+             \"Expiration\":\"2020-01-01T00:00:00Z\"}}'",
+            count.display()
+        );
+        let mut options = S3Options::parse("s3://bucket/x").unwrap();
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        options.endpoint = Some(format!("http://{}", listener.local_addr().unwrap()));
+        options.credentials = Some(StaticCredentials {
+            key_id: "A".into(),
+            secret_key: "s".to_owned().into(),
+            token: None,
+        });
+        std::thread::spawn(move || {
+            for mut stream in listener.incoming().flatten() {
+                let _ = stream.read(&mut [0; 4096]);
+                let _ = stream.write_all(
+                    b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 0\r\n\r\n",
+                );
+            }
+        });
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+        let mut client = Client::new(&options).unwrap();
+        let current = parking_lot::Mutex::new(None);
+        client.credentials = Credentials::Process { command, current };
+        for _ in 0..2 {
+            runtime.block_on(client.send(&Request::new(Method::GET, "points/p"))).unwrap();
+        }
+        assert_eq!(std::fs::read_to_string(&count).unwrap().lines().count(), 4);
     }
 
     #[test]

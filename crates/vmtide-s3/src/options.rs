@@ -92,8 +92,8 @@ pub struct S3Options {
     pub credentials: Option<StaticCredentials>,
     /// How long a request is tried again.
     pub retry_time: Duration,
-    /// Where packs are gathered until they are sent, one PUT each; none for the system's directory
-    /// of temporary files. Where nothing can be written there, they are sent in parts of 8 MiB.
+    /// Where packs are gathered until they are sent, one PUT each; none for `TMPDIR`, else
+    /// `/var/tmp`, which is a disk also where `/tmp` is memory. Where nothing can be written there, they are sent in parts of 8 MiB.
     pub spool_directory: Option<PathBuf>,
 }
 

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use ring::digest::{Context, SHA256};
 use std::fs::File;
 use std::io::{Result, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// What is kept in memory before a file is made. Maps, index segments and restore points stay
@@ -17,6 +17,16 @@ pub(crate) const MEMORY_BYTES: usize = 1 << 20;
 
 /// How much is read from a file at once.
 pub(crate) const READ_BYTES: usize = 256 << 10;
+
+/// Where packs wait that the user named no place for. `/tmp` is memory on many systems, and a job has
+/// a gigabyte of packs open: without `TMPDIR` it is `/var/tmp`, where files can be made there.
+pub(crate) fn directory() -> PathBuf {
+    let is_named = std::env::var_os("TMPDIR").is_some_and(|name| !name.is_empty());
+    match Path::new("/var/tmp") {
+        disk if cfg!(unix) && !is_named && tempfile::tempfile_in(disk).is_ok() => disk.into(),
+        _ => std::env::temp_dir(),
+    }
+}
 
 /// Bytes being gathered.
 pub(crate) struct Spool {

@@ -6,7 +6,7 @@ use crate::counts::RequestCounts;
 use crate::failure::Failure;
 use crate::options::{S3Options, ServerEncryption};
 use crate::reader::S3Reader;
-use crate::spool::Content;
+use crate::spool::{self, Content};
 use crate::writer::S3Writer;
 use crate::{versions, xml};
 use http::Method;
@@ -235,7 +235,7 @@ impl S3Store {
             prefix,
             encryption: options.encryption.clone(),
             storage_class: options.storage_class.clone(),
-            spool_directory: options.spool_directory.clone().unwrap_or_else(std::env::temp_dir),
+            spool_directory: options.spool_directory.clone().unwrap_or_else(spool::directory),
             spool_failed: AtomicBool::new(false),
             parts: Arc::new(Semaphore::new(PARTS_IN_FLIGHT)),
             conditional: AtomicBool::new(true),

@@ -13,7 +13,7 @@ use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use http::Method;
 use jiff::Timestamp;
-use vmtide_repo::{RepoError, Result, Retention};
+use vmtide_repo::{RepoError, Result, Retention, RetentionMode};
 
 /// Whether the bucket keeps versions; asked for once.
 pub(crate) fn versioning(core: &Core) -> Result<Versioning> {
@@ -77,7 +77,16 @@ pub(crate) fn remove(core: &Core, name: &str) -> Result<()> {
     let what = format!("remove {name}");
     match versioning(core)? {
         Versioning::On | Versioning::Suspended => return remove_versions(core, name, &key),
-        Versioning::Off | Versioning::Unknown => {}
+        Versioning::Off => {}
+        // A plain DELETE would hide it, also where its version is locked.
+        Versioning::Unknown => match core.try_send(&Request::new(Method::HEAD, &key))? {
+            Ok(answer) if answer.header("x-amz-version-id").is_some() => {
+                return remove_versions(core, name, &key);
+            }
+            Ok(_) => {}
+            Err(failure) if failure.is_missing() => {}
+            Err(failure) => return Err(core.error(failure, &what)),
+        },
     }
     match core.try_send(&Request::new(Method::DELETE, &key))? {
         // It keeps versions, though it would not say so.
@@ -171,27 +180,43 @@ pub(crate) fn retention_of(
     Ok(mode.zip(until).map(|(mode, until)| Retention { mode, until }))
 }
 
-/// Keeps an object until a time. S3 refuses to shorten a time: then it is long enough already.
+/// Keeps an object until a time. S3 refuses to shorten a time and to weaken a mode: what is kept
+/// longer or more firmly already goes on as it is, and of both the later time and the firmer mode
+/// are asked for.
 pub(crate) fn retain(core: &Core, name: &str, retention: &Retention) -> Result<()> {
     let key = core.key(name);
-    let document = xml::retention(mode_name(retention.mode), &date(retention.until));
-    let content = Core::document(&document);
-    let md5 = content.md5.map(|md5| BASE64_STANDARD.encode(md5)).unwrap_or_default();
-    let request = Request::new(Method::PUT, &key)
-        .query("retention", "")
-        .header("content-md5", &md5)
-        .header("content-type", "application/xml")
-        .content(content);
-    let failure = match core.try_send(&request)? {
+    let what = format!("keep {name} until {}", retention.until);
+    let failure = match core.try_send(&retention_request(&key, retention))? {
         Ok(_) => return Ok(()),
         Err(failure) => failure,
     };
-    let what = format!("keep {name} until {}", retention.until);
-    if failure.is_denied()
-        && let Ok(Some(now)) = retention_of(core, &key, None)
-        && now.until >= retention.until
-    {
+    if !failure.is_denied() {
+        return Err(core.error(failure, &what));
+    }
+    let Ok(Some(now)) = retention_of(core, &key, None) else {
+        return Err(core.error(failure, &what));
+    };
+    let is_firm = now.mode == RetentionMode::Compliance;
+    let both = Retention {
+        mode: if is_firm { now.mode } else { retention.mode },
+        until: now.until.max(retention.until),
+    };
+    if both == now {
         return Ok(());
     }
-    Err(core.error(failure, &what))
+    if both == *retention {
+        return Err(core.error(failure, &what));
+    }
+    core.send(&retention_request(&key, &both), &what).map(drop)
+}
+
+fn retention_request(key: &str, retention: &Retention) -> Request {
+    let document = xml::retention(mode_name(retention.mode), &date(retention.until));
+    let content = Core::document(&document);
+    let md5 = content.md5.map(|md5| BASE64_STANDARD.encode(md5)).unwrap_or_default();
+    Request::new(Method::PUT, key)
+        .query("retention", "")
+        .header("content-md5", &md5)
+        .header("content-type", "application/xml")
+        .content(content)
 }

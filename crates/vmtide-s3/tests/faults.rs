@@ -17,7 +17,7 @@ use conformance::{Promises, Subject};
 use faulty::{Fault, FaultyServer, Pages};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use vmtide_repo::{ObjectStore, RepoError, read_small};
+use vmtide_repo::{ObjectStore, RepoError, Retention, RetentionMode, read_small};
 use vmtide_s3::{Guarantee, ProbeDepth, S3Options, S3Store, StaticCredentials};
 
 fn options(server: &FaultyServer) -> S3Options {
@@ -172,5 +172,48 @@ fn a_listing_that_is_cut_is_an_error_and_such_a_server_is_refused() {
             })
             .unwrap();
         assert_eq!(left, 0, "{pages:?}");
+    }
+}
+
+fn kept(mode: RetentionMode, hours: i64) -> Retention {
+    let second = jiff::Timestamp::now().as_second() + hours * 3600;
+    Retention { mode, until: jiff::Timestamp::from_second(second).unwrap() }
+}
+
+#[test]
+fn what_is_locked_is_not_hidden_where_nobody_tells_that_versions_are_kept() {
+    let server = FaultyServer::start(true);
+    server.keep_versions();
+    let store = store(&server);
+    store.put("points/p", b"content").unwrap();
+    store.retain("points/p", &kept(RetentionMode::Governance, 5)).unwrap();
+    let error = store.remove("points/p").unwrap_err();
+    assert!(matches!(error, RepoError::Locked { .. }), "{error}");
+    assert_eq!(read_small(&store, "points/p", 10).unwrap(), b"content");
+    store.put("points/q", b"free").unwrap();
+    store.remove("points/q").unwrap();
+    assert!(matches!(store.open("points/q").map(drop), Err(RepoError::NotFound { .. })));
+}
+
+#[test]
+fn of_two_retentions_the_firmer_mode_and_the_later_time_count() {
+    let server = FaultyServer::start(true);
+    server.keep_versions();
+    let store = store(&server);
+    let (weak, firm) = (RetentionMode::Governance, RetentionMode::Compliance);
+    let cases = [
+        (kept(weak, 90), kept(firm, 30), "COMPLIANCE", 90),
+        (kept(firm, 30), kept(weak, 90), "COMPLIANCE", 90),
+        (kept(firm, 90), kept(weak, 30), "COMPLIANCE", 90),
+        (kept(weak, 90), kept(weak, 30), "GOVERNANCE", 90),
+    ];
+    for (number, (first, second, mode, hours)) in cases.into_iter().enumerate() {
+        let name = format!("packs/{number}");
+        store.put(&name, b"x").unwrap();
+        store.retain(&name, &first).unwrap();
+        store.retain(&name, &second).unwrap();
+        let until = first.until.max(second.until);
+        assert_eq!(store.retained_until(&name).unwrap(), Some(until), "{number}: {hours} h");
+        assert_eq!(server.mode_of(&format!("/bucket/x/{name}")).as_deref(), Some(mode), "{number}");
     }
 }

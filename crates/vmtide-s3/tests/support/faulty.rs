@@ -50,6 +50,7 @@ struct State {
     honours_conditions: bool,
     lists_late: bool,
     pages: Pages,
+    keeps_versions: bool,
 }
 
 /// The server. Ends with the process.
@@ -83,6 +84,19 @@ impl FaultyServer {
     /// Listings leave out everything from now on.
     pub fn list_late(&self) {
         self.state.lock().unwrap().lists_late = true;
+    }
+
+    /// Answers from now on as a bucket with object lock, of which one may not ask whether it keeps
+    /// versions. Each object has one.
+    pub fn keep_versions(&self) {
+        self.state.lock().unwrap().keeps_versions = true;
+    }
+
+    /// The mode that an object is kept in, by its path.
+    pub fn mode_of(&self, path: &str) -> Option<String> {
+        let state = self.state.lock().unwrap();
+        let mut kept = state.objects.get(path)?.kept.iter();
+        kept.find(|header| header.0 == "x-amz-object-lock-mode").map(|header| header.1.clone())
     }
 
     /// How listings go on from now on.
@@ -149,7 +163,11 @@ impl FaultyServer {
         if query.contains("list-type") {
             return (200, Vec::new(), list(&state, query).into_bytes());
         }
-        if !query.is_empty() {
+        if let Some(answer) = locking(&mut state, method, path, query, &body) {
+            return answer;
+        }
+        let asks_for_version = method == "HEAD" && query.contains("versionId");
+        if !query.is_empty() && !asks_for_version {
             return error(501, "NotImplemented");
         }
         match method {
@@ -159,14 +177,18 @@ impl FaultyServer {
                     return error(412, "PreconditionFailed");
                 }
                 let kept = headers.iter().filter(|header| header.0.starts_with("x-amz-meta-"));
-                let kept = kept.cloned().collect();
+                let mut kept: Vec<_> = kept.cloned().collect();
+                if state.keeps_versions {
+                    kept.push(("x-amz-version-id".into(), "1".into()));
+                }
                 let object = Object { content: body, kept, modified: jiff::Timestamp::now() };
                 state.objects.insert(path.to_owned(), object);
                 (200, Vec::new(), Vec::new())
             }
             "DELETE" => {
                 state.objects.remove(path);
-                (204, Vec::new(), Vec::new())
+                let marker = ("x-amz-version-id".into(), "marker".into());
+                (204, if state.keeps_versions { vec![marker] } else { Vec::new() }, Vec::new())
             }
             _ => {
                 let Some(Object { content, kept, .. }) = state.objects.get(path) else {
@@ -185,6 +207,64 @@ impl FaultyServer {
                 (206, vec![("content-range".into(), range)], content[from..=to].to_vec())
             }
         }
+    }
+}
+
+type Answer = (u16, Vec<(String, String)>, Vec<u8>);
+
+/// What concerns versions and object lock: what is locked is not removed, its time not shortened,
+/// its mode not weakened.
+fn locking(
+    state: &mut State,
+    method: &str,
+    path: &str,
+    query: &str,
+    body: &[u8],
+) -> Option<Answer> {
+    if !state.keeps_versions {
+        return None;
+    }
+    let denied = || (403, Vec::new(), b"<Error><Code>AccessDenied</Code></Error>".to_vec());
+    if query.starts_with("prefix=") && query.contains("versions") {
+        let key = query.split('&').find_map(|part| part.strip_prefix("prefix=")).unwrap();
+        let key = key.replace("%2F", "/");
+        let xml = format!(
+            "<ListVersionsResult><Version><Key>{key}</Key><VersionId>1</VersionId></Version>\
+             </ListVersionsResult>"
+        );
+        return Some((200, Vec::new(), xml.into_bytes()));
+    }
+    const MODE: &str = "x-amz-object-lock-mode";
+    const UNTIL: &str = "x-amz-object-lock-retain-until-date";
+    let object = state.objects.get_mut(path)?;
+    let kept = |name| object.kept.iter().find(|header| header.0 == name).map(|h| h.1.clone());
+    let (mode, until) = (kept(MODE), kept(UNTIL));
+    match method {
+        "DELETE" if query.contains("versionId") => {
+            if until.is_some() {
+                return Some(denied());
+            }
+            state.objects.remove(path);
+            Some((204, Vec::new(), Vec::new()))
+        }
+        "PUT" if query.starts_with("retention") => {
+            let text = std::str::from_utf8(body).unwrap();
+            let part = |tag: &str| {
+                let rest = text.split_once(&format!("<{tag}>")).unwrap().1;
+                rest.split_once('<').unwrap().0.to_owned()
+            };
+            let (new_mode, new_until) = (part("Mode"), part("RetainUntilDate"));
+            let weaker = mode.as_deref() == Some("COMPLIANCE") && new_mode != "COMPLIANCE";
+            // As texts they have the order of their times.
+            if weaker || until.is_some_and(|until| new_until < until) {
+                return Some(denied());
+            }
+            object.kept.retain(|header| header.0 != MODE && header.0 != UNTIL);
+            object.kept.push((MODE.into(), new_mode));
+            object.kept.push((UNTIL.into(), new_until));
+            Some((200, Vec::new(), Vec::new()))
+        }
+        _ => None,
     }
 }
 
