@@ -3,7 +3,7 @@
 
     bench/layouts.py variants              once: three disks of one distribution, from the packages of make-disk.py
     bench/layouts.py run [--quick]         every layout on every workload; appends to work/results/layouts.jsonl
-    bench/layouts.py table                 prints the tables of docs/decisions/0010-layout.md
+    bench/layouts.py table                 prints the tables of docs/decisions/0013-layout.md
 
 Workloads: `variants` (three machines of one distribution, backed up one after the other into one repository), `days` (the
 benchmark disk and its next day's state, each read in full), `writes` (a disk of which 2 % is written anew at random

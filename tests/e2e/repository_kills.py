@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""kill -9 at random moments of everything that changes a repository; nothing that was reported done may be lost.
+"""Several vmtide at the same time on one repository, killed at random moments; nothing reported done may be lost.
 
     tests/e2e/repository_kills.py [--kills 1000] [--seed N] [--keep]
 
@@ -94,6 +94,7 @@ class Kills:
         self.directory = directory
         self.random = random.Random(seed)
         self.vmtide = Vmtide(directory)
+        self.vmtide.environment["VMTIDE_TO_PASSWORD"] = PASSWORD
         self.second = directory / "second"
         self.run("init", self.second)
         self.disks = [Disk(directory, name, self.random) for name in VMS]

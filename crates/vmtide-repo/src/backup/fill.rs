@@ -11,7 +11,7 @@ const JUMP_BLOCKS: u64 = 256;
 /// An island is new data without a jump in it. Where islands are smaller than this, frames end with
 /// them. A restore decodes the whole of a frame whatever is still in use of it: after a year of scattered writes, frames of
 /// 32 islands that die one by one would cost a restore four times as much as those of one. See
-/// `docs/decisions/0010-layout.md`.
+/// `docs/decisions/0013-layout.md`.
 const SMALL_ISLAND_BYTES: usize = 512 << 10;
 
 /// The bytes of chunks in a frame that may end with an island, at least: for less, its entries and what

@@ -87,8 +87,8 @@ pub struct BackupArgs {
     /// restore point; read the disk in full where one differs
     #[arg(long, value_name = "NUMBER", default_value_t = 0, hide_default_value = true)]
     check_unchanged: u32,
-    /// Let nobody remove the restore point, nor anything it needs, for this long: 30d, 6months; needs
-    /// a bucket with S3 Object Lock
+    /// Let nobody remove the restore point, nor anything it needs, for this long, from the beginning
+    /// of the backup: 30d, 6months; needs a bucket with S3 Object Lock
     #[arg(long, value_name = "TIME", env = "VMTIDE_IMMUTABLE_FOR", value_parser = parse_immutable)]
     #[arg(hide_env_values = true)]
     immutable_for: Option<SignedDuration>,
