@@ -1,0 +1,3 @@
+//! The agent: a service on the host that tells which blocks of a disk changed, and streams them over HTTPS.
+
+pub mod provider;
