@@ -184,10 +184,8 @@ part_e2e() {
     done
     counted "$CYCLES cycles of writes, backups, kill -9" \
         timeout --kill-after=30 $((LIMIT_E2E_S + CYCLES * 60)) python3 "$REPO_ROOT/tests/e2e/cycles.py" --cycles "$CYCLES"
-    counted "$KILLS kills -9 of backup, forget, prune, copy, hold, key" \
-        timeout --kill-after=30 $((LIMIT_E2E_S + KILLS * 20)) python3 "$REPO_ROOT/tests/e2e/kills.py" --kills "$KILLS"
     counted "$KILLS kills -9 of commands that run at the same time on one repository" \
-        timeout --kill-after=30 $((LIMIT_E2E_S + KILLS * 20)) python3 "$REPO_ROOT/tests/e2e/repository_kills.py" --kills "$KILLS"
+        timeout --kill-after=30 $((LIMIT_E2E_S + KILLS * 20)) python3 "$REPO_ROOT/tests/e2e/kills.py" --kills "$KILLS"
 }
 
 target_directory() {
