@@ -102,7 +102,8 @@ class Kills:
         self.vmtide = Vmtide(directory)
         self.vmtide.environment["VMTIDE_TO_PASSWORD"] = PASSWORD
         self.second = directory / "second"
-        self.run("init", self.second)
+        self.password = PASSWORD
+        self.run_second("init", self.second)
         self.disks = [Disk(directory, name, self.random) for name in VMS]
         # What the disk held for the backup with this tag.
         self.held = {}
@@ -111,14 +112,22 @@ class Kills:
         # Restore points that are held, as far as anybody was told.
         self.holds = set()
         # Passwords that open the repository, that do not any more, and of which nobody can know after a kill.
-        self.password = PASSWORD
         self.passwords, self.gone, self.unsure = {PASSWORD: None}, set(), set()
         self.durations_s = {}
         self.number = 0
         self.rounds = 0
 
-    def run(self, *arguments, codes=(0,)):
-        return self.vmtide.run(*arguments, codes=codes)
+    def run(self, *arguments, codes=(0,), password=None):
+        environment = self.vmtide.environment
+        environment["VMTIDE_PASSWORD"] = password or self.password
+        try:
+            return self.vmtide.run(*arguments, codes=codes)
+        finally:
+            environment["VMTIDE_PASSWORD"] = self.password
+
+    def run_second(self, *arguments):
+        """On the second repository, whose password never changes."""
+        return self.run(*arguments, password=PASSWORD)
 
     def total_kills(self):
         return sum(number for what, number in self.tally.counts.items() if what.startswith("killed in the act: "))
@@ -203,12 +212,8 @@ class Kills:
         return job
 
     def opens(self, password):
-        environment = self.vmtide.environment
-        environment["VMTIDE_PASSWORD"] = password
-        try:
-            return self.run("points", "-r", self.vmtide.repository, codes=(0, WRONG_PASSWORD)).code == 0
-        finally:
-            environment["VMTIDE_PASSWORD"] = self.password
+        arguments = ("points", "-r", self.vmtide.repository)
+        return self.run(*arguments, codes=(0, WRONG_PASSWORD), password=password).code == 0
 
     def make_backup(self, others):
         idle = [disk for disk in self.disks if not any(str(disk.path) in map(str, job.arguments) for job in others)]
@@ -313,21 +318,22 @@ class Kills:
         self.restore(self.vmtide.repository, points if everything else self.random.sample(points, min(2, len(points))))
         if not self.holds <= {point["id"] for point in points}:
             raise TestFailure(f"held restore points are gone: {sorted(self.holds)}")
-        copies = self.run("points", "-r", self.second).summary["points"]
+        copies = self.run_second("points", "-r", self.second).summary["points"]
         origins = [copy["origin"]["point"] for copy in copies]
         if len(origins) != len(set(origins)):
             raise TestFailure(f"a restore point was copied twice: {sorted(origins)}")
         self.restore(self.second, copies if everything else self.random.sample(copies, min(1, len(copies))))
         self.check_passwords(everything)
         if everything:
-            for repository in (self.vmtide.repository, self.second):
-                self.run("verify", "-r", repository, "--read-data")
+            self.run("verify", "-r", self.vmtide.repository, "--read-data")
+            self.run_second("verify", "-r", self.second, "--read-data")
             self.tally.count("whole checks")
 
     def restore(self, repository, points):
         target = self.directory / "restored.raw"
         for point in points:
-            self.run("restore", point["id"], "-r", repository, "--to", target)
+            run = self.run_second if repository == self.second else self.run
+            run("restore", point["id"], "-r", repository, "--to", target)
             expected = self.held[point["tags"]["run"]]
             if digest_of(target) != expected:
                 raise TestFailure(f"restore point {point['id']} of {repository} is not what the disk held")
@@ -335,15 +341,10 @@ class Kills:
             self.tally.count("restores compared")
 
     def check_passwords(self, everything):
-        environment = self.vmtide.environment
         for passwords, codes in ((set(self.passwords), (0,)), (self.gone, (WRONG_PASSWORD,))):
             chosen = sorted(passwords)
             for password in chosen if everything else self.random.sample(chosen, min(1, len(chosen))):
-                environment["VMTIDE_PASSWORD"] = password
-                try:
-                    self.run("points", "-r", self.vmtide.repository, codes=codes)
-                finally:
-                    environment["VMTIDE_PASSWORD"] = self.password
+                self.run("points", "-r", self.vmtide.repository, codes=codes, password=password)
 
     def final_check(self):
         self.check(everything=True)
@@ -353,7 +354,7 @@ class Kills:
         self.run("prune", "-r", self.vmtide.repository, "--repack-below", "100")
         self.check(everything=True)
         fresh = self.directory / "fresh"
-        self.run("init", fresh)
+        self.run_second("init", fresh)
         self.run("copy", "-r", self.vmtide.repository, "--to", fresh, "--all")
         stored, needed = size_of(self.vmtide.repository), size_of(fresh)
         print(f"at the end {stored} bytes; a new repository of the same restore points has {needed}")
