@@ -1,3 +1,49 @@
 //! The agent: a service on the host that tells which blocks of a disk changed, and streams them over HTTPS.
+//!
+//! A request goes through these rooms, in this order: [`server`] accepts the connection and bounds what it may
+//! cost; [`tls`](crate::TlsIdentity) makes it private; [`auth`] finds out whose key it brings; [`audit`] notes who
+//! did what; the interface of rct-service (`contract`) or our own under `/v1` (`v1`) reads it; [`roots`] decides
+//! whether the path may be touched; [`provider`] knows the disks of the platform. Nothing of a request reaches a
+//! provider before its key and its path have been found good.
+//!
+//! Connections are asynchronous (tokio); everything that touches a disk blocks and runs on threads made for that.
+//! There is no global state: two agents can run in one process.
 
+pub mod audit;
+pub mod auth;
+pub mod config;
+mod contract;
+mod error;
+pub mod limits;
+pub mod metrics;
 pub mod provider;
+pub mod roots;
+mod run;
+pub mod server;
+mod stall;
+pub mod state;
+mod systemd;
+mod tls;
+
+pub use config::{AgentOptions, CertificateFiles, ConnectionLimits};
+pub use error::{AgentError, Result};
+pub use run::{Started, run};
+pub use state::{AppState, Shared};
+pub use tls::{Fingerprint, TlsIdentity};
+
+#[doc(hidden)]
+pub mod fuzzing {
+    //! Entry points of the fuzz targets: the parsers of what clients send before anything is known of them.
+
+    /// The path of a request, its query, and the names in it.
+    pub fn request(path: &str, query: &str) {
+        crate::contract::fuzz(path, query);
+        let _ = crate::roots::windows_names::check(path);
+        let _ = crate::roots::unix_names::check(path);
+    }
+
+    /// A file of keys.
+    pub fn keys(text: &str) {
+        let _ = crate::auth::keys::parse(text);
+    }
+}

@@ -1,0 +1,5 @@
+//! What is counted.
+
+/// What is counted.
+#[derive(Debug, Default)]
+pub struct Metrics {}

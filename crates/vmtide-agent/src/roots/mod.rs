@@ -1,0 +1,365 @@
+//! Which files clients may reach: those below the configured directories, whatever a client writes.
+//!
+//! A path goes through four gates. **The name** is checked as text, by the rules of the platform
+//! ([`windows_names`], [`unix_names`]): no `..`, no devices, no streams, no short names, nothing relative. **The
+//! place** it names must be inside a root, as text, so that nothing outside is ever touched, not even to learn
+//! whether it is there. **The file** it turns out to be, links followed, must be inside a root, too, and a regular
+//! file or block device. **The same file** must still be there after it was opened ([`Located::recheck`]): on Linux
+//! the kernel is asked to walk from the root without leaving it and without any link (`openat2`), and the file
+//! that it finds is held from before the provider opens it until after.
+//!
+//! Every refusal looks like a file that is not there.
+
+pub mod unix_names;
+pub mod windows_names;
+
+mod pin;
+
+use crate::error::{AgentError, Result};
+use pin::Pin;
+use std::io;
+use std::path::{Component, Path, PathBuf};
+use thiserror::Error;
+
+/// Why a path is not served. For the log of the agent; clients learn only that there is no such disk.
+#[derive(Debug, Error)]
+pub enum Refusal {
+    /// The text is no path that is served.
+    #[error("{0}")]
+    Name(&'static str),
+    /// It names a place outside of all roots.
+    #[error("is outside of the served directories")]
+    Outside,
+    /// It leads through links to a place outside of all roots.
+    #[error("leads outside of the served directories")]
+    LeadsOutside,
+    /// It is a directory, a pipe, a character device.
+    #[error("is neither a file nor a block device")]
+    NoFile,
+    /// Another file is there now.
+    #[error("was exchanged while it was opened")]
+    Exchanged,
+    /// It is not there, or cannot be looked at.
+    #[error("{0}")]
+    Io(#[from] io::Error),
+}
+
+/// The directories whose disks are served.
+#[derive(Clone, Debug)]
+pub struct Roots {
+    roots: Vec<Root>,
+}
+
+/// One directory.
+#[derive(Clone, Debug)]
+struct Root {
+    /// As the operator wrote it, made absolute: clients write it the same way.
+    configured: PathBuf,
+    /// What it is with all links followed, and as the platform's own calls write it.
+    real: PathBuf,
+}
+
+/// A file inside a root.
+#[derive(Debug)]
+pub struct Located {
+    /// With all links followed.
+    path: PathBuf,
+    root: PathBuf,
+    pin: Pin,
+}
+
+impl Roots {
+    /// These directories.
+    ///
+    /// # Errors
+    /// Where there are none, or one is not there or no directory.
+    pub fn new(directories: &[PathBuf]) -> Result<Self> {
+        if directories.is_empty() {
+            return Err(AgentError::usage("no directory to serve: give at least one --root"));
+        }
+        let roots = directories.iter().map(|directory| Root::new(directory));
+        Ok(Self { roots: roots.collect::<Result<_>>()? })
+    }
+
+    /// The directories, links followed.
+    pub fn directories(&self) -> impl Iterator<Item = &Path> {
+        self.roots.iter().map(|root| root.real.as_path())
+    }
+
+    /// Finds the file that a client named. Blocks.
+    ///
+    /// # Errors
+    /// [`Refusal`].
+    pub fn locate(&self, requested: &str) -> std::result::Result<Located, Refusal> {
+        let path = self.inside(requested)?;
+        let real = plain(std::fs::canonicalize(path)?);
+        let root = self.root_of_real(&real).ok_or(Refusal::LeadsOutside)?;
+        let pin = Pin::of(root, &real)?;
+        if !pin.is_disk() {
+            return Err(Refusal::NoFile);
+        }
+        Ok(Located { root: root.to_path_buf(), path: real, pin })
+    }
+
+    /// Finds the place of a file that a client wants to make: its directory must be there, inside a root. Whether
+    /// the file is there is not looked at. Blocks.
+    ///
+    /// # Errors
+    /// [`Refusal`].
+    pub fn locate_new(&self, requested: &str) -> std::result::Result<PathBuf, Refusal> {
+        let path = self.inside(requested)?;
+        let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
+            return Err(Refusal::Outside);
+        };
+        let real = plain(std::fs::canonicalize(directory)?);
+        let root = self.root_of_real(&real).ok_or(Refusal::LeadsOutside)?;
+        Pin::of(root, &real)?;
+        Ok(real.join(name))
+    }
+
+    /// The path of a name that is good as text and names a place inside a root.
+    fn inside(&self, requested: &str) -> std::result::Result<PathBuf, Refusal> {
+        let path = parse(requested)?;
+        let is_inside = |root: &Root| {
+            is_below(&path, &root.configured) || is_below(&path, &root.real)
+        };
+        if self.roots.iter().any(is_inside) { Ok(path) } else { Err(Refusal::Outside) }
+    }
+
+    fn root_of_real(&self, real: &Path) -> Option<&Path> {
+        self.directories().find(|root| is_below(real, root))
+    }
+}
+
+impl Root {
+    fn new(directory: &Path) -> Result<Self> {
+        let shown = directory.display();
+        let failed = |error| AgentError::io(format!("serve the directory {shown}"), error);
+        let configured = std::path::absolute(directory).map_err(failed)?;
+        let real = std::fs::canonicalize(&configured).map_err(failed)?;
+        if !std::fs::metadata(&real).map_err(failed)?.is_dir() {
+            return Err(AgentError::usage(format!("--root {shown}: is no directory")));
+        }
+        Ok(Self { configured: plain(configured), real: plain(real) })
+    }
+}
+
+impl Located {
+    /// Where it is, with all links followed.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Succeeds where the path still leads to the same file, without leaving the root. Blocks.
+    ///
+    /// # Errors
+    /// [`Refusal::Exchanged`].
+    pub fn recheck(&self) -> std::result::Result<(), Refusal> {
+        match Pin::of(&self.root, &self.path) {
+            Ok(now) if now.is_same(&self.pin) => Ok(()),
+            _ => Err(Refusal::Exchanged),
+        }
+    }
+}
+
+/// The path that a client's text means on this platform.
+#[cfg(windows)]
+fn parse(requested: &str) -> std::result::Result<PathBuf, Refusal> {
+    windows_names::check(requested).map(PathBuf::from).map_err(Refusal::Name)
+}
+
+/// The path that a client's text means on this platform.
+#[cfg(not(windows))]
+fn parse(requested: &str) -> std::result::Result<PathBuf, Refusal> {
+    unix_names::check(requested).map(PathBuf::from).map_err(Refusal::Name)
+}
+
+/// Whether `path` is `root` or below it. Both are absolute and without `..`.
+fn is_below(path: &Path, root: &Path) -> bool {
+    let mut path = path.components();
+    root.components().all(|wanted| path.next().is_some_and(|found| is_same_name(found, wanted)))
+}
+
+#[cfg(not(windows))]
+fn is_same_name(found: Component<'_>, wanted: Component<'_>) -> bool {
+    found == wanted
+}
+
+/// Names differ by case only in directories where somebody switched that on, and then the file that a name
+/// turns out to be is compared again.
+#[cfg(windows)]
+fn is_same_name(found: Component<'_>, wanted: Component<'_>) -> bool {
+    let (found, wanted) = (found.as_os_str().to_string_lossy(), wanted.as_os_str().to_string_lossy());
+    windows_names::is_same_name(&found, &wanted)
+}
+
+/// A path without the `\\?\` that Windows' own answers begin with, and that its API for virtual disks does not
+/// take.
+fn plain(path: PathBuf) -> PathBuf {
+    if cfg!(windows)
+        && let Some(text) = path.to_str()
+    {
+        return windows_names::without_verbatim(text).into();
+    }
+    path
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    /// A tree with a served directory, and everything around it that must stay out of reach.
+    struct Tree {
+        directory: tempfile::TempDir,
+        roots: Roots,
+    }
+
+    impl Tree {
+        fn new() -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            let at = std::fs::canonicalize(directory.path()).unwrap();
+            for name in ["disks/vm", "disks2", "other"] {
+                std::fs::create_dir_all(at.join(name)).unwrap();
+            }
+            for name in ["disks/a.vhdx", "disks/vm/b.vhdx", "disks2/c.vhdx", "other/secret", "disks/%2e"] {
+                std::fs::write(at.join(name), b"x").unwrap();
+            }
+            symlink(at.join("other/secret"), at.join("disks/out")).unwrap();
+            symlink("../other/secret", at.join("disks/out-relative")).unwrap();
+            symlink(at.join("other"), at.join("disks/out-directory")).unwrap();
+            symlink("a.vhdx", at.join("disks/in")).unwrap();
+            symlink("vm", at.join("disks/in-directory")).unwrap();
+            symlink("loop", at.join("disks/loop")).unwrap();
+            symlink("/proc/self/root", at.join("disks/everything")).unwrap();
+            symlink("/dev/zero", at.join("disks/zero")).unwrap();
+            symlink(at.join("disks"), at.join("link-to-root")).unwrap();
+            let _socket =
+                std::os::unix::net::UnixListener::bind(at.join("disks/socket")).unwrap();
+            let roots = Roots::new(&[at.join("disks"), at.join("link-to-root")]).unwrap();
+            Self { directory, roots }
+        }
+
+        fn at(&self, name: &str) -> String {
+            let at = std::fs::canonicalize(self.directory.path()).unwrap();
+            format!("{}/{name}", at.display())
+        }
+    }
+
+    #[test]
+    fn files_inside_are_found_by_every_name_they_have() {
+        let tree = Tree::new();
+        for (name, real) in [
+            ("disks/a.vhdx", "disks/a.vhdx"),
+            ("disks/vm/b.vhdx", "disks/vm/b.vhdx"),
+            ("disks//vm///b.vhdx", "disks/vm/b.vhdx"),
+            ("disks/in", "disks/a.vhdx"),
+            ("disks/in-directory/b.vhdx", "disks/vm/b.vhdx"),
+            ("link-to-root/a.vhdx", "disks/a.vhdx"),
+            ("disks/%2e", "disks/%2e"),
+        ] {
+            let located = tree.roots.locate(&tree.at(name)).unwrap();
+            assert_eq!(located.path(), Path::new(&tree.at(real)), "{name}");
+            located.recheck().unwrap();
+        }
+        let made = tree.roots.locate_new(&tree.at("disks/in-directory/new.vhdx")).unwrap();
+        assert_eq!(made, Path::new(&tree.at("disks/vm/new.vhdx")));
+    }
+
+    #[test]
+    fn nothing_outside_is_reached() {
+        let tree = Tree::new();
+        let mut attempts: Vec<String> = [
+            "other/secret",
+            "disks/../other/secret",
+            "disks/vm/../../other/secret",
+            "disks/./a.vhdx",
+            "disks/vm/..",
+            "disks/..",
+            "disks/.",
+            "disks",
+            "disks/",
+            "disks/vm",
+            "disks2/c.vhdx",
+            "disksx",
+            "DISKS/a.vhdx",
+            "disks/A.VHDX",
+            "disks/out",
+            "disks/out-relative",
+            "disks/out-directory/secret",
+            "disks/everything/etc/passwd",
+            "disks/loop",
+            "disks/zero",
+            "disks/socket",
+            "disks/a.vhdx/",
+            "disks/a.vhdx/..",
+            "disks/a.vhdx/../a.vhdx",
+            "disks/a.vhdx\0",
+            "disks/a.vhdx\0.raw",
+            "disks/%2e%2e/other/secret",
+            "disks/..%2fother/secret",
+            "disks/..\\other\\secret",
+            "disks\\..\\other\\secret",
+            "disks/missing",
+            "disks/a.vhdx ",
+            "disks/a.vhdx.",
+            "disks/ a.vhdx",
+            "disks/\u{2024}\u{2024}/other/secret",
+            "disks/\u{ff0e}\u{ff0e}/other/secret",
+            "disks/..\u{2215}other/secret",
+            "disks/a.vhdx:stream",
+            "link-to-root/../other/secret",
+        ]
+        .iter()
+        .map(|name| tree.at(name))
+        .collect();
+        attempts.extend(
+            [
+                "", "/", ".", "..", "//", "/etc/passwd", "//etc/passwd", "/dev/zero", "/dev/null",
+                "/proc/self/environ", "/proc/self/root/etc/passwd", "etc/passwd", "disks/a.vhdx",
+                "./disks/a.vhdx", "~/a.vhdx", "file:///etc/passwd", "C:\\VHDS\\a.vhdx", "C:a.vhdx",
+                "\\\\server\\share\\a.vhdx", "\\\\.\\PhysicalDrive0", "\\\\?\\C:\\a.vhdx",
+                "//?/etc/passwd", "//./etc/passwd", "nbd://localhost", "json:{}", "\0", "/\0",
+                "/dev/fd/0", "/dev/stdin", "\n",
+            ]
+            .map(str::to_owned),
+        );
+        attempts.push(format!("/{}", "a/".repeat(5000)));
+        attempts.push(tree.at(&format!("disks/{}", "x".repeat(300))));
+        assert!(attempts.len() >= 60, "{}", attempts.len());
+        for attempt in attempts {
+            let found = tree.roots.locate(&attempt);
+            assert!(found.is_err(), "{attempt:?} leads to {found:?}");
+        }
+    }
+
+    #[test]
+    fn new_files_are_not_made_outside() {
+        let tree = Tree::new();
+        for name in [
+            "disks/out-directory/new",
+            "disks/../new",
+            "disks/vm/../../new",
+            "other/new",
+            "disks/missing/new",
+            "disks/a.vhdx/new",
+            "new",
+        ] {
+            assert!(tree.roots.locate_new(&tree.at(name)).is_err(), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_exchanged_is_noticed() {
+        let tree = Tree::new();
+        let located = tree.roots.locate(&tree.at("disks/vm/b.vhdx")).unwrap();
+        std::fs::rename(tree.at("disks/vm"), tree.at("disks/old")).unwrap();
+        symlink(tree.at("other"), tree.at("disks/vm")).unwrap();
+        std::fs::write(tree.at("other/b.vhdx"), b"x").unwrap();
+        assert!(matches!(located.recheck(), Err(Refusal::Exchanged)));
+        let located = tree.roots.locate(&tree.at("disks/a.vhdx")).unwrap();
+        std::fs::write(tree.at("disks/new"), b"x").unwrap();
+        std::fs::rename(tree.at("disks/new"), tree.at("disks/a.vhdx")).unwrap();
+        assert!(matches!(located.recheck(), Err(Refusal::Exchanged)));
+    }
+}

@@ -1,0 +1,157 @@
+//! What every request works with.
+
+use crate::audit::AuditLog;
+use crate::auth::KeyStore;
+use crate::limits::Limits;
+use crate::metrics::Metrics;
+use crate::provider::{self, DiskProvider, ProviderError};
+use crate::roots::{Located, Roots};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use vmtide_block::{BlockDevice, WritableBlockDevice};
+
+/// The most images of one chain that are looked at; as many as `vmtide-image` opens.
+const MAX_PARENTS: usize = 64;
+
+/// What every request works with; one per agent, shared by all its threads.
+pub struct AppState {
+    /// The disks of this platform.
+    pub provider: Arc<dyn DiskProvider>,
+    /// Where disks may lie.
+    pub roots: Roots,
+    /// Who may do what.
+    pub keys: Arc<KeyStore>,
+    /// What one client may use at once.
+    pub limits: Limits,
+    /// What is counted.
+    pub metrics: Metrics,
+    /// Who did what.
+    pub audit: AuditLog,
+}
+
+/// The state as handlers get it.
+pub type Shared = Arc<AppState>;
+
+impl AppState {
+    /// Finds the disk that a client named, and runs `work` on it on a thread that may block.
+    ///
+    /// What lies outside of the roots is [`NotFound`](ProviderError::NotFound), like what is not there: nobody
+    /// learns which files this host has. Afterwards it is looked again whether the name still means the same
+    /// file, so that one that was exchanged meanwhile for a link to somewhere else is noticed.
+    ///
+    /// # Errors
+    /// Those of `work`; [`ProviderError::NotFound`]; [`ProviderError::Failed`] where `work` panics.
+    pub async fn with_disk<T: Send + 'static>(
+        self: &Arc<Self>,
+        requested: &str,
+        work: impl FnOnce(&Self, &Path) -> provider::Result<T> + Send + 'static,
+    ) -> provider::Result<T> {
+        let requested = requested.to_owned();
+        self.blocking(move |state| {
+            let located = state.locate(&requested)?;
+            let done = work(state, located.path())?;
+            located.recheck().map_err(|reason| ProviderError::Failed {
+                path: requested,
+                reason: reason.to_string(),
+            })?;
+            Ok(done)
+        })
+        .await
+    }
+
+    /// Runs `work` on a thread that may block.
+    ///
+    /// # Errors
+    /// Those of `work`; [`ProviderError::Failed`] where it panics.
+    pub async fn blocking<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl FnOnce(&Self) -> provider::Result<T> + Send + 'static,
+    ) -> provider::Result<T> {
+        let state = Arc::clone(self);
+        match tokio::task::spawn_blocking(move || work(&state)).await {
+            Ok(result) => result,
+            Err(error) => {
+                tracing::error!(%error, "a request ended in a panic");
+                Err(ProviderError::Failed {
+                    path: "the request".into(),
+                    reason: "failed inside the agent; its log says more".into(),
+                })
+            }
+        }
+    }
+
+    /// Finds the disk that a client named. Blocks.
+    ///
+    /// # Errors
+    /// [`ProviderError::NotFound`] where it is not there, not inside a root, or no file.
+    pub fn locate(&self, requested: &str) -> provider::Result<Located> {
+        self.roots.locate(requested).map_err(|error| {
+            tracing::debug!(path = requested, %error, "refused");
+            ProviderError::NotFound { path: requested.to_owned() }
+        })
+    }
+
+    /// Finds the place of a disk to be made. Blocks.
+    ///
+    /// # Errors
+    /// [`ProviderError::NotFound`] where its directory is not there or not inside a root, or its name is none;
+    /// [`ProviderError::Exists`].
+    pub fn locate_new(&self, requested: &str) -> provider::Result<PathBuf> {
+        let path = self.roots.locate_new(requested).map_err(|error| {
+            tracing::debug!(path = requested, %error, "refused");
+            ProviderError::NotFound { path: requested.to_owned() }
+        })?;
+        if std::fs::symlink_metadata(&path).is_ok() {
+            return Err(ProviderError::Exists { path: requested.to_owned() });
+        }
+        Ok(path)
+    }
+
+    /// Opens a disk for reading once its parents are known to lie in the roots, too. Blocks.
+    ///
+    /// # Errors
+    /// As [`DiskProvider::open`] and [`check_parents`](Self::check_parents).
+    pub fn open(&self, path: &Path) -> provider::Result<Arc<dyn BlockDevice>> {
+        self.check_parents(path)?;
+        self.provider.open(path)
+    }
+
+    /// Opens a disk for writing once its parents are known to lie in the roots, too. Blocks.
+    ///
+    /// # Errors
+    /// As [`DiskProvider::open_writable`] and [`check_parents`](Self::check_parents).
+    pub fn open_writable(&self, path: &Path) -> provider::Result<Arc<dyn WritableBlockDevice>> {
+        self.check_parents(path)?;
+        self.provider.open_writable(path)
+    }
+
+    /// Succeeds where all images that the disk reads through lie in the roots. A differencing disk is a file that
+    /// names another file, and whoever may write into a root could name any. Blocks.
+    ///
+    /// # Errors
+    /// [`ProviderError::Denied`], naming the parent; those of [`DiskProvider::info`].
+    pub fn check_parents(&self, path: &Path) -> provider::Result<()> {
+        let mut child = path.to_path_buf();
+        for _ in 0..MAX_PARENTS {
+            let Some(parent) = self.provider.info(&child)?.parent_path else {
+                return Ok(());
+            };
+            let named = child.parent().map_or_else(|| PathBuf::from(&parent), |at| at.join(&parent));
+            let located = self.roots.locate(&named.to_string_lossy()).map_err(|error| {
+                tracing::debug!(child = %child.display(), parent, %error, "parent refused");
+                ProviderError::Denied {
+                    path: path.display().to_string(),
+                    reason: format!(
+                        "its parent {parent} is not in a directory that the agent serves; add that \
+                         directory with --root"
+                    ),
+                }
+            })?;
+            child = located.path().to_path_buf();
+        }
+        Err(ProviderError::NotADisk {
+            path: path.display().to_string(),
+            reason: format!("its chain has more than {MAX_PARENTS} images"),
+        })
+    }
+}
