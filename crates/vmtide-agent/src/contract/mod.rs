@@ -1,0 +1,235 @@
+//! The interface of rct-service, as its clients know it.
+//!
+//! | request | answer |
+//! |---|---|
+//! | `GET /vdisk/DISK/info` | `{"virtual_size":…,"parent_path":…,"virtual_storage_type":…,"provider_sub_type":…}` |
+//! | `GET /vdisk/DISK/rct` | `{"enabled":…,"newer_changes":…,"most_recent_id":…}` |
+//! | `PUT /vdisk/DISK/rct?enabled=true` | nothing |
+//! | `GET /vdisk/DISK/rct/ID/changes` | `[{"offset":…,"length":…},…]` |
+//! | `GET /vdisk/DISK/content?ranges=OFFSET:LENGTH,…` | the bytes, one range after the other |
+//! | `POST /vdisk/DISK/content`, the ranges as JSON like changes | the same |
+//!
+//! Where rct-service answers, this answers the same: 401 without its key, 404 with `Bad vdisk path: …` and `RCT ID
+//! not found: …`, 404 for what it has no route for (other methods, a missing parameter, another content type), 400
+//! and 422 for JSON that is none or no list of ranges, a length with every content. Where rct-service breaks off
+//! (a file that is no disk, a range past the end, an error of the platform) this answers with a status and a
+//! line of text. Source: rct-service 0.1.0 (`src/main.rs`, over Rocket 0.4), and its Python client.
+
+mod content;
+pub mod errors;
+pub mod paths;
+
+use crate::audit::Note;
+use crate::auth::{self, Caller, NoKey};
+use crate::provider::{DiskInfo, ProviderError};
+use crate::state::Shared;
+use axum::Router;
+use axum::extract::{Request, State};
+use axum::response::{IntoResponse, Response};
+use axum::routing::any;
+use errors::ContractError;
+use http::header::CONTENT_TYPE;
+use http::{Method, StatusCode};
+use paths::{Action, Target};
+use serde::Serialize;
+use vmtide_block::ByteRange;
+
+/// The routes. The path is read by hand: a disk may be written with slashes, escaped or not, and is one parameter.
+pub fn router() -> Router<Shared> {
+    Router::new().route("/vdisk/{*rest}", any(handle))
+}
+
+/// The answer to what is no request of any interface.
+pub async fn unknown() -> Response {
+    ContractError::NoRoute.into_response()
+}
+
+/// The entry point of the fuzz target.
+pub fn fuzz(path: &str, query: &str) {
+    let _ = paths::parse(path);
+    let _ = content::ranges_of_query(query);
+}
+
+async fn handle(State(state): State<Shared>, request: Request) -> Response {
+    let Some(target) = paths::parse(request.uri().path()) else {
+        return unknown().await;
+    };
+    let disk = target.disk.clone();
+    let (key, mut response) = match auth::caller(&state, request.headers()) {
+        Ok(caller) => {
+            let answer = answer(&state, &caller, target, request).await;
+            (Some(caller.name), answer.unwrap_or_else(IntoResponse::into_response))
+        }
+        Err(NoKey) => (None, auth::unauthorized()),
+    };
+    response.extensions_mut().insert(Note { key, disk: Some(disk) });
+    response
+}
+
+async fn answer(
+    state: &Shared,
+    caller: &Caller,
+    target: Target,
+    request: Request,
+) -> Result<Response, ContractError> {
+    let Target { disk, action } = target;
+    let is_read = matches!(*request.method(), Method::GET | Method::HEAD);
+    match action {
+        Action::Info if is_read => info(state, &disk).await,
+        Action::Tracking if is_read => tracking(state, &disk).await,
+        Action::Tracking if request.method() == Method::PUT => {
+            let query = request.uri().query().unwrap_or_default();
+            set_tracking(state, caller, &disk, query).await
+        }
+        Action::Changes { id } if is_read => changes(state, &disk, id).await,
+        Action::Content if is_read => {
+            let query = request.uri().query().unwrap_or_default();
+            let ranges = content::ranges_of_query(query)?;
+            content::answer(state, caller, &disk, ranges).await
+        }
+        Action::Content if request.method() == Method::POST => {
+            let ranges = content::ranges_of_body(state, request).await?;
+            content::answer(state, caller, &disk, ranges).await
+        }
+        _ => Err(ContractError::NoRoute),
+    }
+}
+
+/// What rct-service tells of a disk, in its words and its order.
+#[derive(Serialize)]
+struct Info {
+    virtual_size: u64,
+    parent_path: Option<String>,
+    virtual_storage_type: u32,
+    provider_sub_type: u32,
+}
+
+impl From<DiskInfo> for Info {
+    fn from(info: DiskInfo) -> Self {
+        Self {
+            virtual_size: info.virtual_size_bytes,
+            parent_path: info.parent_path,
+            virtual_storage_type: info.virtual_storage_type,
+            provider_sub_type: info.provider_sub_type,
+        }
+    }
+}
+
+/// What rct-service tells of change tracking, likewise.
+#[derive(Serialize)]
+struct Tracking {
+    enabled: bool,
+    newer_changes: bool,
+    most_recent_id: String,
+}
+
+async fn info(state: &Shared, disk: &str) -> Result<Response, ContractError> {
+    let info = state.with_disk(disk, |state, path| state.provider.info(path)).await;
+    json(&Info::from(info.map_err(|error| ContractError::of_disk(disk, error))?))
+}
+
+async fn tracking(state: &Shared, disk: &str) -> Result<Response, ContractError> {
+    let tracking = state.with_disk(disk, |state, path| state.provider.tracking(path)).await;
+    let tracking = tracking.map_err(|error| ContractError::of_disk(disk, error))?;
+    json(&Tracking {
+        enabled: tracking.enabled,
+        newer_changes: tracking.newer_changes,
+        most_recent_id: tracking.most_recent_id,
+    })
+}
+
+async fn set_tracking(
+    state: &Shared,
+    caller: &Caller,
+    disk: &str,
+    query: &str,
+) -> Result<Response, ContractError> {
+    // The words that a form may have for yes and no.
+    let enabled = match paths::query_value(query, "enabled").as_deref() {
+        Some("true" | "on") => true,
+        Some("false" | "off") => false,
+        _ => return Err(ContractError::Parameter("enabled=true or enabled=false is needed")),
+    };
+    if !caller.may_write() {
+        return Err(ContractError::ReadOnlyKey);
+    }
+    let done = state.with_disk(disk, move |state, path| state.provider.set_tracking(path, enabled));
+    done.await.map_err(|error| ContractError::of_disk(disk, error))?;
+    Ok(StatusCode::OK.into_response())
+}
+
+async fn changes(state: &Shared, disk: &str, id: String) -> Result<Response, ContractError> {
+    let asked = id.clone();
+    let found = state.with_disk(disk, move |state, path| {
+        let size_bytes = state.provider.info(path)?.virtual_size_bytes;
+        let mut ranges: Vec<ByteRange> = Vec::new();
+        let mut at = 0;
+        while at < size_bytes {
+            let window = ByteRange::from_bounds(at, size_bytes);
+            let page = state.provider.changes(path, &id, window)?;
+            if page.processed_bytes == 0 {
+                return Err(ProviderError::Failed {
+                    path: path.display().to_string(),
+                    reason: format!("the platform says nothing about changes from byte {at} on"),
+                });
+            }
+            let covered = ByteRange::new(at, page.processed_bytes.min(window.length));
+            add_page(&mut ranges, covered, &page.ranges);
+            at = covered.end();
+        }
+        Ok(ranges)
+    });
+    let ranges = found.await.map_err(|error| ContractError::of_changes(disk, &asked, error))?;
+    json(&ranges)
+}
+
+/// Adds the ranges of one page, clamped to what it speaks for, joined with what they touch.
+fn add_page(ranges: &mut Vec<ByteRange>, covered: ByteRange, page: &[ByteRange]) {
+    for range in page.iter().map(|range| range.intersect(&covered)) {
+        match ranges.last_mut() {
+            _ if range.is_empty() => {}
+            Some(last) if range.offset <= last.end() => {
+                *last = ByteRange::from_bounds(last.offset, last.end().max(range.end()));
+            }
+            _ => ranges.push(range),
+        }
+    }
+}
+
+fn json(value: &impl Serialize) -> Result<Response, ContractError> {
+    let text = serde_json::to_vec(value)
+        .map_err(|error| ContractError::Internal(format!("the answer cannot be written: {error}")))?;
+    Ok(([(CONTENT_TYPE, "application/json")], text).into_response())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn json_has_the_names_and_the_order_of_rct_service() {
+        let info = Info {
+            virtual_size: u64::MAX,
+            parent_path: None,
+            virtual_storage_type: 3,
+            provider_sub_type: 4,
+        };
+        assert_eq!(
+            serde_json::to_string(&info).unwrap(),
+            "{\"virtual_size\":18446744073709551615,\"parent_path\":null,\
+             \"virtual_storage_type\":3,\"provider_sub_type\":4}"
+        );
+        assert_eq!(
+            serde_json::to_string(&[ByteRange::new(0, 512)]).unwrap(),
+            "[{\"offset\":0,\"length\":512}]"
+        );
+    }
+
+    #[test]
+    fn pages_are_joined_and_clamped() {
+        let mut ranges = Vec::new();
+        add_page(&mut ranges, ByteRange::new(0, 100), &[ByteRange::new(0, 10), ByteRange::new(90, 20)]);
+        add_page(&mut ranges, ByteRange::new(100, 100), &[ByteRange::new(90, 20), ByteRange::new(150, 0)]);
+        assert_eq!(ranges, [ByteRange::new(0, 10), ByteRange::new(90, 20)]);
+    }
+}

@@ -1,0 +1,200 @@
+//! One agent from its options to its end.
+
+use crate::audit::AuditLog;
+use crate::auth::{KeyStore, RELOAD_INTERVAL};
+use crate::config::AgentOptions;
+use crate::error::{AgentError, Result};
+use crate::limits::Limits;
+use crate::metrics::Metrics;
+use crate::provider::DiskProvider;
+use crate::roots::Roots;
+use crate::server;
+use crate::state::{AppState, Shared};
+use crate::systemd;
+use crate::tls::{Fingerprint, TlsIdentity};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use vmtide_block::CancelToken;
+
+/// How often it is looked whether the agent shall end.
+const STOP_INTERVAL: Duration = Duration::from_millis(100);
+/// The most threads that block at once: reading disks, asking the platform. Requests past that wait.
+const BLOCKING_THREADS: usize = 128;
+/// The name of the audit log in the state directory.
+const AUDIT_FILE: &str = "audit.log";
+
+/// An agent that answers.
+#[derive(Clone, Debug)]
+pub struct Started {
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// The fingerprint of its certificate, for clients to pin.
+    pub fingerprint: Fingerprint,
+    /// Its certificate, for clients to trust.
+    pub certificate: PathBuf,
+    /// The directories it serves, links followed.
+    pub roots: Vec<PathBuf>,
+    /// How many keys it knows.
+    pub keys: usize,
+    /// Whether its key stands in the clear in its file.
+    pub key_is_plain: bool,
+}
+
+/// Runs an agent until `stop` is cancelled; then lets running requests end. `started` is called once, when it
+/// answers.
+///
+/// # Errors
+/// [`AgentError`] where it cannot start: options, files, the address.
+pub fn run(
+    options: &AgentOptions,
+    provider: Arc<dyn DiskProvider>,
+    stop: &CancelToken,
+    started: impl FnOnce(&Started),
+) -> Result<()> {
+    let state = prepare(options, provider)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .max_blocking_threads(BLOCKING_THREADS)
+        .thread_name("agent")
+        .build()
+        .map_err(|error| AgentError::io("start the agent's threads", error))?;
+    let ended = runtime.block_on(run_until(options, state, stop, started));
+    // A read that hangs in a broken file system must not keep the agent from ending.
+    runtime.shutdown_timeout(options.connections.drain_timeout);
+    ended
+}
+
+/// Reads what the agent needs before it listens.
+fn prepare(options: &AgentOptions, provider: Arc<dyn DiskProvider>) -> Result<Shared> {
+    let roots = Roots::new(&options.roots)?;
+    let keys = Arc::new(KeyStore::open(&options.auth_key_file)?);
+    make_state_directory(&options.state_directory)?;
+    let audit_log =
+        options.audit_log.clone().unwrap_or_else(|| options.state_directory.join(AUDIT_FILE));
+    let audit = AuditLog::open(&audit_log)?;
+    Ok(Arc::new(AppState {
+        provider,
+        roots,
+        keys,
+        limits: Limits::default(),
+        metrics: Metrics::default(),
+        audit,
+    }))
+}
+
+fn make_state_directory(path: &Path) -> Result<()> {
+    let mut builder = std::fs::DirBuilder::new();
+    builder.recursive(true);
+    #[cfg(unix)]
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+    builder
+        .create(path)
+        .map_err(|error| AgentError::io(format!("make the state directory {}", path.display()), error))
+}
+
+async fn run_until(
+    options: &AgentOptions,
+    state: Shared,
+    stop: &CancelToken,
+    started: impl FnOnce(&Started),
+) -> Result<()> {
+    let listener = TcpListener::bind(&options.listen)
+        .await
+        .map_err(|error| AgentError::io(format!("listen at {}", options.listen), error))?;
+    let address = listener
+        .local_addr()
+        .map_err(|error| AgentError::io(format!("listen at {}", options.listen), error))?;
+    let identity = match &options.certificate {
+        Some(files) => TlsIdentity::open(files.clone())?,
+        None => TlsIdentity::open_or_make(&options.state_directory, address.ip())?,
+    };
+    let tls = identity.server_config(options.tls12)?;
+    let keys = state.keys.current();
+    started(&Started {
+        address,
+        fingerprint: identity.fingerprint(),
+        certificate: identity.certificate_file().to_path_buf(),
+        roots: state.roots.directories().map(Path::to_path_buf).collect(),
+        keys: keys.len(),
+        key_is_plain: keys.is_plain(),
+    });
+    let (stopping, stopped) = watch::channel(false);
+    let care = tokio::spawn(take_care(Arc::clone(&state.keys), identity));
+    let router = server::router(state);
+    let serving = tokio::spawn(server::serve(listener, tls, router, options.connections, stopped));
+    systemd::notify(systemd::READY);
+    while !stop.is_cancelled() && !serving.is_finished() {
+        tokio::time::sleep(STOP_INTERVAL).await;
+    }
+    systemd::notify(systemd::STOPPING);
+    care.abort();
+    // Nobody listens any more where the server has ended by itself.
+    let _ = stopping.send(true);
+    serving.await.map_err(|error| AgentError::refused("serve", error))
+}
+
+/// Reads files again that changed, and tells systemd that the agent lives.
+async fn take_care(keys: Arc<KeyStore>, identity: Arc<TlsIdentity>) {
+    let watchdog = systemd::watchdog_interval();
+    let mut look = tokio::time::interval(RELOAD_INTERVAL);
+    let mut feed = tokio::time::interval(watchdog.unwrap_or(Duration::from_secs(3600)));
+    let mut hangup = Hangup::new();
+    loop {
+        let in_any_case = tokio::select! {
+            _ = look.tick() => false,
+            () = hangup.wait() => true,
+            _ = feed.tick() => {
+                if watchdog.is_some() {
+                    systemd::notify(systemd::WATCHDOG);
+                }
+                continue;
+            }
+        };
+        let (keys, identity) = (Arc::clone(&keys), Arc::clone(&identity));
+        let reloaded = tokio::task::spawn_blocking(move || {
+            keys.reload(in_any_case);
+            identity.reload();
+        });
+        if let Err(error) = reloaded.await {
+            tracing::error!(%error, "keys and certificate could not be looked at");
+        }
+    }
+}
+
+/// SIGHUP, where there is such a thing.
+struct Hangup {
+    #[cfg(unix)]
+    signal: Option<tokio::signal::unix::Signal>,
+}
+
+impl Hangup {
+    #[cfg(unix)]
+    fn new() -> Self {
+        use tokio::signal::unix::{SignalKind, signal};
+        let signal = signal(SignalKind::hangup());
+        Self {
+            signal: signal
+                .inspect_err(|error| tracing::warn!(%error, "SIGHUP is not noticed"))
+                .ok(),
+        }
+    }
+
+    #[cfg(not(unix))]
+    fn new() -> Self {
+        Self {}
+    }
+
+    async fn wait(&mut self) {
+        #[cfg(unix)]
+        if let Some(signal) = &mut self.signal
+            && signal.recv().await.is_some()
+        {
+            return;
+        }
+        std::future::pending().await
+    }
+}
