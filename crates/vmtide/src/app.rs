@@ -109,6 +109,7 @@ fn dispatch(app: &App, command: Command) -> Result<Exit> {
         Command::Convert(args) => commands::convert::run(app, &args),
         Command::Chain(args) => commands::chain::run(app, &args),
         Command::Serve(args) => commands::serve::run(app, &args),
+        Command::Agent(args) => commands::agent::run(app, &args),
         Command::Vm(args) => commands::vm::run(app, &args),
         Command::Doctor(args) => commands::doctor::run(app, &args),
         Command::Stats(args) => commands::stats::run(app, &args),

@@ -145,6 +145,8 @@ pub enum Command {
     Chain(commands::chain::ChainArgs),
     /// Serve a disk image or restore point over NBD
     Serve(commands::serve::ServeArgs),
+    /// Serve disks and what changed on them over HTTPS, on the host that has them
+    Agent(Box<commands::agent::AgentArgs>),
     /// Look at the virtual machines of a source
     Vm(commands::vm::VmArgs),
     /// Find out what does not work with a source or repository, and what to do

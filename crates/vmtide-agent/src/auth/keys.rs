@@ -184,12 +184,18 @@ fn has_rights(line: &str) -> bool {
     line.split(':').nth(1).is_some_and(|rights| Rights::parse(rights).is_some())
 }
 
-fn plain(key: &str) -> Result<KeySet> {
-    if key.len() > MAX_KEY_BYTES || key.chars().any(char::is_control) {
+fn check_secret(key: &str) -> Result<()> {
+    let is_good = |byte: u8| byte.is_ascii_graphic() || byte == b' ';
+    if key.is_empty() || key.len() > MAX_KEY_BYTES || !key.bytes().all(is_good) {
         return Err(AgentError::usage(format!(
-            "its one line is no key: up to {MAX_KEY_BYTES} characters that a header can hold"
+            "a key is one line of up to {MAX_KEY_BYTES} letters, digits and signs of ASCII"
         )));
     }
+    Ok(())
+}
+
+fn plain(key: &str) -> Result<KeySet> {
+    check_secret(key)?;
     let salt = random()?;
     let hash = hash(&salt, key.as_bytes());
     let key = Key { name: PLAIN_NAME.into(), rights: Rights::ReadWrite, salt, hash };
@@ -230,9 +236,17 @@ pub fn check_name(name: &str) -> std::result::Result<(), String> {
 /// # Errors
 /// [`AgentError::Usage`] for a name that is none; [`AgentError::Refused`] without a source of randomness.
 pub fn generate(name: &str, rights: Rights) -> Result<NewKey> {
-    check_name(name).map_err(AgentError::usage)?;
     let bytes: Zeroizing<[u8; NEW_KEY_BYTES]> = Zeroizing::new(random()?);
-    let secret = Zeroizing::new(URL_SAFE_NO_PAD.encode(bytes.as_ref()));
+    take_over(name, rights, Zeroizing::new(URL_SAFE_NO_PAD.encode(bytes.as_ref())))
+}
+
+/// A key that clients have already.
+///
+/// # Errors
+/// As [`generate`]; [`AgentError::Usage`] for a key that no header can hold.
+pub fn take_over(name: &str, rights: Rights, secret: Zeroizing<String>) -> Result<NewKey> {
+    check_name(name).map_err(AgentError::usage)?;
+    check_secret(&secret)?;
     let salt: [u8; SALT_BYTES] = random()?;
     let hash = hash(&salt, secret.as_bytes());
     let line = format!("{name}:{rights}:{}:{}", hex(&salt), hex(&hash));

@@ -5,6 +5,7 @@
 //! answer takes says nothing of any key. Keys can be changed while the agent runs: the file is looked at every
 //! [`RELOAD_INTERVAL`], and at once on SIGHUP.
 
+pub mod file;
 pub mod keys;
 mod store;
 

@@ -6,6 +6,8 @@
 //! made for that. Every method may be called from many threads at once.
 
 mod error;
+#[cfg(not(windows))]
+mod images;
 
 pub use error::ProviderError;
 
@@ -71,6 +73,12 @@ pub trait DiskProvider: Send + Sync + 'static {
     /// # Errors
     /// Everything made so far is undone before an error is returned.
     fn freeze(&self, paths: &[PathBuf]) -> Result<Box<dyn FrozenDisks>>;
+}
+
+/// The disks of the host that this runs on.
+#[cfg(not(windows))]
+pub fn of_this_host() -> Arc<dyn DiskProvider> {
+    Arc::new(images::ImageProvider::default())
 }
 
 /// Disks at one moment; dropping it ends the moment.

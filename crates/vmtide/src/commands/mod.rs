@@ -1,5 +1,6 @@
 //! The commands, one file each: its options with their help, and what it does with them.
 
+pub mod agent;
 pub mod backup;
 pub mod bench;
 pub mod chain;
