@@ -133,9 +133,9 @@ class Lab:
 class Process:
     """A running agent."""
 
-    def __init__(self, lab, *more, environment=None):
-        words = [VMTIDE, "agent", "--json", "--listen", "127.0.0.1:0", "--root", lab.root, "--auth-key-file", lab.keys]
-        words += ["--state-dir", lab.state, *more]
+    def __init__(self, lab, *more, keys=None, environment=None):
+        words = [VMTIDE, "agent", "--json", "--listen", "127.0.0.1:0", "--root", lab.root]
+        words += ["--auth-key-file", keys or lab.keys, "--state-dir", lab.state, *more]
         self.log = tempfile.TemporaryFile(mode="w+", encoding="utf-8")  # noqa: SIM115
         self.process = subprocess.Popen(
             [str(word) for word in words],
@@ -314,7 +314,8 @@ class Host:
             systemd.bind(str(self.lab.place / "notify"))
             systemd.settimeout(START_TIMEOUT_S)
             process = Process(
-                self.lab, "--auth-key-file", key,
+                self.lab,
+                keys=key,
                 environment={"NOTIFY_SOCKET": str(self.lab.place / "notify"), "WATCHDOG_USEC": "400000"},
             )
             agent = process.agent("swordfish", "swordfish")
@@ -331,16 +332,17 @@ class Host:
             matrix.want(b"STOPPING=1" in messages, f"systemd was told {messages}")
 
     def no_start(self):
-        base = [VMTIDE, "agent", "--listen", "127.0.0.1:0", "--state-dir", str(self.lab.state)]
+        base = [VMTIDE, "agent", "--state-dir", str(self.lab.state)]
+        here = ["--listen", "127.0.0.1:0"]
         root, keys = ["--root", str(self.lab.root)], ["--auth-key-file", str(self.lab.keys)]
         for words, code in (
-            (root, 2),
-            (keys, 2),
-            (root + ["--auth-key-file", str(self.lab.place / "missing")], 6),
-            (["--root", str(self.lab.place / "missing")] + keys, 6),
-            (["--root", str(self.lab.content)] + keys, 2),
-            (root + keys + ["--cert", str(self.lab.content)], 2),
-            (root + keys + ["--cert", str(self.lab.keys), "--key", str(self.lab.keys)], 1),
+            (here + root, 2),
+            (here + keys, 2),
+            (here + root + ["--auth-key-file", str(self.lab.place / "missing")], 6),
+            (here + keys + ["--root", str(self.lab.place / "missing")], 6),
+            (here + keys + ["--root", str(self.lab.content)], 2),
+            (here + root + keys + ["--cert", str(self.lab.content)], 2),
+            (here + root + keys + ["--cert", str(self.lab.keys), "--key", str(self.lab.keys)], 1),
             (root + keys + ["--listen", "127.0.0.1:99999"], 1),
         ):
             done = subprocess.run(base + words, capture_output=True, text=True, timeout=START_TIMEOUT_S, check=False)

@@ -32,18 +32,4 @@ pub use state::{AppState, Shared};
 pub use tls::{Fingerprint, TlsIdentity};
 
 #[doc(hidden)]
-pub mod fuzzing {
-    //! Entry points of the fuzz targets: the parsers of what clients send before anything is known of them.
-
-    /// The path of a request, its query, and the names in it.
-    pub fn request(path: &str, query: &str) {
-        crate::contract::fuzz(path, query);
-        let _ = crate::roots::windows_names::check(path);
-        let _ = crate::roots::unix_names::check(path);
-    }
-
-    /// A file of keys.
-    pub fn keys(text: &str) {
-        let _ = crate::auth::keys::parse(text);
-    }
-}
+pub mod fuzzing;

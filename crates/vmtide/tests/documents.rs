@@ -32,6 +32,7 @@ const COMMANDS: &[&str] = &[
     "convert",
     "chain",
     "serve",
+    "agent",
     "vm",
     "doctor",
     "stats",

@@ -11,6 +11,7 @@ use bytes::Bytes;
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use http_body::{Frame, SizeHint};
 use http_body_util::{BodyExt, Limited};
+use serde::Deserialize;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -54,10 +55,18 @@ pub async fn ranges_of_body(
     let body = Limited::new(request.into_body(), MAX_BODY_BYTES).collect();
     let body = tokio::time::timeout(BODY_TIMEOUT, body).await.map_err(|_| ContractError::TooSlow)?;
     let body = body.map_err(|error| ContractError::TooLarge(error.to_string()))?.to_bytes();
-    serde_json::from_slice(&body).map_err(|error| {
+    let ranges: Vec<Range> = serde_json::from_slice(&body).map_err(|error| {
         let text = format!("the ranges: {error}");
         if error.is_data() { ContractError::WrongData(text) } else { ContractError::Malformed(text) }
-    })
+    })?;
+    Ok(ranges.into_iter().map(|range| ByteRange::new(range.offset, range.length)).collect())
+}
+
+/// A range as clients send it; other members say nothing, as in rct-service.
+#[derive(Deserialize)]
+struct Range {
+    offset: u64,
+    length: u64,
 }
 
 /// rct-service has no route for a body of another type.
