@@ -4,7 +4,7 @@ only somebody on the host can see: keys that change while it runs, the audit log
 
     VMTIDE_BIN=target/debug/vmtide python3 tests/agent/run.py [WORD…]
 
-Needs qemu-img. The last line is `test result: ok. N passed; M failed`.
+Needs qemu-img, openssl and python3-requests. The last line is `test result: ok. N passed; M failed`.
 """
 
 import json
@@ -180,6 +180,7 @@ class Host:
         return (agent or self.agent).ask("GET", matrix.target(self.lab.disks[0]["path"], "info"), key=key).status
 
     def check_host(self):
+        yield "host: a client built on requests, as rct-service's is", self.requests_client
         yield "host: keys are added and removed while it runs", self.keys_change
         yield "host: a broken file of keys changes nothing", self.broken_keys
         yield "host: a parent outside of the roots is refused", self.parent_outside
@@ -191,6 +192,30 @@ class Host:
         yield "host: a key in the clear, systemd, an orderly end", self.plain_key
         yield "host: it does not start with what makes no sense", self.no_start
         yield "host: running transfers end before it does", self.drains
+
+    def requests_client(self):
+        """Calls like those of rct-service's Python client: paths as they are, escaped by requests alone."""
+        import requests  # pylint: disable=import-outside-toplevel
+
+        url, headers, verify = self.process.listening["url"], {"auth_key": self.agent.key}, self.process.listening["certificate"]
+        for disk in self.lab.disks:
+            base = f"{url}/vdisk/{disk['path']}"
+            info = requests.get(f"{base}/info", headers=headers, verify=verify, timeout=60)
+            info.raise_for_status()
+            size = info.json()["virtual_size"]
+            state = requests.get(f"{base}/rct", headers=headers, verify=verify, timeout=60)
+            state.raise_for_status()
+            copy, most = bytearray(size), 3 << 20
+            for offset in range(0, size, most):
+                ranges = [{"offset": offset, "length": min(most, size - offset)}]
+                with requests.post(f"{base}/content", headers=headers, verify=verify, json=ranges, stream=True, timeout=60) as answer:
+                    answer.raise_for_status()
+                    for piece in answer.iter_content(chunk_size=1 << 20):
+                        copy[offset : offset + len(piece)] = piece
+                        offset += len(piece)
+            matrix.want(bytes(copy) == self.lab.content.read_bytes(), f"{disk['path']}: other bytes")
+        refused = requests.get(f"{base}/info", headers={"auth_key": "swordfish"}, verify=verify, timeout=60)
+        matrix.want(refused.status_code == 401, f"status {refused.status_code}")
 
     def until(self, what, status):
         deadline = time.monotonic() + NOTICE_TIMEOUT_S

@@ -14,11 +14,13 @@ pub fn agent_request(input: &[u8]) {
     let (path, query) = text.split_once('?').unwrap_or((text, ""));
     let disk = contract::parse_for_fuzzing(path, query);
     for name in [Some(text), disk.as_deref()].into_iter().flatten() {
-        for check in [windows_names::check, unix_names::check] {
-            if let Ok(plain) = check(name) {
-                assert_eq!(check(&plain).as_deref(), Ok(plain.as_str()), "{name:?}");
-                assert!(!plain.split(['/', '\\']).any(|part| part == "..") || plain.contains("\\"));
-            }
+        if let Ok(plain) = windows_names::check(name) {
+            assert_eq!(windows_names::check(&plain).as_deref(), Ok(plain.as_str()), "{name:?}");
+            assert!(!plain.split('\\').any(|part| part == ".."), "{name:?}");
+        }
+        if let Ok(plain) = unix_names::check(name) {
+            assert_eq!(unix_names::check(&plain).as_deref(), Ok(plain.as_str()), "{name:?}");
+            assert!(!plain.split('/').any(|part| part == ".."), "{name:?}");
         }
     }
 }
