@@ -60,7 +60,7 @@ pub struct Record {
     /// Who sent it, `ADDRESS:PORT`.
     pub peer: Option<String>,
     /// The name of the key.
-    pub key: Option<Arc<str>>,
+    pub key: Option<String>,
     /// The method.
     pub method: String,
     /// The path without the query.
@@ -241,7 +241,7 @@ pub async fn record(State(state): State<Shared>, request: Request, next: Next) -
     let is_head = request.method() == http::Method::HEAD;
     let mut response = next.run(request).await;
     if let Some(note) = response.extensions_mut().remove::<Note>() {
-        record.key = note.key;
+        record.key = note.key.map(|key| key.to_string());
         record.disk = note.disk.map(|disk| disk.chars().take(MAX_PATH_CHARS).collect());
     }
     record.status = response.status().as_u16();

@@ -50,9 +50,9 @@ impl AppState {
         self.blocking(move |state| {
             let located = state.locate(&requested)?;
             let done = work(state, located.path())?;
-            located.recheck().map_err(|reason| ProviderError::Failed {
+            located.recheck().map_err(|refusal| ProviderError::InUse {
                 path: requested,
-                reason: reason.to_string(),
+                reason: refusal.to_string(),
             })?;
             Ok(done)
         })

@@ -5,9 +5,9 @@ use super::paths::query_value;
 use crate::auth::Caller;
 use crate::state::Shared;
 use axum::body::Body;
-use axum::extract::Request;
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
+use http::HeaderMap;
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use http_body::{Frame, SizeHint};
 use http_body_util::{BodyExt, Limited};
@@ -49,10 +49,9 @@ fn number(text: &str) -> Option<u64> {
 /// The ranges of the body of a POST.
 pub async fn ranges_of_body(
     _state: &Shared,
-    request: Request,
+    body: Body,
 ) -> Result<Vec<ByteRange>, ContractError> {
-    check_type(&request)?;
-    let body = Limited::new(request.into_body(), MAX_BODY_BYTES).collect();
+    let body = Limited::new(body, MAX_BODY_BYTES).collect();
     let body = tokio::time::timeout(BODY_TIMEOUT, body).await.map_err(|_| ContractError::TooSlow)?;
     let body = body.map_err(|error| ContractError::TooLarge(error.to_string()))?.to_bytes();
     let ranges: Vec<Range> = serde_json::from_slice(&body).map_err(|error| {
@@ -70,8 +69,8 @@ struct Range {
 }
 
 /// rct-service has no route for a body of another type.
-fn check_type(request: &Request) -> Result<(), ContractError> {
-    let is_json = request.headers().get(CONTENT_TYPE).is_some_and(|value| {
+pub fn check_type(headers: &HeaderMap) -> Result<(), ContractError> {
+    let is_json = headers.get(CONTENT_TYPE).is_some_and(|value| {
         let name = value.as_bytes().split(|byte| *byte == b';').next().unwrap_or_default();
         name.trim_ascii().eq_ignore_ascii_case(b"application/json")
     });

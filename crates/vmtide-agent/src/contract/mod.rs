@@ -74,22 +74,23 @@ async fn answer(
     request: Request,
 ) -> Result<Response, ContractError> {
     let Target { disk, action } = target;
-    let is_read = matches!(*request.method(), Method::GET | Method::HEAD);
+    let (head, body) = request.into_parts();
+    let query = head.uri.query().unwrap_or_default();
+    let is_read = matches!(head.method, Method::GET | Method::HEAD);
     match action {
         Action::Info if is_read => info(state, &disk).await,
         Action::Tracking if is_read => tracking(state, &disk).await,
-        Action::Tracking if request.method() == Method::PUT => {
-            let query = request.uri().query().unwrap_or_default();
+        Action::Tracking if head.method == Method::PUT => {
             set_tracking(state, caller, &disk, query).await
         }
         Action::Changes { id } if is_read => changes(state, &disk, id).await,
         Action::Content if is_read => {
-            let query = request.uri().query().unwrap_or_default();
             let ranges = content::ranges_of_query(query)?;
             content::answer(state, caller, &disk, ranges).await
         }
-        Action::Content if request.method() == Method::POST => {
-            let ranges = content::ranges_of_body(state, request).await?;
+        Action::Content if head.method == Method::POST => {
+            content::check_type(&head.headers)?;
+            let ranges = content::ranges_of_body(state, body).await?;
             content::answer(state, caller, &disk, ranges).await
         }
         _ => Err(ContractError::NoRoute),
