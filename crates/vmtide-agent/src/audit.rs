@@ -98,7 +98,8 @@ impl AuditLog {
     /// # Errors
     /// Where it cannot be opened.
     pub fn open(path: &Path) -> Result<Self> {
-        let failed = |error| AgentError::io(format!("open the audit log {}", path.display()), error);
+        let failed =
+            |error| AgentError::io(format!("open the audit log {}", path.display()), error);
         let file = LogFile::open(path).map_err(failed)?;
         let (queue, lines) = sync_channel(QUEUE_LINES);
         let lost = Arc::new(AtomicU64::new(0));
@@ -117,7 +118,8 @@ impl AuditLog {
     /// Has a line written. Does not wait.
     pub fn write(&self, record: Record) {
         let Some(writer) = &self.0 else { return };
-        let queued = writer.queue.lock().as_ref().is_some_and(|queue| queue.try_send(record).is_ok());
+        let queued =
+            writer.queue.lock().as_ref().is_some_and(|queue| queue.try_send(record).is_ok());
         if !queued {
             writer.lost.fetch_add(1, Ordering::Relaxed);
         }
@@ -210,9 +212,9 @@ impl LogFile {
     #[cfg(unix)]
     fn is_at_path(&self) -> bool {
         use std::os::unix::fs::MetadataExt;
-        let number = |metadata: std::fs::Metadata| (metadata.dev(), metadata.ino());
+        let number = |metadata: &std::fs::Metadata| (metadata.dev(), metadata.ino());
         let (there, here) = (std::fs::metadata(&self.path), self.file.metadata());
-        matches!((there, here), (Ok(there), Ok(here)) if number(there) == number(here))
+        matches!((&there, &here), (Ok(there), Ok(here)) if number(there) == number(here))
     }
 
     /// Windows does not let anybody move a file that is open.

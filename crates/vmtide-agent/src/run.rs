@@ -91,9 +91,9 @@ fn make_state_directory(path: &Path) -> Result<()> {
     builder.recursive(true);
     #[cfg(unix)]
     std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
-    builder
-        .create(path)
-        .map_err(|error| AgentError::io(format!("make the state directory {}", path.display()), error))
+    builder.create(path).map_err(|error| {
+        AgentError::io(format!("make the state directory {}", path.display()), error)
+    })
 }
 
 async fn run_until(

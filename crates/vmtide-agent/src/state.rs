@@ -136,7 +136,8 @@ impl AppState {
             let Some(parent) = self.provider.info(&child)?.parent_path else {
                 return Ok(());
             };
-            let named = child.parent().map_or_else(|| PathBuf::from(&parent), |at| at.join(&parent));
+            let named =
+                child.parent().map_or_else(|| PathBuf::from(&parent), |at| at.join(&parent));
             let located = self.roots.locate(&named.to_string_lossy()).map_err(|error| {
                 tracing::debug!(child = %child.display(), parent, %error, "parent refused");
                 ProviderError::Denied {

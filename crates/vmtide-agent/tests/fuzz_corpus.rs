@@ -15,7 +15,11 @@ fn seeds(target: &str) -> Vec<Vec<u8>> {
 /// A seed with some bytes replaced, taken away or put in.
 fn mutated(target: &'static str) -> impl Strategy<Value = Vec<u8>> {
     let edits = prop::collection::vec(
-        (any::<prop::sample::Index>(), 0..3u8, prop::sample::select(b"/\\.:%~?=,0aC \0\x80\xc0".to_vec())),
+        (
+            any::<prop::sample::Index>(),
+            0..3u8,
+            prop::sample::select(b"/\\.:%~?=,0aC \0\x80\xc0".to_vec()),
+        ),
         0..8,
     );
     (prop::sample::select(seeds(target)), edits).prop_map(|(mut seed, edits)| {

@@ -12,7 +12,8 @@ use std::path::{Path, PathBuf};
 use zeroize::Zeroizing;
 
 /// What heads a new file.
-const HEAD: &str = "# Keys of a vmtide agent, made by `vmtide agent key add`. name:rights:salt:hash\n";
+const HEAD: &str =
+    "# Keys of a vmtide agent, made by `vmtide agent key add`. name:rights:salt:hash\n";
 
 /// Adds a key. The file is made where there is none.
 ///
@@ -23,10 +24,15 @@ pub fn add(path: &Path, name: &str, key: &NewKey) -> Result<()> {
     let set = parse_hashed(path, &text)?;
     if set.entries().any(|(other, _)| other == name) {
         let shown = path.display();
-        return Err(AgentError::usage(format!("{shown}: there is a key of the name {name} already")));
+        return Err(AgentError::usage(format!(
+            "{shown}: there is a key of the name {name} already"
+        )));
     }
     if set.len() >= MAX_KEYS {
-        return Err(AgentError::usage(format!("{}: has {MAX_KEYS} keys, the most", path.display())));
+        return Err(AgentError::usage(format!(
+            "{}: has {MAX_KEYS} keys, the most",
+            path.display()
+        )));
     }
     if !text.is_empty() && !text.ends_with('\n') {
         text.push('\n');
@@ -50,7 +56,8 @@ pub fn remove(path: &Path, name: &str) -> Result<bool> {
     }
     if set.len() == 1 {
         let shown = path.display();
-        let reason = format!("{shown}: {name} is its last key: add another one first, or end the agent");
+        let reason =
+            format!("{shown}: {name} is its last key: add another one first, or end the agent");
         return Err(AgentError::usage(reason));
     }
     let is_other = |line: &&str| line.trim().split(':').next() != Some(name);

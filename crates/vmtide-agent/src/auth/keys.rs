@@ -210,8 +210,7 @@ fn parse_line(line: &str) -> std::result::Result<Key, String> {
         return Err("is not name:rights:salt:hash".into());
     };
     check_name(name)?;
-    let rights =
-        Rights::parse(rights).ok_or("the rights are neither read-only nor read-write")?;
+    let rights = Rights::parse(rights).ok_or("the rights are neither read-only nor read-write")?;
     let salt = unhex(salt).ok_or("the salt is not 32 hexadecimal digits")?;
     let hash = unhex(hash).ok_or("the hash is not 64 hexadecimal digits")?;
     Ok(Key { name: name.into(), rights, salt, hash })

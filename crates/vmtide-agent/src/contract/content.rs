@@ -47,16 +47,18 @@ fn number(text: &str) -> Option<u64> {
 }
 
 /// The ranges of the body of a POST.
-pub async fn ranges_of_body(
-    _state: &Shared,
-    body: Body,
-) -> Result<Vec<ByteRange>, ContractError> {
+pub async fn ranges_of_body(_state: &Shared, body: Body) -> Result<Vec<ByteRange>, ContractError> {
     let body = Limited::new(body, MAX_BODY_BYTES).collect();
-    let body = tokio::time::timeout(BODY_TIMEOUT, body).await.map_err(|_| ContractError::TooSlow)?;
+    let body =
+        tokio::time::timeout(BODY_TIMEOUT, body).await.map_err(|_| ContractError::TooSlow)?;
     let body = body.map_err(|error| ContractError::TooLarge(error.to_string()))?.to_bytes();
     let ranges: Vec<Range> = serde_json::from_slice(&body).map_err(|error| {
         let text = format!("the ranges: {error}");
-        if error.is_data() { ContractError::WrongData(text) } else { ContractError::Malformed(text) }
+        if error.is_data() {
+            ContractError::WrongData(text)
+        } else {
+            ContractError::Malformed(text)
+        }
     })?;
     Ok(ranges.into_iter().map(|range| ByteRange::new(range.offset, range.length)).collect())
 }
@@ -98,8 +100,10 @@ pub async fn answer(
     }
     let (sender, pieces) = mpsc::channel(PIECES);
     drop(tokio::task::spawn_blocking(move || read(&device, &ranges, &sender)));
-    let headers =
-        [(CONTENT_TYPE, "application/octet-stream".to_owned()), (CONTENT_LENGTH, total.to_string())];
+    let headers = [
+        (CONTENT_TYPE, "application/octet-stream".to_owned()),
+        (CONTENT_LENGTH, total.to_string()),
+    ];
     Ok((headers, Body::new(Content { pieces, left_bytes: total })).into_response())
 }
 
@@ -173,8 +177,19 @@ mod tests {
             Some(vec![ByteRange::new(0, 512), ByteRange::new(1024, 0)])
         );
         for bad in [
-            "", "ranges", "ranges=", "ranges=0", "ranges=0:", "ranges=:1", "ranges=0:1,", "ranges=+1:2",
-            "ranges=-1:2", "ranges=0:1:2", "ranges=0x1:2", "ranges=18446744073709551616:1", "range=0:1",
+            "",
+            "ranges",
+            "ranges=",
+            "ranges=0",
+            "ranges=0:",
+            "ranges=:1",
+            "ranges=0:1,",
+            "ranges=+1:2",
+            "ranges=-1:2",
+            "ranges=0:1:2",
+            "ranges=0x1:2",
+            "ranges=18446744073709551616:1",
+            "range=0:1",
         ] {
             assert_eq!(read(bad), None, "{bad}");
         }

@@ -63,9 +63,8 @@ impl ContractError {
     pub fn of_changes(disk: &str, id: &str, error: ProviderError) -> Self {
         match error {
             ProviderError::UnknownTrackingId { .. } => Self::UnknownId(id.to_owned()),
-            error @ (ProviderError::TrackingDisabled { .. } | ProviderError::TrackingLost { .. }) => {
-                Self::UnknownId(format!("{id} ({error})"))
-            }
+            error @ (ProviderError::TrackingDisabled { .. }
+            | ProviderError::TrackingLost { .. }) => Self::UnknownId(format!("{id} ({error})")),
             other => Self::of_disk(disk, other),
         }
     }

@@ -199,8 +199,9 @@ fn add_page(ranges: &mut Vec<ByteRange>, covered: ByteRange, page: &[ByteRange])
 }
 
 fn json(value: &impl Serialize) -> Result<Response, ContractError> {
-    let text = serde_json::to_vec(value)
-        .map_err(|error| ContractError::Internal(format!("the answer cannot be written: {error}")))?;
+    let text = serde_json::to_vec(value).map_err(|error| {
+        ContractError::Internal(format!("the answer cannot be written: {error}"))
+    })?;
     Ok(([(CONTENT_TYPE, "application/json")], text).into_response())
 }
 
@@ -230,8 +231,16 @@ mod tests {
     #[test]
     fn pages_are_joined_and_clamped() {
         let mut ranges = Vec::new();
-        add_page(&mut ranges, ByteRange::new(0, 100), &[ByteRange::new(0, 10), ByteRange::new(90, 20)]);
-        add_page(&mut ranges, ByteRange::new(100, 100), &[ByteRange::new(90, 20), ByteRange::new(150, 0)]);
+        add_page(
+            &mut ranges,
+            ByteRange::new(0, 100),
+            &[ByteRange::new(0, 10), ByteRange::new(90, 20)],
+        );
+        add_page(
+            &mut ranges,
+            ByteRange::new(100, 100),
+            &[ByteRange::new(90, 20), ByteRange::new(150, 0)],
+        );
         assert_eq!(ranges, [ByteRange::new(0, 10), ByteRange::new(90, 20)]);
     }
 }

@@ -108,10 +108,25 @@ mod tests {
     #[test]
     fn everything_else_is_no_path_of_the_contract() {
         for path in [
-            "", "/", "/vdisk", "/vdisk/", "/vdisk/info", "/vdisk//info", "/vdisk/a", "/vdisk/a/inf",
-            "/vdisk/a/INFO", "/vdisk/a/changes", "/vdisk/a/rct/changes", "/vdisk/a/x/y/changes",
-            "/vdisk/rct/x/changes", "/vdisk/%ff/info", "/vdisk/a%c0%af/info", "/vdisks/a/info",
-            "/vdisk/a/rct/%ff/changes", "/VDISK/a/info", "/vdisk/a/info/x",
+            "",
+            "/",
+            "/vdisk",
+            "/vdisk/",
+            "/vdisk/info",
+            "/vdisk//info",
+            "/vdisk/a",
+            "/vdisk/a/inf",
+            "/vdisk/a/INFO",
+            "/vdisk/a/changes",
+            "/vdisk/a/rct/changes",
+            "/vdisk/a/x/y/changes",
+            "/vdisk/rct/x/changes",
+            "/vdisk/%ff/info",
+            "/vdisk/a%c0%af/info",
+            "/vdisks/a/info",
+            "/vdisk/a/rct/%ff/changes",
+            "/VDISK/a/info",
+            "/vdisk/a/info/x",
         ] {
             assert_eq!(read(path), None, "{path}");
         }

@@ -120,9 +120,8 @@ impl Roots {
     /// The path of a name that is good as text and names a place inside a root.
     fn inside(&self, requested: &str) -> std::result::Result<PathBuf, Refusal> {
         let path = parse(requested)?;
-        let is_inside = |root: &Root| {
-            is_below(&path, &root.configured) || is_below(&path, &root.real)
-        };
+        let is_inside =
+            |root: &Root| is_below(&path, &root.configured) || is_below(&path, &root.real);
         if self.roots.iter().any(is_inside) { Ok(path) } else { Err(Refusal::Outside) }
     }
 
@@ -189,7 +188,8 @@ fn is_same_name(found: Component<'_>, wanted: Component<'_>) -> bool {
 /// turns out to be is compared again.
 #[cfg(windows)]
 fn is_same_name(found: Component<'_>, wanted: Component<'_>) -> bool {
-    let (found, wanted) = (found.as_os_str().to_string_lossy(), wanted.as_os_str().to_string_lossy());
+    let (found, wanted) =
+        (found.as_os_str().to_string_lossy(), wanted.as_os_str().to_string_lossy());
     windows_names::is_same_name(&found, &wanted)
 }
 
@@ -222,7 +222,9 @@ mod tests {
             for name in ["disks/vm", "disks2", "other"] {
                 std::fs::create_dir_all(at.join(name)).unwrap();
             }
-            for name in ["disks/a.vhdx", "disks/vm/b.vhdx", "disks2/c.vhdx", "other/secret", "disks/%2e"] {
+            for name in
+                ["disks/a.vhdx", "disks/vm/b.vhdx", "disks2/c.vhdx", "other/secret", "disks/%2e"]
+            {
                 std::fs::write(at.join(name), b"x").unwrap();
             }
             symlink(at.join("other/secret"), at.join("disks/out")).unwrap();
@@ -234,8 +236,7 @@ mod tests {
             symlink("/proc/self/root", at.join("disks/everything")).unwrap();
             symlink("/dev/zero", at.join("disks/zero")).unwrap();
             symlink(at.join("disks"), at.join("link-to-root")).unwrap();
-            let _socket =
-                std::os::unix::net::UnixListener::bind(at.join("disks/socket")).unwrap();
+            let _socket = std::os::unix::net::UnixListener::bind(at.join("disks/socket")).unwrap();
             let roots = Roots::new(&[at.join("disks"), at.join("link-to-root")]).unwrap();
             Self { directory, roots }
         }
@@ -315,12 +316,36 @@ mod tests {
         .collect();
         attempts.extend(
             [
-                "", "/", ".", "..", "//", "/etc/passwd", "//etc/passwd", "/dev/zero", "/dev/null",
-                "/proc/self/environ", "/proc/self/root/etc/passwd", "etc/passwd", "disks/a.vhdx",
-                "./disks/a.vhdx", "~/a.vhdx", "file:///etc/passwd", "C:\\VHDS\\a.vhdx", "C:a.vhdx",
-                "\\\\server\\share\\a.vhdx", "\\\\.\\PhysicalDrive0", "\\\\?\\C:\\a.vhdx",
-                "//?/etc/passwd", "//./etc/passwd", "nbd://localhost", "json:{}", "\0", "/\0",
-                "/dev/fd/0", "/dev/stdin", "\n",
+                "",
+                "/",
+                ".",
+                "..",
+                "//",
+                "/etc/passwd",
+                "//etc/passwd",
+                "/dev/zero",
+                "/dev/null",
+                "/proc/self/environ",
+                "/proc/self/root/etc/passwd",
+                "etc/passwd",
+                "disks/a.vhdx",
+                "./disks/a.vhdx",
+                "~/a.vhdx",
+                "file:///etc/passwd",
+                "C:\\VHDS\\a.vhdx",
+                "C:a.vhdx",
+                "\\\\server\\share\\a.vhdx",
+                "\\\\.\\PhysicalDrive0",
+                "\\\\?\\C:\\a.vhdx",
+                "//?/etc/passwd",
+                "//./etc/passwd",
+                "nbd://localhost",
+                "json:{}",
+                "\0",
+                "/\0",
+                "/dev/fd/0",
+                "/dev/stdin",
+                "\n",
             ]
             .map(str::to_owned),
         );

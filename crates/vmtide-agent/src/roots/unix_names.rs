@@ -47,7 +47,9 @@ mod tests {
         ] {
             assert_eq!(check(text).as_deref(), Ok(path), "{text}");
         }
-        for text in ["", "/", "//", "/srv/", "/srv/../etc", "..", "/srv/.", "/a\0", "/a\n", "/a\x7f"] {
+        for text in
+            ["", "/", "//", "/srv/", "/srv/../etc", "..", "/srv/.", "/a\0", "/a\n", "/a\x7f"]
+        {
             assert!(check(text).is_err(), "{text:?}");
         }
         assert!(check(&"/a".repeat(3000)).is_err());

@@ -244,8 +244,7 @@ fn write_secret(path: &Path, key: &NewKey) -> Result<()> {
         file.write_all(b"\n")?;
         file.sync_all()
     });
-    written
-        .map_err(|error| EngineError::io(format!("write the key to {}", path.display()), error))
+    written.map_err(|error| EngineError::io(format!("write the key to {}", path.display()), error))
 }
 
 fn list(app: &App, args: &KeyFileArgs) -> Result<Exit> {
