@@ -60,7 +60,8 @@ fn interval_of(allowed_us: &str) -> Option<Duration> {
     (allowed_us >= 2).then(|| Duration::from_micros(allowed_us / 2))
 }
 
-#[cfg(all(test, unix))]
+#[cfg(unix)]
+#[cfg(test)]
 mod tests {
     use super::*;
 

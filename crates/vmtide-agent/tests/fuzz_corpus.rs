@@ -1,5 +1,7 @@
 //! The fuzz targets' functions over their seeds and many mutations of these, so that neither can rot.
 
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
 use proptest::prelude::*;
 use std::path::Path;
 

@@ -38,9 +38,6 @@ pub enum ContractError {
     /// What is sent comes too slowly.
     #[error("the request did not arrive in time")]
     TooSlow,
-    /// This client uses as much as it may.
-    #[error("{0}")]
-    TooMany(String),
     /// The provider failed in its own way.
     #[error("{0}")]
     Provider(ProviderError),
@@ -80,7 +77,6 @@ impl ContractError {
             Self::OutOfRange(_) => StatusCode::RANGE_NOT_SATISFIABLE,
             Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::TooSlow => StatusCode::REQUEST_TIMEOUT,
-            Self::TooMany(_) => StatusCode::TOO_MANY_REQUESTS,
             Self::Provider(error) => status_of(error),
             Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }

@@ -36,6 +36,9 @@ pub enum Refusal {
     /// It is a directory, a pipe, a character device.
     #[error("is neither a file nor a block device")]
     NoFile,
+    /// A file shall be made in what is no directory.
+    #[error("is in no directory")]
+    NoDirectory,
     /// Another file is there now.
     #[error("was exchanged while it was opened")]
     Exchanged,
@@ -113,7 +116,9 @@ impl Roots {
         };
         let real = plain(std::fs::canonicalize(directory)?);
         let root = self.root_of_real(&real).ok_or(Refusal::LeadsOutside)?;
-        Pin::of(root, &real)?;
+        if !Pin::of(root, &real)?.is_directory() {
+            return Err(Refusal::NoDirectory);
+        }
         Ok(real.join(name))
     }
 
@@ -204,7 +209,8 @@ fn plain(path: PathBuf) -> PathBuf {
     path
 }
 
-#[cfg(all(test, unix))]
+#[cfg(unix)]
+#[cfg(test)]
 mod tests {
     use super::*;
     use std::os::unix::fs::symlink;
@@ -267,88 +273,88 @@ mod tests {
         assert_eq!(made, Path::new(&tree.at("disks/vm/new.vhdx")));
     }
 
+    /// What a hostile client could write, below the directory of the tree.
+    const INSIDE: &[&str] = &[
+        "other/secret",
+        "disks/../other/secret",
+        "disks/vm/../../other/secret",
+        "disks/./a.vhdx",
+        "disks/vm/..",
+        "disks/..",
+        "disks/.",
+        "disks",
+        "disks/",
+        "disks/vm",
+        "disks2/c.vhdx",
+        "disksx",
+        "DISKS/a.vhdx",
+        "disks/A.VHDX",
+        "disks/out",
+        "disks/out-relative",
+        "disks/out-directory/secret",
+        "disks/everything/etc/passwd",
+        "disks/loop",
+        "disks/zero",
+        "disks/socket",
+        "disks/a.vhdx/",
+        "disks/a.vhdx/..",
+        "disks/a.vhdx/../a.vhdx",
+        "disks/a.vhdx\0",
+        "disks/a.vhdx\0.raw",
+        "disks/%2e%2e/other/secret",
+        "disks/..%2fother/secret",
+        "disks/..\\other\\secret",
+        "disks\\..\\other\\secret",
+        "disks/missing",
+        "disks/a.vhdx ",
+        "disks/a.vhdx.",
+        "disks/ a.vhdx",
+        "disks/\u{2024}\u{2024}/other/secret",
+        "disks/\u{ff0e}\u{ff0e}/other/secret",
+        "disks/..\u{2215}other/secret",
+        "disks/a.vhdx:stream",
+        "link-to-root/../other/secret",
+    ];
+
+    /// And without it.
+    const ANYWHERE: &[&str] = &[
+        "",
+        "/",
+        ".",
+        "..",
+        "//",
+        "/etc/passwd",
+        "//etc/passwd",
+        "/dev/zero",
+        "/dev/null",
+        "/proc/self/environ",
+        "/proc/self/root/etc/passwd",
+        "etc/passwd",
+        "disks/a.vhdx",
+        "./disks/a.vhdx",
+        "~/a.vhdx",
+        "file:///etc/passwd",
+        "C:\\VHDS\\a.vhdx",
+        "C:a.vhdx",
+        "\\\\server\\share\\a.vhdx",
+        "\\\\.\\PhysicalDrive0",
+        "\\\\?\\C:\\a.vhdx",
+        "//?/etc/passwd",
+        "//./etc/passwd",
+        "nbd://localhost",
+        "json:{}",
+        "\0",
+        "/\0",
+        "/dev/fd/0",
+        "/dev/stdin",
+        "\n",
+    ];
+
     #[test]
     fn nothing_outside_is_reached() {
         let tree = Tree::new();
-        let mut attempts: Vec<String> = [
-            "other/secret",
-            "disks/../other/secret",
-            "disks/vm/../../other/secret",
-            "disks/./a.vhdx",
-            "disks/vm/..",
-            "disks/..",
-            "disks/.",
-            "disks",
-            "disks/",
-            "disks/vm",
-            "disks2/c.vhdx",
-            "disksx",
-            "DISKS/a.vhdx",
-            "disks/A.VHDX",
-            "disks/out",
-            "disks/out-relative",
-            "disks/out-directory/secret",
-            "disks/everything/etc/passwd",
-            "disks/loop",
-            "disks/zero",
-            "disks/socket",
-            "disks/a.vhdx/",
-            "disks/a.vhdx/..",
-            "disks/a.vhdx/../a.vhdx",
-            "disks/a.vhdx\0",
-            "disks/a.vhdx\0.raw",
-            "disks/%2e%2e/other/secret",
-            "disks/..%2fother/secret",
-            "disks/..\\other\\secret",
-            "disks\\..\\other\\secret",
-            "disks/missing",
-            "disks/a.vhdx ",
-            "disks/a.vhdx.",
-            "disks/ a.vhdx",
-            "disks/\u{2024}\u{2024}/other/secret",
-            "disks/\u{ff0e}\u{ff0e}/other/secret",
-            "disks/..\u{2215}other/secret",
-            "disks/a.vhdx:stream",
-            "link-to-root/../other/secret",
-        ]
-        .iter()
-        .map(|name| tree.at(name))
-        .collect();
-        attempts.extend(
-            [
-                "",
-                "/",
-                ".",
-                "..",
-                "//",
-                "/etc/passwd",
-                "//etc/passwd",
-                "/dev/zero",
-                "/dev/null",
-                "/proc/self/environ",
-                "/proc/self/root/etc/passwd",
-                "etc/passwd",
-                "disks/a.vhdx",
-                "./disks/a.vhdx",
-                "~/a.vhdx",
-                "file:///etc/passwd",
-                "C:\\VHDS\\a.vhdx",
-                "C:a.vhdx",
-                "\\\\server\\share\\a.vhdx",
-                "\\\\.\\PhysicalDrive0",
-                "\\\\?\\C:\\a.vhdx",
-                "//?/etc/passwd",
-                "//./etc/passwd",
-                "nbd://localhost",
-                "json:{}",
-                "\0",
-                "/\0",
-                "/dev/fd/0",
-                "/dev/stdin",
-                "\n",
-            ]
-            .map(str::to_owned),
-        );
+        let mut attempts: Vec<String> = INSIDE.iter().map(|name| tree.at(name)).collect();
+        attempts.extend(ANYWHERE.iter().map(|path| (*path).to_owned()));
         attempts.push(format!("/{}", "a/".repeat(5000)));
         attempts.push(tree.at(&format!("disks/{}", "x".repeat(300))));
         assert!(attempts.len() >= 60, "{}", attempts.len());

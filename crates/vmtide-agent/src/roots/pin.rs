@@ -58,6 +58,10 @@ mod unix {
             matches!(self.kind, FileType::RegularFile | FileType::BlockDevice)
         }
 
+        pub fn is_directory(&self) -> bool {
+            self.kind == FileType::Directory
+        }
+
         pub fn is_same(&self, other: &Self) -> bool {
             (self.device, self.number, self.kind) == (other.device, other.number, other.kind)
         }
@@ -111,6 +115,7 @@ mod windows {
         real: PathBuf,
         created: Option<SystemTime>,
         is_file: bool,
+        is_directory: bool,
     }
 
     impl Pin {
@@ -121,11 +126,16 @@ mod windows {
                 real: std::fs::canonicalize(path)?,
                 created: metadata.created().ok(),
                 is_file: metadata.is_file(),
+                is_directory: metadata.is_dir(),
             })
         }
 
         pub fn is_disk(&self) -> bool {
             self.is_file
+        }
+
+        pub fn is_directory(&self) -> bool {
+            self.is_directory
         }
 
         pub fn is_same(&self, other: &Self) -> bool {
