@@ -179,10 +179,12 @@ class Matrix:
             as_requests(path) + "/",
         ]
         if self.windows:
-            slashes = path.replace("\\", "/")
-            found += [path, slashes, "/" + slashes, quote(slashes, safe=""), path.replace("\\", "\\\\"), path.upper(), path.lower()]
+            plain = path.replace(" ", "%20")
+            slashes = plain.replace("\\", "/")
+            found += [plain, slashes, "/" + slashes, quote(path.replace("\\", "/"), safe=""), plain.replace("\\", "\\\\"), plain.upper(), plain.lower()]
         else:
-            found += [path.lstrip("/"), "/" + path, path.replace("/", "//"), "%2F" + path[1:], "%2f" + path[1:]]
+            sent = as_requests(path)
+            found += [sent.lstrip("/"), "/" + sent, sent.replace("/", "//"), "%2F" + sent[1:], "%2f" + sent[1:]]
         return found
 
     def check_spellings(self):
