@@ -34,6 +34,7 @@ mod sample;
 pub mod serve;
 pub mod source;
 mod target;
+pub mod track;
 mod verify;
 
 pub use backup::{BackupJob, BackupSummary, DiskSummary, LevelChoice, backup, host_name, lineage};

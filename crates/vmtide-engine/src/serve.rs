@@ -10,11 +10,12 @@ use serde::Serialize;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
-use vmtide_block::BlockDevice;
+use vmtide_block::{BlockDevice, WritableBlockDevice};
 use vmtide_image::{ImageWriter, open_writable};
 pub use vmtide_nbd::TlsServerOptions;
 use vmtide_nbd::{Export, NbdServer, ServerHandle, ServerOptions};
 use vmtide_repo::{Repository, RestorePoint};
+use vmtide_track::HostedImage;
 
 /// Where a server listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,6 +57,7 @@ pub struct ServedDisk {
 enum Backing {
     ReadOnly(Arc<dyn BlockDevice>),
     Writable(Arc<dyn ImageWriter>, ImageLock),
+    Tracked(Arc<HostedImage>),
 }
 
 /// One export of a running server. The serialised form is part of the `listening` event.
@@ -119,6 +121,12 @@ pub fn open_image(
     Ok(ServedDisk { name: name.into(), description: spec.display(), backing })
 }
 
+/// An image whose changes are tracked, to be served under `name`, writable.
+pub fn tracked(image: Arc<HostedImage>, name: &str) -> ServedDisk {
+    let description = image.path().display().to_string();
+    ServedDisk { name: name.into(), description, backing: Backing::Tracked(image) }
+}
+
 /// The disks of a restore point, or the one called `disk`, each under its id. A single one is the
 /// default export.
 ///
@@ -155,6 +163,7 @@ pub struct DiskServer {
     handle: ServerHandle,
     exports: Vec<ServedExport>,
     writers: Vec<(Arc<dyn ImageWriter>, ImageLock)>,
+    tracked: Vec<Arc<HostedImage>>,
     asks_who: bool,
 }
 
@@ -171,7 +180,7 @@ impl DiskServer {
         let asks_who = tls.as_ref().is_some_and(|tls| tls.client_authorities.is_some());
         let options = ServerOptions { tls, ..ServerOptions::default() };
         let mut server = NbdServer::new().options(options);
-        let (mut exports, mut writers) = (Vec::new(), Vec::new());
+        let (mut exports, mut writers, mut tracked) = (Vec::new(), Vec::new(), Vec::new());
         for disk in disks {
             let (export, size_bytes, writable) = match disk.backing {
                 Backing::ReadOnly(device) => {
@@ -182,6 +191,12 @@ impl DiskServer {
                     writers.push((Arc::clone(&image), lock));
                     let size_bytes = image.size_bytes();
                     (Export::writable(image).with_fast_zeroes(), size_bytes, true)
+                }
+                Backing::Tracked(image) => {
+                    let disk: Arc<dyn WritableBlockDevice> = Arc::clone(image.disk()) as _;
+                    tracked.push(image);
+                    let size_bytes = disk.size_bytes();
+                    (Export::writable(disk).with_fast_zeroes(), size_bytes, true)
                 }
             };
             server = server.export(export.named(&disk.name).described(&disk.description));
@@ -208,7 +223,7 @@ impl DiskServer {
         for export in &mut exports {
             export.url = handle.url_of(&export.name).to_string();
         }
-        Ok(Self { handle, exports, writers, asks_who })
+        Ok(Self { handle, exports, writers, tracked, asks_who })
     }
 
     /// What is served, with the URLs.
@@ -230,6 +245,9 @@ impl DiskServer {
         self.handle.shutdown();
         for (image, _lock) in self.writers {
             image.finish()?;
+        }
+        for image in self.tracked {
+            image.close()?;
         }
         Ok(())
     }

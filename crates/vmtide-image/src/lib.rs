@@ -24,6 +24,7 @@ pub mod fuzzing;
 mod identity;
 mod image;
 mod info;
+mod lock;
 mod open;
 mod parent;
 pub mod qcow2;
@@ -44,6 +45,7 @@ pub use image::{CompressedCluster, CompressedWriter, DiskImage, ImageWriter, Pla
 pub use info::{
     BackingInfo, BitmapInfo, BitmapState, ImageInfo, LogState, SnapshotInfo, image_info,
 };
+pub use lock::{ImageLock, companion_files};
 pub use open::{
     BackingPolicy, Layer, MAX_CHAIN_DEPTH, OpenOptions, open_chain, open_read_only, open_snapshot,
     open_writable,

@@ -110,6 +110,7 @@ fn dispatch(app: &App, command: Command) -> Result<Exit> {
         Command::Chain(args) => commands::chain::run(app, &args),
         Command::Serve(args) => commands::serve::run(app, &args),
         Command::Agent(args) => commands::agent::run(app, &args),
+        Command::Track(args) => commands::track::run(app, &args),
         Command::Vm(args) => commands::vm::run(app, &args),
         Command::Doctor(args) => commands::doctor::run(app, &args),
         Command::Stats(args) => commands::stats::run(app, &args),

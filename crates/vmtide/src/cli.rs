@@ -147,6 +147,8 @@ pub enum Command {
     Serve(commands::serve::ServeArgs),
     /// Serve disks and what changed on them over HTTPS, on the host that has them
     Agent(Box<commands::agent::AgentArgs>),
+    /// Host a disk image with change tracking over NBD, or ask about one
+    Track(Box<commands::track::TrackArgs>),
     /// Look at the virtual machines of a source
     Vm(commands::vm::VmArgs),
     /// Find out what does not work with a source or repository, and what to do

@@ -33,6 +33,7 @@ const COMMANDS: &[&str] = &[
     "chain",
     "serve",
     "agent",
+    "track",
     "vm",
     "doctor",
     "stats",

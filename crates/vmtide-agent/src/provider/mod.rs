@@ -7,9 +7,11 @@
 
 mod error;
 #[cfg(not(windows))]
-mod images;
+mod files;
 
 pub use error::ProviderError;
+#[cfg(not(windows))]
+pub use files::FilesProvider;
 
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -78,7 +80,7 @@ pub trait DiskProvider: Send + Sync + 'static {
 /// The disks of the host that this runs on.
 #[cfg(not(windows))]
 pub fn of_this_host() -> Arc<dyn DiskProvider> {
-    Arc::new(images::ImageProvider::default())
+    Arc::new(FilesProvider::default())
 }
 
 /// Disks at one moment; dropping it ends the moment.

@@ -9,10 +9,7 @@ use vmtide_image::{find_children, image_info};
 /// file of a qcow2 image; empty where it cannot be read. The names are the image's, so they may mean
 /// any file: good for comparing, not for opening.
 pub(crate) fn files_of(path: &Path) -> Vec<PathBuf> {
-    let mut files = extents_of(path);
-    let data_file = image_info(path, None).ok().and_then(|info| info.data_file);
-    files.extend(data_file.map(|name| in_directory_of(path, &name)));
-    files
+    vmtide_image::companion_files(path)
 }
 
 /// The extents of the VMDK at `path`; empty where it is none.

@@ -28,5 +28,6 @@ pub mod restore;
 pub mod serve;
 pub mod show;
 pub mod stats;
+pub mod track;
 pub mod verify;
 pub mod vm;

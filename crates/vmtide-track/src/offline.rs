@@ -1,0 +1,211 @@
+//! The tracking of an image that nobody hosts now.
+//!
+//! Reading takes no lock: the answer is of the moment in which the files were read, also where a host starts
+//! meanwhile. What changes the files locks the image against writers, and other changes of the files out.
+
+use crate::changes::ChangePage;
+use crate::id::TrackingId;
+use crate::image::{image_identity, in_use};
+use crate::rct::Saved;
+use crate::recover::{Loaded, load};
+use crate::store::FileStore;
+use crate::tracking::TrackingState;
+use crate::{Identity, Options, Result, TrackError, TrackedDisk};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use vmtide_block::{BlockDevice, BlockError, ByteRange, WritableBlockDevice};
+use vmtide_image::{ImageLock, companion_files, image_info};
+
+/// The tracking of an image that nobody hosts now.
+pub struct OfflineTracking {
+    path: PathBuf,
+    identity: Identity,
+    size_bytes: u64,
+    known: Known,
+}
+
+enum Known {
+    Off,
+    Lost(String),
+    On(Box<Saved>),
+}
+
+impl OfflineTracking {
+    /// Reads what is known of the image at `path`.
+    ///
+    /// # Errors
+    /// Where the image or the files cannot be read. Lost tracking is no error here but an answer.
+    pub fn open(path: &Path) -> Result<Self> {
+        let size_bytes = image_info(path, None)?.size_bytes;
+        let identity = image_identity(path, None)?;
+        let loaded = load(&FileStore::new(path), &identity, size_bytes)
+            .map_err(|error| TrackError::io("read change tracking", error))?;
+        let known = match loaded {
+            Loaded::Off => Known::Off,
+            Loaded::Lost { reason, .. } => Known::Lost(reason),
+            Loaded::On(recovered) => Known::On(Box::new(recovered.saved)),
+        };
+        Ok(Self { path: path.to_owned(), identity, size_bytes, known })
+    }
+
+    fn name(&self) -> String {
+        self.path.display().to_string()
+    }
+
+    /// The state; tracking that was lost is not enabled.
+    pub fn state(&self) -> TrackingState {
+        match &self.known {
+            Known::On(saved) => saved.state(),
+            Known::Off | Known::Lost(_) => TrackingState::default(),
+        }
+    }
+
+    /// As [`TrackedDisk::changes_since`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn changes_since(
+        &self,
+        id: &str,
+        range: ByteRange,
+        max_ranges: usize,
+    ) -> Result<ChangePage> {
+        match &self.known {
+            Known::On(saved) => saved.changes_since(&self.name(), id, range, max_ranges),
+            Known::Off => Err(TrackError::Disabled { disk: self.name() }),
+            Known::Lost(reason) => {
+                Err(TrackError::Lost { disk: self.name(), reason: reason.clone() })
+            }
+        }
+    }
+
+    /// As [`TrackedDisk::checkpoint`].
+    ///
+    /// # Errors
+    /// As there; [`TrackError::InUse`] where somebody writes to the image.
+    pub fn checkpoint(&mut self) -> Result<TrackingId> {
+        let lock =
+            ImageLock::take_for_reading(&self.path).map_err(|error| in_use(&self.path, error))?;
+        self.checkpoint_locked(&lock)
+    }
+
+    /// As [`checkpoint`](Self::checkpoint), by who keeps writers off already.
+    pub(crate) fn checkpoint_locked(&mut self, _lock: &ImageLock) -> Result<TrackingId> {
+        match &self.known {
+            Known::Off => return Err(TrackError::Disabled { disk: self.name() }),
+            Known::Lost(reason) => {
+                return Err(TrackError::Lost { disk: self.name(), reason: reason.clone() });
+            }
+            Known::On(_) => {}
+        }
+        let id = self.change(false, TrackedDisk::checkpoint)?;
+        *self = Self::open(&self.path)?;
+        Ok(id)
+    }
+
+    /// Switches tracking on or off, as [`TrackedDisk::enable`] and [`TrackedDisk::disable`]. Lost tracking is
+    /// switched on anew.
+    ///
+    /// # Errors
+    /// As there; [`TrackError::InUse`] where somebody writes to the image.
+    pub fn set_enabled(&mut self, enabled: bool) -> Result<()> {
+        let _lock =
+            ImageLock::take_for_reading(&self.path).map_err(|error| in_use(&self.path, error))?;
+        match (&self.known, enabled) {
+            (Known::On(_), true) => {}
+            (_, true) => self.change(true, |_| Ok(()))?,
+            // Not by opening it, which would begin lost tracking anew first.
+            (_, false) => self.remove_files()?,
+        }
+        *self = Self::open(&self.path)?;
+        Ok(())
+    }
+
+    /// Opens the tracking as a host does, over a device that cannot be written, does `change` and closes it in
+    /// order. The image is the same before and after, so it looks as it did.
+    fn change<T>(&self, enable: bool, change: impl FnOnce(&TrackedDisk) -> Result<T>) -> Result<T> {
+        let _alone = self.alone()?;
+        // Somebody may have written before the lock was had.
+        let identity = image_identity(&self.path, None)?;
+        let stamp = identity.stamp.clone();
+        if stamp != self.identity.stamp {
+            let reason = "it was changed this moment: try again".into();
+            return Err(TrackError::InUse { disk: self.name(), reason });
+        }
+        let device = Arc::new(NoWrites { path: self.path.clone(), size_bytes: self.size_bytes });
+        let store = Arc::new(FileStore::new(&self.path));
+        let options = Options { enable, ..Options::default() };
+        let disk = TrackedDisk::open(device, store, &identity, options)?;
+        let done = change(&disk)?;
+        disk.close(|| Ok(stamp))?;
+        Ok(done)
+    }
+
+    fn remove_files(&self) -> Result<()> {
+        use crate::store::{StoreFile, TrackingStore};
+        let _alone = self.alone()?;
+        let store = FileStore::new(&self.path);
+        let removed = store.remove(StoreFile::Rct).and_then(|()| store.remove(StoreFile::Mrt));
+        removed.map_err(|error| TrackError::io("remove change tracking", error))
+    }
+
+    /// Waits until nobody else changes the files this way. (Hosts are kept off by the lock on the image.)
+    fn alone(&self) -> Result<File> {
+        let failed = |error| TrackError::io(format!("lock {}", self.path.display()), error);
+        let file = File::open(&self.path).map_err(failed)?;
+        match file.lock() {
+            Ok(()) => {}
+            // A file system without such locks.
+            Err(error) if error.kind() == std::io::ErrorKind::Unsupported => {}
+            Err(error) => return Err(failed(error)),
+        }
+        Ok(file)
+    }
+}
+
+/// Stands for the image's disk while nobody writes to it.
+struct NoWrites {
+    path: PathBuf,
+    size_bytes: u64,
+}
+
+impl NoWrites {
+    fn refuse(&self) -> vmtide_block::Result<()> {
+        Err(BlockError::ReadOnly { device: self.name() })
+    }
+}
+
+impl BlockDevice for NoWrites {
+    fn name(&self) -> String {
+        self.path.display().to_string()
+    }
+    fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+    fn read_at(&self, _buffer: &mut [u8], _offset: u64) -> vmtide_block::Result<()> {
+        Err(BlockError::unsupported(self.name(), "only its change tracking is open"))
+    }
+}
+
+impl WritableBlockDevice for NoWrites {
+    fn write_at(&self, _data: &[u8], _offset: u64) -> vmtide_block::Result<()> {
+        self.refuse()
+    }
+    fn write_zeroes(&self, _range: ByteRange) -> vmtide_block::Result<()> {
+        self.refuse()
+    }
+    /// A host that was killed may have left writes in the system's cache.
+    fn flush(&self) -> vmtide_block::Result<()> {
+        let mut files = companion_files(&self.path);
+        files.retain(|file| file.is_file());
+        files.push(self.path.clone());
+        for file in files {
+            // Windows flushes only what is open for writing; Unix whatever is open.
+            let open = std::fs::OpenOptions::new().read(true).write(cfg!(windows)).open(&file);
+            open.and_then(|open| open.sync_all())
+                .map_err(|error| BlockError::io(format!("flush {}", file.display()), error))?;
+        }
+        Ok(())
+    }
+}
