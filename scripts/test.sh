@@ -140,7 +140,20 @@ check_scripts() {
 }
 
 check_python() {
-    PYTHONPYCACHEPREFIX="$LOGS/pycache" python3 -m compileall -q "$REPO_ROOT/tests/e2e" "$REPO_ROOT/tests/agent" "$REPO_ROOT/bench" "$REPO_ROOT/tools"
+    PYTHONPYCACHEPREFIX="$LOGS/pycache" python3 -m compileall -q "$REPO_ROOT/tests/e2e" "$REPO_ROOT/tests/agent" "$REPO_ROOT/bench" "$REPO_ROOT/tools" \
+        "$REPO_ROOT/clients/python"
+}
+
+# check_python_client: the package installed into an environment of its own, as users do it, and its tests there, also against
+# the real agent, which the tests of the workspace have built.
+check_python_client() {
+    local venv="$LOGS/python-client" copy="$LOGS/python-client-source"
+    # Building leaves files beside the sources, which do not belong into the tree.
+    cp -r "$REPO_ROOT/clients/python" "$copy" &&
+        python3 -m venv "$venv" &&
+        "$venv/bin/pip" install --quiet --disable-pip-version-check "$copy" &&
+        "$venv/bin/vmtide-rct" --version &&
+        (cd "$copy/tests" && VMTIDE_BIN="$(target_directory)/debug/vmtide" timeout 120 "$venv/bin/python3" -m unittest --quiet)
 }
 
 part_lint() {
@@ -166,6 +179,7 @@ part_deny() {
 part_rust() {
     counted "tests of the workspace (cargo test)" \
         timeout --kill-after=30 "$LIMIT_RUST_S" cargo test --quiet --workspace --locked --no-fail-fast
+    check "the Python package, installed, and its tests" check_python_client
 }
 
 part_e2e() {

@@ -1,5 +1,6 @@
 //! Errors of jobs: the classes that a front end tells apart, with the layers' own errors inside.
 
+use vmtide_agent_client::AgentError;
 use vmtide_block::BlockError;
 use vmtide_hypervisor::HypervisorError;
 use vmtide_repo::RepoError;
@@ -57,6 +58,15 @@ pub enum EngineError {
     /// A disk.
     #[error(transparent)]
     Block(#[from] BlockError),
+}
+
+impl From<AgentError> for EngineError {
+    fn from(error: AgentError) -> Self {
+        match error {
+            AgentError::Usage(text) => Self::Usage(text),
+            other => Self::Hypervisor(other.into()),
+        }
+    }
 }
 
 impl EngineError {

@@ -8,6 +8,7 @@
 //! [`CancelToken`](vmtide_block::CancelToken) says so. What it returns serialises to what `--json`
 //! shows. Jobs block the calling thread; several may run at once.
 
+pub mod agent;
 mod backup;
 mod base;
 mod bench;

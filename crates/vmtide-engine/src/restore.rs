@@ -1,4 +1,4 @@
-//! Restoring the disks of a restore point to files, a directory, a block device or an NBD export.
+//! Restoring the disks of a restore point to files, a directory, a block device, an NBD export or an agent's disk.
 //!
 //! A new file is written under a temporary name beside its own and renamed when all of it is on
 //! stable storage, so a file of the wanted name is always complete. An existing target is touched
@@ -13,6 +13,7 @@ use crate::{EngineError, Result};
 use serde::Serialize;
 use std::path::PathBuf;
 use std::time::Instant;
+use vmtide_agent_client::{AgentOptions, AgentUrl};
 use vmtide_block::RangeSet;
 use vmtide_image::Format;
 use vmtide_nbd::NbdUrl;
@@ -25,10 +26,12 @@ pub enum RestoreTarget {
     Path(PathBuf),
     /// An NBD export of at least the disk's size.
     Nbd(NbdUrl),
+    /// A disk of an agent's host, made where it is not there.
+    Agent(AgentUrl, Box<AgentOptions>),
 }
 
 impl RestoreTarget {
-    /// Takes a path or an NBD URL.
+    /// Takes a path, an NBD URL or an agent's.
     ///
     /// # Errors
     /// [`EngineError::Usage`] for other URLs.
@@ -37,13 +40,31 @@ impl RestoreTarget {
             let url = text.parse().map_err(|error| EngineError::usage(format!("{error}")))?;
             return Ok(Self::Nbd(url));
         }
+        if AgentUrl::is_agent_url(text) {
+            let url = AgentUrl::parse(text)?;
+            if url.paths().len() != 1 {
+                return Err(EngineError::usage(format!(
+                    "{url}: restore one disk at a time to an agent (--disk)"
+                )));
+            }
+            return Ok(Self::Agent(url, Box::default()));
+        }
         if let Some((scheme, _)) = crate::source::split_scheme(text) {
             return Err(EngineError::usage(format!(
                 "cannot restore to a {scheme}:// URL in this build: give a file, a directory, a \
-                 block device or an nbd:// or nbd+unix:// URL"
+                 block device or an nbd://, nbd+unix:// or agent+https:// URL"
             )));
         }
         Ok(Self::Path(text.into()))
+    }
+
+    /// With what it takes to get at an agent, where it is one's disk.
+    #[must_use]
+    pub fn with_agent(self, options: AgentOptions) -> Self {
+        match self {
+            Self::Agent(url, _) => Self::Agent(url, Box::new(options)),
+            other => other,
+        }
     }
 }
 

@@ -50,6 +50,10 @@ pub(crate) fn plan(job: &RestoreJob<'_>, disks: &[&DiskRecord]) -> Result<Plan> 
             only_disk(disks, "an NBD export")?;
             return Ok(Plan { writes: vec![rules.plan_nbd(url)?], config_path: None });
         }
+        RestoreTarget::Agent(url, options) => {
+            only_disk(disks, "a disk of an agent")?;
+            return Ok(Plan { writes: vec![rules.plan_agent(url, options)?], config_path: None });
+        }
         RestoreTarget::Path(path) => path,
     };
     let names_directory = path.as_os_str().to_string_lossy().ends_with('/');

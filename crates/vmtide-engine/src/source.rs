@@ -7,6 +7,7 @@ use crate::{EngineError, Result};
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use vmtide_agent_client::{AgentClient, AgentOptions, AgentSource, AgentUrl};
 use vmtide_block::{BlockDevice, RangeSet};
 use vmtide_hypervisor::{DiskId, Hypervisor, ImageSource};
 use vmtide_image::{BackingPolicy, Format};
@@ -32,6 +33,8 @@ pub enum SourceSpec {
     Qemu(String),
     /// An NBD export.
     Nbd(NbdUrl),
+    /// Disks of an agent.
+    Agent(AgentUrl),
 }
 
 impl SourceSpec {
@@ -46,6 +49,9 @@ impl SourceSpec {
         if NbdUrl::is_nbd_url(text) {
             let url = text.parse().map_err(|error| EngineError::usage(format!("{error}")))?;
             return Ok(Self::Nbd(url));
+        }
+        if AgentUrl::is_agent_url(text) {
+            return Ok(Self::Agent(AgentUrl::parse(text)?));
         }
         let Some((scheme, rest)) = split_scheme(text) else {
             return Ok(Self::Image(text.into()));
@@ -68,6 +74,7 @@ impl SourceSpec {
             Self::Image(path) => path.display().to_string(),
             Self::Qemu(url) => url.clone(),
             Self::Nbd(url) => url.to_string(),
+            Self::Agent(url) => url.to_string(),
         }
     }
 
@@ -80,6 +87,7 @@ impl SourceSpec {
             Self::Image(path) => open_image(path, options),
             Self::Nbd(url) => open_nbd(url, options),
             Self::Qemu(url) => open_qemu(url, options),
+            Self::Agent(url) => open_agent(url, options),
         }
     }
 }
@@ -91,7 +99,8 @@ fn unknown_scheme(scheme: &str) -> EngineError {
             format!("{name}:// sources are not in this build yet; {instead}")
         }
         None => format!(
-            "unknown source {scheme}://: give a disk image, qemu+unix://, nbd:// or nbd+unix://"
+            "unknown source {scheme}://: give a disk image, qemu+unix://, nbd://, nbd+unix:// or \
+             agent+https://"
         ),
     })
 }
@@ -137,7 +146,8 @@ pub struct SourceOptions {
     pub state_directory: PathBuf,
     /// The executable that guards a frozen guest; normally vmtide itself.
     pub guardian: Option<PathBuf>,
-    /// Whether to begin tracking changes in a qcow2 image at rest, by a persistent dirty bitmap.
+    /// Whether to begin tracking changes: in a qcow2 image at rest by a persistent dirty bitmap, on an agent by
+    /// its change tracking.
     pub track: bool,
     /// The id of the only disk of an image whose changes are tracked; none takes that of `tracked`,
     /// else the default.
@@ -145,6 +155,8 @@ pub struct SourceOptions {
     /// The disks of the newest restore point of this VM, so that tracking which began while the VM
     /// ran is found in its image and goes on.
     pub tracked: Vec<TrackedDisk>,
+    /// How to get at agents.
+    pub agent: AgentOptions,
 }
 
 /// A disk with its tracking id, as the newest restore point has it.
@@ -328,6 +340,28 @@ fn open_qemu(url: &str, options: &SourceOptions) -> Result<OpenSource> {
     })
 }
 
+fn open_agent(url: &AgentUrl, options: &SourceOptions) -> Result<OpenSource> {
+    if options.changes.is_some() || options.format.is_some() || options.disk_id.is_some() {
+        return Err(EngineError::usage(format!(
+            "{url}: --changes, --format and --disk-id are for images; an agent tells these itself"
+        )));
+    }
+    let name = match &options.name {
+        Some(name) => name.clone(),
+        None => url.vm_name().ok_or_else(|| {
+            EngineError::usage(format!("{url} gives no name for the VM: add --name"))
+        })?,
+    };
+    let client = AgentClient::new(url, &options.agent)?;
+    let source = AgentSource::new(client, url.clone(), name.clone()).with_tracking(options.track);
+    Ok(OpenSource {
+        hypervisor: Box::new(source),
+        vm: name.clone(),
+        name: Some(name),
+        display: url.to_string(),
+    })
+}
+
 /// Removes from a running VM the dirty bitmaps that vmtide tracks changes with: those of one
 /// [`lineage`](crate::lineage), or all. The next backup reads in full. Answers with what was
 /// removed, one line each.
@@ -352,6 +386,10 @@ pub fn untrack(
         SourceSpec::Nbd(url) => {
             Err(EngineError::usage(format!("{url}: nothing is tracked in an NBD export")))
         }
+        SourceSpec::Agent(url) => Err(EngineError::usage(format!(
+            "{url}: tracking on an agent's host may serve others, too; whoever knows that nobody needs it switches \
+             it off with `vmtide-rct --disable-rct`"
+        ))),
     }
 }
 
@@ -387,6 +425,7 @@ mod tests {
         assert!(matches!(parse("qemu+unix:///run/vm.qmp").unwrap(), SourceSpec::Qemu(_)));
         assert!(matches!(parse("nbd://host/x").unwrap(), SourceSpec::Nbd(_)));
         assert!(matches!(parse("nbd+unix:///?socket=s").unwrap(), SourceSpec::Nbd(_)));
+        assert!(matches!(parse("agent+https://h/C:/a.vhdx").unwrap(), SourceSpec::Agent(_)));
         for (text, word) in [
             ("hyperv://host/VM", "not in this build yet"),
             ("libvirt:///web", "qemu+unix"),
@@ -394,6 +433,7 @@ mod tests {
             ("file://host/a", "three slashes"),
             ("qemu+unix://relative", "absolute"),
             ("nbd://host:x/y", "port"),
+            ("agent+https://key@host/a.vhdx", "VMTIDE_AGENT_KEY"),
             ("", "empty"),
         ] {
             let error = parse(text).unwrap_err();

@@ -1,5 +1,5 @@
 //! Where one disk is written: a new image that gets its name when it is complete, an image or a
-//! device that is changed in place, or an NBD export; what may be overwritten; and the writing.
+//! device that is changed in place, an NBD export or an agent's disk; what may be overwritten; and the writing.
 
 use crate::compressed::copy_compressed;
 use crate::image::files::{check_no_children, files_of};
@@ -11,9 +11,10 @@ use crate::peer::NbdPeer;
 use crate::{EngineError, JobContext, Result};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use vmtide_agent_client::{AgentClient, AgentError, AgentOptions, AgentUrl};
 use vmtide_block::{
-    BlockDevice, CopyOptions, CopySummary, OpenMode, RawDevice, WritableBlockDevice, copy_device,
-    is_zero,
+    BlockDevice, CancelToken, CopyOptions, CopySummary, OpenMode, RawDevice, WritableBlockDevice,
+    copy_device, is_zero,
 };
 use vmtide_image::{
     BackingPolicy, Compression, CreateOptions, Format, ImageWriter, OpenOptions, open_writable,
@@ -140,6 +141,8 @@ enum Place {
     Device(PathBuf),
     /// An NBD export.
     Nbd(NbdUrl),
+    /// A disk of an agent.
+    Agent(AgentUrl, AgentClient),
 }
 
 impl TargetRules {
@@ -158,6 +161,19 @@ impl TargetRules {
     pub fn plan_nbd(&self, url: &NbdUrl) -> Result<WritePlan> {
         let format = self.device_format("an NBD export")?;
         Ok(self.plan(Place::Nbd(url.clone()), format, self.in_place))
+    }
+
+    /// The plan for a disk of an agent, which is made where it is not there.
+    pub fn plan_agent(&self, url: &AgentUrl, options: &AgentOptions) -> Result<WritePlan> {
+        if !self.kind.is_plain() {
+            return Err(EngineError::usage(format!(
+                "{url}: subformat, block and sector size and compression are for images that vmtide makes itself"
+            )));
+        }
+        let path = url.paths().first().map_or_else(PathBuf::new, PathBuf::from);
+        let format = self.format_for(&path)?;
+        let client = AgentClient::new(url, options)?;
+        Ok(self.plan(Place::Agent(url.clone(), client), format, self.in_place))
     }
 
     /// The plan for a file or a block device, which is refused where it would overwrite something
@@ -259,6 +275,7 @@ impl WritePlan {
                 path.display().to_string()
             }
             Place::Nbd(url) => url.to_string(),
+            Place::Agent(url, _) => url.to_string(),
         }
     }
 
@@ -266,7 +283,7 @@ impl WritePlan {
     pub fn path(&self) -> Option<&Path> {
         match &self.place {
             Place::NewFile(path) | Place::ExistingFile(path) | Place::Device(path) => Some(path),
-            Place::Nbd(_) => None,
+            Place::Nbd(_) | Place::Agent(..) => None,
         }
     }
 
@@ -292,7 +309,7 @@ impl WritePlan {
         context: JobContext<'_>,
     ) -> Result<CopySummary> {
         let is_durable = self.is_durable();
-        let target = self.open(source.size_bytes(), is_durable)?;
+        let target = self.open(source.size_bytes(), is_durable, context.cancel)?;
         let mut options =
             CopyOptions { differing_only: self.differing_only, ..CopyOptions::default() };
         let cores = std::thread::available_parallelism().map_or(2, usize::from);
@@ -343,6 +360,10 @@ impl WritePlan {
             Target::Image(image, _lock) => copy_device(source, &*image, &options, progress, cancel)
                 .and_then(|summary| image.finish().map(|()| summary))
                 .map_err(EngineError::from),
+            Target::Blank(device) => {
+                options.target_is_zero = true;
+                copy_device(source, &*device, &options, progress, cancel).map_err(EngineError::from)
+            }
             Target::Device(device) => {
                 copy_device(source, &*device, &options, progress, cancel).map_err(EngineError::from)
             }
@@ -353,7 +374,7 @@ impl WritePlan {
         })
     }
 
-    fn open(&self, size_bytes: u64, is_durable: bool) -> Result<Target> {
+    fn open(&self, size_bytes: u64, is_durable: bool, cancel: &CancelToken) -> Result<Target> {
         match &self.place {
             Place::NewFile(path) => {
                 let create = CreateOptions {
@@ -369,7 +390,30 @@ impl WritePlan {
                 let device = NbdPeer::connect(url, &NbdOptions::default())?;
                 self.of_fixed_size(Arc::new(device), size_bytes)
             }
+            Place::Agent(url, client) => self.open_agent(url, client, size_bytes, cancel),
         }
+    }
+
+    /// Opens a disk of an agent, or makes it there.
+    fn open_agent(
+        &self,
+        url: &AgentUrl,
+        client: &AgentClient,
+        size_bytes: u64,
+        cancel: &CancelToken,
+    ) -> Result<Target> {
+        let path = url.paths().first().map_or("", String::as_str);
+        let is_there = match client.info(path, cancel) {
+            Ok(_) => true,
+            Err(AgentError::NotFound { .. }) => false,
+            Err(error) => return Err(error.into()),
+        };
+        if is_there {
+            return self.of_fixed_size(Arc::new(client.open_writable(path, cancel)?), size_bytes);
+        }
+        let size_bytes = self.rules.kind.disk_size(self.format, size_bytes);
+        client.create(path, &self.format.to_string(), size_bytes, cancel)?;
+        Ok(Target::Blank(Arc::new(client.open_writable(path, cancel)?)))
     }
 
     fn open_existing(&self, path: &Path, size_bytes: u64) -> Result<Target> {
@@ -427,7 +471,9 @@ enum Target {
     New(StagedImage),
     /// An image that is changed in place.
     Image(Arc<dyn ImageWriter>, ImageLock),
-    /// A block device or an export.
+    /// A new disk of an agent, all zeros.
+    Blank(Arc<dyn WritableBlockDevice>),
+    /// A block device, an export or an agent's disk.
     Device(Arc<dyn WritableBlockDevice>),
 }
 

@@ -1,5 +1,6 @@
 //! The command line: its options, their help, and which command is meant.
 
+use crate::agents::AgentAccessArgs;
 use crate::commands;
 use crate::s3::S3Args;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
@@ -75,6 +76,9 @@ pub struct GlobalArgs {
     /// How to get at repositories in S3.
     #[command(flatten)]
     pub s3: S3Args,
+    /// How to get at agents.
+    #[command(flatten)]
+    pub agents: AgentAccessArgs,
 }
 
 /// Where the password of the repository comes from, beside `VMTIDE_PASSWORD` and the terminal.

@@ -4,6 +4,7 @@
 //! [`exit`] turns what came of it into the exit code. Everything that does the work is in
 //! `vmtide-engine`.
 
+mod agents;
 mod app;
 mod cli;
 mod commands;

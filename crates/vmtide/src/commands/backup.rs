@@ -23,6 +23,8 @@ SOURCE is one of
                                         ?agent=PATH&scratch=DIR&name=NAME&method=auto|filter|job
   nbd://HOST/EXPORT                     an NBD export
   nbd+unix:///EXPORT?socket=PATH        an NBD export on a Unix socket
+  agent+https://HOST/PATH               a disk of a host where `vmtide agent` runs; further disks of the same
+                                        VM follow as ?disk=PATH&disk=PATH
 
 Examples:
   vmtide backup qemu+unix:///run/web.qmp -r /backup
@@ -31,6 +33,7 @@ Examples:
   vmtide backup overlay.qcow2 -r /backup --format qcow2 --backing same-directory
   vmtide backup disk.raw -r /backup --changes changes.json
   vmtide backup web.qcow2 -r /backup --track
+  vmtide backup agent+https://hv1/C:/VMs/web.vhdx -r /backup --agent-key-file key
 
 --changes takes [{\"offset\":0,\"length\":65536},…]: all that may differ from the previous restore point.
 With several sources each has its summary event, and a failed one does not stop the others.";
@@ -76,8 +79,8 @@ pub struct BackupArgs {
     /// Look for parents of a disk image in this directory, too; may be repeated
     #[arg(long, value_name = "DIR", value_hint = clap::ValueHint::DirPath)]
     search: Vec<std::path::PathBuf>,
-    /// Begin to track changes in a qcow2 image of a VM that is off, by a dirty bitmap kept in it;
-    /// goes on by itself after that
+    /// Begin to track changes: in a qcow2 image of a VM that is off, by a dirty bitmap kept in it, or
+    /// of an agent's disk; goes on by itself after that
     #[arg(long)]
     track: bool,
     /// The disk's id while the VM runs, for an image with --track
@@ -177,6 +180,7 @@ fn run_one(
         }
         _ => Vec::new(),
     };
+    let display = source.display();
     let source = source.open(&SourceOptions {
         name: args.name.clone(),
         format: args.format,
@@ -188,6 +192,7 @@ fn run_one(
         track: args.track,
         disk_id: args.disk_id.clone(),
         tracked,
+        agent: app.global.agents.options(&display)?,
     })?;
     let defaults = BackupOptions::default();
     let backup_job = BackupJob {

@@ -60,8 +60,11 @@ pub fn run(app: &App, args: &DoctorArgs) -> Result<Exit> {
 fn check(app: &App, target: &str) -> Result<Vec<Check>> {
     if !is_repository(target) {
         let spec = SourceSpec::parse(target)?;
-        let options =
-            SourceOptions { state_directory: app.state_directory(), ..SourceOptions::default() };
+        let options = SourceOptions {
+            state_directory: app.state_directory(),
+            agent: app.global.agents.options(target)?,
+            ..SourceOptions::default()
+        };
         return Ok(doctor::check_source(&spec, &options));
     }
     if repository::is_s3(target) {

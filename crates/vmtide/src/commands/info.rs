@@ -9,6 +9,7 @@ use clap::{Args, ValueHint};
 use serde::Serialize;
 use std::path::PathBuf;
 use vmtide_engine::Result;
+use vmtide_engine::agent::{AgentDiskReport, AgentUrl, agent_disks};
 use vmtide_engine::image::info::{ImageReport, report, report_chain};
 use vmtide_image::{Format, LogState};
 
@@ -17,6 +18,7 @@ Examples:
   vmtide info web.vhdx
   vmtide info web-snap3.avhdx --chain --search /vm/base
   vmtide info disk.vmdk --json | jq .size_bytes
+  vmtide info agent+https://hv1/C:/VMs/web.vhdx
 
 Without --chain no other file is opened. With it, code 3 tells of a parent that is missing or is not
 the one its child was made from.";
@@ -25,7 +27,7 @@ the one its child was made from.";
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct InfoArgs {
-    /// The disk image
+    /// The disk image, or a disk of an agent (agent+https://HOST/PATH)
     #[arg(value_name = "IMAGE", value_hint = ValueHint::FilePath)]
     image: PathBuf,
     /// Its format [default: found by its content]
@@ -49,6 +51,9 @@ struct Summary<'a> {
 
 /// Shows it.
 pub fn run(app: &App, args: &InfoArgs) -> Result<Exit> {
+    if let Some(text) = args.image.to_str().filter(|text| AgentUrl::is_agent_url(text)) {
+        return of_agent(app, text);
+    }
     let top = report(&args.image, args.format)?;
     show(app, &top);
     let (mut chain, mut broken) = (None, None);
@@ -66,6 +71,47 @@ pub fn run(app: &App, args: &InfoArgs) -> Result<Exit> {
     }
     app.output.summary(&Summary { image: &top, chain: chain.as_deref() });
     Ok(Exit::with_warnings(broken.is_some()))
+}
+
+fn of_agent(app: &App, text: &str) -> Result<Exit> {
+    let reports = agent_disks(&AgentUrl::parse(text)?, &app.global.agents.options(text)?)?;
+    for (number, report) in reports.iter().enumerate() {
+        if number > 0 {
+            app.output.line("");
+        }
+        show_agent_disk(app, report);
+    }
+    app.output.summary(&serde_json::json!({ "disks": reports }));
+    Ok(Exit::Done)
+}
+
+fn show_agent_disk(app: &App, report: &AgentDiskReport) {
+    let field = |name: &str, value: Option<String>| {
+        if let Some(value) = value.filter(|value| !value.is_empty()) {
+            app.output.line(format!("{name:<16} {value}"));
+        }
+    };
+    let bytes = |bytes: u64| format!("{} ({bytes} bytes)", units::size(bytes));
+    field("disk", Some(report.path.clone()));
+    let kind = report.subformat.map_or_else(String::new, |kind| format!(", {kind}"));
+    field("format", report.format.as_ref().map(|format| format!("{format}{kind}")));
+    field("virtual size", Some(bytes(report.size_bytes)));
+    field("file size", report.file_size_bytes.map(bytes));
+    let physical = report
+        .physical_sector_bytes
+        .map_or_else(String::new, |bytes| format!(", {bytes} physical"));
+    field(
+        "sectors",
+        report.logical_sector_bytes.map(|bytes| format!("{bytes} bytes logical{physical}")),
+    );
+    field("parent", report.parent_path.clone());
+    field("disk id", report.disk_id.clone());
+    field("change tracking", Some(if report.tracking { "on" } else { "off" }.into()));
+    field("most recent id", Some(report.most_recent_id.clone()));
+    field(
+        "agent",
+        Some(if report.has_v1 { "vmtide" } else { "rct-service's interface only" }.into()),
+    );
 }
 
 fn show(app: &App, report: &ImageReport) {

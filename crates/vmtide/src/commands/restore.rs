@@ -9,7 +9,8 @@ use vmtide_image::Format;
 
 const EXAMPLES: &str = "\
 TARGET is a file (one disk), a directory (a file VM-DISK.FORMAT for each disk and vm-config.json), a
-block device, or an NBD export (nbd://HOST/EXPORT, nbd+unix:///EXPORT?socket=PATH).
+block device, an NBD export (nbd://HOST/EXPORT, nbd+unix:///EXPORT?socket=PATH), or a disk of a host
+where `vmtide agent` runs (agent+https://HOST/PATH), which is made where it is not there.
 
 A new file has its name only when it is complete. Files are sparse.
 
@@ -57,7 +58,7 @@ pub struct RestoreArgs {
 
 /// Restores.
 pub fn run(app: &App, args: &RestoreArgs) -> Result<Exit> {
-    let target = RestoreTarget::parse(&args.to)?;
+    let target = RestoreTarget::parse(&args.to)?.with_agent(app.global.agents.options(&args.to)?);
     let repository = repository::open(app)?;
     // What is found must not be pruned before it is restored.
     let _lease = repository.lease(vmtide_repo::Purpose::Read)?;

@@ -5,6 +5,7 @@ use crate::exit::Exit;
 use crate::table::Table;
 use crate::{repository, units};
 use clap::{Args, Subcommand, ValueEnum};
+use vmtide_engine::agent::{DiskChangesReport, changes_of};
 use vmtide_engine::source::{OpenSource, SourceOptions, SourceSpec, untrack};
 use vmtide_engine::{Result, lineage};
 use vmtide_hypervisor::VmConfig;
@@ -15,6 +16,8 @@ Examples:
   vmtide vm list qemu+unix:///run/web.qmp
   vmtide vm show qemu+unix:///run/web.qmp
   vmtide vm show disk.qcow2 --json
+  vmtide vm changes agent+https://hv1/C:/VMs/web.vhdx
+  vmtide vm changes agent+https://hv1/C:/VMs/web.vhdx --since rctX:… --json
   vmtide vm untrack qemu+unix:///run/web.qmp -r /backup";
 
 /// The options of `vm`.
@@ -31,6 +34,9 @@ enum VmCommand {
     List(SourceArgs),
     /// Show the configuration of a VM
     Show(SourceArgs),
+    /// Show the change tracking of an agent's disk, and what changed since a tracking id; code 3 where
+    /// that is not known
+    Changes(ChangesArgs),
     /// Remove the dirty bitmaps that track changes for a repository, or with no -r those for all;
     /// the next backup reads in full
     Untrack(UntrackArgs),
@@ -44,6 +50,16 @@ struct UntrackArgs {
     /// The VM's name in the repository [default: the VM's own]
     #[arg(long, value_name = "VM")]
     name: Option<String>,
+}
+
+#[derive(Debug, Args)]
+struct ChangesArgs {
+    /// A disk of an agent: agent+https://HOST/PATH
+    #[arg(value_name = "SOURCE")]
+    source: String,
+    /// The tracking id to count from
+    #[arg(long, value_name = "ID")]
+    since: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -85,8 +101,39 @@ pub fn run(app: &App, args: &VmArgs) -> Result<Exit> {
     match &args.command {
         VmCommand::List(args) => list(app, &open(app, args)?),
         VmCommand::Show(args) => show(app, &open(app, args)?),
+        VmCommand::Changes(args) => changes(app, args),
         VmCommand::Untrack(args) => end_tracking(app, args),
     }
+}
+
+fn changes(app: &App, args: &ChangesArgs) -> Result<Exit> {
+    let spec = SourceSpec::parse(&args.source)?;
+    let agent = app.global.agents.options(&args.source)?;
+    let report = changes_of(&spec, &agent, args.since.as_deref())?;
+    show_changes(app, &report);
+    app.output.summary(&report);
+    Ok(Exit::with_warnings(report.reason.is_some()))
+}
+
+fn show_changes(app: &App, report: &DiskChangesReport) {
+    let field = |name: &str, value: &str| app.output.line(format!("{name:<16} {value}"));
+    field("disk", &report.path);
+    field("size", &units::size(report.size_bytes));
+    field("change tracking", if report.tracking { "on" } else { "off" });
+    if !report.most_recent_id.is_empty() {
+        field("most recent id", &report.most_recent_id);
+        field("written since", if report.newer_changes { "yes" } else { "no" });
+    }
+    if let Some(reason) = &report.reason {
+        app.output.warning(&format!("what changed is not known: {reason}"));
+    }
+    let Some(ranges) = &report.ranges else { return };
+    field("changed", &units::size(ranges.total_bytes()));
+    let mut table = Table::new(&[">offset", ">length"]);
+    for range in ranges.iter() {
+        table.row([range.offset.to_string(), range.length.to_string()]);
+    }
+    app.output.lines(table.lines());
 }
 
 fn end_tracking(app: &App, args: &UntrackArgs) -> Result<Exit> {
@@ -100,6 +147,7 @@ fn end_tracking(app: &App, args: &UntrackArgs) -> Result<Exit> {
                 Some(name) => name.clone(),
                 None => {
                     let options = SourceOptions {
+                        agent: app.global.agents.options(&args.source)?,
                         state_directory: state_directory.clone(),
                         ..SourceOptions::default()
                     };
@@ -123,6 +171,7 @@ fn open(app: &App, args: &SourceArgs) -> Result<OpenSource> {
     SourceSpec::parse(&args.source)?.open(&SourceOptions {
         backing: args.backing.map(BackingArg::policy),
         state_directory: app.state_directory(),
+        agent: app.global.agents.options(&args.source)?,
         ..SourceOptions::default()
     })
 }

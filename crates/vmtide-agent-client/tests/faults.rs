@@ -1,0 +1,259 @@
+//! What the client stands up to, against a stand-in of an agent with faults.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a failed unwrap is a failed test")]
+
+#[allow(
+    dead_code,
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a stand-in whose every test uses a part of it"
+)]
+mod common;
+
+use common::{DISK, KEY, KNOWN_ID, StandIn};
+use std::time::Duration;
+use vmtide_agent_client::{
+    AgentClient, AgentError, AgentKey, AgentOptions, AgentUrl, Doubt, Fingerprint,
+};
+use vmtide_block::{BlockDevice, ByteRange, CancelToken, WritableBlockDevice};
+
+const MIB: usize = 1 << 20;
+
+fn content(size: usize) -> Vec<u8> {
+    let mut bytes: Vec<u8> =
+        (0..size).map(|at| u8::try_from((at * 7 + at / 511) % 251).unwrap()).collect();
+    bytes[size / 2..size * 3 / 4].fill(0);
+    bytes
+}
+
+fn cancel() -> CancelToken {
+    CancelToken::new()
+}
+
+#[test]
+fn both_kinds_of_agents_are_read_whole() {
+    let disk = content(3 * MIB + 512);
+    for v1 in [false, true] {
+        let agent = StandIn::new(disk.clone(), v1);
+        let client = agent.client();
+        assert_eq!(client.has_v1(&cancel()).unwrap(), v1);
+        let device = client.open(DISK, &cancel()).unwrap();
+        assert_eq!(device.size_bytes(), disk.len() as u64);
+        let mut buffer = vec![1; disk.len()];
+        device.read_at(&mut buffer, 0).unwrap();
+        assert_eq!(buffer, disk);
+        device.read_at(&mut buffer[..1000], 2 * MIB as u64 - 7).unwrap();
+        assert_eq!(buffer[..1000], disk[2 * MIB - 7..2 * MIB + 993]);
+        assert!(device.read_at(&mut buffer[..2], disk.len() as u64 - 1).is_err());
+        device.read_at(&mut [], 0).unwrap();
+    }
+}
+
+#[test]
+fn a_connection_that_breaks_goes_on_where_it_broke_off() {
+    let disk = content(4 * MIB);
+    for v1 in [false, true] {
+        let agent = StandIn::new(disk.clone(), v1);
+        let device = agent.client().open(DISK, &cancel()).unwrap();
+        agent.with(|state| {
+            state.cuts = [100_000, 0, 1, 700_000].into();
+            state.requests.clear();
+        });
+        let mut buffer = vec![1; disk.len()];
+        device.read_at(&mut buffer, 0).unwrap();
+        assert_eq!(buffer, disk);
+        let requests = agent.with(|state| state.requests.clone());
+        assert_eq!(requests.len(), 5, "{requests:?}");
+        if v1 {
+            // What came whole is not asked for again.
+            assert!(requests[1].contains("ranges=65536:"), "{requests:?}");
+        }
+    }
+}
+
+#[test]
+fn flipped_bytes_are_noticed_and_asked_for_again() {
+    let disk = content(MIB);
+    let agent = StandIn::new(disk.clone(), true);
+    let device = agent.client().open(DISK, &cancel()).unwrap();
+    agent.with(|state| state.flips = [20, 5000, 200_000].into());
+    let mut buffer = vec![1; disk.len()];
+    device.read_at(&mut buffer, 0).unwrap();
+    assert_eq!(buffer, disk);
+    // A line that always does it is given up.
+    agent.with(|state| state.flips = vec![5000; 10].into());
+    let error = device.read_at(&mut buffer, 0).unwrap_err();
+    assert!(error.to_string().contains("checksum"), "{error}");
+}
+
+#[test]
+fn failures_that_pass_are_tried_again_and_others_not() {
+    let agent = StandIn::new(content(4096), false);
+    let client = agent.client();
+    agent.with(|state| state.statuses = [503, 429, 500].into());
+    client.info(DISK, &cancel()).unwrap();
+    for (status, tries) in [(500, 3), (403, 1), (409, 1)] {
+        agent.with(|state| {
+            state.statuses = vec![status; 10].into();
+            state.requests.clear();
+        });
+        client.info(DISK, &cancel()).unwrap_err();
+        assert_eq!(agent.with(|state| state.requests.len()), tries, "{status}");
+    }
+    agent.with(|state| state.statuses.clear());
+    assert!(matches!(client.info("/other", &cancel()), Err(AgentError::NotFound { .. })));
+    // A user who gives up does not wait for the patience of the client.
+    agent.with(|state| state.statuses = vec![503; 1000].into());
+    let cancel = CancelToken::new();
+    let waiting = {
+        let cancel = cancel.clone();
+        std::thread::spawn(move || client.info(DISK, &cancel))
+    };
+    std::thread::sleep(Duration::from_millis(300));
+    cancel.cancel();
+    assert!(matches!(waiting.join().unwrap(), Err(AgentError::Cancelled)));
+}
+
+#[test]
+fn nothing_is_sent_to_another_host() {
+    let agent = StandIn::new(content(4096), true);
+    let connect = |options: AgentOptions| {
+        AgentClient::new(&agent.url(), &options).unwrap().info(DISK, &CancelToken::new())
+    };
+    let wrong = AgentOptions { fingerprint: Some(Fingerprint([7; 32])), ..agent.options() };
+    let error = connect(wrong).unwrap_err();
+    assert!(matches!(error, AgentError::Certificate { .. }), "{error:?}");
+    let text = error.to_string();
+    assert!(text.contains(&agent.fingerprint.to_string()) && !text.contains(KEY), "{text}");
+    assert!(agent.with(|state| state.requests.is_empty()));
+
+    let directory = tempfile::tempdir().unwrap();
+    let ca_file = directory.path().join("ca.pem");
+    std::fs::write(&ca_file, &agent.certificate_pem).unwrap();
+    connect(AgentOptions { fingerprint: None, ca_file: Some(ca_file.clone()), ..agent.options() })
+        .unwrap();
+    let other = StandIn::new(content(4096), true);
+    std::fs::write(&ca_file, &other.certificate_pem).unwrap();
+    let error =
+        connect(AgentOptions { fingerprint: None, ca_file: Some(ca_file), ..agent.options() })
+            .unwrap_err();
+    assert!(matches!(error, AgentError::Certificate { .. }), "{error:?}");
+    assert!(error.to_string().contains(&agent.fingerprint.to_string()), "{error}");
+
+    let wrong_key = AgentOptions { key: Some(AgentKey::new("not-it").unwrap()), ..agent.options() };
+    let error = connect(wrong_key).unwrap_err();
+    assert!(matches!(error, AgentError::Denied { .. }), "{error:?}");
+    assert!(!error.to_string().contains("not-it"), "{error}");
+}
+
+#[test]
+fn an_agent_that_is_not_there_is_given_up_soon() {
+    let options =
+        AgentOptions { retry_time: Duration::from_millis(300), ..AgentOptions::default() };
+    let options = AgentOptions { fingerprint: Some(Fingerprint([0; 32])), ..options };
+    let url = AgentUrl::parse("agent+https://127.0.0.1:1/x").unwrap();
+    let error = AgentClient::new(&url, &options).unwrap().info("/x", &cancel()).unwrap_err();
+    assert!(matches!(error, AgentError::Unreachable { .. }), "{error:?}");
+}
+
+#[test]
+fn changes_count_only_where_nothing_speaks_against_them() {
+    let size = 1_000_000;
+    let ask = |v1: bool, answers: &[&str]| {
+        let agent = StandIn::new(vec![0; size], v1);
+        agent.with(|state| {
+            state.changes = answers.iter().map(|answer| (*answer).to_owned()).collect()
+        });
+        agent.client().changes(DISK, KNOWN_ID, size as u64, &cancel()).unwrap()
+    };
+    let set = ask(
+        false,
+        &[r#"[{"offset":999000,"length":65536},{"offset":5,"length":5},{"offset":0,"length":6}]"#],
+    );
+    assert_eq!(set.unwrap().as_slice(), [ByteRange::new(0, 10), ByteRange::new(999_000, 1000)]);
+    let page = |ranges: &str, next: &str, size: usize| {
+        format!(r#"{{"ranges":{ranges},"next_cursor":{next},"disk_size_bytes":{size}}}"#)
+    };
+    let first = page(r#"[{"offset":0,"length":10}]"#, "700", size);
+    let set = ask(true, &[&first, &page(r#"[{"offset":10,"length":10}]"#, "null", size)]);
+    assert_eq!(set.unwrap().as_slice(), [ByteRange::new(0, 20)]);
+
+    let repeated = page("[]", "700", size);
+    for (v1, answers) in [
+        (false, vec!["[{\"offset\":0,\"length\":5}"]),
+        (false, vec!["{}"]),
+        (false, vec![""]),
+        (false, vec![r#"[{"offset":1000000,"length":1}]"#]),
+        (false, vec![r#"[{"offset":1,"length":18446744073709551615}]"#]),
+        (true, vec![&first, &repeated]),
+        (true, vec!["[]"]),
+        (true, vec![&page("[]", "null", size + 1)]),
+        (true, vec![&page("[]", "-1", size)]),
+    ] {
+        assert!(matches!(ask(v1, &answers), Err(Doubt::Broken(_))), "{answers:?}");
+    }
+    for v1 in [false, true] {
+        assert!(matches!(ask(v1, &[]), Err(Doubt::Lost(_))));
+    }
+    // The first page alone is not the answer.
+    assert!(matches!(ask(true, &[&first]), Err(Doubt::Lost(_))));
+}
+
+#[test]
+fn writes_are_gathered_sent_again_and_read_back() {
+    let agent = StandIn::new(content(40 * MIB), true);
+    let disk = agent.client().open_writable(DISK, &cancel()).unwrap();
+    let mut expected = content(40 * MIB);
+    std::thread::scope(|scope| {
+        for worker in 0..4_usize {
+            let disk = &disk;
+            scope.spawn(move || {
+                for piece in (worker..40).step_by(4) {
+                    if piece % 5 == 0 {
+                        disk.write_zeroes(ByteRange::new((piece * MIB) as u64, MIB as u64))
+                            .unwrap();
+                    } else {
+                        let byte = u8::try_from(piece).unwrap();
+                        disk.write_at(&vec![byte; MIB], (piece * MIB) as u64).unwrap();
+                    }
+                }
+            });
+        }
+    });
+    for (piece, bytes) in expected.chunks_mut(MIB).enumerate() {
+        bytes.fill(if piece % 5 == 0 { 0 } else { u8::try_from(piece).unwrap() });
+    }
+    agent.with(|state| state.statuses = [503].into());
+    // Reading gives what was written, whether it was sent yet or not.
+    let mut buffer = vec![0; 100];
+    disk.read_at(&mut buffer, 39 * MIB as u64).unwrap();
+    assert_eq!(buffer, [39; 100]);
+    disk.flush().unwrap();
+    assert!(agent.with(|state| state.disk == expected));
+    assert!(
+        (2..=4).contains(&agent.with(|state| state.writes)),
+        "one flush for each batch, no more"
+    );
+    assert!(disk.write_at(&[0; 2], 40 * MIB as u64 - 1).is_err());
+
+    agent.with(|state| state.statuses = vec![409; 20].into());
+    disk.write_at(&[1; 512], 0).unwrap();
+    disk.flush().unwrap_err();
+    agent.with(|state| state.statuses.clear());
+    let error = disk.write_at(&[1; 512], 0).unwrap_err();
+    assert!(error.to_string().contains("an earlier write failed"), "{error}");
+}
+
+#[test]
+fn without_v1_nothing_is_frozen_or_written() {
+    let agent = StandIn::new(content(4096), false);
+    let client = agent.client();
+    for error in [
+        client.freeze(&[DISK.to_owned()], &cancel()).err().unwrap(),
+        client.create("/new", "raw", 4096, &cancel()).err().unwrap(),
+        client.open_writable(DISK, &cancel()).err().unwrap(),
+    ] {
+        assert!(matches!(error, AgentError::Unsupported { .. }), "{error:?}");
+        assert!(error.to_string().contains("vmtide agent"), "{error}");
+    }
+}
