@@ -137,6 +137,31 @@ fn listing_leaves_alone_what_no_store_wrote() {
 }
 
 #[test]
+fn the_directory_of_one_lease_goes_with_its_last_object_while_others_write_there() {
+    let (directory, store) = new_store();
+    let one = directory.path().join("r/leases/00000000000000000000000000000001");
+    std::thread::scope(|scope| {
+        for writer in 0..4 {
+            let store = store.clone();
+            scope.spawn(move || {
+                for number in 0..100 {
+                    let name = format!(
+                        "leases/00000000000000000000000000000001/{writer:016x}{number:016x}"
+                    );
+                    let mut object = store.create(&name).unwrap();
+                    object.write(b"x").unwrap();
+                    object.finish().unwrap();
+                    assert_eq!(store.open(&name).unwrap().length_bytes(), 1);
+                    store.remove(&name).unwrap();
+                }
+            });
+        }
+    });
+    assert!(!one.exists(), "its directory is left behind");
+    assert!(one.parent().unwrap().exists());
+}
+
+#[test]
 fn a_pipe_or_a_directory_in_place_of_an_object_is_an_error_and_no_hang() {
     let (directory, store) = new_store();
     let points = directory.path().join("r/points");

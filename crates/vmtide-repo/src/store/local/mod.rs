@@ -158,7 +158,7 @@ impl ObjectStore for LocalStore {
                 remove_empty_directories(&self.root.path, &path);
                 return Ok(());
             }
-            Ok(()) => path.parent().map_or(Ok(()), files::sync_directory),
+            Ok(()) => path.parent().map_or(Ok(()), settle_removal),
         };
         removed
             .map_err(|error| RepoError::io(format!("remove {name} in {}", self.location()), error))
@@ -172,7 +172,7 @@ impl ObjectStore for LocalStore {
         for entry in read_directory(&directory).map_err(failed)? {
             let entry = entry.map_err(failed)?;
             // Only what a writer of ours made: everything else is left alone.
-            let ours = entry.file_name().to_str().is_some_and(is_temporary_name);
+            let ours = entry.file_name().to_str().is_some_and(is_id);
             let (true, Some(metadata)) = (ours, found(entry.metadata()).map_err(failed)?) else {
                 continue;
             };
@@ -242,6 +242,23 @@ impl LocalStore {
     }
 }
 
+/// Makes it durable that a file of this directory is gone. The directory goes with its last file where it was made for
+/// one lease, list or pack alone, as its name tells: a repository sees many thousands of these.
+fn settle_removal(directory: &Path) -> io::Result<()> {
+    let of_one = directory.file_name().and_then(|name| name.to_str()).is_some_and(is_id);
+    if of_one {
+        // One that is not empty stays.
+        let _ = fs::remove_dir(directory);
+    }
+    match files::sync_directory(directory) {
+        // It is gone, by this or by somebody who removed another file of it.
+        Err(error) if error.kind() == ErrorKind::NotFound && of_one => {
+            directory.parent().map_or(Ok(()), files::sync_directory)
+        }
+        result => result,
+    }
+}
+
 /// Removes the directories between `root` and a file that was removed, as far as they are empty.
 fn remove_empty_directories(root: &Path, file: &Path) {
     let mut directory = file.parent();
@@ -267,7 +284,7 @@ fn found<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     }
 }
 
-fn is_temporary_name(name: &str) -> bool {
+fn is_id(name: &str) -> bool {
     name.parse::<ObjectId>().is_ok()
 }
 

@@ -9,6 +9,10 @@ use std::io::{self, ErrorKind};
 use std::path::PathBuf;
 use std::sync::Arc;
 
+/// How often an object is given its name when its directory vanishes each time. Twice needs two others who remove the
+/// last object of one directory at the same moment; more than this is something else, and an error.
+const MOST_ATTEMPTS: u32 = 16;
+
 /// A file in `tmp/` that becomes the object `name` in [`finish`](ObjectWriter::finish), and is
 /// removed when it is dropped before.
 pub(super) struct LocalWriter {
@@ -43,14 +47,26 @@ impl LocalWriter {
     fn publish(&self) -> Result<()> {
         let io = |error| not_written(&self.root, &self.name, error);
         let path = self.root.path.join(&self.name);
-        let directory = self.root.parent_of(&self.name)?;
-        files::rename_new(&self.temporary, &path).map_err(|error| match error.kind() {
-            ErrorKind::AlreadyExists => RepoError::AlreadyExists {
-                what: format!("{} in {}", self.name, self.root.path.display()),
-                hint: String::new(),
-            },
-            _ => io(error),
-        })?;
+        let mut attempts = 0;
+        let directory = loop {
+            let directory = self.root.parent_of(&self.name)?;
+            attempts += 1;
+            match files::rename_new(&self.temporary, &path) {
+                Ok(()) => break directory,
+                // Whoever removed the last object of a directory may have taken the directory away just now.
+                Err(error)
+                    if error.kind() == ErrorKind::NotFound
+                        && attempts < MOST_ATTEMPTS
+                        && self.temporary.exists() => {}
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                    return Err(RepoError::AlreadyExists {
+                        what: format!("{} in {}", self.name, self.root.path.display()),
+                        hint: String::new(),
+                    });
+                }
+                Err(error) => return Err(io(error)),
+            }
+        };
         files::sync_directory(&directory).map_err(|error| {
             // Whoever gets an error may rely on there being no such object.
             let _ = std::fs::remove_file(&path);
