@@ -84,6 +84,10 @@ pub enum Phase {
     Merge,
     /// A restore point is copied into another repository.
     Copy,
+    /// A delta is made.
+    Delta,
+    /// A delta is applied to a disk.
+    Apply,
 }
 
 /// Takes the events of a job, from one thread at a time.

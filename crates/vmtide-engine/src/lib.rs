@@ -1,5 +1,5 @@
 //! The jobs of vmtide, one file per job: [`backup()`], [`restore()`], [`verify()`],
-//! [`retention`], [`prune()`], [`convert()`], [`serve`], [`doctor`]; and what is done with disk
+//! [`retention`], [`prune()`], [`convert()`], [`serve`], [`delta`], [`doctor`]; and what is done with disk
 //! [`image`]s by themselves.
 //!
 //! A job is a function over a repository and a source or target, which it gets as traits and plain
@@ -17,6 +17,7 @@ mod compressed;
 mod convert;
 mod copy;
 mod damage;
+pub mod delta;
 pub mod doctor;
 mod error;
 mod events;

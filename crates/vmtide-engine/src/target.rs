@@ -480,7 +480,7 @@ enum Target {
 /// The format of a file that is changed in place. The guest of a raw disk can make it look like
 /// any format, and an image taken for raw would be destroyed: name and content must agree, and a
 /// file whose name says nothing counts as raw only where its content says nothing else.
-fn format_of_existing(path: &Path, verb: &str) -> Result<Format> {
+pub(crate) fn format_of_existing(path: &Path, verb: &str) -> Result<Format> {
     let named = format_by_extension(path);
     let found = vmtide_image::probe(path)?;
     if found == named.unwrap_or(Format::Raw) {

@@ -108,6 +108,7 @@ fn dispatch(app: &App, command: Command) -> Result<Exit> {
         Command::Create(args) => commands::create::run(app, &args),
         Command::Convert(args) => commands::convert::run(app, &args),
         Command::Chain(args) => commands::chain::run(app, &args),
+        Command::Delta(args) => commands::delta::run(app, &args),
         Command::Serve(args) => commands::serve::run(app, &args),
         Command::Agent(args) => commands::agent::run(app, &args),
         Command::Track(args) => commands::track::run(app, &args),

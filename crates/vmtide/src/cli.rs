@@ -147,6 +147,8 @@ pub enum Command {
     /// List, rebase and merge images that read through other images
     #[command(visible_alias = "snapshot-chain")]
     Chain(commands::chain::ChainArgs),
+    /// Make, show, merge and apply deltas: the changed data of a disk as a stream
+    Delta(Box<commands::delta::DeltaArgs>),
     /// Serve a disk image or restore point over NBD
     Serve(commands::serve::ServeArgs),
     /// Serve disks and what changed on them over HTTPS, on the host that has them

@@ -147,6 +147,8 @@ impl Output {
             Phase::Merge => "merging",
             Phase::Copy => "copying",
             Phase::Measure => "measuring",
+            Phase::Delta => "making a delta of",
+            Phase::Apply => "applying",
         };
         let bar = self.bar.lock().clone();
         match bar {

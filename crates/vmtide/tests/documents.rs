@@ -31,6 +31,7 @@ const COMMANDS: &[&str] = &[
     "create",
     "convert",
     "chain",
+    "delta",
     "serve",
     "agent",
     "track",

@@ -54,6 +54,16 @@ pub struct CreateSummary {
 /// [`EngineError::Usage`] without a size or a format; [`EngineError::Refused`] where the file exists;
 /// what opening the parent and creating say. Nothing is left then.
 pub fn create(job: &CreateJob) -> Result<CreateSummary> {
+    let (staged, summary) = stage(job)?;
+    staged.publish()?;
+    Ok(summary)
+}
+
+/// Creates the image without its name.
+///
+/// # Errors
+/// As [`create`].
+pub(crate) fn stage(job: &CreateJob) -> Result<(StagedImage, CreateSummary)> {
     let format = job.kind.format.or_else(|| format_by_extension(&job.path)).ok_or_else(|| {
         EngineError::usage(format!(
             "the name of {} does not say its format: end it in .vhdx, .vhd, .vmdk, .qcow2, .raw or \
@@ -83,14 +93,15 @@ pub fn create(job: &CreateJob) -> Result<CreateSummary> {
     let named = parent.as_ref().map(|parent| parent.name.clone());
     options.parent = parent;
     let size_bytes = options.size_bytes;
-    StagedImage::create(&job.path, &options, job.overwrite)?.publish()?;
-    Ok(CreateSummary {
+    let staged = StagedImage::create(&job.path, &options, job.overwrite)?;
+    let summary = CreateSummary {
         path: job.path.clone(),
         format,
         subformat: job.kind.subformat.clone(),
         size_bytes,
         parent: named,
-    })
+    };
+    Ok((staged, summary))
 }
 
 fn open_parent(job: &CreateJob, format: Format, path: &Path) -> Result<CreateParent> {

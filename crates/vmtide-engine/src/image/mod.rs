@@ -10,5 +10,7 @@ pub mod info;
 pub mod map;
 pub(crate) mod open;
 pub(crate) mod staged;
+mod writable;
 
 pub use open::{DiskSpec, OpenDisk, OpenDiskOptions, format_by_extension, open_disk};
+pub use writable::WritableDisk;

@@ -101,6 +101,7 @@ pub fn open_disk(spec: &DiskSpec, options: &OpenDiskOptions) -> Result<OpenDisk>
         }
     };
     check_not_in_use(path, Use::Read)?;
+    crate::delta::check_complete(path)?;
     let (open, format) = image_options(path, options)?;
     if let Some(snapshot) = &options.snapshot {
         let device = open_snapshot(path, &open, snapshot)

@@ -236,7 +236,8 @@ fn parse_immutable(text: &str) -> std::result::Result<SignedDuration, String> {
     Ok(end.timestamp().duration_since(now.timestamp()))
 }
 
-fn read_changes(path: &str) -> Result<RangeSet> {
+/// The changed ranges in a JSON file, or on standard input where the path is `-`.
+pub fn read_changes(path: &str) -> Result<RangeSet> {
     let io = |error| EngineError::io(format!("read the changed ranges of {path}"), error);
     let reader: Box<dyn Read> = if path == "-" {
         Box::new(std::io::stdin().lock())

@@ -10,6 +10,7 @@ pub mod completions;
 pub mod convert;
 pub mod copy;
 pub mod create;
+pub mod delta;
 pub mod diff;
 pub mod doctor;
 pub mod forget;

@@ -1,0 +1,131 @@
+//! The table of what is open.
+//!
+//! A handle is a number that is given out once: a counter above, the kind in the lowest bits. So a
+//! handle that was closed, was never given out or is of another kind is told from a good one by a look
+//! into the table, and no pointer of the caller's is ever believed to be one of ours.
+//!
+//! A call takes a clone of what the handle stands for. Closing removes the table's own; what calls
+//! under way hold goes with the last of them.
+
+use crate::status::{Failure, Result, Status};
+use parking_lot::{Mutex, RwLock};
+use std::collections::HashMap;
+use std::ffi::CString;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock};
+use vmtide_block::{BlockDevice, CancelToken};
+use vmtide_engine::image::WritableDisk;
+use vmtide_repo::{Lease, Repository};
+
+/// How many of the lowest bits say the kind.
+const KIND_BITS: u32 = 4;
+
+/// An image that is open.
+pub(crate) struct OpenImage {
+    pub device: Arc<dyn BlockDevice>,
+    /// Where it is open for writing; none after it was closed.
+    pub writer: Option<WritableDisk>,
+    /// Keeps the restore point while one of its disks is read.
+    pub _lease: Option<Lease>,
+    /// Whoever closes it ends the writing, and nobody else may while one does.
+    pub finishing: Mutex<()>,
+}
+
+/// An error, as a text with a number.
+pub(crate) struct OpenError {
+    pub status: Status,
+    pub message: CString,
+}
+
+/// What a handle stands for.
+#[derive(Clone)]
+pub(crate) enum Object {
+    Error(Arc<OpenError>),
+    Text(Arc<CString>),
+    Cancel(CancelToken),
+    Image(Arc<OpenImage>),
+    Repository(Arc<Repository>),
+}
+
+impl Object {
+    const fn kind(&self) -> u64 {
+        match self {
+            Self::Error(_) => 1,
+            Self::Text(_) => 2,
+            Self::Cancel(_) => 3,
+            Self::Image(_) => 4,
+            Self::Repository(_) => 5,
+        }
+    }
+}
+
+static OBJECTS: LazyLock<RwLock<HashMap<u64, Object>>> = LazyLock::new(RwLock::default);
+static NEXT: AtomicU64 = AtomicU64::new(1);
+
+/// Enters an object into the table.
+pub(crate) fn open(object: Object) -> u64 {
+    let handle = NEXT.fetch_add(1, Ordering::Relaxed) << KIND_BITS | object.kind();
+    OBJECTS.write().insert(handle, object);
+    handle
+}
+
+/// Takes an object out of the table.
+pub(crate) fn close(handle: u64) -> Result<Object> {
+    OBJECTS.write().remove(&handle).ok_or_else(|| bad(handle, "anything that is open"))
+}
+
+/// What a handle stands for.
+pub(crate) fn get(handle: u64) -> Option<Object> {
+    OBJECTS.read().get(&handle).cloned()
+}
+
+/// The number of handles that are open.
+pub(crate) fn count() -> u64 {
+    OBJECTS.read().len() as u64
+}
+
+fn bad(handle: u64, wanted: &str) -> Failure {
+    let is = match handle & ((1 << KIND_BITS) - 1) {
+        _ if handle == 0 => "is 0",
+        1 => "is, or was, an error",
+        2 => "is, or was, a text",
+        3 => "is, or was, a cancel flag",
+        4 => "is, or was, an image",
+        5 => "is, or was, a repository",
+        _ => "was never given out",
+    };
+    Failure::new(Status::BadHandle, format!("the handle {handle:#x} {is}; {wanted} is needed"))
+}
+
+/// The image that a handle stands for.
+pub(crate) fn image(handle: u64) -> Result<Arc<OpenImage>> {
+    match get(handle) {
+        Some(Object::Image(image)) => Ok(image),
+        _ => Err(bad(handle, "an open image")),
+    }
+}
+
+/// The repository that a handle stands for.
+pub(crate) fn repository(handle: u64) -> Result<Arc<Repository>> {
+    match get(handle) {
+        Some(Object::Repository(repository)) => Ok(repository),
+        _ => Err(bad(handle, "an open repository")),
+    }
+}
+
+/// The cancel flag that a handle stands for.
+pub(crate) fn cancel(handle: u64) -> Result<CancelToken> {
+    match get(handle) {
+        Some(Object::Cancel(cancel)) => Ok(cancel),
+        _ => Err(bad(handle, "a cancel flag")),
+    }
+}
+
+/// A text for the caller. Zero bytes, which C takes as the end, become spaces.
+pub(crate) fn new_text(text: &str) -> u64 {
+    open(Object::Text(Arc::new(c_string(text))))
+}
+
+pub(crate) fn c_string(text: &str) -> CString {
+    CString::new(text.replace('\0', " ")).unwrap_or_default()
+}
