@@ -2,13 +2,14 @@
 # Checks everything; installs what it needs and says so.
 #
 #   scripts/test.sh              all parts
-#   scripts/test.sh PART…        some: lint deny rust e2e fuzz
+#   scripts/test.sh PART…        some: lint deny rust e2e bacula fuzz
 #
 # lint   format of the code, clippy without warnings, shellcheck, Python that compiles
 # deny   licences, sources and known weaknesses of what vmtide depends on
 # rust   all tests of the workspace
 # e2e    real QEMU machines: a Linux guest backed up, restored and booted; cycles of writes, backups and kill -9;
 #        what vmtide stored, read by independent programs (tests/interop)
+# bacula the plugin in a real Bacula: director, storage daemon and file daemon on loopback
 # fuzz   a minute over the fuzz targets
 #
 # VMTIDE_CYCLES (8) says how many cycles, VMTIDE_KILLS (20) how many kills of commands on a repository;
@@ -23,7 +24,7 @@ set -euo pipefail
 # shellcheck source=scripts/lib/rust.sh
 . "$REPO_ROOT/scripts/lib/rust.sh"
 
-ALL_PARTS="lint deny rust e2e fuzz"
+ALL_PARTS="lint deny rust e2e bacula fuzz"
 CYCLES="${VMTIDE_CYCLES:-8}"
 KILLS="${VMTIDE_KILLS:-20}"
 FUZZ_SECONDS="${VMTIDE_FUZZ_SECONDS:-60}"
@@ -141,7 +142,7 @@ check_scripts() {
 }
 
 check_python() {
-    PYTHONPYCACHEPREFIX="$LOGS/pycache" python3 -m compileall -q "$REPO_ROOT/tests/e2e" "$REPO_ROOT/tests/agent" "$REPO_ROOT/bench" "$REPO_ROOT/tools" \
+    PYTHONPYCACHEPREFIX="$LOGS/pycache" python3 -m compileall -q "$REPO_ROOT/tests/e2e" "$REPO_ROOT/tests/agent" "$REPO_ROOT/tests/bacula" "$REPO_ROOT/bench" "$REPO_ROOT/tools" \
         "$REPO_ROOT/clients/python"
 }
 
@@ -202,6 +203,50 @@ part_e2e() {
         timeout --kill-after=30 $((LIMIT_E2E_S + CYCLES * 60)) python3 "$REPO_ROOT/tests/e2e/cycles.py" --cycles "$CYCLES"
     counted "$KILLS kills -9 of commands that run at the same time on one repository" \
         timeout --kill-after=30 $((LIMIT_E2E_S + KILLS * 20)) python3 "$REPO_ROOT/tests/e2e/kills.py" --kills "$KILLS"
+}
+
+part_bacula() {
+    ensure_bacula
+    step "building vmtide and its plugin for Bacula"
+    if ! cargo build --quiet --locked -p vmtide -p vmtide-bacula-fd; then
+        failed 1 "vmtide or its plugin for Bacula does not build"
+        return
+    fi
+    VMTIDE_BIN="$(target_directory)/debug/vmtide"
+    export VMTIDE_BIN
+    counted "vmtide's plugin in a real Bacula" \
+        timeout --kill-after=30 "$LIMIT_E2E_S" python3 "$REPO_ROOT/tests/bacula/run.py"
+}
+
+# ensure_bacula: Bacula 15, which Debian 12 has in backports. The director's package drags a mail server in, and its
+# scripts ask questions: it is unpacked outside of the tree, and run from there.
+ensure_bacula() {
+    local cache="$HOME/.cache/vmtide-tests/bacula" codename version download
+    local -a packages=(bacula-fd bacula-sd bacula-console bacula-common bacula-common-sqlite3 bacula-director-sqlite3)
+    ensure_packages "the tests with Bacula" nbdkit
+    codename="$(os_codename)"
+    # shellcheck disable=SC2016 # dpkg-query fills it in, not the shell
+    if ! dpkg-query -W -f '${Version}' bacula-fd 2>/dev/null | grep -q '^15\.' || ! package_installed bacula-director-sqlite3; then
+        apt_update
+        if [ "$codename" = bookworm ]; then
+            enable_backports "$codename" || die "Bacula 15 is in $codename-backports, which cannot be reached"
+        fi
+        version="$(apt-cache madison bacula-fd | awk -F ' *[|] *' '$2 ~ /^15[.]/ && !seen { print $2; seen = 1 }')"
+        [ -n "$version" ] || die "this system has no packages of Bacula 15 (needed for the tests with Bacula)"
+        say "    installing for the tests with Bacula: ${packages[*]} $version"
+        apt_quiet install --no-install-recommends dbconfig-no-thanks "${packages[@]/%/=$version}" ||
+            die "could not install Bacula $version"
+    fi
+    if [ ! -x "$cache/usr/sbin/bacula-dir" ]; then
+        # shellcheck disable=SC2016 # as above
+        version="$(dpkg-query -W -f '${Version}' bacula-fd)"
+        download="$(mktemp -d)"
+        (cd "$download" && apt-get -q download "bacula-director=$version" >/dev/null 2>&1) ||
+            die "could not download bacula-director $version"
+        mkdir -p "$cache"
+        dpkg -x "$download"/bacula-director_*.deb "$cache"
+        rm -rf "$download"
+    fi
 }
 
 target_directory() {

@@ -116,6 +116,7 @@ fn dispatch(app: &App, command: Command) -> Result<Exit> {
         Command::Doctor(args) => commands::doctor::run(app, &args),
         Command::Stats(args) => commands::stats::run(app, &args),
         Command::Bench(args) => commands::bench::run(app, &args),
+        Command::BaculaBackend(args) => commands::bacula::run(app, &args),
         Command::Completions(args) => commands::completions::run(app, &args),
         Command::Man(args) => commands::man::run(app, &args),
     }

@@ -163,6 +163,9 @@ pub enum Command {
     Stats(commands::stats::StatsArgs),
     /// Measure what this machine and a store can do, stage by stage
     Bench(commands::bench::BenchArgs),
+    /// The process behind the plugin for Bacula's file daemon, which starts it
+    #[command(hide = true)]
+    BaculaBackend(commands::bacula::BaculaArgs),
     /// Write the completion script of a shell to standard output
     Completions(commands::completions::CompletionsArgs),
     /// Write man pages into a directory

@@ -13,4 +13,5 @@ pub(crate) mod staged;
 mod writable;
 
 pub use open::{DiskSpec, OpenDisk, OpenDiskOptions, format_by_extension, open_disk};
+pub use staged::StagedImage;
 pub use writable::WritableDisk;

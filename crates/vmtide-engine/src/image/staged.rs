@@ -25,7 +25,7 @@ use vmtide_hypervisor::JobId;
 use vmtide_image::{CreateOptions, ImageWriter, create_image};
 
 /// A new image in the making. Dropping it removes it.
-pub(crate) struct StagedImage {
+pub struct StagedImage {
     /// The image.
     pub image: Arc<dyn ImageWriter>,
     // After the image, so that its files are closed when their directory goes.

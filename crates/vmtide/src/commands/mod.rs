@@ -2,6 +2,7 @@
 
 pub mod agent;
 pub mod backup;
+pub mod bacula;
 pub mod bench;
 pub mod chain;
 pub mod check;

@@ -1,0 +1,77 @@
+//! The process behind vmtide's plugin for Bacula's file daemon.
+//!
+//! The plugin (`vmtide-bacula-fd`, a small library of its own inside the daemon) starts `vmtide
+//! bacula-backend` for every plugin line of a job and talks to it over standard input and output
+//! (`docs/bacula-protocol.md`). Here a VM becomes files of Bacula's catalogue: its configuration, and one
+//! file per disk, which a full backup has whole and an incremental or differential as what differs.
+//!
+//! [`command`] understands the plugin line, [`moments`] knows what changed between any two backups,
+//! [`decide`] says what is sent of a disk, [`send`] sends it as [`stream`] lays it out, and [`restore`] makes
+//! images of it again. Every call blocks; a backend does one job and ends.
+
+mod backup;
+pub mod command;
+pub mod decide;
+pub mod digests;
+mod error;
+mod estimate;
+pub mod frame;
+mod job;
+pub mod link;
+pub mod moments;
+mod names;
+mod object;
+mod read;
+mod restore;
+mod send;
+pub mod stream;
+mod target;
+
+pub use error::{BackendError, Result};
+
+use job::{Job, Purpose};
+use link::Link;
+use std::path::PathBuf;
+
+/// What a backend needs to know beside the job.
+#[derive(Clone, Debug)]
+pub struct BackendOptions {
+    /// Where journals, locks and logs of moments are kept, unless the plugin line says otherwise.
+    pub state_directory: PathBuf,
+    /// The executable that guards a frozen guest; normally vmtide itself.
+    pub guardian: Option<PathBuf>,
+}
+
+/// Does one job of the plugin at the other end of `link`. The reason of a failure is in the job's report.
+///
+/// # Errors
+/// Why the job failed; everything made for it on the platform is undone then, or journalled.
+pub fn run(link: &mut Link, options: &BackendOptions) -> Result<()> {
+    let outcome = converse(link, options);
+    if let Err(error) = &outcome {
+        // Where the plugin has gone there is nobody to tell.
+        let _ = link.abort(&error.to_string());
+    }
+    outcome
+}
+
+fn converse(link: &mut Link, options: &BackendOptions) -> Result<()> {
+    link.greet()?;
+    let job = Job::read(link)?;
+    tracing::info!(id = job.id, name = job.name, purpose = ?job.purpose, "job");
+    if let Some(seconds) = job.command.timeout_s {
+        link.command(&format!("Silence {seconds}"))?;
+    }
+    match job.purpose {
+        Purpose::Estimate => estimate::run(&job, options, link),
+        Purpose::Backup => {
+            let backup = backup::Backup::open(&job, options)?;
+            link.end()?;
+            backup.run(link)
+        }
+        Purpose::Restore => {
+            link.end()?;
+            restore::Restore::new(&job).run(link)
+        }
+    }
+}

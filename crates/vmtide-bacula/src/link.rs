@@ -1,0 +1,215 @@
+//! The conversation with the plugin: lines and data in, files, data and messages out.
+
+use crate::frame::{HEADER_BYTES, Header, Kind, MAX_PAYLOAD_BYTES};
+use crate::{BackendError, Result};
+use std::io::{ErrorKind, IoSlice, Read, Write};
+use std::time::{Duration, Instant};
+use vmtide_block::CancelToken;
+
+/// The version of the protocol.
+pub const PROTOCOL: u32 = 1;
+
+/// How often a backend that sends nothing else says that it is at work.
+const ALIVE_EVERY: Duration = Duration::from_secs(5);
+
+/// The longest line. A file name has 4,096 bytes at most.
+const MAX_LINE_BYTES: usize = 64 << 10;
+
+/// The longest message; the daemon cuts what is longer.
+const MAX_MESSAGE_BYTES: usize = 1800;
+
+/// What the plugin says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Said {
+    /// A line.
+    Line(String),
+    /// Data, which are in the link's buffer.
+    Data,
+    /// The end of a block.
+    End,
+}
+
+/// The pipe to the plugin.
+pub struct Link {
+    input: Box<dyn Read + Send>,
+    output: Box<dyn Write + Send>,
+    buffer: Vec<u8>,
+    last_sent: Instant,
+    /// Set when the job is given up.
+    pub cancel: CancelToken,
+}
+
+impl Link {
+    /// A conversation over these two ends.
+    pub fn new(
+        input: Box<dyn Read + Send>,
+        output: Box<dyn Write + Send>,
+        cancel: CancelToken,
+    ) -> Self {
+        Self { input, output, buffer: Vec::new(), last_sent: Instant::now(), cancel }
+    }
+
+    /// Answers the plugin's greeting.
+    ///
+    /// # Errors
+    /// Where it speaks another version.
+    pub fn greet(&mut self) -> Result<()> {
+        let line = self.line()?;
+        if !line.starts_with(&format!("Hello vmtide-bacula {PROTOCOL} ")) {
+            return Err(BackendError::protocol(format!("{line:?} for a greeting")));
+        }
+        self.command(&format!("Hello vmtide-bacula {PROTOCOL} {}", env!("CARGO_PKG_VERSION")))
+    }
+
+    /// The next thing that the plugin says; data are in [`data`](Self::data) until the next call.
+    ///
+    /// # Errors
+    /// [`BackendError::Gone`] where it has gone, [`BackendError::Protocol`] where it sends something else.
+    pub fn hear(&mut self) -> Result<Said> {
+        let mut header = [0u8; HEADER_BYTES];
+        self.read(&mut header)?;
+        let header =
+            Header::parse(header).ok_or_else(|| BackendError::protocol("what is no frame"))?;
+        match header.kind {
+            Kind::End => Ok(Said::End),
+            Kind::Command if header.length <= MAX_LINE_BYTES => {
+                self.fill(header.length)?;
+                let line = std::str::from_utf8(&self.buffer)
+                    .map_err(|_| BackendError::protocol("a line that is no text"))?;
+                Ok(Said::Line(line.to_owned()))
+            }
+            Kind::Data => {
+                self.fill(header.length)?;
+                Ok(Said::Data)
+            }
+            other => Err(BackendError::protocol(format!("{other:?} of {} bytes", header.length))),
+        }
+    }
+
+    /// The data of the last frame.
+    pub fn data(&self) -> &[u8] {
+        &self.buffer
+    }
+
+    /// The next thing, which must be a line.
+    ///
+    /// # Errors
+    /// As [`hear`](Self::hear).
+    pub fn line(&mut self) -> Result<String> {
+        match self.hear()? {
+            Said::Line(line) => Ok(line),
+            other => Err(BackendError::protocol(format!("{other:?} instead of a line"))),
+        }
+    }
+
+    fn fill(&mut self, length: usize) -> Result<()> {
+        let mut buffer = std::mem::take(&mut self.buffer);
+        buffer.resize(length, 0);
+        let outcome = self.read(&mut buffer);
+        self.buffer = buffer;
+        outcome
+    }
+
+    fn read(&mut self, buffer: &mut [u8]) -> Result<()> {
+        self.input.read_exact(buffer).map_err(|error| match error.kind() {
+            ErrorKind::UnexpectedEof => BackendError::Gone,
+            _ => BackendError::io("read from the plugin", error),
+        })
+    }
+
+    /// Sends a line.
+    ///
+    /// # Errors
+    /// [`BackendError::Gone`] where the plugin has gone.
+    pub fn command(&mut self, line: &str) -> Result<()> {
+        self.send(Kind::Command, line.replace('\n', " ").as_bytes())
+    }
+
+    /// Sends data, in as many frames as it takes.
+    ///
+    /// # Errors
+    /// As [`command`](Self::command).
+    pub fn send_data(&mut self, data: &[u8]) -> Result<()> {
+        data.chunks(MAX_PAYLOAD_BYTES).try_for_each(|piece| self.send(Kind::Data, piece))
+    }
+
+    /// Sends the end of a block.
+    ///
+    /// # Errors
+    /// As [`command`](Self::command).
+    pub fn end(&mut self) -> Result<()> {
+        self.send(Kind::End, &[])
+    }
+
+    /// Says that work goes on, where nothing was sent for a while. To be called in every long loop.
+    ///
+    /// # Errors
+    /// As [`command`](Self::command), and where the job was cancelled.
+    pub fn alive(&mut self) -> Result<()> {
+        self.cancel.check()?;
+        if self.last_sent.elapsed() < ALIVE_EVERY {
+            return Ok(());
+        }
+        self.send(Kind::Alive, &[])
+    }
+
+    /// Writes to the job's report.
+    ///
+    /// # Errors
+    /// As [`command`](Self::command).
+    pub fn info(&mut self, text: &str) -> Result<()> {
+        tracing::info!("{text}");
+        self.message(Kind::Info, text)
+    }
+
+    /// Writes a warning to the job's report.
+    ///
+    /// # Errors
+    /// As [`command`](Self::command).
+    pub fn warn(&mut self, text: &str) -> Result<()> {
+        tracing::warn!("{text}");
+        self.message(Kind::Warning, text)
+    }
+
+    /// Ends the job with the reason.
+    ///
+    /// # Errors
+    /// As [`command`](Self::command).
+    pub fn abort(&mut self, text: &str) -> Result<()> {
+        tracing::error!("{text}");
+        self.message(Kind::Abort, text)
+    }
+
+    fn message(&mut self, kind: Kind, text: &str) -> Result<()> {
+        let end =
+            (0..=MAX_MESSAGE_BYTES.min(text.len())).rev().find(|at| text.is_char_boundary(*at));
+        self.send(kind, &text.as_bytes()[..end.unwrap_or(0)])
+    }
+
+    fn send(&mut self, kind: Kind, payload: &[u8]) -> Result<()> {
+        let header = Header { kind, length: payload.len() }.bytes();
+        let outcome = write_both(self.output.as_mut(), &header, payload);
+        self.last_sent = Instant::now();
+        outcome.map_err(|error| match error.kind() {
+            ErrorKind::BrokenPipe => BackendError::Gone,
+            _ => BackendError::io("write to the plugin", error),
+        })
+    }
+}
+
+/// Writes two pieces with one call where the pipe has room.
+fn write_both(output: &mut dyn Write, first: &[u8], second: &[u8]) -> std::io::Result<()> {
+    let written = loop {
+        match output.write_vectored(&[IoSlice::new(first), IoSlice::new(second)]) {
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            other => break other?,
+        }
+    };
+    if let Some(rest) = first.get(written..) {
+        output.write_all(rest)?;
+    }
+    if let Some(rest) = second.get(written.saturating_sub(first.len())..) {
+        output.write_all(rest)?;
+    }
+    output.flush()
+}
