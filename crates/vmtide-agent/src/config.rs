@@ -1,5 +1,6 @@
 //! How an agent is set up. The command line and the settings file fill this in.
 
+use crate::limits::Limits;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -26,6 +27,8 @@ pub struct AgentOptions {
     pub audit_log: Option<PathBuf>,
     /// What connections may cost.
     pub connections: ConnectionLimits,
+    /// What clients with a key may use.
+    pub limits: Limits,
 }
 
 /// A certificate chain and its private key, each a PEM file; read again when they change.

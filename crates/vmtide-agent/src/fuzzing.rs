@@ -4,6 +4,8 @@
 use crate::auth::keys;
 use crate::contract;
 use crate::roots::{unix_names, windows_names};
+use crate::stream::RangesParser;
+use crate::stream::frame::{Frame, FrameReader};
 
 /// The path of a request with its query, and the name of a disk.
 ///
@@ -32,5 +34,80 @@ pub fn agent_keys(input: &[u8]) {
     {
         // An empty key must never be good.
         assert!(set.find(b"").is_none());
+    }
+}
+
+/// A framed stream as it is written to a disk. Its checksums are made right, too, so that what stands
+/// behind them is reached.
+///
+/// # Panics
+/// Where a frame breaks a rule that the reader promises to hold.
+pub fn agent_frames(input: &[u8]) {
+    read_frames(input);
+    let mut mended = crate::stream::frame::head().to_vec();
+    let mut rest = input.get(mended.len()..).unwrap_or_default();
+    while let Some((header, more)) = rest.split_first_chunk::<32>() {
+        let mut header = *header;
+        let [_, _, _, _, a, b, c, d, ..] = header;
+        let length = usize::try_from(u32::from_le_bytes([a, b, c, d])).unwrap_or(usize::MAX);
+        let (payload, more) = more.split_at(length.min(more.len()));
+        if header[0] == 0 {
+            header[24..28].copy_from_slice(&crc32c::crc32c(payload).to_le_bytes());
+        }
+        let checksum = crc32c::crc32c(&header[..28]);
+        header[28..].copy_from_slice(&checksum.to_le_bytes());
+        mended.extend(header);
+        mended.extend(payload);
+        rest = more;
+    }
+    read_frames(&mended);
+}
+
+fn read_frames(stream: &[u8]) {
+    let Ok(mut frames) = FrameReader::new(stream, 0) else { return };
+    let mut position = 0u64;
+    loop {
+        match frames.next_frame() {
+            Ok(Frame::Data { offset, content }) => {
+                assert!(!content.is_empty() && offset.checked_add(content.len() as u64).is_some());
+                position += content.len() as u64;
+            }
+            Ok(Frame::Zero(range)) => {
+                assert!(!range.is_empty() && range.checked_end().is_some());
+                position += range.length;
+            }
+            Ok(Frame::End(at)) => {
+                assert_eq!(at, position);
+                drop(frames.expect_nothing_more());
+                return;
+            }
+            Err(_) => return,
+        }
+    }
+}
+
+/// A list of ranges in JSON; its first byte says where it is cut in two.
+///
+/// # Panics
+/// Where it is read another way than serde reads it.
+pub fn agent_ranges(input: &[u8]) {
+    #[derive(serde::Deserialize)]
+    struct Loose {
+        offset: u64,
+        length: u64,
+    }
+    let Some((cut, text)) = input.split_first() else { return };
+    let (first, second) = text.split_at(usize::from(*cut).min(text.len()));
+    let mut parser = RangesParser::new(1 << 10);
+    if parser.feed(first).and_then(|()| parser.feed(second)).is_err() {
+        return;
+    }
+    // What is no UTF-8 may stand in members that nobody reads.
+    if let (Ok(ranges), Ok(text)) = (parser.finish(), std::str::from_utf8(text)) {
+        let loose: Result<Vec<Loose>, _> = serde_json::from_str(text);
+        let loose =
+            loose.map(|list| list.iter().map(|range| (range.offset, range.length)).collect());
+        let ranges: Vec<_> = ranges.iter().map(|range| (range.offset, range.length)).collect();
+        assert_eq!(loose.ok(), Some(ranges));
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! A request goes through these rooms, in this order: [`server`] accepts the connection and bounds what it may
 //! cost; [`tls`](crate::TlsIdentity) makes it private; [`auth`] finds out whose key it brings; [`audit`] notes who
-//! did what; the interface of rct-service (`contract`) or our own under `/v1` (`v1`) reads it; [`roots`] decides
+//! did what; the interface of rct-service (`contract`) or our own under `/v1` (`v1`) reads it, both with the
+//! engine of [`stream`]; [`roots`] decides
 //! whether the path may be touched; [`provider`] knows the disks of the platform. Nothing of a request reaches a
 //! provider before its key and its path have been found good.
 //!
@@ -13,17 +14,24 @@ pub mod audit;
 pub mod auth;
 pub mod config;
 mod contract;
+mod drain;
 mod error;
+pub mod freezes;
 pub mod limits;
 pub mod metrics;
+pub mod openapi;
 pub mod provider;
 pub mod roots;
 mod run;
 pub mod server;
 mod stall;
 pub mod state;
+pub mod stream;
 mod systemd;
 mod tls;
+pub mod transfers;
+mod v1;
+pub mod work;
 
 pub use config::{AgentOptions, CertificateFiles, ConnectionLimits};
 pub use error::{AgentError, Result};

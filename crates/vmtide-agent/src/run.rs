@@ -4,7 +4,6 @@ use crate::audit::AuditLog;
 use crate::auth::{KeyStore, RELOAD_INTERVAL};
 use crate::config::AgentOptions;
 use crate::error::{AgentError, Result};
-use crate::limits::Limits;
 use crate::metrics::Metrics;
 use crate::provider::DiskProvider;
 use crate::roots::Roots;
@@ -12,6 +11,7 @@ use crate::server;
 use crate::state::{AppState, Shared};
 use crate::systemd;
 use crate::tls::{Fingerprint, TlsIdentity};
+use crate::work::Work;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -76,14 +76,10 @@ fn prepare(options: &AgentOptions, provider: Arc<dyn DiskProvider>) -> Result<Sh
     let audit_log =
         options.audit_log.clone().unwrap_or_else(|| options.state_directory.join(AUDIT_FILE));
     let audit = AuditLog::open(&audit_log)?;
-    Ok(Arc::new(AppState {
-        provider,
-        roots,
-        keys,
-        limits: Limits::default(),
-        metrics: Metrics::default(),
-        audit,
-    }))
+    let limits = options.limits.clone();
+    let work = Work::new(&limits);
+    let metrics = Metrics::default();
+    Ok(Arc::new(AppState { provider, roots, keys, limits, metrics, audit, work }))
 }
 
 fn make_state_directory(path: &Path) -> Result<()> {

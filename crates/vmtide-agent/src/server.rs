@@ -11,8 +11,9 @@
 use crate::config::ConnectionLimits;
 use crate::stall::StallGuard;
 use crate::state::Shared;
-use crate::{audit, contract};
+use crate::{audit, contract, drain, metrics, v1};
 use axum::Router;
+use axum::middleware::{from_fn_with_state, map_request};
 use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
@@ -52,8 +53,11 @@ pub struct Peer(pub SocketAddr);
 pub fn router(state: Shared) -> Router {
     Router::new()
         .merge(contract::router())
+        .merge(v1::router(&state))
         .fallback(contract::unknown)
-        .layer(axum::middleware::from_fn_with_state(Arc::clone(&state), audit::record))
+        .layer(from_fn_with_state(Arc::clone(&state), metrics::record))
+        .layer(from_fn_with_state(Arc::clone(&state), audit::record))
+        .layer(map_request(drain::wrap))
         .with_state(state)
 }
 

@@ -6,6 +6,7 @@ use crate::limits::Limits;
 use crate::metrics::Metrics;
 use crate::provider::{self, DiskProvider, ProviderError};
 use crate::roots::{Located, Roots};
+use crate::work::Work;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use vmtide_block::{BlockDevice, WritableBlockDevice};
@@ -27,6 +28,8 @@ pub struct AppState {
     pub metrics: Metrics,
     /// Who did what.
     pub audit: AuditLog,
+    /// What is going on: transfers, freezes, disks that are written.
+    pub work: Work,
 }
 
 /// The state as handlers get it.
@@ -47,16 +50,25 @@ impl AppState {
         work: impl FnOnce(&Self, &Path) -> provider::Result<T> + Send + 'static,
     ) -> provider::Result<T> {
         let requested = requested.to_owned();
-        self.blocking(move |state| {
-            let located = state.locate(&requested)?;
-            let done = work(state, located.path())?;
-            located.recheck().map_err(|refusal| ProviderError::InUse {
-                path: requested,
-                reason: refusal.to_string(),
-            })?;
-            Ok(done)
-        })
-        .await
+        self.blocking(move |state| state.with_located(&requested, work)).await
+    }
+
+    /// The same on the thread of the caller. Blocks.
+    ///
+    /// # Errors
+    /// Those of `work`; [`ProviderError::NotFound`]; [`ProviderError::InUse`] where the file was exchanged.
+    pub fn with_located<T>(
+        &self,
+        requested: &str,
+        work: impl FnOnce(&Self, &Path) -> provider::Result<T>,
+    ) -> provider::Result<T> {
+        let located = self.locate(requested)?;
+        let done = work(self, located.path())?;
+        located.recheck().map_err(|refusal| ProviderError::InUse {
+            path: requested.to_owned(),
+            reason: refusal.to_string(),
+        })?;
+        Ok(done)
     }
 
     /// Runs `work` on a thread that may block.

@@ -46,6 +46,16 @@ proptest! {
     }
 
     #[test]
+    fn frames(input in mutated("agent_frames")) {
+        vmtide_agent::fuzzing::agent_frames(&input);
+    }
+
+    #[test]
+    fn ranges(input in mutated("agent_ranges")) {
+        vmtide_agent::fuzzing::agent_ranges(&input);
+    }
+
+    #[test]
     fn keys(input in mutated("agent_keys")) {
         vmtide_agent::fuzzing::agent_keys(&input);
     }

@@ -343,9 +343,8 @@ class Freeze:
         self._ended = True
         try:
             self._client._transport.document("DELETE", self._target, tries=2)
-        except RefusedError as error:
-            if error.code != "unknown_freeze":
-                raise
+        except NotFoundError:
+            pass
 
 
 class _doubts:

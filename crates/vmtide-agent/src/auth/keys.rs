@@ -38,9 +38,9 @@ const PLAIN_NAME: &str = "default";
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Rights {
-    /// Reading disks and their changes.
+    /// Reading disks and their changes, also at a moment that is frozen for that.
     ReadOnly,
-    /// That, and switching tracking, freezing, making and writing disks.
+    /// That, and switching tracking, sealing ids, making and writing disks.
     ReadWrite,
 }
 

@@ -4,29 +4,13 @@ use super::errors::ContractError;
 use super::paths::query_value;
 use crate::auth::Caller;
 use crate::state::Shared;
+use crate::stream::{ContentBody, ContentRequest, Encoding, HeldMemory, RangeList, receive_ranges};
+use crate::transfers::{Transfer, TransferKind};
 use axum::body::Body;
 use axum::response::{IntoResponse, Response};
-use bytes::Bytes;
 use http::HeaderMap;
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE};
-use http_body::{Frame, SizeHint};
-use http_body_util::{BodyExt, Limited};
-use serde::Deserialize;
-use std::pin::Pin;
-use std::sync::Arc;
-use std::task::{Context, Poll, ready};
-use std::time::Duration;
-use tokio::sync::mpsc;
-use vmtide_block::{BlockDevice, BlockError, ByteRange};
-
-/// The most bytes of a list of ranges.
-const MAX_BODY_BYTES: usize = 64 << 20;
-/// How long a list of ranges may take to arrive.
-const BODY_TIMEOUT: Duration = Duration::from_secs(60);
-/// What is read at once.
-const PIECE_BYTES: u64 = 256 << 10;
-/// How much is read ahead.
-const PIECES: usize = 6;
+use vmtide_block::ByteRange;
 
 /// The ranges of `?ranges=OFFSET:LENGTH,…`.
 pub fn ranges_of_query(query: &str) -> Result<Vec<ByteRange>, ContractError> {
@@ -46,28 +30,19 @@ fn number(text: &str) -> Option<u64> {
     if text.bytes().all(|digit| digit.is_ascii_digit()) { text.parse().ok() } else { None }
 }
 
-/// The ranges of the body of a POST.
-pub async fn ranges_of_body(_state: &Shared, body: Body) -> Result<Vec<ByteRange>, ContractError> {
-    let body = Limited::new(body, MAX_BODY_BYTES).collect();
-    let body =
-        tokio::time::timeout(BODY_TIMEOUT, body).await.map_err(|_| ContractError::TooSlow)?;
-    let body = body.map_err(|error| ContractError::TooLarge(error.to_string()))?.to_bytes();
-    let ranges: Vec<Range> = serde_json::from_slice(&body).map_err(|error| {
-        let text = format!("the ranges: {error}");
-        if error.is_data() {
-            ContractError::WrongData(text)
-        } else {
-            ContractError::Malformed(text)
-        }
-    })?;
-    Ok(ranges.into_iter().map(|range| ByteRange::new(range.offset, range.length)).collect())
+/// Takes a place among the transfers of a client: before its list is read, so that what lists take is bounded.
+pub fn begin(state: &Shared, caller: &Caller, disk: &str) -> Result<Transfer, ContractError> {
+    let transfer = state.work.transfers.begin(&caller.name, TransferKind::Read, disk);
+    transfer.map_err(|error| ContractError::TooMany(error.to_string()))
 }
 
-/// A range as clients send it; other members say nothing, as in rct-service.
-#[derive(Deserialize)]
-struct Range {
-    offset: u64,
-    length: u64,
+/// The ranges of the body of a POST, and what holds their memory.
+pub async fn ranges_of_body(
+    state: &Shared,
+    body: Body,
+) -> Result<(Vec<ByteRange>, HeldMemory), ContractError> {
+    let received = receive_ranges(body, &state.limits, &state.work.range_memory);
+    received.await.map_err(ContractError::of_body)
 }
 
 /// rct-service has no route for a body of another type.
@@ -82,87 +57,34 @@ pub fn check_type(headers: &HeaderMap) -> Result<(), ContractError> {
     Err(ContractError::Parameter("the ranges are sent as Content-Type: application/json"))
 }
 
-/// The bytes of `ranges`, one after the other.
+/// The bytes of `ranges`, one after the other; without them where only the head is asked for.
 pub async fn answer(
     state: &Shared,
-    _caller: &Caller,
     disk: &str,
-    ranges: Vec<ByteRange>,
+    (ranges, memory): (Vec<ByteRange>, HeldMemory),
+    transfer: Transfer,
+    is_head: bool,
 ) -> Result<Response, ContractError> {
     let device = state.with_disk(disk, |state, path| state.open(path)).await;
     let device = device.map_err(|error| ContractError::of_disk(disk, error))?;
-    let mut total = 0u64;
-    for range in &ranges {
-        device.check_range(*range).map_err(|error| ContractError::OutOfRange(error.to_string()))?;
-        total = total
-            .checked_add(range.length)
-            .ok_or_else(|| ContractError::Malformed("the ranges have too many bytes".into()))?;
-    }
-    let (sender, pieces) = mpsc::channel(PIECES);
-    drop(tokio::task::spawn_blocking(move || read(&device, &ranges, &sender)));
+    let ranges = RangeList::new(ranges, device.size_bytes())
+        .map_err(|error| ContractError::OutOfRange(error.to_string()))?
+        .with_memory(memory);
+    let total = ranges.total_bytes();
+    transfer.set_total_bytes(total);
     let headers = [
         (CONTENT_TYPE, "application/octet-stream".to_owned()),
         (CONTENT_LENGTH, total.to_string()),
     ];
-    Ok((headers, Body::new(Content { pieces, left_bytes: total })).into_response())
-}
-
-fn read(
-    device: &Arc<dyn BlockDevice>,
-    ranges: &[ByteRange],
-    pieces: &mpsc::Sender<Result<Bytes, BlockError>>,
-) {
-    for range in ranges {
-        let mut at = range.offset;
-        while at < range.end() {
-            let length = PIECE_BYTES.min(range.end() - at);
-            let mut piece = vec![0; usize::try_from(length).unwrap_or(0)];
-            let read = device.read_at(&mut piece, at).map(|()| Bytes::from(piece));
-            let failed = read.is_err();
-            // A client that went away wants no more.
-            if pieces.blocking_send(read).is_err() || failed {
-                return;
-            }
-            at += length;
-        }
+    if is_head {
+        transfer.complete();
+        return Ok((headers, Body::empty()).into_response());
     }
-}
-
-/// The body of an answer. One that ends early is an error, which cuts the connection.
-struct Content {
-    pieces: mpsc::Receiver<Result<Bytes, BlockError>>,
-    left_bytes: u64,
-}
-
-impl http_body::Body for Content {
-    type Data = Bytes;
-    type Error = BlockError;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, BlockError>>> {
-        match ready!(self.pieces.poll_recv(context)) {
-            Some(Ok(piece)) => {
-                self.left_bytes = self.left_bytes.saturating_sub(piece.len() as u64);
-                Poll::Ready(Some(Ok(Frame::data(piece))))
-            }
-            Some(Err(error)) => {
-                tracing::warn!(%error, "reading a disk failed while it was sent");
-                Poll::Ready(Some(Err(error)))
-            }
-            None if self.left_bytes > 0 => Poll::Ready(Some(Err(BlockError::Cancelled))),
-            None => Poll::Ready(None),
-        }
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.left_bytes == 0
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        SizeHint::with_exact(self.left_bytes)
-    }
+    let content =
+        ContentRequest { device, ranges, from: 0, until: total, encoding: Encoding::Plain };
+    let body = ContentBody::new(content, state.limits.stream, transfer).with_first_piece().await;
+    let body = body.map_err(|error| ContractError::Internal(error.to_string()))?;
+    Ok((headers, Body::new(body)).into_response())
 }
 
 #[cfg(test)]

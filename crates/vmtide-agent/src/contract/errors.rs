@@ -1,6 +1,7 @@
 //! What can be wrong with a request of the contract: statuses, and lines of text.
 
 use crate::provider::ProviderError;
+use crate::stream::ReceiveError;
 use axum::response::{IntoResponse, Response};
 use http::StatusCode;
 use thiserror::Error;
@@ -38,6 +39,9 @@ pub enum ContractError {
     /// What is sent comes too slowly.
     #[error("the request did not arrive in time")]
     TooSlow,
+    /// This client, or the agent, uses as much as it may.
+    #[error("{0}")]
+    TooMany(String),
     /// The provider failed in its own way.
     #[error("{0}")]
     Provider(ProviderError),
@@ -66,6 +70,20 @@ impl ContractError {
         }
     }
 
+    /// An error of the list of ranges in a body.
+    pub fn of_body(error: ReceiveError) -> Self {
+        let text = error.to_string();
+        match error {
+            ReceiveError::TooLarge { .. } | ReceiveError::TooManyRanges { .. } => {
+                Self::TooLarge(text)
+            }
+            ReceiveError::Timeout => Self::TooSlow,
+            ReceiveError::Cut | ReceiveError::Malformed(_) => Self::Malformed(text),
+            ReceiveError::WrongData(_) => Self::WrongData(text),
+            ReceiveError::Busy => Self::TooMany(text),
+        }
+    }
+
     fn status(&self) -> StatusCode {
         match self {
             Self::NoRoute | Self::Parameter(_) | Self::BadPath(_) | Self::UnknownId(_) => {
@@ -77,6 +95,7 @@ impl ContractError {
             Self::OutOfRange(_) => StatusCode::RANGE_NOT_SATISFIABLE,
             Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::TooSlow => StatusCode::REQUEST_TIMEOUT,
+            Self::TooMany(_) => StatusCode::TOO_MANY_REQUESTS,
             Self::Provider(error) => status_of(error),
             Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }

@@ -21,8 +21,10 @@ pub mod paths;
 
 use crate::audit::Note;
 use crate::auth::{self, Caller, NoKey};
-use crate::provider::{DiskInfo, ProviderError};
+use crate::provider::DiskInfo;
 use crate::state::Shared;
+use crate::stream::{ChangesFormat, HeldMemory, changes_body};
+use crate::v1;
 use axum::Router;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
@@ -32,7 +34,6 @@ use http::header::CONTENT_TYPE;
 use http::{Method, StatusCode};
 use paths::{Action, Target};
 use serde::Serialize;
-use vmtide_block::ByteRange;
 
 /// The routes. The path is read by hand: a disk may be written with slashes, escaped or not, and is one parameter.
 pub fn router() -> Router<Shared> {
@@ -85,13 +86,15 @@ async fn answer(
         }
         Action::Changes { id } if is_read => changes(state, &disk, id).await,
         Action::Content if is_read => {
-            let ranges = content::ranges_of_query(query)?;
-            content::answer(state, caller, &disk, ranges).await
+            let ranges = (content::ranges_of_query(query)?, HeldMemory::default());
+            let transfer = content::begin(state, caller, &disk)?;
+            content::answer(state, &disk, ranges, transfer, head.method == Method::HEAD).await
         }
         Action::Content if head.method == Method::POST => {
             content::check_type(&head.headers)?;
+            let transfer = content::begin(state, caller, &disk)?;
             let ranges = content::ranges_of_body(state, body).await?;
-            content::answer(state, caller, &disk, ranges).await
+            content::answer(state, &disk, ranges, transfer, false).await
         }
         _ => Err(ContractError::NoRoute),
     }
@@ -161,41 +164,12 @@ async fn set_tracking(
 }
 
 async fn changes(state: &Shared, disk: &str, id: String) -> Result<Response, ContractError> {
-    let asked = id.clone();
-    let found = state.with_disk(disk, move |state, path| {
-        let size_bytes = state.provider.info(path)?.virtual_size_bytes;
-        let mut ranges: Vec<ByteRange> = Vec::new();
-        let mut at = 0;
-        while at < size_bytes {
-            let window = ByteRange::from_bounds(at, size_bytes);
-            let page = state.provider.changes(path, &id, window)?;
-            if page.processed_bytes == 0 {
-                return Err(ProviderError::Failed {
-                    path: path.display().to_string(),
-                    reason: format!("the platform says nothing about changes from byte {at} on"),
-                });
-            }
-            let covered = ByteRange::new(at, page.processed_bytes.min(window.length));
-            add_page(&mut ranges, covered, &page.ranges);
-            at = covered.end();
-        }
-        Ok(ranges)
-    });
-    let ranges = found.await.map_err(|error| ContractError::of_changes(disk, &asked, error))?;
-    json(&ranges)
-}
-
-/// Adds the ranges of one page, clamped to what it speaks for, joined with what they touch.
-fn add_page(ranges: &mut Vec<ByteRange>, covered: ByteRange, page: &[ByteRange]) {
-    for range in page.iter().map(|range| range.intersect(&covered)) {
-        match ranges.last_mut() {
-            _ if range.is_empty() => {}
-            Some(last) if range.offset <= last.end() => {
-                *last = ByteRange::from_bounds(last.offset, last.end().max(range.end()));
-            }
-            _ => ranges.push(range),
-        }
-    }
+    let info = state.with_disk(disk, |state, path| state.provider.info(path)).await;
+    let size_bytes = info.map_err(|error| ContractError::of_disk(disk, error))?.virtual_size_bytes;
+    let pager = v1::pager(state, disk.to_owned(), id.clone(), size_bytes, 0);
+    let body = changes_body(pager, ChangesFormat::List).await;
+    let body = body.map_err(|error| ContractError::of_changes(disk, &id, error))?;
+    Ok(([(CONTENT_TYPE, "application/json")], body).into_response())
 }
 
 fn json(value: &impl Serialize) -> Result<Response, ContractError> {
@@ -208,6 +182,7 @@ fn json(value: &impl Serialize) -> Result<Response, ContractError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vmtide_block::ByteRange;
 
     #[test]
     fn json_has_the_names_and_the_order_of_rct_service() {
@@ -226,21 +201,5 @@ mod tests {
             serde_json::to_string(&[ByteRange::new(0, 512)]).unwrap(),
             "[{\"offset\":0,\"length\":512}]"
         );
-    }
-
-    #[test]
-    fn pages_are_joined_and_clamped() {
-        let mut ranges = Vec::new();
-        add_page(
-            &mut ranges,
-            ByteRange::new(0, 100),
-            &[ByteRange::new(0, 10), ByteRange::new(90, 20)],
-        );
-        add_page(
-            &mut ranges,
-            ByteRange::new(100, 100),
-            &[ByteRange::new(90, 20), ByteRange::new(150, 0)],
-        );
-        assert_eq!(ranges, [ByteRange::new(0, 10), ByteRange::new(90, 20)]);
     }
 }

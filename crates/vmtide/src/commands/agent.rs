@@ -2,15 +2,18 @@
 
 use crate::app::App;
 use crate::exit::Exit;
-use crate::signals;
 use crate::table::Table;
+use crate::{signals, units};
 use clap::{Args, Subcommand, ValueHint};
 use std::fs::File;
 use std::io::Write;
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use vmtide_agent::auth::keys::NewKey;
 use vmtide_agent::auth::{Rights, file, keys};
 use vmtide_agent::config::DEFAULT_LISTEN;
+use vmtide_agent::limits::Limits;
+use vmtide_agent::stream::StreamOptions;
 use vmtide_agent::{AgentError, AgentOptions, CertificateFiles, ConnectionLimits, Started};
 use vmtide_engine::{EngineError, Result};
 use zeroize::Zeroizing;
@@ -74,6 +77,24 @@ struct ServeAgentArgs {
     /// The most connections of one address at once
     #[arg(long, value_name = "NUMBER", default_value_t = ConnectionLimits::default().per_peer)]
     max_connections_per_peer: usize,
+    /// The most transfers of content at once, of all keys together
+    #[arg(long, value_name = "NUMBER", default_value_t = Limits::default().streams_total)]
+    max_transfers: usize,
+    /// The most transfers of content at once of one key
+    #[arg(long, value_name = "NUMBER", default_value_t = Limits::default().streams_per_client)]
+    max_transfers_per_key: usize,
+    /// The most bytes a second of content of one key [default: no limit]
+    #[arg(long, value_name = "RATE", value_parser = units::parse_size)]
+    limit_rate: Option<u64>,
+    /// What is read and sent at once; for measurements
+    #[arg(long, hide = true, value_name = "SIZE", value_parser = units::parse_size)]
+    piece_size: Option<u64>,
+    /// How many pieces of a transfer may be under way; for measurements
+    #[arg(long, hide = true, value_name = "NUMBER")]
+    read_ahead: Option<usize>,
+    /// How many threads read for a transfer; for measurements
+    #[arg(long, hide = true, value_name = "NUMBER")]
+    readers: Option<usize>,
 }
 
 #[derive(Debug, Args)]
@@ -166,7 +187,24 @@ impl ServeAgentArgs {
                 per_peer: self.max_connections_per_peer,
                 ..ConnectionLimits::default()
             },
+            limits: self.limits(),
         })
+    }
+
+    fn limits(&self) -> Limits {
+        let usual = StreamOptions::default();
+        let piece_bytes = self.piece_size.and_then(|bytes| usize::try_from(bytes).ok());
+        Limits {
+            streams_total: self.max_transfers,
+            streams_per_client: self.max_transfers_per_key,
+            bytes_per_second_per_client: self.limit_rate.and_then(NonZeroU64::new),
+            stream: StreamOptions {
+                piece_bytes: piece_bytes.unwrap_or(usual.piece_bytes),
+                read_ahead: self.read_ahead.unwrap_or(usual.read_ahead),
+                readers: self.readers.unwrap_or(usual.readers),
+            },
+            ..Limits::default()
+        }
     }
 }
 

@@ -1,0 +1,55 @@
+//! `/v1`: the agent's own interface, described in `docs/agent-protocol.md`.
+//!
+//! Handlers read a request, ask the state, and tell the answer; what they have in common is the key and the
+//! parameters ([`request`]) and the form of errors ([`error`]). Everything that streams is in
+//! [`stream`](crate::stream).
+
+mod agent;
+mod content;
+mod disks;
+mod error;
+mod form;
+mod freezes;
+mod request;
+
+pub(crate) use disks::pager;
+
+use crate::state::Shared;
+use axum::Router;
+use axum::middleware::from_fn_with_state;
+use axum::routing::{get, post};
+use error::ApiError;
+
+/// Everything below `/v1`.
+pub(crate) fn router(state: &Shared) -> Router<Shared> {
+    let with_key = Router::new()
+        .route("/", get(agent::show))
+        .route("/openapi.json", get(agent::openapi))
+        .route("/metrics", get(agent::metrics))
+        .route("/disks", get(disks::info).post(disks::create))
+        .route("/disks/tracking", get(disks::tracking).put(disks::set_tracking))
+        .route("/disks/tracking/checkpoints", post(disks::checkpoint))
+        .route("/disks/changes", get(disks::changes))
+        .route("/disks/content", get(content::read).post(content::read).put(content::write))
+        .route("/freezes", get(freezes::list).post(freezes::create))
+        .route("/freezes/{id}", get(freezes::show).put(freezes::renew).delete(freezes::end))
+        .route("/freezes/{id}/disks/{index}/content", get(freezes::read).post(freezes::read))
+        .route("/freezes/{id}/disks/{index}/changes", get(freezes::changes))
+        .route("/jobs", get(agent::jobs))
+        .route("/jobs/{id}", get(agent::job).delete(agent::cancel))
+        .method_not_allowed_fallback(wrong_method)
+        .fallback(unknown)
+        .layer(from_fn_with_state(Shared::clone(state), request::require_key))
+        // What is larger has a limit of its own, or none as content that is written.
+        .layer(axum::extract::DefaultBodyLimit::disable());
+    let open = Router::new().route("/health", get(agent::health));
+    Router::new().nest("/v1", open.merge(with_key))
+}
+
+async fn unknown() -> ApiError {
+    ApiError::new("not_found", "there is nothing here: GET /v1/openapi.json tells all routes")
+}
+
+async fn wrong_method() -> ApiError {
+    ApiError::new("method_not_allowed", "this route has no such method")
+}

@@ -1,0 +1,747 @@
+//! `/v1` as `docs/agent-protocol.md` promises it: every route, every form of content, every limit.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::too_many_lines,
+    clippy::cast_possible_truncation,
+    reason = "tests: a failed unwrap is a failed test, and one story is told in one piece"
+)]
+
+mod support;
+
+use serde_json::json;
+use std::num::NonZeroU64;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+use support::agent::Agent;
+use support::client::{Answer, Client, escape};
+use support::provider::{PATTERN_DATA, PATTERN_UNIT, TestDisk, TestProvider, pattern_byte};
+use vmtide_agent::limits::Limits;
+use vmtide_agent::stream::frame::{self, Frame, FrameHeader, FrameKind, FrameReader};
+use vmtide_block::ByteRange;
+
+const DISK: usize = 3 << 20;
+
+/// Content without a pattern, with 1 MiB of zeros in the middle.
+fn content() -> Vec<u8> {
+    let mut state = 1u64;
+    let mut bytes: Vec<u8> = (0..DISK)
+        .map(|_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            state.to_be_bytes()[0]
+        })
+        .collect();
+    bytes[1 << 20..2 << 20].fill(0);
+    bytes
+}
+
+fn one_disk() -> (Arc<TestDisk>, Agent) {
+    let disk = TestDisk::memory(content());
+    let provider = TestProvider::new(&[("a.vhdx", Arc::clone(&disk))]);
+    (disk, Agent::start(provider, Limits::default()))
+}
+
+/// What frames say, laid out like the disk; bytes that they do not speak for are 0xAA.
+fn unframe(body: &[u8], from: u64) -> (Vec<u8>, u64) {
+    let mut frames = FrameReader::new(body, from).unwrap();
+    let mut disk = vec![0xAA; DISK];
+    loop {
+        match frames.next_frame().unwrap() {
+            Frame::Data { offset, content } => {
+                let at = usize::try_from(offset).unwrap();
+                disk[at..at + content.len()].copy_from_slice(content);
+            }
+            Frame::Zero(range) => {
+                let at = usize::try_from(range.offset).unwrap();
+                disk[at..at + usize::try_from(range.length).unwrap()].fill(0);
+            }
+            Frame::End(position) => {
+                frames.expect_nothing_more().unwrap();
+                return (disk, position);
+            }
+        }
+    }
+}
+
+fn until(what: &str, done: impl Fn() -> bool) {
+    let began = Instant::now();
+    while !done() {
+        assert!(began.elapsed() < Duration::from_secs(60), "{what} never happened");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn disks_are_described_made_and_tracked() {
+    let (_, agent) = one_disk();
+    let (reader, writer) = (agent.reader(), agent.writer());
+    let path = escape(&agent.path("a.vhdx"));
+    let info = reader.get(&format!("/v1/disks?path={path}")).json();
+    assert_eq!(info["virtual_size_bytes"], DISK);
+    assert_eq!(info["path"], agent.path("a.vhdx"));
+    assert_eq!((&info["virtual_storage_type"], &info["format"]), (&json!(3), &json!("vhdx")));
+
+    let tracking = format!("/v1/disks/tracking?path={path}");
+    assert_eq!(reader.get(&tracking).json()["enabled"], true);
+    let off = json!({"enabled": false});
+    assert_eq!(reader.json("PUT", &tracking, &off).code(), "read_only_key");
+    assert_eq!(writer.json("PUT", &tracking, &off).json()["enabled"], false);
+    let checkpoints = format!("/v1/disks/tracking/checkpoints?path={path}");
+    assert_eq!(writer.request("POST", &checkpoints, &[], b"").code(), "tracking_disabled");
+    assert_eq!(writer.json("PUT", &tracking, &json!({"enabled": true})).status, 200);
+    let sealed = writer.request("POST", &checkpoints, &[], b"");
+    assert_eq!((sealed.status, &sealed.json()["tracking_id"]), (201, &json!("rctX:0:00000001")));
+    assert_eq!(reader.get(&tracking).json()["most_recent_id"], "rctX:0:00000001");
+    assert_eq!(reader.request("POST", &checkpoints, &[], b"").code(), "read_only_key");
+
+    let new = format!("/v1/disks?path={}", escape(&agent.path("new.vhdx")));
+    let wanted = json!({"format": "vhdx", "virtual_size_bytes": 1 << 20, "fixed": false});
+    assert_eq!(reader.json("POST", &new, &wanted).code(), "read_only_key");
+    let made = writer.json("POST", &new, &wanted);
+    assert_eq!((made.status, &made.json()["virtual_size_bytes"]), (201, &json!(1 << 20)));
+    assert_eq!(writer.json("POST", &new, &wanted).code(), "exists");
+    let outside = format!("/v1/disks?path={}", escape("/etc/new.vhdx"));
+    assert_eq!(writer.json("POST", &outside, &wanted).code(), "not_found");
+    let other = json!({"format": "qed", "virtual_size_bytes": 1, "fixed": false});
+    let qed = format!("/v1/disks?path={}", escape(&agent.path("new.qed")));
+    assert_eq!(writer.json("POST", &qed, &other).code(), "unsupported");
+}
+
+#[test]
+fn errors_have_one_form_and_stable_codes() {
+    let (disk, agent) = one_disk();
+    let reader = agent.reader();
+    let path = escape(&agent.path("a.vhdx"));
+    let strange = Client { key: String::new(), ..reader.clone() };
+    for target in ["/v1", "/v1/metrics", "/v1/openapi.json", "/v1/disks?path=/", "/v1/nothing"] {
+        let refused = strange.get(target);
+        assert_eq!((refused.status, refused.code().as_str()), (401, "unauthorized"), "{target}");
+    }
+    assert_eq!(strange.get("/v1/health").json(), json!({"status": "ok"}));
+    let content = format!("/v1/disks/content?path={path}");
+    for (target, code) in [
+        ("/v1/nothing".to_owned(), "not_found"),
+        ("/v1/disks".to_owned(), "bad_request"),
+        ("/v1/disks?path=".to_owned(), "bad_request"),
+        ("/v1/disks?path=%ff".to_owned(), "bad_request"),
+        (format!("/v1/disks?path={path}&pat=1"), "bad_request"),
+        (format!("/v1/disks?path={path}&path={path}"), "bad_request"),
+        ("/v1/disks?path=%2Fetc%2Fpasswd".to_owned(), "not_found"),
+        (format!("/v1/disks?path={path}x"), "not_found"),
+        (format!("/v1/disks/changes?path={path}"), "bad_request"),
+        (format!("/v1/disks/changes?path={path}&since=nope"), "unknown_tracking_id"),
+        (format!("/v1/disks/changes?path={path}&since=nope&limit=x"), "bad_request"),
+        (format!("{content}&ranges=1"), "bad_request"),
+        (format!("{content}&ranges=0:{}", DISK + 1), "out_of_range"),
+        (format!("{content}&ranges=18446744073709551615:2"), "out_of_range"),
+        (format!("{content}&from={}", DISK + 1), "range_not_satisfiable"),
+        (format!("{content}&format=xml"), "bad_request"),
+        (format!("{content}&compress=lzma"), "bad_request"),
+        ("/v1/freezes/00".to_owned(), "unknown_freeze"),
+        ("/v1/freezes/00/disks/0/content".to_owned(), "unknown_freeze"),
+        ("/v1/jobs/00".to_owned(), "unknown_job"),
+    ] {
+        assert_eq!(reader.get(&target).code(), code, "{target}");
+    }
+    assert_eq!(reader.request("PATCH", &content, &[], b"").code(), "method_not_allowed");
+    assert_eq!(reader.request("POST", &content, &[], b"[]").code(), "unsupported_media_type");
+    assert_eq!(reader.json("POST", &content, &json!({"a": 1})).code(), "bad_request");
+    let twice = reader.json("POST", &format!("{content}&ranges=0:1"), &json!([]));
+    assert_eq!(twice.code(), "bad_request");
+    let large = vec![b' '; 65 << 10];
+    let too_large = reader.request("POST", "/v1/freezes", &[], &large);
+    assert_eq!(too_large.code(), "too_large");
+    disk.faults.in_use.store(true, Ordering::SeqCst);
+    assert_eq!(reader.get(&content).code(), "in_use");
+}
+
+#[test]
+fn content_comes_in_every_form_and_from_every_position() {
+    let (disk, agent) = one_disk();
+    let expected = content();
+    let reader = agent.reader();
+    let url = format!("/v1/disks/content?path={}", escape(&agent.path("a.vhdx")));
+
+    let whole = reader.get(&url);
+    assert_eq!(whole.headers["content-length"], DISK.to_string());
+    assert!(whole.complete && whole.body == expected);
+    let job = reader.get(&format!("/v1/jobs/{}", whole.headers["vmtide-job"])).json();
+    assert_eq!((&job["state"], &job["done_bytes"]), (&json!("complete"), &json!(DISK)));
+
+    let ranges = "5000:70000,0:512,1048000:1000,5000:10,77:0";
+    let mut joined = Vec::new();
+    for (at, length) in [(5000, 70000), (0, 512), (1_048_000, 1000), (5000, 10)] {
+        joined.extend_from_slice(&expected[at..at + length]);
+    }
+    let some = reader.get(&format!("{url}&ranges={ranges}"));
+    assert!(some.body == joined);
+    let list: Vec<ByteRange> = [(5000, 70000), (0, 512), (1_048_000, 1000), (5000, 10)]
+        .map(|(offset, length)| ByteRange::new(offset, length))
+        .to_vec();
+    assert!(reader.json("POST", &url, &json!(list)).body == joined);
+    for from in [0, 1, 4096, 70_000, joined.len() - 1, joined.len()] {
+        let rest = reader.get(&format!("{url}&ranges={ranges}&from={from}"));
+        assert!(rest.body == joined[from..], "{from}");
+    }
+    let part = reader.request(
+        "GET",
+        &format!("{url}&ranges={ranges}"),
+        &[("range", "bytes=69999-70010")],
+        b"",
+    );
+    assert_eq!((part.status, part.body.as_slice()), (206, &joined[69_999..=70_010]));
+    assert_eq!(part.headers["content-range"], format!("bytes 69999-70010/{}", joined.len()));
+    let past = reader.request("GET", &url, &[("range", "bytes=99999999-")], b"");
+    assert_eq!((past.status, past.code().as_str()), (416, "range_not_satisfiable"));
+
+    for (target, headers) in
+        [(format!("{url}&compress=zstd"), vec![]), (url.clone(), vec![("accept-encoding", "zstd")])]
+    {
+        let packed = reader.request("GET", &target, &headers, b"");
+        assert_eq!(packed.headers["content-encoding"], "zstd");
+        assert_eq!(packed.headers["vmtide-content-bytes"], DISK.to_string());
+        assert!(packed.complete && zstd::decode_all(&packed.body[..]).unwrap() == expected);
+    }
+
+    for compress in ["none", "zstd"] {
+        for from in [0, 1 << 20, (2 << 20) + 7] {
+            let framed =
+                reader.get(&format!("{url}&format=ranges&compress={compress}&from={from}"));
+            assert_eq!(framed.headers["content-type"], frame::CONTENT_TYPE);
+            assert!(framed.complete && framed.body.len() < DISK - (1 << 20) + 10_000);
+            let (got, position) = unframe(&framed.body, from);
+            assert_eq!(position, DISK as u64);
+            let from = usize::try_from(from).unwrap();
+            assert!(
+                got[from..] == expected[from..] && got[..from].iter().all(|byte| *byte == 0xAA)
+            );
+        }
+    }
+
+    let head = reader.request("HEAD", &url, &[], b"");
+    assert_eq!(
+        (head.status, head.headers["content-length"].as_str()),
+        (200, DISK.to_string().as_str())
+    );
+    let empty = reader.get(&format!("{url}&ranges=0:0"));
+    assert!(empty.status == 200 && empty.complete && empty.body.is_empty());
+    let none = reader.json("POST", &format!("{url}&format=ranges"), &json!([]));
+    assert_eq!(unframe(&none.body, 0).1, 0);
+    until("the end of all handles", || disk.handles.load(Ordering::SeqCst) == 0);
+}
+
+#[test]
+fn holes_are_told_and_not_sent() {
+    let size = 1 << 40;
+    let provider = TestProvider::new(&[("big.vhdx", TestDisk::pattern(size))]);
+    let agent = Agent::start(provider, Limits::default());
+    let url = format!("/v1/disks/content?path={}", escape(&agent.path("big.vhdx")));
+    let first = size - PATTERN_UNIT - 1000;
+    let answer =
+        agent.reader().get(&format!("{url}&format=ranges&ranges={first}:{}", size - first));
+    let mut frames = FrameReader::new(&answer.body[..], 0).unwrap();
+    let (mut zeros, mut at) = (0, first);
+    loop {
+        match frames.next_frame().unwrap() {
+            Frame::Zero(range) => {
+                assert_eq!(range.offset, at);
+                zeros += range.length;
+                at = range.end();
+            }
+            Frame::Data { offset, content } => {
+                assert_eq!((offset, content[0]), (at, pattern_byte(at)));
+                at += content.len() as u64;
+            }
+            Frame::End(position) => break assert_eq!(position, PATTERN_UNIT + 1000),
+        }
+    }
+    assert_eq!((zeros, at), (PATTERN_UNIT - PATTERN_DATA + 1000, size));
+    assert!(answer.body.len() as u64 <= PATTERN_DATA + 100_000);
+}
+
+#[test]
+fn a_disk_that_fails_in_the_middle_cuts_the_connection() {
+    let (disk, agent) = one_disk();
+    let reader = agent.reader();
+    let url = format!("/v1/disks/content?path={}", escape(&agent.path("a.vhdx")));
+    disk.faults.reads_fail_from.store(2 << 20, Ordering::SeqCst);
+    for form in ["", "&format=ranges", "&compress=zstd", "&format=ranges&compress=zstd"] {
+        let cut = reader.get(&format!("{url}{form}"));
+        assert_eq!((cut.status, cut.complete), (200, false), "{form}");
+        assert!(cut.body.len() <= 2 << 20);
+        let job = format!("/v1/jobs/{}", cut.headers["vmtide-job"]);
+        let job = reader.get(&job).json();
+        assert_eq!(job["state"], "failed");
+        assert!(job["error"].as_str().unwrap().contains("the medium failed"), "{job}");
+    }
+    // Where not even the first piece can be read, that is told in so many words.
+    let from = reader.get(&format!("{url}&ranges={}:512", (2 << 20) + 512));
+    assert_eq!((from.status, from.code().as_str()), (500, "failed"));
+    until("the end of all handles", || disk.handles.load(Ordering::SeqCst) == 0);
+}
+
+#[test]
+fn what_was_lost_is_asked_for_again_from_where_it_broke() {
+    let (disk, agent) = one_disk();
+    let expected = content();
+    let reader = agent.reader();
+    let url = format!("/v1/disks/content?path={}", escape(&agent.path("a.vhdx")));
+    let mut got = Vec::new();
+    let mut failing = 300_000;
+    for _ in 0..100 {
+        disk.faults.reads_fail_from.store(failing, Ordering::SeqCst);
+        let part = reader.try_get(&format!("{url}&from={}", got.len()));
+        failing += 500_000;
+        // A connection may be lost before the answer began, and the first piece may be the one that fails.
+        let Some(part) = part.filter(|part| part.status == 200) else { continue };
+        got.extend(part.body);
+        if part.complete {
+            break;
+        }
+    }
+    assert!(got == expected);
+}
+
+#[test]
+fn a_client_that_goes_away_or_cancels_stops_the_readers() {
+    let disk = TestDisk::pattern(1 << 40);
+    let provider = TestProvider::new(&[("big.vhdx", Arc::clone(&disk))]);
+    let agent = Agent::start(provider, Limits::default());
+    let (reader, other) = (agent.reader(), agent.other());
+    let url = format!("/v1/disks/content?path={}", escape(&agent.path("big.vhdx")));
+
+    let mut going = reader.send("GET", &url, &[], b"");
+    going.next(4096).unwrap().unwrap();
+    let id = going.headers["vmtide-job"].clone();
+    drop(going);
+    until("the end of the handle", || disk.handles.load(Ordering::SeqCst) == 0);
+    assert_eq!(reader.get(&format!("/v1/jobs/{id}")).json()["state"], "aborted");
+
+    let mut cancelled = reader.send("GET", &url, &[], b"");
+    let job = format!("/v1/jobs/{}", cancelled.headers["vmtide-job"]);
+    assert_eq!(other.request("DELETE", &job, &[], b"").code(), "unknown_job");
+    assert_eq!(other.get("/v1/jobs").json()["jobs"], json!([]));
+    assert_eq!(reader.get(&job).json()["state"], "running");
+    assert_eq!(reader.request("DELETE", &job, &[], b"").status, 204);
+    let cut = loop {
+        match cancelled.next(1 << 20) {
+            Ok(Some(_)) => {}
+            Ok(None) => break false,
+            Err(_) => break true,
+        }
+    };
+    assert!(cut, "a cancelled transfer must not look complete");
+    assert_eq!(reader.get(&job).json()["state"], "cancelled");
+    until("the end of the handle", || disk.handles.load(Ordering::SeqCst) == 0);
+}
+
+#[test]
+fn transfers_are_limited_in_number_and_in_speed() {
+    let disk = TestDisk::pattern(1 << 40);
+    let provider = TestProvider::new(&[("big.vhdx", Arc::clone(&disk))]);
+    let rate = 4_000_000;
+    let limits = Limits {
+        streams_per_client: 2,
+        streams_total: 3,
+        bytes_per_second_per_client: NonZeroU64::new(rate),
+        ..Limits::default()
+    };
+    let agent = Agent::start(provider, limits);
+    let (reader, other) = (agent.reader(), agent.other());
+    let url = format!("/v1/disks/content?path={}", escape(&agent.path("big.vhdx")));
+    let held: Vec<_> = (0..2).map(|_| reader.send("GET", &url, &[], b"")).collect();
+    let refused = reader.get(&url);
+    assert_eq!((refused.status, refused.code().as_str()), (429, "too_many_streams"));
+    assert!(refused.headers.contains_key("retry-after"));
+    let third = other.send("GET", &url, &[], b"");
+    assert_eq!(third.status, 200);
+    assert_eq!(agent.writer().get(&url).code(), "busy");
+    drop((held, third));
+    until("the end of all handles", || disk.handles.load(Ordering::SeqCst) == 0);
+
+    let began = Instant::now();
+    let bytes = rate;
+    let sent = agent.writer().get(&format!("{url}&ranges=0:{bytes}"));
+    assert!(sent.complete && sent.body.len() as u64 == bytes);
+    // A second, less what a client may have at once; how much longer it takes is not the agent's to say.
+    assert!(began.elapsed() > Duration::from_millis(500), "{:?}", began.elapsed());
+}
+
+#[test]
+fn changes_come_in_pages_that_add_up() {
+    let (disk, agent) = one_disk();
+    let reader = agent.reader();
+    let ranges: Vec<_> = (0..300).map(|at| ByteRange::new(at * 8192, 4096)).collect();
+    disk.changed_since("rctX:1", ranges.clone());
+    disk.changed_since("rctX:2", Vec::new());
+    let url = format!("/v1/disks/changes?path={}", escape(&agent.path("a.vhdx")));
+    let all = reader.get(&format!("{url}&since=rctX:1"));
+    assert_eq!(all.json(), json!({"ranges": ranges, "next_cursor": null, "disk_size_bytes": DISK}));
+    assert!(all.headers.contains_key("content-length"));
+    assert_eq!(reader.get(&format!("{url}&since=rctX:2")).json()["ranges"], json!([]));
+    for (limit, page_bytes) in [(7, 0), (7, 10_000), (1, 4096), (300, 5000)] {
+        disk.faults.page_bytes.store(page_bytes, Ordering::SeqCst);
+        let (mut got, mut cursor) = (Vec::new(), json!(0));
+        while let Some(from) = cursor.as_u64() {
+            let page =
+                reader.get(&format!("{url}&since=rctX:1&limit={limit}&cursor={from}")).json();
+            let ranges: Vec<ByteRange> = serde_json::from_value(page["ranges"].clone()).unwrap();
+            assert!(ranges.len() <= limit);
+            got.extend(ranges);
+            cursor = page["next_cursor"].clone();
+        }
+        assert_eq!(got, ranges, "{limit} {page_bytes}");
+    }
+    disk.faults.processed_zero.store(true, Ordering::SeqCst);
+    let lost = reader.get(&format!("{url}&since=rctX:1"));
+    assert_eq!((lost.status, lost.code().as_str()), (409, "tracking_lost"));
+}
+
+#[test]
+fn a_long_answer_with_changes_that_fails_is_cut() {
+    let disk = TestDisk::pattern(1 << 40);
+    let ranges = (0..20_000).map(|at| ByteRange::new(at << 20, 4096)).collect();
+    disk.changed_since("rctX:1", ranges);
+    let provider = TestProvider::new(&[("big.vhdx", Arc::clone(&disk))]);
+    let agent = Agent::start(provider, Limits::default());
+    let v1 = format!("/v1/disks/changes?path={}&since=rctX:1", escape(&agent.path("big.vhdx")));
+    let contract = format!("/vdisk/{}/rct/rctX:1/changes", escape(&agent.path("big.vhdx")));
+    disk.faults.page_bytes.store(1 << 32, Ordering::SeqCst);
+    for target in [&v1, &contract] {
+        let whole = agent.reader().get(target);
+        assert!(whole.complete && whole.status == 200);
+        let json = whole.json();
+        let list = if json.is_array() { &json } else { &json["ranges"] };
+        assert_eq!(list.as_array().unwrap().len(), 20_000);
+    }
+    disk.faults.changes_fail_from.store(15_000 << 20, Ordering::SeqCst);
+    for target in [&v1, &contract] {
+        let cut = agent.reader().get(target);
+        assert!(cut.status == 200 && !cut.complete, "{target}");
+    }
+}
+
+#[test]
+fn freezes_hold_a_moment_until_they_end() {
+    let (a, b) = (TestDisk::memory(content()), TestDisk::memory(vec![5; 8192]));
+    let provider = TestProvider::new(&[("a.vhdx", Arc::clone(&a)), ("b.vhdx", b)]);
+    let frozen = Arc::clone(&provider.frozen);
+    let limits = Limits { freezes_per_client: 2, disks_per_freeze: 2, ..Limits::default() };
+    let agent = Agent::start(provider, limits);
+    let (reader, other) = (agent.reader(), agent.other());
+    let paths = [agent.path("a.vhdx"), agent.path("b.vhdx")];
+    let made = reader.json("POST", "/v1/freezes", &json!({"disks": paths, "ttl_seconds": 30}));
+    assert_eq!(made.status, 201);
+    let made = made.json();
+    assert_eq!(made["disks"][0]["tracking_id"], "rctX:0:00000001");
+    assert_eq!((&made["disks"][1]["size_bytes"], &made["ttl_seconds"]), (&json!(8192), &json!(30)));
+    let url = format!("/v1/freezes/{}", made["id"].as_str().unwrap());
+
+    a.content.write_at(&[9; 4096], 0).unwrap();
+    let then = reader.get(&format!("{url}/disks/0/content"));
+    assert!(then.body == content());
+    let list = reader.json(
+        "POST",
+        &format!("{url}/disks/1/content"),
+        &json!([{"offset": 8191, "length": 1}]),
+    );
+    assert_eq!(list.body, [5]);
+    a.changed_since("rctX:9", vec![ByteRange::new(0, 4096)]);
+    let changes = reader.get(&format!("{url}/disks/0/changes?since=rctX:9")).json();
+    assert_eq!(changes["ranges"], json!([{"offset": 0, "length": 4096}]));
+
+    for (method, target) in
+        [("GET", url.clone()), ("DELETE", url.clone()), ("GET", format!("{url}/disks/0/content"))]
+    {
+        assert_eq!(other.request(method, &target, &[], b"").code(), "unknown_freeze");
+    }
+    assert_eq!(reader.get(&format!("{url}/disks/2/content")).code(), "unknown_freeze");
+    assert_eq!(reader.json("PUT", &url, &json!({"ttl_seconds": 60})).json()["ttl_seconds"], 60);
+    assert_eq!(reader.json("PUT", &url, &json!({"ttl_seconds": 1})).code(), "bad_request");
+    assert_eq!(reader.get("/v1/freezes").json()["freezes"].as_array().unwrap().len(), 1);
+
+    for bad in [
+        json!({"disks": []}),
+        json!({"disks": [paths[0], paths[0]]}),
+        json!({"disks": [1]}),
+        json!({"disk": paths}),
+    ] {
+        assert_eq!(reader.json("POST", "/v1/freezes", &bad).code(), "bad_request", "{bad}");
+    }
+    let missing = json!({"disks": [paths[0], "/etc/passwd"]});
+    assert_eq!(reader.json("POST", "/v1/freezes", &missing).code(), "not_found");
+    let second = reader.json("POST", "/v1/freezes", &json!({"disks": [paths[0]]}));
+    assert_eq!(second.status, 201);
+    let third = reader.json("POST", "/v1/freezes", &json!({"disks": [paths[0]]}));
+    assert_eq!((third.status, third.code().as_str()), (429, "too_many_freezes"));
+    assert_eq!(frozen.load(Ordering::SeqCst), 2);
+
+    assert_eq!(reader.request("DELETE", &url, &[], b"").status, 204);
+    assert_eq!(reader.get(&url).code(), "unknown_freeze");
+    until("the end of the freeze", || frozen.load(Ordering::SeqCst) == 1);
+    drop(agent);
+    assert_eq!(frozen.load(Ordering::SeqCst), 0, "an agent that ends holds nothing");
+}
+
+/// A framed stream that writes these frames.
+fn framed(frames: &[(u64, &[u8])], zeros: &[ByteRange]) -> Vec<u8> {
+    let mut stream = frame::head().to_vec();
+    let mut position = 0;
+    let mut add = |kind, offset, length: u64, payload: &[u8], checksum| {
+        let payload_bytes = u32::try_from(payload.len()).unwrap();
+        stream.extend(FrameHeader { kind, payload_bytes, offset, length, checksum }.to_bytes());
+        stream.extend(payload);
+    };
+    for (offset, content) in frames {
+        let (length, checksum) = (content.len() as u64, crc32c::crc32c(content));
+        add(FrameKind::Data, *offset, length, content, checksum);
+        position += length;
+    }
+    for range in zeros {
+        add(FrameKind::Zero, range.offset, range.length, &[], 0);
+        position += range.length;
+    }
+    add(FrameKind::End, 0, position, &[], 0);
+    stream
+}
+
+#[test]
+fn what_is_written_is_there_and_what_is_broken_is_refused() {
+    let (disk, agent) = one_disk();
+    let (reader, writer) = (agent.reader(), agent.writer());
+    let url = format!("/v1/disks/content?path={}", escape(&agent.path("a.vhdx")));
+    let frames = [("content-type", frame::CONTENT_TYPE)];
+    let bytes = [("content-type", "application/octet-stream")];
+    let mut expected = content();
+
+    let piece = vec![7u8; 100_000];
+    let stream = framed(&[(1000, &piece), (200_000, b"x")], &[ByteRange::new(300_000, 100_000)]);
+    assert_eq!(reader.request("PUT", &url, &frames, &stream).code(), "read_only_key");
+    let written = writer.request("PUT", &url, &frames, &stream);
+    assert_eq!(
+        written.json(),
+        json!({"written_bytes": 100_001, "zeroed_bytes": 100_000, "position": 200_001})
+    );
+    assert_eq!(disk.flushes.load(Ordering::SeqCst), 1);
+    expected[1000..101_000].fill(7);
+    expected[200_000] = b'x';
+    expected[300_000..400_000].fill(0);
+    let raw: Vec<u8> = (0..2_500_000u32).map(|at| at.to_le_bytes()[1]).collect();
+    let written = writer.request("PUT", &format!("{url}&offset=500000"), &bytes, &raw);
+    assert_eq!(written.json()["written_bytes"], 2_500_000);
+    expected[500_000..3_000_000].copy_from_slice(&raw);
+    assert!(reader.get(&url).body == expected);
+
+    // What one form was read in, the other side can write.
+    let back = reader.get(&format!("{url}&format=ranges&compress=zstd")).body;
+    assert_eq!(writer.request("PUT", &url, &frames, &back).status, 200);
+    assert!(reader.get(&url).body == expected);
+
+    let end = framed(&[(0, b"abc")], &[]);
+    let mut flipped = end.clone();
+    flipped[16 + 32] ^= 1;
+    let mut more = end.clone();
+    more.push(0);
+    for bad in [
+        &flipped,
+        &more,
+        &end[..end.len() - 1].to_vec(),
+        &end[..40].to_vec(),
+        &Vec::new(),
+        &b"{}".repeat(100),
+    ] {
+        assert_eq!(writer.request("PUT", &url, &frames, bad).code(), "damaged_stream", "{bad:?}");
+    }
+    let past = framed(&[(DISK as u64 - 2, b"abc")], &[]);
+    assert_eq!(writer.request("PUT", &url, &frames, &past).code(), "out_of_range");
+    let zeros_past = framed(&[], &[ByteRange::new(0, 1 << 60)]);
+    assert_eq!(writer.request("PUT", &url, &frames, &zeros_past).code(), "out_of_range");
+    assert_eq!(writer.request("PUT", &url, &bytes, b"x").code(), "bad_request");
+    assert_eq!(
+        writer.request("PUT", &format!("{url}&offset=1"), &frames, b"x").code(),
+        "bad_request"
+    );
+    assert_eq!(writer.request("PUT", &url, &[], b"x").code(), "unsupported_media_type");
+    disk.faults.writes_fail.store(true, Ordering::SeqCst);
+    let failed = writer.request("PUT", &url, &frames, &end);
+    assert_eq!((failed.status, failed.code().as_str()), (500, "failed"));
+    until("the end of all handles", || disk.handles.load(Ordering::SeqCst) == 0);
+}
+
+#[test]
+fn a_write_that_breaks_off_gives_the_disk_back() {
+    let (disk, agent) = one_disk();
+    let writer = agent.writer();
+    let url = format!("/v1/disks/content?path={}&offset=0", escape(&agent.path("a.vhdx")));
+    let headers = [("content-type", "application/octet-stream"), ("content-length", "1000000")];
+    let begun = writer.begin("PUT", &url, &headers);
+    until("the write", || disk.handles.load(Ordering::SeqCst) == 1);
+    let second = writer.request("PUT", &url, &headers[..1], b"x");
+    assert_eq!((second.status, second.code().as_str()), (409, "in_use"));
+    drop(begun);
+    until("the end of the write", || disk.handles.load(Ordering::SeqCst) == 0);
+    until("the next write", || writer.request("PUT", &url, &headers[..1], b"x").status == 200);
+    let jobs = writer.get("/v1/jobs").json();
+    let states: Vec<_> =
+        jobs["jobs"].as_array().unwrap().iter().map(|job| job["state"].as_str().unwrap()).collect();
+    assert_eq!((states[0], *states.last().unwrap()), ("complete", "aborted"), "{jobs}");
+}
+
+/// What a schema promises, as far as the document says it: types, members that must be there, lists.
+fn fits(
+    document: &serde_json::Value,
+    schema: &serde_json::Value,
+    value: &serde_json::Value,
+) -> bool {
+    if let Some(name) = schema["$ref"].as_str().and_then(|name| name.rsplit('/').next()) {
+        return fits(document, &document["components"]["schemas"][name], value);
+    }
+    if let Some(values) = schema["enum"].as_array() {
+        return values.contains(value);
+    }
+    let is = |kind: &str| match kind {
+        "object" => value.is_object(),
+        "array" => value.is_array(),
+        "string" => value.is_string(),
+        "integer" => value.is_u64(),
+        "boolean" => value.is_boolean(),
+        "null" => value.is_null(),
+        other => panic!("{other}"),
+    };
+    let typed = match &schema["type"] {
+        serde_json::Value::Array(kinds) => kinds.iter().any(|kind| is(kind.as_str().unwrap())),
+        kind => is(kind.as_str().unwrap()),
+    };
+    let members = schema["required"].as_array().into_iter().flatten().all(|name| {
+        let name = name.as_str().unwrap();
+        value.get(name).is_some_and(|member| fits(document, &schema["properties"][name], member))
+    });
+    // Nothing is told that the document does not know.
+    let known = schema["properties"].as_object().is_none_or(|properties| {
+        value
+            .as_object()
+            .is_none_or(|members| members.keys().all(|name| properties.contains_key(name)))
+    });
+    let items = value
+        .as_array()
+        .is_none_or(|items| items.iter().all(|item| fits(document, &schema["items"], item)));
+    typed && members && known && items
+}
+
+#[test]
+fn every_route_of_the_document_answers_as_it_says() {
+    let (disk, agent) = one_disk();
+    disk.changed_since("rctX:1", vec![ByteRange::new(0, 4096)]);
+    let writer = agent.writer();
+    let document = writer.get("/v1/openapi.json").json();
+    let path = escape(&agent.path("a.vhdx"));
+    let freeze = || {
+        let frozen =
+            writer.json("POST", "/v1/freezes", &json!({"disks": [agent.path("a.vhdx")]})).json();
+        frozen["id"].as_str().unwrap().to_owned()
+    };
+    let mut operations = 0;
+    for (route, methods) in document["paths"].as_object().unwrap() {
+        for (method, operation) in methods.as_object().unwrap() {
+            let id = match route {
+                route if route.starts_with("/v1/freezes/{id}") => freeze(),
+                _ => writer.get(&format!("/v1/disks/content?path={path}")).headers["vmtide-job"]
+                    .clone(),
+            };
+            let mut target = route.replace("{id}", &id).replace("{index}", "0");
+            let mut separator = '?';
+            for parameter in operation["parameters"].as_array().into_iter().flatten() {
+                let value = match parameter["name"].as_str().unwrap() {
+                    "path" if operation["operationId"] == "createDisk" => {
+                        escape(&agent.path("new.vhdx"))
+                    }
+                    "path" => path.clone(),
+                    "since" => "rctX%3A1".into(),
+                    _ => continue,
+                };
+                target.push_str(&format!(
+                    "{separator}{}={value}",
+                    parameter["name"].as_str().unwrap()
+                ));
+                separator = '&';
+            }
+            let body = &operation["requestBody"]["content"];
+            let schema = body["application/json"]["schema"]["$ref"].as_str().unwrap_or_default();
+            let (kind, body) = match schema.rsplit('/').next().unwrap() {
+                "NewDisk" => (
+                    "application/json",
+                    json!({"format": "vhdx", "virtual_size_bytes": 4096, "fixed": false})
+                        .to_string()
+                        .into_bytes(),
+                ),
+                "TrackingSwitch" => ("application/json", b"{\"enabled\":true}".to_vec()),
+                "NewFreeze" => (
+                    "application/json",
+                    json!({"disks": [agent.path("a.vhdx")]}).to_string().into_bytes(),
+                ),
+                "Renewal" => ("application/json", b"{}".to_vec()),
+                "Ranges" => ("application/json", b"[{\"offset\":0,\"length\":512}]".to_vec()),
+                "" if !body.is_null() => (frame::CONTENT_TYPE, framed(&[(0, b"abc")], &[])),
+                "" => ("", Vec::new()),
+                other => panic!("no example of {other}"),
+            };
+            let headers = [("content-type", kind)];
+            let headers = if kind.is_empty() { &headers[..0] } else { &headers[..] };
+            let answer = writer.request(&method.to_uppercase(), &target, headers, &body);
+            check_answer(&document, operation, &answer, &target);
+            if route.starts_with("/v1/freezes/{id}") {
+                writer.request("DELETE", &format!("/v1/freezes/{id}"), &[], b"");
+            }
+            for frozen in writer.get("/v1/freezes").json()["freezes"].as_array().unwrap() {
+                let id = frozen["id"].as_str().unwrap();
+                writer.request("DELETE", &format!("/v1/freezes/{id}"), &[], b"");
+            }
+            operations += 1;
+        }
+    }
+    assert!(operations >= 20, "{operations}");
+}
+
+fn check_answer(
+    document: &serde_json::Value,
+    operation: &serde_json::Value,
+    answer: &Answer,
+    target: &str,
+) {
+    let status = answer.status.to_string();
+    let promised = &operation["responses"][&status];
+    assert!(promised.is_object(), "{target}: {status} {}", String::from_utf8_lossy(&answer.body));
+    assert!(answer.complete, "{target}");
+    let Some(kinds) = promised["content"].as_object() else {
+        assert!(answer.body.is_empty(), "{target}");
+        return;
+    };
+    let kind = answer.headers["content-type"].split(';').next().unwrap();
+    assert!(kinds.contains_key(kind), "{target}: {kind}");
+    if kind == "application/json" {
+        let schema = &kinds[kind]["schema"];
+        assert!(fits(document, schema, &answer.json()), "{target}: {}", answer.json());
+    }
+}
+
+#[test]
+fn metrics_count_without_naming_anybody() {
+    let (_, agent) = one_disk();
+    let reader = agent.reader();
+    let url = format!("/v1/disks/content?path={}", escape(&agent.path("a.vhdx")));
+    assert!(reader.get(&url).complete);
+    let answer = reader.get("/v1/metrics");
+    assert!(answer.headers["content-type"].starts_with("text/plain; version=0.0.4"));
+    let text = String::from_utf8(answer.body).unwrap();
+    let value = |name: &str| -> u64 {
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix(name))
+            .unwrap_or_else(|| panic!("{name}: {text}"));
+        line.trim().parse().unwrap()
+    };
+    assert_eq!(value("vmtide_agent_read_bytes_total"), DISK as u64);
+    assert_eq!(value("vmtide_agent_requests_total{route=\"/v1/content\",status=\"200\"}"), 1);
+    assert!(!text.contains("a.vhdx") && !text.contains("reader"));
+}
