@@ -8,10 +8,16 @@
 mod error;
 #[cfg(not(windows))]
 mod files;
+#[cfg(any(windows, test))]
+mod handles;
+#[cfg(windows)]
+mod windows;
 
 pub use error::ProviderError;
 #[cfg(not(windows))]
 pub use files::FilesProvider;
+#[cfg(windows)]
+pub use windows::WindowsProvider;
 
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -81,6 +87,12 @@ pub trait DiskProvider: Send + Sync + 'static {
 #[cfg(not(windows))]
 pub fn of_this_host() -> Arc<dyn DiskProvider> {
     Arc::new(FilesProvider::default())
+}
+
+/// The disks of the host that this runs on.
+#[cfg(windows)]
+pub fn of_this_host() -> Arc<dyn DiskProvider> {
+    Arc::new(WindowsProvider::default())
 }
 
 /// Disks at one moment; dropping it ends the moment.
