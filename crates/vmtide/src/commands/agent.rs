@@ -1,5 +1,6 @@
 //! `vmtide agent`: disks and what changed on them, over HTTPS.
 
+use super::agent_service::{self, ServiceArgs};
 use crate::app::App;
 use crate::exit::Exit;
 use crate::table::Table;
@@ -46,10 +47,12 @@ pub struct AgentArgs {
 enum AgentCommand {
     /// Manage the keys of clients
     Key(KeyArgs),
+    /// Install, start, stop and remove the agent as a service of Windows
+    Service(ServiceArgs),
 }
 
 #[derive(Debug, Args)]
-struct ServeAgentArgs {
+pub struct ServeAgentArgs {
     /// Where to listen
     #[arg(long, value_name = "HOST:PORT", default_value = DEFAULT_LISTEN)]
     listen: String,
@@ -152,6 +155,7 @@ struct RemoveArgs {
 pub fn run(app: &App, args: &AgentArgs) -> Result<Exit> {
     match &args.command {
         None => serve(app, &args.serve),
+        Some(AgentCommand::Service(args)) => agent_service::run(app, args),
         Some(AgentCommand::Key(key)) => match &key.command {
             KeyCommand::Add(args) => add(app, args),
             KeyCommand::List(args) => list(app, args),
@@ -171,7 +175,8 @@ fn serve(app: &App, args: &ServeAgentArgs) -> Result<Exit> {
 }
 
 impl ServeAgentArgs {
-    fn options(&self, app: &App) -> Result<AgentOptions> {
+    /// The agent's options.
+    pub fn options(&self, app: &App) -> Result<AgentOptions> {
         let auth_key_file = self.auth_key_file.clone().ok_or_else(no_key_file)?;
         let files = self.cert.clone().zip(self.key.clone());
         Ok(AgentOptions {
@@ -208,11 +213,55 @@ impl ServeAgentArgs {
     }
 }
 
+/// The same options as words of a command line, for a process that starts elsewhere.
+#[cfg(windows)]
+impl ServeAgentArgs {
+    /// # Errors
+    /// Where a path has no absolute form.
+    pub fn words(&self) -> Result<Vec<std::ffi::OsString>> {
+        // Taken apart, so that an option that is added is not forgotten here.
+        let Self {
+            listen,
+            root,
+            auth_key_file,
+            cert,
+            key,
+            tls12,
+            audit_log,
+            max_connections,
+            max_connections_per_peer,
+        } = self;
+        let mut words: Vec<std::ffi::OsString> = vec!["--listen".into(), listen.into()];
+        let files = [
+            ("--auth-key-file", auth_key_file),
+            ("--cert", cert),
+            ("--key", key),
+            ("--audit-log", audit_log),
+        ];
+        let files = files.into_iter().filter_map(|(name, path)| Some((name, path.as_ref()?)));
+        for (name, path) in root.iter().map(|root| ("--root", root)).chain(files) {
+            let path = std::path::absolute(path)
+                .map_err(|error| EngineError::io(format!("find {}", path.display()), error))?;
+            words.extend([name.into(), path.into()]);
+        }
+        if *tls12 {
+            words.push("--tls12".into());
+        }
+        words.extend(["--max-connections".into(), max_connections.to_string().into()]);
+        words.extend([
+            "--max-connections-per-peer".into(),
+            max_connections_per_peer.to_string().into(),
+        ]);
+        Ok(words)
+    }
+}
+
 fn no_key_file() -> EngineError {
     EngineError::usage("--auth-key-file is needed; `vmtide agent key add NAME` makes a key")
 }
 
-fn tell(app: &App, started: &Started) {
+/// Says where the agent listens and how to know it.
+pub fn tell(app: &App, started: &Started) {
     let url = format!("https://{}", started.address);
     if started.key_is_plain {
         app.output.warning("the key stands in the clear in its file; see `vmtide agent key add`");
@@ -312,7 +361,8 @@ fn remove(app: &App, args: &RemoveArgs) -> Result<Exit> {
     Ok(Exit::Done)
 }
 
-fn engine_error(error: AgentError) -> EngineError {
+/// The program's error for the agent's.
+pub fn engine_error(error: AgentError) -> EngineError {
     match error {
         AgentError::Usage(text) => EngineError::usage(text),
         AgentError::Io { context, source } => EngineError::io(context, source),

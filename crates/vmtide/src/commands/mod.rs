@@ -1,6 +1,7 @@
 //! The commands, one file each: its options with their help, and what it does with them.
 
 pub mod agent;
+pub mod agent_service;
 pub mod backup;
 pub mod bacula;
 pub mod bench;
