@@ -50,7 +50,7 @@ impl AgentDisk {
         while let Some(rest) = buffer.get_mut(done..).filter(|rest| !rest.is_empty()) {
             self.cancel.check().map_err(|_| AgentError::Cancelled)?;
             let at = offset + done as u64;
-            let tried = transport.block_on(async {
+            let tried = transport.block_on(&self.cancel, async {
                 match &self.place {
                     Some(place) => v1::read(transport, place, shared.compress, rest, at).await,
                     None => contract::read(transport, &self.path, rest, at).await,
@@ -63,10 +63,25 @@ impl AgentDisk {
                 done += read;
             }
             if let Err(failure) = outcome {
-                transport.again(&mut tries, failure, &self.cancel)?;
+                transport
+                    .again(&mut tries, failure, &self.cancel)
+                    .map_err(|error| self.explained(error))?;
             }
         }
         Ok(())
+    }
+
+    /// A moment that is gone is no disk that never was.
+    fn explained(&self, error: AgentError) -> AgentError {
+        match (error, &self.place) {
+            (AgentError::NotFound { agent, detail, .. }, Some(Place::Frozen(..))) => {
+                let detail = format!(
+                    "the moment that was read is gone, because the agent was started anew or it ended: {detail}"
+                );
+                AgentError::Unreachable { agent, detail }
+            }
+            (error, _) => error,
+        }
     }
 }
 

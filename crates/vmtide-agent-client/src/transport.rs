@@ -23,6 +23,9 @@ const KEY_HEADER: &str = "auth_key";
 /// seconds on a busy host, minutes on none.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
+/// How often a request that runs looks whether the user wants to end.
+const CANCEL_INTERVAL: Duration = Duration::from_millis(100);
+
 /// The most of an answer that is an error.
 const MAX_ERROR_BYTES: usize = 64 << 10;
 
@@ -152,9 +155,20 @@ impl Transport {
         tries.again(failure, self.options.retry_time, cancel)
     }
 
-    /// Runs one try on the calling thread.
-    pub fn block_on<F: Future>(&self, future: F) -> Option<F::Output> {
-        self.runtime.as_ref().map(|runtime| runtime.block_on(future))
+    /// Runs one try on the calling thread; none where the caller cancelled.
+    pub fn block_on<F: Future>(&self, cancel: &CancelToken, future: F) -> Option<F::Output> {
+        let cancelled = async {
+            while !cancel.is_cancelled() {
+                tokio::time::sleep(CANCEL_INTERVAL).await;
+            }
+        };
+        self.runtime.as_ref()?.block_on(async {
+            tokio::select! {
+                biased;
+                output = future => Some(output),
+                () = cancelled => None,
+            }
+        })
     }
 
     /// The whole answer of a request, which is tried again while it may help.
@@ -165,7 +179,7 @@ impl Transport {
         let mut tries = self.tries();
         loop {
             cancel.check().map_err(|_| AgentError::Cancelled)?;
-            match self.attempt(request) {
+            match self.attempt(request, cancel) {
                 Ok(body) => return Ok(body),
                 Err(failure) => self.again(&mut tries, failure, cancel)?,
             }
@@ -177,11 +191,11 @@ impl Transport {
     /// # Errors
     /// With what it failed.
     pub fn once(&self, request: &Request) -> Result<Bytes> {
-        self.attempt(request).map_err(|failure| failure.error)
+        self.attempt(request, &CancelToken::new()).map_err(|failure| failure.error)
     }
 
-    fn attempt(&self, request: &Request) -> Result<Bytes, Failure> {
-        let tried = self.block_on(async {
+    fn attempt(&self, request: &Request, cancel: &CancelToken) -> Result<Bytes, Failure> {
+        let tried = self.block_on(cancel, async {
             let mut response = self.begin(request).await?;
             self.whole(&mut response, request.max_bytes).await
         });

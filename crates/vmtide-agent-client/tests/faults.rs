@@ -12,10 +12,15 @@ mod common;
 
 use common::{DISK, KEY, KNOWN_ID, StandIn};
 use std::time::Duration;
+use vmtide_agent_client::AgentSource;
 use vmtide_agent_client::{
     AgentClient, AgentError, AgentKey, AgentOptions, AgentUrl, Doubt, Fingerprint,
 };
 use vmtide_block::{BlockDevice, ByteRange, CancelToken, WritableBlockDevice};
+use vmtide_hypervisor::{
+    Base, Changes, Consistency, FreezeRequest, FullReason, Hypervisor, HypervisorError, JobId,
+    TrackingId,
+};
 
 const MIB: usize = 1 << 20;
 
@@ -242,6 +247,56 @@ fn writes_are_gathered_sent_again_and_read_back() {
     agent.with(|state| state.statuses.clear());
     let error = disk.write_at(&[1; 512], 0).unwrap_err();
     assert!(error.to_string().contains("an earlier write failed"), "{error}");
+}
+
+#[test]
+fn a_disk_that_cannot_be_frozen_is_watched() {
+    let agent = StandIn::new(content(MIB), false);
+    let source = || AgentSource::new(agent.client(), agent.url(), "web".into());
+    let base = Base { tracking: Some(TrackingId(KNOWN_ID.into())), size_bytes: MIB as u64 };
+    let request = FreezeRequest {
+        vm: "web".into(),
+        job: JobId::random(),
+        lineage: "0123456789abcdef".into(),
+        consistency: Consistency::Application,
+        allow_downgrade: true,
+        bases: [(AgentSource::disk_id(0), base)].into(),
+        exclude: Vec::new(),
+        cancel: cancel(),
+    };
+    let answer = || r#"[{"offset":65536,"length":65536}]"#.to_owned();
+    agent.with(|state| state.changes = [answer()].into());
+    let vm = source().freeze(&request).unwrap();
+    let disk = &vm.disks()[0];
+    assert_eq!(disk.tracking, Some(TrackingId(KNOWN_ID.into())));
+    assert_eq!(disk.changes, Changes::Ranges(vec![ByteRange::new(65536, 65536)].into()));
+    assert!(
+        vm.warnings().is_empty(),
+        "tracking shows whether somebody writes: {:?}",
+        vm.warnings()
+    );
+    vm.check().unwrap();
+    agent.with(|state| state.newer_changes = true);
+    let error = vm.check().unwrap_err();
+    assert!(error.to_string().contains("it was written"), "{error}");
+    vm.abort().unwrap();
+
+    // It was written before already: what was, is compared, and that it cannot be seen in all is told.
+    agent.with(|state| state.changes = vec![answer(); 3].into());
+    let vm = source().freeze(&request).unwrap();
+    assert_eq!(vm.warnings().len(), 1, "{:?}", vm.warnings());
+    vm.check().unwrap();
+    agent.with(|state| state.changes = [r#"[{"offset":0,"length":131072}]"#.to_owned()].into());
+    vm.check().unwrap_err();
+
+    // An id that is not known any more is no error, but a reason.
+    agent.with(|state| state.changes.clear());
+    let vm = source().freeze(&request).unwrap();
+    assert!(matches!(&vm.disks()[0].changes, Changes::Everything(FullReason::TrackingLost(_))));
+    assert_eq!(vm.commit().unwrap(), Vec::<String>::new());
+    let strict = FreezeRequest { allow_downgrade: false, ..request };
+    let refused = source().freeze(&strict).err();
+    assert!(matches!(refused, Some(HypervisorError::ConsistencyNotReached { .. })));
 }
 
 #[test]

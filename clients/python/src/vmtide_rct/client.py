@@ -343,8 +343,9 @@ class Freeze:
         self._ended = True
         try:
             self._client._transport.document("DELETE", self._target, tries=2)
-        except NotFoundError:
-            pass
+        except RefusedError as error:
+            if error.code != "unknown_freeze":
+                raise
 
 
 class _doubts:

@@ -282,6 +282,9 @@ class Transport:
             )
         if status == 403:
             return Failure(DeniedError(f"{self.agent}: denied: {message}"), "final")
+        if status == 404 and code == "unknown_freeze":
+            what = f"{self.agent}: the moment that was read is gone: {message}"
+            return Failure(RefusedError(what, status, code), "final")
         if status == 404:
             return Failure(NotFoundError(f"{self.agent}: {message}", code), "final")
         return Failure(RefusedError(f"{self.agent} answered {status}: {message}", status, code), "final")
