@@ -63,6 +63,7 @@ typedef vmtide_handle vmtide_text;
 typedef vmtide_handle vmtide_cancel;
 typedef vmtide_handle vmtide_image;
 typedef vmtide_handle vmtide_repository;
+typedef vmtide_handle vmtide_ranges;
 
 /* VMTIDE_ABI_VERSION of the library at run time; a program asks before anything else. */
 uint32_t vmtide_abi_version(void);
@@ -84,6 +85,15 @@ const char *vmtide_error_message(vmtide_error error);
 const char *vmtide_text_data(vmtide_text text);
 /* Their number, without the 0. */
 uint64_t vmtide_text_size(vmtide_text text);
+
+typedef struct vmtide_range {
+    uint64_t offset;
+    uint64_t length;
+} vmtide_range;
+
+/* Ranges that a call answered with, sorted and merged, until they are closed; NULL for what is none. */
+const vmtide_range *vmtide_ranges_data(vmtide_ranges ranges);
+uint64_t vmtide_ranges_count(vmtide_ranges ranges);
 
 /* A flag by which long calls are ended from another thread. One flag may serve many calls. */
 vmtide_status vmtide_cancel_new(vmtide_cancel *cancel, vmtide_error *error);
@@ -109,6 +119,7 @@ typedef struct vmtide_watch {
 #define VMTIDE_OPEN_FORCE 2u      /* write even where other images read through it, which breaks them */
 #define VMTIDE_OPEN_ANY_PARENT 4u /* take a parent that was changed after its child was made */
 #define VMTIDE_OPEN_FOLLOW 8u     /* open any file that the image names, not only those beside it */
+#define VMTIDE_OPEN_TRACK 16u     /* with WRITABLE: track what is written, if tracking is on (see below) */
 
 typedef struct vmtide_open_options {
     uint64_t struct_size;
@@ -180,6 +191,39 @@ vmtide_status vmtide_convert(const char *source, const vmtide_open_options *sour
                              const char *target, const vmtide_new_options *target_options,
                              const vmtide_watch *watch, vmtide_text *summary, vmtide_error *error);
 
+/* ---- agents and change tracking ------------------------------------------------------------ */
+
+#define VMTIDE_AGENT_COMPRESS 1u /* have disks compressed on the way */
+
+/* How an agent is reached. */
+typedef struct vmtide_agent_options {
+    uint64_t struct_size;
+    const void *key;         /* the agent's key; NULL for an agent that needs none */
+    uint64_t key_length;
+    const char *fingerprint; /* the SHA-256 of its certificate; NULL: authorities are asked */
+    const char *ca_file;     /* authorities (PEM); NULL: those of the system */
+    uint32_t flags;          /* VMTIDE_AGENT_… */
+    uint32_t reserved;
+} vmtide_agent_options;
+
+/* Opens a live disk of an agent's host for reading: agent+https://HOST[:PORT]/PATH. */
+vmtide_status vmtide_agent_open_disk(const char *url, const vmtide_agent_options *agent, vmtide_image *image,
+                                     vmtide_error *error);
+/* Change tracking of a disk. `source` is the path of an image that is open in nobody but a program that
+ * tracks (vmtide track, or this library with VMTIDE_OPEN_TRACK), or the URL of an agent's disk.
+ * The state: {"enabled":…,"newer_changes":…,"most_recent_id":…}. */
+vmtide_status vmtide_tracking_state(const char *source, const vmtide_agent_options *agent, vmtide_text *state,
+                                    vmtide_error *error);
+/* Switches it on, or with `enable` 0 off, which forgets all ids. */
+vmtide_status vmtide_tracking_enable(const char *source, const vmtide_agent_options *agent, int32_t enable,
+                                     vmtide_error *error);
+/* Seals this moment of an image; the answer is its id, as plain text. */
+vmtide_status vmtide_tracking_checkpoint(const char *path, vmtide_text *id, vmtide_error *error);
+/* All that may have changed since an id. An error where that is not surely known: the disk is to be read
+ * in full then. */
+vmtide_status vmtide_tracking_changes(const char *source, const vmtide_agent_options *agent, const char *since,
+                                      vmtide_ranges *changes, vmtide_error *error);
+
 /* ---- repositories ------------------------------------------------------------------------- */
 
 /* Makes a repository: a directory, file:///DIRECTORY or s3://BUCKET/PREFIX. Without a password
@@ -199,10 +243,9 @@ vmtide_status vmtide_repository_open_disk(vmtide_repository repository, const ch
 vmtide_status vmtide_repository_diff(vmtide_repository repository, const char *from, const char *to,
                                      vmtide_text *difference, vmtide_error *error);
 
-typedef struct vmtide_range {
-    uint64_t offset;
-    uint64_t length;
-} vmtide_range;
+/* The ranges of a disk (NULL: the only one) that differ between two restore points. */
+vmtide_status vmtide_repository_changes(vmtide_repository repository, const char *from, const char *to,
+                                        const char *disk, vmtide_ranges *changes, vmtide_error *error);
 
 #define VMTIDE_LEVEL_AUTO 0
 #define VMTIDE_LEVEL_FULL 1
@@ -210,7 +253,7 @@ typedef struct vmtide_range {
 #define VMTIDE_LEVEL_DIFFERENTIAL 3
 
 #define VMTIDE_BACKUP_CHANGES 1u /* `changes` says all that may differ from the previous restore point */
-#define VMTIDE_BACKUP_TRACK 2u   /* begin change tracking in a qcow2 image at rest (needs QEMU's tools) */
+#define VMTIDE_BACKUP_TRACK 2u   /* begin change tracking: of an agent's disk; in a qcow2 image at rest (needs QEMU's tools) */
 
 typedef struct vmtide_backup_options {
     uint64_t struct_size;
@@ -219,13 +262,14 @@ typedef struct vmtide_backup_options {
     const char *state_directory; /* for journals and locks; NULL: beside the temporary files */
     const vmtide_range *changes;
     uint64_t changes_count;
+    const vmtide_agent_options *agent; /* of a source agent+https:// */
     int32_t level;               /* VMTIDE_LEVEL_… */
     uint32_t flags;              /* VMTIDE_BACKUP_… */
     uint32_t check_unchanged;    /* so many blocks said to be unchanged are compared */
     uint32_t workers;
 } vmtide_backup_options;
 
-/* Backs up an image, block device, NBD export or QEMU (qemu+unix:///SOCKET). */
+/* Backs up an image, block device, NBD export, QEMU (qemu+unix:///SOCKET) or disks of an agent. */
 vmtide_status vmtide_backup(vmtide_repository repository, const char *source,
                             const vmtide_backup_options *options, const vmtide_watch *watch,
                             vmtide_text *summary, vmtide_error *error);

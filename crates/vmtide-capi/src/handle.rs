@@ -7,14 +7,16 @@
 //! A call takes a clone of what the handle stands for. Closing removes the table's own; what calls
 //! under way hold goes with the last of them.
 
+use crate::args::Range;
 use crate::status::{Failure, Result, Status};
-use parking_lot::{Mutex, RwLock};
+use parking_lot::RwLock;
 use std::collections::HashMap;
 use std::ffi::CString;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
-use vmtide_block::{BlockDevice, CancelToken};
+use vmtide_block::{BlockDevice, CancelToken, WritableBlockDevice};
 use vmtide_engine::image::WritableDisk;
+use vmtide_engine::track::HostedImage;
 use vmtide_repo::{Lease, Repository};
 
 /// How many of the lowest bits say the kind.
@@ -23,12 +25,51 @@ const KIND_BITS: u32 = 4;
 /// An image that is open.
 pub(crate) struct OpenImage {
     pub device: Arc<dyn BlockDevice>,
-    /// Where it is open for writing; none after it was closed.
-    pub writer: Option<WritableDisk>,
+    /// Where it is open for writing.
+    pub writer: Option<Writer>,
     /// Keeps the restore point while one of its disks is read.
-    pub _lease: Option<Lease>,
-    /// Whoever closes it ends the writing, and nobody else may while one does.
-    pub finishing: Mutex<()>,
+    _lease: Option<Lease>,
+}
+
+/// What writes to an image.
+pub(crate) enum Writer {
+    Plain(WritableDisk),
+    /// With its changes tracked.
+    Tracked(Arc<HostedImage>),
+}
+
+impl OpenImage {
+    /// An image that is only read.
+    pub fn reading(device: Arc<dyn BlockDevice>, lease: Option<Lease>) -> Self {
+        Self { device, writer: None, _lease: lease }
+    }
+
+    /// An image that is written, too.
+    pub fn writing(writer: Writer) -> Self {
+        let device: Arc<dyn BlockDevice> = match &writer {
+            Writer::Plain(disk) => disk.image.clone(),
+            Writer::Tracked(image) => image.disk().clone(),
+        };
+        Self { device, writer: Some(writer), _lease: None }
+    }
+}
+
+impl Writer {
+    /// Where writes go.
+    pub fn device(&self) -> &dyn WritableBlockDevice {
+        match self {
+            Self::Plain(disk) => disk.image.as_ref(),
+            Self::Tracked(image) => image.disk().as_ref(),
+        }
+    }
+
+    /// Ends the writing.
+    pub fn finish(&self) -> Result<()> {
+        match self {
+            Self::Plain(disk) => Ok(disk.image.finish()?),
+            Self::Tracked(image) => Ok(image.close().map_err(vmtide_engine::EngineError::from)?),
+        }
+    }
 }
 
 /// An error, as a text with a number.
@@ -45,6 +86,7 @@ pub(crate) enum Object {
     Cancel(CancelToken),
     Image(Arc<OpenImage>),
     Repository(Arc<Repository>),
+    Ranges(Arc<Vec<Range>>),
 }
 
 impl Object {
@@ -55,6 +97,7 @@ impl Object {
             Self::Cancel(_) => 3,
             Self::Image(_) => 4,
             Self::Repository(_) => 5,
+            Self::Ranges(_) => 6,
         }
     }
 }
@@ -92,6 +135,7 @@ fn bad(handle: u64, wanted: &str) -> Failure {
         3 => "is, or was, a cancel flag",
         4 => "is, or was, an image",
         5 => "is, or was, a repository",
+        6 => "is, or was, a list of ranges",
         _ => "was never given out",
     };
     Failure::new(Status::BadHandle, format!("the handle {handle:#x} {is}; {wanted} is needed"))

@@ -2,23 +2,24 @@
 
 use crate::args::{self, Out};
 use crate::guard::call;
-use crate::handle::{self, Object, OpenImage};
+use crate::handle::{self, Object, OpenImage, Writer};
 use crate::status::{Failure, Result, Status};
-use parking_lot::Mutex;
 use std::ffi::{c_char, c_void};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use vmtide_block::{BlockDevice, ByteRange, ExtentKind};
+use vmtide_block::{ByteRange, ExtentKind, WritableBlockDevice};
 use vmtide_engine::ImageKind;
 use vmtide_engine::image::create::{CreateJob, create};
 use vmtide_engine::image::{DiskSpec, OpenDiskOptions, WritableDisk, open_disk};
-use vmtide_image::{BackingPolicy, Format, ImageWriter, image_info};
+use vmtide_engine::track::{HostOptions, host_image};
+use vmtide_image::{BackingPolicy, Format, image_info};
 
 const OPEN_WRITABLE: u32 = 1;
 const OPEN_FORCE: u32 = 2;
 const OPEN_ANY_PARENT: u32 = 4;
 const OPEN_FOLLOW: u32 = 8;
-const OPEN_FLAGS: u32 = OPEN_WRITABLE | OPEN_FORCE | OPEN_ANY_PARENT | OPEN_FOLLOW;
+const OPEN_TRACK: u32 = 16;
+const OPEN_FLAGS: u32 = OPEN_WRITABLE | OPEN_FORCE | OPEN_ANY_PARENT | OPEN_FOLLOW | OPEN_TRACK;
 
 pub(crate) const NEW_OVERWRITE: u32 = 1;
 pub(crate) const NEW_IN_PLACE: u32 = 2;
@@ -160,13 +161,21 @@ pub unsafe extern "C" fn vmtide_image_open(
             (Out::new(image, "image")?, args::string(source, "source")?, open_options(options)?)
         };
         let spec = DiskSpec::parse(&source)?;
-        let opened = if flags & OPEN_WRITABLE != 0 {
-            let writer = WritableDisk::open(&spec, &options, flags & OPEN_FORCE != 0)?;
-            let device: Arc<dyn BlockDevice> = writer.image.clone();
-            OpenImage { device, writer: Some(writer), _lease: None, finishing: Mutex::new(()) }
-        } else {
-            let device = open_disk(&spec, &options)?.device;
-            OpenImage { device, writer: None, _lease: None, finishing: Mutex::new(()) }
+        let force = flags & OPEN_FORCE != 0;
+        let opened = match (flags & OPEN_TRACK != 0, flags & OPEN_WRITABLE != 0, &spec) {
+            (true, true, DiskSpec::Path(path)) => {
+                let hosted = host_image(path, &options, force, &HostOptions::default())?;
+                OpenImage::writing(Writer::Tracked(hosted))
+            }
+            (true, ..) => {
+                return Err(Failure::invalid(
+                    "VMTIDE_OPEN_TRACK is for images that are open with VMTIDE_OPEN_WRITABLE",
+                ));
+            }
+            (false, true, spec) => {
+                OpenImage::writing(Writer::Plain(WritableDisk::open(spec, &options, force)?))
+            }
+            (false, false, spec) => OpenImage::reading(open_disk(spec, &options)?.device, None),
         };
         place.set(enter(opened));
         Ok(())
@@ -213,9 +222,9 @@ pub unsafe extern "C" fn vmtide_image_read(
     })
 }
 
-fn writer(image: &OpenImage) -> Result<&dyn ImageWriter> {
+fn writer(image: &OpenImage) -> Result<&dyn WritableBlockDevice> {
     match &image.writer {
-        Some(writer) => Ok(writer.image.as_ref()),
+        Some(writer) => Ok(writer.device()),
         None => Err(Failure::new(
             Status::Unsupported,
             format!(

@@ -15,6 +15,7 @@ mod job;
 mod repository;
 mod status;
 mod text;
+mod track;
 mod watch;
 
 pub use delta::*;
@@ -22,4 +23,5 @@ pub use image::*;
 pub use job::*;
 pub use repository::*;
 pub use text::*;
+pub use track::*;
 pub use watch::Watch;

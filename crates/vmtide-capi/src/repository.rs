@@ -8,9 +8,9 @@ use crate::image::{
     parse_format, workers,
 };
 use crate::job::{json, watch_of};
-use crate::status::{Failure, Result};
+use crate::status::{Failure, Result, Status};
+use crate::track::{Agent, agent_options, new_ranges};
 use crate::watch::{self, DataCallbacks, Watch};
-use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::ffi::{c_char, c_void};
 use std::sync::Arc;
@@ -40,6 +40,7 @@ pub struct BackupOptions {
     state_directory: *const c_char,
     changes: *const Range,
     changes_count: u64,
+    agent: *const Agent,
     level: i32,
     flags: u32,
     check_unchanged: u32,
@@ -217,8 +218,7 @@ pub unsafe extern "C" fn vmtide_repository_open_disk(
         let lease = repository.lease(Purpose::Read)?;
         let point = resolve(&repository, &point)?;
         let device = repository.open_disk(&point, disk_of(&point, disk.as_deref())?)?;
-        let finishing = Mutex::new(());
-        place.set(enter(OpenImage { device, writer: None, _lease: Some(lease), finishing }));
+        place.set(enter(OpenImage::reading(device, Some(lease))));
         Ok(())
     })
 }
@@ -249,6 +249,44 @@ pub unsafe extern "C" fn vmtide_repository_diff(
         let (from, to) = (resolve(&repository, &from)?, resolve(&repository, &to)?);
         let disks = diff(&repository, &from, &to)?;
         place.set(json(&serde_json::json!({ "from": from.id, "to": to.id, "disks": disks }))?);
+        Ok(())
+    })
+}
+
+/// `vmtide_repository_changes`.
+///
+/// # Safety
+/// As [`vmtide_repository_init`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmtide_repository_changes(
+    repository: u64,
+    from: *const c_char,
+    to: *const c_char,
+    disk: *const c_char,
+    changes: *mut u64,
+    error: *mut u64,
+) -> i32 {
+    call(error, || {
+        // SAFETY: by this function's own contract.
+        let (place, from, to, disk) = unsafe {
+            (
+                Out::new(changes, "changes")?,
+                args::string(from, "from")?,
+                args::string(to, "to")?,
+                args::optional_string(disk, "disk")?,
+            )
+        };
+        let repository = handle::repository(repository)?;
+        let _lease = repository.lease(Purpose::Read)?;
+        let (from, to) = (resolve(&repository, &from)?, resolve(&repository, &to)?);
+        let disk = disk_of(&to, disk.as_deref())?;
+        let (Some(old), Some(new)) = (from.disk_record(disk), to.disk_record(disk)) else {
+            return Err(Failure::new(
+                Status::NotFound,
+                format!("the disk {disk} is not in both restore points"),
+            ));
+        };
+        place.set(new_ranges(&repository.changed_between(old, new)?));
         Ok(())
     })
 }
@@ -325,12 +363,13 @@ impl Wanted {
         let options = unsafe { args::options(options, "vmtide_backup_options") }?;
         args::check_flags(options.flags, BACKUP_CHANGES | BACKUP_TRACK, "vmtide_backup_options")?;
         // SAFETY: strings and ranges as the header says, by this function's own contract.
-        let (name, format, state, changes) = unsafe {
+        let (name, format, state, changes, agent) = unsafe {
             (
                 args::optional_string(options.name, "name")?,
                 args::optional_string(options.format, "format")?,
                 args::optional_string(options.state_directory, "state_directory")?,
                 args::ranges(options.changes, options.changes_count)?,
+                agent_options(options.agent)?,
             )
         };
         let has_changes = options.flags & BACKUP_CHANGES != 0;
@@ -350,6 +389,7 @@ impl Wanted {
             changes: has_changes.then_some(changes),
             state_directory: state.map_or_else(std::env::temp_dir, Into::into),
             track: options.flags & BACKUP_TRACK != 0,
+            agent,
             ..SourceOptions::default()
         };
         let defaults = StoreOptions::default();

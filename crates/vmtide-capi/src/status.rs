@@ -1,8 +1,10 @@
 //! Status codes, and what errors of the engine are among them.
 
 use std::io::ErrorKind;
+use vmtide_agent_client::AgentError;
 use vmtide_block::BlockError;
 use vmtide_engine::EngineError;
+use vmtide_hypervisor::HypervisorError;
 use vmtide_repo::RepoError;
 
 /// What came of a call, as `vmtide_status`.
@@ -47,6 +49,12 @@ impl From<EngineError> for Failure {
     }
 }
 
+impl From<AgentError> for Failure {
+    fn from(error: AgentError) -> Self {
+        EngineError::from(error).into()
+    }
+}
+
 impl From<BlockError> for Failure {
     fn from(error: BlockError) -> Self {
         Self::new(of_block(&error), error.to_string())
@@ -67,7 +75,24 @@ fn of_engine(error: &EngineError) -> Status {
         EngineError::Io { source, .. } => of_io(source),
         EngineError::Repo(error) => of_repo(error),
         EngineError::Block(error) => of_block(error),
-        EngineError::Refused { .. } | EngineError::Hypervisor(_) => Status::Failed,
+        EngineError::Hypervisor(error) => of_hypervisor(error),
+        EngineError::Refused { .. } => Status::Failed,
+    }
+}
+
+fn of_hypervisor(error: &HypervisorError) -> Status {
+    match error {
+        HypervisorError::NotFound { .. } => Status::NotFound,
+        HypervisorError::Denied { .. } => Status::Denied,
+        HypervisorError::Io { source, .. } => of_io(source),
+        HypervisorError::Block(error) => of_block(error),
+        HypervisorError::Unsupported { .. } => Status::Unsupported,
+        HypervisorError::Unreachable { .. }
+        | HypervisorError::Protocol { .. }
+        | HypervisorError::Failed { .. }
+        | HypervisorError::Busy { .. }
+        | HypervisorError::ConsistencyNotReached { .. }
+        | HypervisorError::Timeout { .. } => Status::Failed,
     }
 }
 

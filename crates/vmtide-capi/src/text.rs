@@ -33,12 +33,15 @@ pub unsafe extern "C" fn vmtide_close(handle: u64, error: *mut u64) -> i32 {
     call(error, || {
         match handle::close(handle)? {
             Object::Image(image) => {
-                let _one = image.finishing.lock();
                 if let Some(writer) = &image.writer {
-                    writer.image.finish()?;
+                    writer.finish()?;
                 }
             }
-            Object::Error(_) | Object::Text(_) | Object::Cancel(_) | Object::Repository(_) => {}
+            Object::Error(_)
+            | Object::Text(_)
+            | Object::Cancel(_)
+            | Object::Repository(_)
+            | Object::Ranges(_) => {}
         }
         Ok(())
     })

@@ -184,3 +184,10 @@ fn ten_thousand_cycles_take_no_more_memory_than_a_thousand() {
     let directory = tempfile::tempdir().unwrap();
     valgrind(&program, &["50"], directory.path());
 }
+
+#[test]
+fn an_image_that_a_program_hosts_has_its_changes_tracked() {
+    let directory = tempfile::tempdir().unwrap();
+    let program = compile("tests/c/tracking.c", directory.path());
+    run(Command::new(&program).arg(directory.path()));
+}
