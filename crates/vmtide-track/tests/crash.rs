@@ -11,7 +11,8 @@
 
 mod support;
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, Weak};
 use support::{BLOCK, Files, Log, MemoryStore, Op, Random, VersionDisk, changed_blocks, data};
 use vmtide_block::{ByteRange, WritableBlockDevice};
 use vmtide_track::{Identity, Options, StoreFile, TrackError, TrackedDisk};
@@ -50,36 +51,69 @@ struct Workload {
     log: Log,
     store: Arc<MemoryStore>,
     device: Arc<VersionDisk>,
-    disk: TrackedDisk,
+    disk: Arc<TrackedDisk>,
     sealed: Vec<Sealed>,
     version: u64,
+    /// What the disk held when the latest moment was sealed.
+    at_seal: Arc<Mutex<Vec<u64>>>,
 }
+
+/// The version of writes that happen while a moment is saved.
+static MEANWHILE: AtomicU64 = AtomicU64::new(1 << 40);
 
 impl Workload {
     fn begin() -> Self {
         let log = Log::default();
         let store = Arc::new(MemoryStore::new(Files::default(), log.clone()));
         let device = Arc::new(VersionDisk::new(vec![0; BLOCKS as usize], log.clone()));
-        let disk =
-            TrackedDisk::open(device.clone(), store.clone(), &identity("0"), options()).unwrap();
-        let mut workload = Self { log, store, device, disk, sealed: Vec::new(), version: 0 };
-        workload.note(workload.disk.state().most_recent_id);
+        let disk = open(&device, &store, "0");
+        let at_seal = Arc::default();
+        let mut workload =
+            Self { log, store, device, disk, sealed: Vec::new(), version: 0, at_seal };
+        let content = workload.device.blocks.lock().unwrap().clone();
+        workload.note(workload.disk.state().most_recent_id, content);
         workload
     }
 
-    fn note(&mut self, id: String) {
+    fn note(&mut self, id: String, content: Vec<u64>) {
         let returned_at = self.log.lock().unwrap().len();
-        let content = self.device.blocks.lock().unwrap().clone();
         self.sealed.push(Sealed { returned_at, id, content });
+    }
+
+    /// The guest writes while a moment is saved: after it was sealed and before the `.rct` is replaced.
+    fn with_writes_meanwhile<T>(&self, seed: u64, act: impl FnOnce(&TrackedDisk) -> T) -> T {
+        let write = move |disk: &Weak<TrackedDisk>| {
+            let version = MEANWHILE.fetch_add(1, Ordering::SeqCst);
+            let block = version.wrapping_mul(seed | 1) % BLOCKS;
+            disk.upgrade().unwrap().write_at(&data(version, 1), block * BLOCK).unwrap();
+        };
+        let (disk, device) = (Arc::downgrade(&self.disk), Arc::downgrade(&self.device));
+        let at_seal = Arc::clone(&self.at_seal);
+        *self.device.before_flush.lock().unwrap() = Some(Box::new(move || {
+            let content = device.upgrade().unwrap().blocks.lock().unwrap().clone();
+            *at_seal.lock().unwrap() = content;
+            write(&disk);
+        }));
+        let disk = Arc::downgrade(&self.disk);
+        *self.store.before_replace.lock().unwrap() = Some(Box::new(move || write(&disk)));
+        let done = act(&self.disk);
+        *self.device.before_flush.lock().unwrap() = None;
+        *self.store.before_replace.lock().unwrap() = None;
+        done
     }
 
     fn step(&mut self, random: &mut Random) {
         match random.below(20) {
             0 => {
-                let id = self.disk.checkpoint().unwrap().to_string();
-                self.note(id);
+                let seed = random.next();
+                let id = self.with_writes_meanwhile(seed, |disk| disk.checkpoint().unwrap());
+                let content = self.at_seal.lock().unwrap().clone();
+                self.note(id.to_string(), content);
             }
-            1 => self.disk.save().unwrap(),
+            1 => {
+                let seed = random.next();
+                self.with_writes_meanwhile(seed, |disk| disk.save().unwrap());
+            }
             2 | 3 => self.disk.flush().unwrap(),
             4 => {
                 let stamp = format!("stop {}", self.version);
@@ -89,13 +123,7 @@ impl Workload {
                         Ok(Some(stamp.clone()))
                     })
                     .unwrap();
-                self.disk = TrackedDisk::open(
-                    self.device.clone(),
-                    self.store.clone(),
-                    &identity(&stamp),
-                    options(),
-                )
-                .unwrap();
+                self.disk = open(&self.device, &self.store, &stamp);
             }
             5 => {
                 let first = random.below(BLOCKS - 300);
@@ -111,6 +139,11 @@ impl Workload {
             }
         }
     }
+}
+
+fn open(device: &Arc<VersionDisk>, store: &Arc<MemoryStore>, stamp: &str) -> Arc<TrackedDisk> {
+    let disk = TrackedDisk::open(device.clone(), store.clone(), &identity(stamp), options());
+    Arc::new(disk.unwrap())
 }
 
 /// What a crash leaves of the disk: flushed writes, and of the later ones those blocks that `keep` says.
@@ -269,16 +302,25 @@ fn a_planned_stop_is_exact() {
         if round % 5 == 0 {
             let stamp = round.to_string();
             workload.disk.close(|| Ok(Some(stamp.clone()))).unwrap();
-            workload.disk = TrackedDisk::open(
-                workload.device.clone(),
-                workload.store.clone(),
-                &identity(&stamp),
-                options(),
-            )
-            .unwrap();
+            workload.disk = open(&workload.device, &workload.store, &stamp);
         }
         assert_eq!(changed_blocks(&workload.disk, &id).unwrap(), written, "round {round}");
     }
+}
+
+#[test]
+fn marks_of_before_a_seal_are_not_charged_after_it() {
+    let workload = Workload::begin();
+    for first in [0, 700, BLOCKS - 1] {
+        workload.disk.write_at(&data(1, 1), first * BLOCK).unwrap();
+    }
+    let id = workload.disk.checkpoint().unwrap().to_string();
+    workload.disk.write_at(&data(2, 1), 2000 * BLOCK).unwrap();
+    let files = workload.store.files.lock().unwrap().clone();
+    let changed = after(files, &identity("later"), &id).unwrap();
+    let found: Vec<_> = (0..changed.len()).filter(|block| changed[*block]).collect();
+    // The one that was written, and its neighbours, which were marked with it.
+    assert_eq!(found, [2000, 2001, 2002, 2003]);
 }
 
 /// Files with marks and ids, as a crash leaves them, with the id and the blocks written since.

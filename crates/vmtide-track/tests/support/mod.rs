@@ -57,18 +57,32 @@ impl Files {
     }
 }
 
+/// What other threads do in the middle of a call, done by the one thread there is.
+pub type Meanwhile = Mutex<Option<Box<dyn Fn() + Send>>>;
+
+fn meanwhile(hook: &Meanwhile) {
+    // Taken out while it runs, for it comes back here.
+    let taken = hook.lock().unwrap().take();
+    if let Some(run) = taken {
+        run();
+        hook.lock().unwrap().get_or_insert(run);
+    }
+}
+
 /// The files of tracking in memory.
 #[derive(Default)]
 pub struct MemoryStore {
     pub files: Mutex<Files>,
     pub log: Log,
+    /// Called before the `.rct` is replaced.
+    pub before_replace: Meanwhile,
     /// Fails everything from now on.
     pub broken: Mutex<bool>,
 }
 
 impl MemoryStore {
     pub fn new(files: Files, log: Log) -> Self {
-        Self { files: Mutex::new(files), log, broken: Mutex::new(false) }
+        Self { files: Mutex::new(files), log, ..Self::default() }
     }
 
     fn act(&self, op: Op) -> io::Result<()> {
@@ -86,6 +100,9 @@ impl TrackingStore for MemoryStore {
         Ok(self.files.lock().unwrap().files.get(&file).cloned())
     }
     fn replace(&self, file: StoreFile, bytes: &[u8]) -> io::Result<()> {
+        if file == StoreFile::Rct {
+            meanwhile(&self.before_replace);
+        }
         self.act(Op::Replace(file, bytes.to_vec()))
     }
     fn update(&self, file: StoreFile, pieces: &[(u64, &[u8])]) -> io::Result<()> {
@@ -102,11 +119,13 @@ impl TrackingStore for MemoryStore {
 pub struct VersionDisk {
     pub blocks: Mutex<Vec<u64>>,
     pub log: Log,
+    /// Called before a flush.
+    pub before_flush: Meanwhile,
 }
 
 impl VersionDisk {
     pub fn new(blocks: Vec<u64>, log: Log) -> Self {
-        Self { blocks: Mutex::new(blocks), log }
+        Self { blocks: Mutex::new(blocks), log, before_flush: Mutex::new(None) }
     }
 
     fn set(&self, range: ByteRange, version: u64) {
@@ -147,6 +166,7 @@ impl WritableBlockDevice for VersionDisk {
         Ok(())
     }
     fn flush(&self) -> vmtide_block::Result<()> {
+        meanwhile(&self.before_flush);
         self.log.lock().unwrap().push(Op::Flush);
         Ok(())
     }
