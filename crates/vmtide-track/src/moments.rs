@@ -160,28 +160,20 @@ impl TrackedDisk {
         self.replace(true, stamp)
     }
 
-    /// Replaces `.rct` by what is known now, where the disk is tracked.
+    /// Replaces `.rct` by what is known now, where the disk is tracked. Writes go on meanwhile.
     fn replace(&self, closed: bool, stamp: Option<String>) -> Result<()> {
-        let saved = {
-            let gate = self.gate.read();
-            let Some(tracking) =
-                gate.tracking.as_ref().filter(|tracking| tracking.given_up().is_none())
-            else {
-                return Ok(());
-            };
-            let mut saved = tracking.snapshot(closed, &self.identity);
-            saved.identity.stamp = stamp;
-            saved
-        };
-        self.put(StoreFile::Rct, &saved.encode())?;
         let gate = self.gate.read();
-        if let Some(tracking) = &gate.tracking {
-            tracking.marks.saved(saved.epoch);
-            if tracking.given_up().is_some() {
-                // It was given up while the file was written, which must not stay then.
-                self.store.remove(StoreFile::Rct).map_err(|error| self.io("remove", error))?;
-            }
+        let Some(tracking) = &gate.tracking else {
+            return Ok(());
+        };
+        let _alone = tracking.rct.lock();
+        if tracking.given_up().is_some() {
+            return Ok(());
         }
+        let mut saved = tracking.snapshot(closed, &self.identity);
+        saved.identity.stamp = stamp;
+        self.put(StoreFile::Rct, &saved.encode())?;
+        tracking.marks.saved(saved.epoch);
         Ok(())
     }
 

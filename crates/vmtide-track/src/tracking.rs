@@ -9,6 +9,7 @@ use crate::options::{MAX_IDS, Options};
 use crate::rct::{Saved, SavedId};
 use crate::store::{StoreFile, TrackingStore};
 use crate::{Result, TrackError};
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::sync::{Arc, OnceLock};
@@ -33,6 +34,8 @@ pub(crate) struct Tracking {
     pub marks: RegionMarks,
     /// Why tracking was given up; the `.rct` is gone then.
     given_up: OnceLock<String>,
+    /// Held by whoever replaces or removes the `.rct`: it must not come back after tracking was given up.
+    pub rct: Mutex<()>,
 }
 
 impl Tracking {
@@ -51,7 +54,7 @@ impl Tracking {
         if let Some(newest) = saved.ids.last_mut() {
             newest.changed = Layer::Growing(Arc::clone(&growing));
         }
-        Self { saved, growing, marks, given_up: OnceLock::new() }
+        Self { saved, growing, marks, given_up: OnceLock::new(), rct: Mutex::new(()) }
     }
 
     /// Notes a write that is about to happen (steps 2a and 2b of the protocol).
@@ -73,6 +76,7 @@ impl Tracking {
     /// The guest comes first: where marks cannot be written, tracking ends, if that can be made durable.
     fn give_up(&self, error: io::Error, store: &dyn TrackingStore) -> io::Result<()> {
         let reason = format!("marks cannot be written: {error}");
+        let _alone = self.rct.lock();
         if let Err(worse) = store.remove(StoreFile::Rct) {
             tracing::error!(%error, %worse, "writes cannot be tracked and are refused");
             return Err(error);

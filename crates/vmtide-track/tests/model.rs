@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use support::{BLOCK, Files, Log, MemoryStore, VersionDisk, changed_blocks, data};
 use vmtide_block::{BlockDevice, ByteRange, WritableBlockDevice};
-use vmtide_track::{Identity, Options, TrackError, TrackedDisk};
+use vmtide_track::{Identity, Options, StoreFile, TrackError, TrackedDisk};
 
 const BLOCKS: u64 = 200;
 const MAX_IDS: usize = 4;
@@ -258,4 +258,30 @@ fn where_nothing_can_be_marked_nothing_is_written() {
     let next = disk.checkpoint().unwrap().to_string();
     assert!(next > id);
     assert!(changed_blocks(&disk, &next).unwrap().iter().all(|changed| !changed));
+}
+
+#[test]
+fn where_marks_fail_tracking_ends_and_the_guest_goes_on() {
+    let (device, store) = fresh();
+    let disk = open(&device, &store, 0);
+    let id = disk.checkpoint().unwrap().to_string();
+    *store.marks_broken.lock().unwrap() = true;
+    disk.write_at(&data(1, 1), 0).unwrap();
+    assert_eq!(device.blocks.lock().unwrap()[0], 1);
+    assert!(!disk.state().enabled);
+    assert!(matches!(changed_blocks(&disk, &id), Err(TrackError::Lost { .. })));
+    assert!(matches!(disk.checkpoint(), Err(TrackError::Lost { .. })));
+    disk.save().unwrap();
+    assert!(
+        !store.files.lock().unwrap().files.contains_key(&StoreFile::Rct),
+        "nothing to believe is left"
+    );
+    *store.marks_broken.lock().unwrap() = false;
+    disk.enable().unwrap();
+    let newer = disk.state().most_recent_id;
+    assert!(changed_blocks(&disk, &newer).is_ok());
+    assert!(
+        matches!(changed_blocks(&disk, &id), Err(TrackError::Lost { .. })),
+        "the reason is kept"
+    );
 }

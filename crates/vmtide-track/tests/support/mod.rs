@@ -78,6 +78,8 @@ pub struct MemoryStore {
     pub before_replace: Meanwhile,
     /// Fails everything from now on.
     pub broken: Mutex<bool>,
+    /// Fails changes of marks from now on.
+    pub marks_broken: Mutex<bool>,
 }
 
 impl MemoryStore {
@@ -107,6 +109,9 @@ impl TrackingStore for MemoryStore {
     }
     fn update(&self, file: StoreFile, pieces: &[(u64, &[u8])]) -> io::Result<()> {
         assert_eq!(file, StoreFile::Mrt, "only marks are changed in place");
+        if *self.marks_broken.lock().unwrap() {
+            return Err(io::Error::other("marks cannot be written"));
+        }
         self.act(Op::Update(pieces.iter().map(|(at, bytes)| (*at, bytes.to_vec())).collect()))
     }
     fn remove(&self, file: StoreFile) -> io::Result<()> {
