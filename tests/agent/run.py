@@ -71,8 +71,8 @@ class Lab:
         for path, kind, options, numbers in (
             (base, "vhdx", ["-o", "subformat=dynamic"], (3, 3)),
             (self.root / "fixed.vhd", "vpc", ["-o", "subformat=fixed,force_size=on"], (2, 2)),
-            (self.root / "directory" / "linux-ä.qcow2", "qcow2", [], (0, 3)),
-            (self.root / "plain.raw", "raw", [], (0, 2)),
+            (self.root / "directory" / "linux-ä.qcow2", "qcow2", [], (0, 0)),
+            (self.root / "plain.raw", "raw", [], (0, 0)),
         ):
             run("qemu-img", "convert", "-f", "raw", "-O", kind, *options, self.content, path)
             self.add_disk(path, numbers, None)
@@ -133,9 +133,11 @@ class Lab:
 class Process:
     """A running agent."""
 
-    def __init__(self, lab, *more, keys=None, environment=None):
-        words = [VMTIDE, "agent", "--json", "--listen", "127.0.0.1:0", "--root", lab.root]
-        words += ["--auth-key-file", keys or lab.keys, "--state-dir", lab.state, *more]
+    def __init__(self, lab, *more, words=None, keys=None, environment=None):
+        if words is None:
+            words = ["--listen", "127.0.0.1:0", "--root", lab.root]
+            words += ["--auth-key-file", keys or lab.keys, "--state-dir", lab.state, *more]
+        words = [VMTIDE, "agent", "--json", *words]
         self.log = tempfile.TemporaryFile(mode="w+", encoding="utf-8")  # noqa: SIM115
         self.process = subprocess.Popen(
             [str(word) for word in words],
@@ -190,6 +192,7 @@ class Host:
         yield "host: nothing stays open", self.nothing_open
         yield "host: TLS 1.2 where it is switched on", self.tls12
         yield "host: a key in the clear, systemd, an orderly end", self.plain_key
+        yield "host: a settings file says it all", self.settings_file
         yield "host: it does not start with what makes no sense", self.no_start
         yield "host: running transfers end before it does", self.drains
 
@@ -355,6 +358,19 @@ class Host:
             except BlockingIOError:
                 pass
             matrix.want(b"STOPPING=1" in messages, f"systemd was told {messages}")
+
+    def settings_file(self):
+        settings = self.lab.place / "vmtide.toml"
+        settings.write_text(
+            f'state-dir = "{self.lab.state}"\n[agent]\nlisten = "127.0.0.1:0"\nroot = ["{self.lab.root}"]\n'
+            f'auth-key-file = "{self.lab.keys}"\ntls12 = true\n',
+            encoding="utf-8",
+        )
+        process = Process(self.lab, words=["--config", settings])
+        try:
+            matrix.want(self.info(self.agent.key, process.agent(self.agent.key, self.agent.read_key)) == 200, "no answer")
+        finally:
+            matrix.want(process.end() == 0, "it did not end with 0")
 
     def no_start(self):
         base = [VMTIDE, "agent", "--state-dir", str(self.lab.state)]
