@@ -10,7 +10,6 @@ fn the_contract_holds() {
         .arg(script)
         .env("VMTIDE_BIN", env!("CARGO_BIN_EXE_vmtide"))
         .env("PYTHONDONTWRITEBYTECODE", "1")
-        .env("VMTIDE_TEST_AGENT_TRACKING", "0")
         .output()
         .expect("python3 is needed for this test (apt install python3)");
     let shown = String::from_utf8_lossy(&done.stdout);

@@ -10,6 +10,7 @@ use axum::body::Body;
 use axum::response::{IntoResponse, Response};
 use http::HeaderMap;
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE};
+use std::time::{Duration, Instant};
 use vmtide_block::ByteRange;
 
 /// The ranges of `?ranges=OFFSET:LENGTH,…`.
@@ -30,10 +31,24 @@ fn number(text: &str) -> Option<u64> {
     if text.bytes().all(|digit| digit.is_ascii_digit()) { text.parse().ok() } else { None }
 }
 
-/// Takes a place among the transfers of a client: before its list is read, so that what lists take is bounded.
-pub fn begin(state: &Shared, caller: &Caller, disk: &str) -> Result<Transfer, ContractError> {
-    let transfer = state.work.transfers.begin(&caller.name, TransferKind::Read, disk);
-    transfer.map_err(|error| ContractError::TooMany(error.to_string()))
+/// How long a request waits for others to end. Clients of rct-service know no answer that tells them to come again.
+const PLACE_TIMEOUT: Duration = Duration::from_secs(120);
+/// How often it is looked for a place.
+const PLACE_INTERVAL: Duration = Duration::from_millis(10);
+
+/// Takes a place among the transfers of a client, as soon as there is one: before its list is read, so that what
+/// lists take is bounded.
+pub async fn begin(state: &Shared, caller: &Caller, disk: &str) -> Result<Transfer, ContractError> {
+    let deadline = Instant::now() + PLACE_TIMEOUT;
+    loop {
+        match state.work.transfers.begin(&caller.name, TransferKind::Read, disk) {
+            Ok(transfer) => return Ok(transfer),
+            Err(refused) if Instant::now() >= deadline => {
+                return Err(ContractError::TooMany(refused.to_string()));
+            }
+            Err(_) => tokio::time::sleep(PLACE_INTERVAL).await,
+        }
+    }
 }
 
 /// The ranges of the body of a POST, and what holds their memory.

@@ -87,12 +87,12 @@ async fn answer(
         Action::Changes { id } if is_read => changes(state, &disk, id).await,
         Action::Content if is_read => {
             let ranges = (content::ranges_of_query(query)?, HeldMemory::default());
-            let transfer = content::begin(state, caller, &disk)?;
+            let transfer = content::begin(state, caller, &disk).await?;
             content::answer(state, &disk, ranges, transfer, head.method == Method::HEAD).await
         }
         Action::Content if head.method == Method::POST => {
             content::check_type(&head.headers)?;
-            let transfer = content::begin(state, caller, &disk)?;
+            let transfer = content::begin(state, caller, &disk).await?;
             let ranges = content::ranges_of_body(state, body).await?;
             content::answer(state, &disk, ranges, transfer, false).await
         }
