@@ -320,7 +320,7 @@ class Matrix:
         for offset, length in ((size, 1), (size - 1, 2), (0, size + 1), (1 << 63, 512), ((1 << 64) - 1, 1), ((1 << 64) - 1, (1 << 64) - 1)):
             yield f"416: {offset}:{length}", lambda o=offset, n=length: self.outside_disk(o, n)
         for status, body in (
-            (400, b""), (400, b"["), (400, b'[{"offset":0,"length":1}'), (400, b'[{"offset":0,"length":1},]'), (400, b"\xff"), (400, b"nothing"),
+            (400, b""), (400, b"["), (400, b'[{"offset":0,"length":1}'), (400, b'[{"offset":0,"length":1},]'), (400, b"\xff"), (400, b"?"),
             (422, b"{}"), (422, b"null"), (422, b"[1]"), (422, b'[{"offset":0}]'), (422, b'[{"length":1}]'),
             (422, b'[{"offset":-1,"length":1}]'), (422, b'[{"offset":"0","length":1}]'), (422, b'[{"offset":0.5,"length":1}]'),
             (422, b'[{"offset":18446744073709551616,"length":1}]'), (422, b'{"offset":0,"length":1}'),

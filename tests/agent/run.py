@@ -71,8 +71,8 @@ class Lab:
         for path, kind, options, numbers in (
             (base, "vhdx", ["-o", "subformat=dynamic"], (3, 3)),
             (self.root / "fixed.vhd", "vpc", ["-o", "subformat=fixed,force_size=on"], (2, 2)),
-            (self.root / "directory" / "linux-ä.qcow2", "qcow2", [], (0, 0)),
-            (self.root / "plain.raw", "raw", [], (0, 0)),
+            (self.root / "directory" / "linux-ä.qcow2", "qcow2", [], (0, 3)),
+            (self.root / "plain.raw", "raw", [], (0, 2)),
         ):
             run("qemu-img", "convert", "-f", "raw", "-O", kind, *options, self.content, path)
             self.add_disk(path, numbers, None)
