@@ -4,7 +4,7 @@ only somebody on the host can see: keys that change while it runs, the audit log
 
     VMTIDE_BIN=target/debug/vmtide python3 tests/agent/run.py [WORD…]
 
-Needs qemu-img, openssl and python3-requests. The last line is `test result: ok. N passed; M failed`.
+Needs qemu-img, openssl, curl and python3-requests. The last line is `test result: ok. N passed; M failed`.
 """
 
 import json
@@ -183,6 +183,7 @@ class Host:
 
     def check_host(self):
         yield "host: a client built on requests, as rct-service's is", self.requests_client
+        yield "host: HTTP/2, by curl", self.http2
         yield "host: keys are added and removed while it runs", self.keys_change
         yield "host: a broken file of keys changes nothing", self.broken_keys
         yield "host: a parent outside of the roots is refused", self.parent_outside
@@ -219,6 +220,16 @@ class Host:
             matrix.want(bytes(copy) == self.lab.content.read_bytes(), f"{disk['path']}: other bytes")
         refused = requests.get(f"{base}/info", headers={"auth_key": "swordfish"}, verify=verify, timeout=60)
         matrix.want(refused.status_code == 401, f"status {refused.status_code}")
+
+    def http2(self):
+        to, size = self.lab.place / "http2", self.lab.content.stat().st_size
+        where = matrix.target(self.lab.disks[0]["path"], "content") + f"?ranges=0:{size}"
+        shown = run(
+            "curl", "--silent", "--http2", "--cacert", self.process.listening["certificate"], "--header", f"auth_key: {self.agent.key}",
+            "--output", to, "--write-out", "%{http_version} %{http_code}", self.process.listening["url"] + where,
+        )
+        matrix.want(shown == "2 200", shown)
+        matrix.want(to.read_bytes() == self.lab.content.read_bytes(), "other bytes")
 
     def until(self, what, status):
         deadline = time.monotonic() + NOTICE_TIMEOUT_S
@@ -407,7 +418,7 @@ class Host:
 
 def main():
     words = sys.argv[1:]
-    for tool in ("qemu-img", "openssl"):
+    for tool in ("qemu-img", "openssl", "curl"):
         if not shutil.which(tool):
             print(f"run.py: error: {tool} is not installed", file=sys.stderr)
             return 2
