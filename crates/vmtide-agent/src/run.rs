@@ -2,7 +2,7 @@
 
 use crate::audit::AuditLog;
 use crate::auth::{KeyStore, RELOAD_INTERVAL};
-use crate::config::AgentOptions;
+use crate::config::{AgentOptions, ConnectionLimits};
 use crate::error::{AgentError, Result};
 use crate::metrics::Metrics;
 use crate::provider::DiskProvider;
@@ -24,6 +24,8 @@ use vmtide_block::CancelToken;
 const STOP_INTERVAL: Duration = Duration::from_millis(100);
 /// The most threads that block at once: reading disks, asking the platform. Requests past that wait.
 const BLOCKING_THREADS: usize = 128;
+/// The handles that are kept for disks, their chains and their tracking, out of reach of connections.
+const HANDLES_FOR_DISKS: u64 = 384;
 /// The name of the audit log in the state directory.
 const AUDIT_FILE: &str = "audit.log";
 
@@ -121,7 +123,8 @@ async fn run_until(
     let (stopping, stopped) = watch::channel(false);
     let care = tokio::spawn(take_care(Arc::clone(&state.keys), identity));
     let router = server::router(state);
-    let serving = tokio::spawn(server::serve(listener, tls, router, options.connections, stopped));
+    let connections = within_handles(options.connections);
+    let serving = tokio::spawn(server::serve(listener, tls, router, connections, stopped));
     systemd::notify(systemd::READY);
     while !stop.is_cancelled() && !serving.is_finished() {
         tokio::time::sleep(STOP_INTERVAL).await;
@@ -131,6 +134,45 @@ async fn run_until(
     // Nobody listens any more where the server has ended by itself.
     let _ = stopping.send(true);
     serving.await.map_err(|error| AgentError::refused("serve", error))
+}
+
+/// These limits, with no more connections than there are handles for.
+fn within_handles(mut connections: ConnectionLimits) -> ConnectionLimits {
+    let Some(handles) = raise_handles(connections.total as u64 + HANDLES_FOR_DISKS) else {
+        return connections;
+    };
+    let left = usize::try_from(handles.saturating_sub(HANDLES_FOR_DISKS)).unwrap_or(usize::MAX);
+    if left < connections.total {
+        tracing::warn!("this process may have {handles} handles: at most {left} connections");
+        connections.total = left.max(1);
+    }
+    connections
+}
+
+/// Lets this process have so many handles, as far as it may. Answers how many it has now; none without a limit.
+#[cfg(unix)]
+fn raise_handles(wanted: u64) -> Option<u64> {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let current = limit.current?;
+    let reachable = limit.maximum.map_or(wanted, |maximum| wanted.min(maximum));
+    if current >= reachable {
+        return Some(current);
+    }
+    let raised = Rlimit { current: Some(reachable), maximum: limit.maximum };
+    match setrlimit(Resource::Nofile, raised) {
+        Ok(()) => Some(reachable),
+        Err(error) => {
+            tracing::debug!(%error, "the number of handles could not be raised");
+            Some(current)
+        }
+    }
+}
+
+/// Windows has no such limit worth speaking of.
+#[cfg(not(unix))]
+fn raise_handles(_wanted: u64) -> Option<u64> {
+    None
 }
 
 /// Reads files again that changed, and tells systemd that the agent lives.
