@@ -306,6 +306,42 @@ async fn read_frames(
     }
 }
 
+/// How many bytes from the beginning of `range` are zeros, as far as the agent says so before it comes to data; what
+/// follows is not waited for.
+pub(crate) async fn zeros_ahead(
+    transport: &Transport,
+    place: &Place,
+    range: ByteRange,
+) -> std::result::Result<u64, Failure> {
+    let target = format!(
+        "{}ranges={}:{}&format=ranges",
+        place.target("content"),
+        range.offset,
+        range.length
+    );
+    let request = Request::get(target).header("accept", HeaderValue::from_static(MEDIA_TYPE));
+    let mut response = transport.begin(&request).await?;
+    let mut reader = FrameReader::new();
+    let mut zeros = 0_u64;
+    while let Some(part) = transport.part(&mut response).await? {
+        reader.push(&part);
+        while let Some(frame) = reader.next_frame().map_err(|error| broken(transport, &error))? {
+            match frame {
+                Frame::Zero { offset, length }
+                    if offset == range.offset + zeros && length <= range.length - zeros =>
+                {
+                    zeros += length;
+                }
+                Frame::Zero { .. } => {
+                    return Err(transport.nonsense("zeros at a place that was not asked for"));
+                }
+                Frame::Data { .. } | Frame::End { .. } => return Ok(zeros),
+            }
+        }
+    }
+    Err(transport.lost("the answer was cut"))
+}
+
 /// Puts one frame where it belongs. Answers with whether it was the last.
 fn place_frame(
     frame: Frame,

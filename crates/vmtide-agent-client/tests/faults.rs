@@ -77,6 +77,34 @@ fn a_connection_that_breaks_goes_on_where_it_broke_off() {
 }
 
 #[test]
+fn zeros_are_found_without_being_read() {
+    let mut disk = content(48 * MIB);
+    disk[..9 * MIB].fill(0);
+    for v1 in [false, true] {
+        let agent = StandIn::new(disk.clone(), v1);
+        let device = agent.client().open(DISK, &cancel()).unwrap();
+        let extents = vmtide_block::all_extents(&device).unwrap();
+        let zeros: u64 = extents
+            .iter()
+            .filter(|extent| extent.kind.reads_as_zero())
+            .map(|extent| {
+                let at = |offset: u64| usize::try_from(offset).unwrap();
+                assert!(
+                    disk[at(extent.range.offset)..at(extent.range.end())]
+                        .iter()
+                        .all(|byte| *byte == 0)
+                );
+                extent.range.length
+            })
+            .sum();
+        assert_eq!(zeros, if v1 { 9 * MIB as u64 } else { 0 }, "{extents:?}");
+        agent.with(|state| state.statuses = [503, 200].into());
+        let first = device.extents(ByteRange::new(0, 8 * MIB as u64)).unwrap();
+        assert_eq!(first[0].range.offset, 0);
+    }
+}
+
+#[test]
 fn flipped_bytes_are_noticed_and_asked_for_again() {
     let disk = content(MIB);
     let agent = StandIn::new(disk.clone(), true);
