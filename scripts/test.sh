@@ -2,7 +2,7 @@
 # Checks everything; installs what it needs and says so.
 #
 #   scripts/test.sh              all parts
-#   scripts/test.sh PART…        some: lint deny rust e2e bacula fuzz
+#   scripts/test.sh PART…        some: lint deny rust e2e bacula windows fuzz
 #
 # lint   format of the code, clippy without warnings, shellcheck, Python that compiles
 # deny   licences, sources and known weaknesses of what vmtide depends on
@@ -10,6 +10,7 @@
 # e2e    real QEMU machines: a Linux guest backed up, restored and booted; cycles of writes, backups and kill -9;
 #        what vmtide stored, read by independent programs (tests/interop)
 # bacula the plugin in a real Bacula: director, storage daemon and file daemon on loopback
+# windows vmtide.exe, built here and run under Wine (tests/wine), beside vmtide for Linux
 # fuzz   a minute over the fuzz targets
 #
 # VMTIDE_CYCLES (8) says how many cycles, VMTIDE_KILLS (20) how many kills of commands on a repository;
@@ -24,13 +25,14 @@ set -euo pipefail
 # shellcheck source=scripts/lib/rust.sh
 . "$REPO_ROOT/scripts/lib/rust.sh"
 
-ALL_PARTS="lint deny rust e2e bacula fuzz"
+ALL_PARTS="lint deny rust e2e bacula windows fuzz"
 CYCLES="${VMTIDE_CYCLES:-8}"
 KILLS="${VMTIDE_KILLS:-20}"
 FUZZ_SECONDS="${VMTIDE_FUZZ_SECONDS:-60}"
 # Longer than everything in it takes on two slow cores; a hang ends as a failure, not as a machine blocked for ever.
 LIMIT_RUST_S=2700
 LIMIT_E2E_S=900
+LIMIT_WINDOWS_S=2400
 LIMIT_FUZZ_BUILD_S=900
 # cargo's own needs come first; a fuzz target lives in less than half.
 FUZZ_ADDRESS_SPACE_KIB=$((1 << 20))
@@ -142,7 +144,7 @@ check_scripts() {
 }
 
 check_python() {
-    PYTHONPYCACHEPREFIX="$LOGS/pycache" python3 -m compileall -q "$REPO_ROOT/tests/e2e" "$REPO_ROOT/tests/agent" "$REPO_ROOT/tests/bacula" "$REPO_ROOT/bench" "$REPO_ROOT/tools" \
+    PYTHONPYCACHEPREFIX="$LOGS/pycache" python3 -m compileall -q "$REPO_ROOT/tests/e2e" "$REPO_ROOT/tests/agent" "$REPO_ROOT/tests/wine" "$REPO_ROOT/tests/bacula" "$REPO_ROOT/bench" "$REPO_ROOT/tools" \
         "$REPO_ROOT/clients/python"
 }
 
@@ -247,6 +249,18 @@ ensure_bacula() {
         dpkg -x "$download"/bacula-director_*.deb "$cache"
         rm -rf "$download"
     fi
+}
+
+part_windows() {
+    step "building vmtide for Linux, to compare with"
+    if ! cargo build --quiet --locked -p vmtide; then
+        failed 1 "vmtide does not build"
+        return
+    fi
+    VMTIDE_BIN="$(target_directory)/debug/vmtide"
+    export VMTIDE_BIN
+    counted "vmtide.exe under Wine" \
+        timeout --kill-after=30 "$LIMIT_WINDOWS_S" bash "$REPO_ROOT/tests/wine/run.sh"
 }
 
 target_directory() {

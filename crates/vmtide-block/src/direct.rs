@@ -53,7 +53,7 @@ impl DirectFile {
         if !aligned || data.len() < SHORTEST_BYTES || self.refused.load(Ordering::Relaxed) {
             return Ok(false);
         }
-        match crate::raw::write_all_at(&self.file, data, offset) {
+        match crate::files::write_all_at(&self.file, data, offset) {
             Ok(()) => Ok(true),
             Err(error) if error.kind() == std::io::ErrorKind::InvalidInput => {
                 self.refused.store(true, Ordering::Relaxed);

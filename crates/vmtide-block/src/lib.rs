@@ -17,6 +17,7 @@ mod device;
 mod direct;
 mod error;
 mod extent;
+pub mod files;
 mod memory;
 mod progress;
 mod range;

@@ -2,10 +2,12 @@
 //!
 //! Holes are found with `SEEK_HOLE`/`SEEK_DATA` (lseek(2)) and made with
 //! `fallocate(FALLOC_FL_PUNCH_HOLE)`, which Linux also takes on block devices, where it discards
-//! with a guarantee of zeros. A file system without either still works: everything is data, and
-//! zeros are written.
+//! with a guarantee of zeros. On Windows it is `FSCTL_QUERY_ALLOCATED_RANGES` and
+//! `FSCTL_SET_ZERO_DATA` on files made sparse; block devices are not opened there. A file system
+//! without either still works: everything is data, and zeros are written.
 
 use crate::direct::DirectFile;
+use crate::files::{self, read_exact_at, write_all_at};
 use crate::{
     BlockDevice, BlockError, ByteRange, Extent, ExtentKind, Result, WritableBlockDevice,
     push_extent,
@@ -17,10 +19,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The most extents one answer holds, so that a badly fragmented file does not take memory.
 const MAX_EXTENTS: usize = 1 << 16;
-
-/// The permissions of a new file: a disk holds the secrets of its guest.
-#[cfg(unix)]
-const NEW_FILE_MODE: u32 = 0o600;
 
 /// The most that one write through the page cache hands to the kernel in a file without flushes. A
 /// large write makes large new pieces of cache, which are cold in every processor cache and in a
@@ -61,30 +59,31 @@ impl RawDevice {
     ///
     /// # Errors
     /// [`BlockError::Io`] with the path where it cannot be opened, of the kind `ResourceBusy` for
-    /// writing to a block device in use; [`BlockError::Unsupported`] where it is no disk.
+    /// writing to a block device in use; [`BlockError::Unsupported`] where it is no disk, and for
+    /// devices on Windows.
     pub fn open(path: impl AsRef<Path>, mode: OpenMode) -> Result<Self> {
         let path = path.as_ref().to_path_buf();
         let mut options = OpenOptions::new();
         options.read(true).write(mode != OpenMode::ReadOnly);
         if matches!(mode, OpenMode::CreateNew { .. }) {
             options.create_new(true);
-            owner_only(&mut options);
+            files::owner_only(&mut options);
         } else {
             let is_block_device = check_is_disk(&path)?;
             if is_block_device && mode == OpenMode::ReadWrite {
-                claim(&mut options);
+                files::claim(&mut options);
             }
         }
         let file = options.open(&path).map_err(|error| {
-            let context = match error.kind() {
-                std::io::ErrorKind::ResourceBusy => format!(
-                    "{} is in use (mounted, or part of LVM, RAID, swap or a device mapper target)",
-                    path.display()
-                ),
-                _ => format!("open {}", path.display()),
+            let context = match files::is_in_use(&error) {
+                true => format!("{} is in use ({})", path.display(), files::USERS),
+                false => format!("open {}", path.display()),
             };
             BlockError::io(context, error)
         })?;
+        if matches!(mode, OpenMode::CreateNew { .. }) {
+            files::make_sparse(&file);
+        }
         // Cutting even an empty file to nothing makes ext4 write all of it out when it is closed, in
         // case it is an old file that is being replaced.
         if let OpenMode::CreateNew { size_bytes: size_bytes @ 1.. } = mode {
@@ -108,7 +107,7 @@ impl RawDevice {
             .seek(SeekFrom::End(0))
             .map_err(|error| BlockError::io(context("find the size of"), error))?;
         let fixed_size = !metadata.is_file();
-        let block_size_bytes = if fixed_size { logical_block_size(&file) } else { 512 };
+        let block_size_bytes = if fixed_size { files::logical_block_size(&file) } else { 512 };
         Ok(Self {
             file,
             direct: OnceLock::new(),
@@ -152,39 +151,17 @@ impl RawDevice {
     }
 }
 
-/// Gives a file that is made only to its owner.
-#[cfg(unix)]
-fn owner_only(options: &mut OpenOptions) {
-    use std::os::unix::fs::OpenOptionsExt;
-    options.mode(NEW_FILE_MODE);
-}
-
-#[cfg(not(unix))]
-fn owner_only(_options: &mut OpenOptions) {}
-
-/// Opens a block device for nobody else. Linux takes `O_EXCL` without `O_CREAT` on a block device
-/// as a claim, which fails with `EBUSY` while a file system, LVM, RAID or another claim holds it or
-/// a partition of it (open(2)).
-#[cfg(target_os = "linux")]
-fn claim(options: &mut OpenOptions) {
-    use std::os::unix::fs::OpenOptionsExt;
-    options.custom_flags(rustix::fs::OFlags::EXCL.bits().cast_signed());
-}
-
-#[cfg(not(target_os = "linux"))]
-fn claim(_options: &mut OpenOptions) {}
-
 /// Succeeds for a file or a block device; answers with whether it is the latter.
 fn check_is_disk(path: &Path) -> Result<bool> {
+    if files::names_device(path) {
+        return Err(BlockError::unsupported(
+            path.display().to_string(),
+            "is a device, which vmtide does not open on Windows; give a disk image file",
+        ));
+    }
     let metadata = std::fs::metadata(path)
         .map_err(|error| BlockError::io(format!("open {}", path.display()), error))?;
-    #[cfg(unix)]
-    let is_block_device = {
-        use std::os::unix::fs::FileTypeExt;
-        metadata.file_type().is_block_device()
-    };
-    #[cfg(not(unix))]
-    let is_block_device = false;
+    let is_block_device = files::is_block_device(&metadata);
     if metadata.is_file() || is_block_device {
         return Ok(is_block_device);
     }
@@ -193,16 +170,6 @@ fn check_is_disk(path: &Path) -> Result<bool> {
         path.display().to_string(),
         format!("is {what}; give a disk image file or a block device"),
     ))
-}
-
-#[cfg(target_os = "linux")]
-fn logical_block_size(file: &File) -> u32 {
-    rustix::fs::ioctl_blksszget(file).ok().filter(|size| *size >= 512).unwrap_or(512)
-}
-
-#[cfg(not(target_os = "linux"))]
-fn logical_block_size(_file: &File) -> u32 {
-    512
 }
 
 impl BlockDevice for RawDevice {
@@ -230,7 +197,7 @@ impl BlockDevice for RawDevice {
         if self.fixed_size {
             push_extent(&mut extents, Extent { range, kind: ExtentKind::Data });
         } else {
-            file_extents(&self.file, range, &mut extents)
+            files::file_extents(&self.file, range, MAX_EXTENTS, &mut extents)
                 .map_err(|error| self.io("find the holes of", range, error))?;
         }
         Ok(extents)
@@ -261,7 +228,7 @@ impl WritableBlockDevice for RawDevice {
 
     fn write_zeroes(&self, range: ByteRange) -> Result<()> {
         self.check_write(range)?;
-        if range.is_empty() || punch_hole(&self.file, range) {
+        if range.is_empty() || files::punch_hole(&self.file, range) {
             return Ok(());
         }
         let zeros = vec![0u8; 1 << 20];
@@ -301,104 +268,12 @@ impl WritableBlockDevice for RawDevice {
     }
 }
 
-#[cfg(unix)]
-fn read_exact_at(file: &File, buffer: &mut [u8], offset: u64) -> std::io::Result<()> {
-    std::os::unix::fs::FileExt::read_exact_at(file, buffer, offset)
-}
-
 fn write_in_pieces(file: &File, data: &[u8], offset: u64) -> std::io::Result<()> {
     let mut at = offset;
     for piece in data.chunks(CACHED_WRITE_BYTES) {
         write_all_at(file, piece, at)?;
         at += piece.len() as u64;
     }
-    Ok(())
-}
-
-#[cfg(unix)]
-pub(crate) fn write_all_at(file: &File, data: &[u8], offset: u64) -> std::io::Result<()> {
-    std::os::unix::fs::FileExt::write_all_at(file, data, offset)
-}
-
-#[cfg(windows)]
-fn read_exact_at(file: &File, mut buffer: &mut [u8], mut offset: u64) -> std::io::Result<()> {
-    use std::os::windows::fs::FileExt;
-    while !buffer.is_empty() {
-        match file.seek_read(buffer, offset)? {
-            0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
-            count => {
-                buffer = &mut buffer[count..];
-                offset += count as u64;
-            }
-        }
-    }
-    Ok(())
-}
-
-#[cfg(windows)]
-pub(crate) fn write_all_at(file: &File, mut data: &[u8], mut offset: u64) -> std::io::Result<()> {
-    use std::os::windows::fs::FileExt;
-    while !data.is_empty() {
-        let count = file.seek_write(data, offset)?;
-        if count == 0 {
-            return Err(std::io::ErrorKind::WriteZero.into());
-        }
-        data = &data[count..];
-        offset += count as u64;
-    }
-    Ok(())
-}
-
-/// Whether the range was turned into a hole that reads as zeros.
-#[cfg(target_os = "linux")]
-fn punch_hole(file: &File, range: ByteRange) -> bool {
-    use rustix::fs::{FallocateFlags, fallocate};
-    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    fallocate(file, flags, range.offset, range.length).is_ok()
-}
-
-#[cfg(not(target_os = "linux"))]
-fn punch_hole(_file: &File, _range: ByteRange) -> bool {
-    false
-}
-
-/// Walks data and holes with lseek(2). The kernel's file position is shared, but `SEEK_DATA` and
-/// `SEEK_HOLE` take absolute offsets and nothing here reads by position, so callers do not mix.
-#[cfg(target_os = "linux")]
-fn file_extents(file: &File, range: ByteRange, out: &mut Vec<Extent>) -> std::io::Result<()> {
-    use rustix::fs::{SeekFrom, seek};
-    use rustix::io::Errno;
-    let mut at = range.offset;
-    while at < range.end() && out.len() < MAX_EXTENTS {
-        let data = match seek(file, SeekFrom::Data(at)) {
-            Ok(data) => data.clamp(at, range.end()),
-            // No data after here: a hole up to the end of the file.
-            Err(Errno::NXIO) => range.end(),
-            // The file system cannot tell: all data.
-            Err(Errno::INVAL | Errno::OPNOTSUPP) => at,
-            Err(error) => return Err(error.into()),
-        };
-        push_extent(out, Extent::new(at, data - at, ExtentKind::Unallocated));
-        at = data;
-        if at >= range.end() {
-            break;
-        }
-        let hole = match seek(file, SeekFrom::Hole(at)) {
-            // A file that was cut or punched in between answers with `at` itself.
-            Ok(hole) if hole > at => hole.min(range.end()),
-            Ok(_) | Err(Errno::NXIO | Errno::INVAL | Errno::OPNOTSUPP) => range.end(),
-            Err(error) => return Err(error.into()),
-        };
-        push_extent(out, Extent::new(at, hole - at, ExtentKind::Data));
-        at = hole;
-    }
-    Ok(())
-}
-
-#[cfg(not(target_os = "linux"))]
-fn file_extents(_file: &File, range: ByteRange, out: &mut Vec<Extent>) -> std::io::Result<()> {
-    push_extent(out, Extent { range, kind: ExtentKind::Data });
-    debug_assert!(out.len() <= MAX_EXTENTS);
     Ok(())
 }
 

@@ -606,7 +606,7 @@ fn summary(
 
 /// This host, as the operating system names it.
 pub fn host_name() -> String {
-    rustix::system::uname().nodename().to_string_lossy().into_owned()
+    vmtide_block::files::host_name()
 }
 
 #[cfg(test)]

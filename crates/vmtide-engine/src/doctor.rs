@@ -4,6 +4,7 @@ use crate::source::{OpenSource, SourceOptions, SourceSpec};
 use crate::{EngineError, Result};
 use serde::Serialize;
 use std::path::Path;
+use vmtide_block::files;
 use vmtide_hypervisor::VmConfig;
 use vmtide_repo::{KeyList, Repository, RestorePoint};
 
@@ -150,7 +151,7 @@ fn check_config(findings: &mut Findings, config: &VmConfig) {
 }
 
 fn check_state_directory(findings: &mut Findings, directory: &Path) {
-    let tried = std::fs::create_dir_all(directory).and_then(|()| check_access(directory));
+    let tried = std::fs::create_dir_all(directory).and_then(|()| files::check_writable(directory));
     match tried {
         Ok(()) => findings.ok("state directory", format!("{} is writable", directory.display())),
         Err(error) => findings.fail(
@@ -162,17 +163,10 @@ fn check_state_directory(findings: &mut Findings, directory: &Path) {
     check_free_space(findings, directory, "for scratch files of a running backup");
 }
 
-/// Whether this user may make files in a directory; asks and writes nothing.
-fn check_access(directory: &Path) -> std::io::Result<()> {
-    use rustix::fs::Access;
-    Ok(rustix::fs::access(directory, Access::WRITE_OK | Access::EXEC_OK)?)
-}
-
 fn check_free_space(findings: &mut Findings, directory: &Path, purpose: &str) {
-    let Ok(space) = rustix::fs::statvfs(directory) else {
+    let Ok(free_bytes) = files::free_bytes(directory) else {
         return;
     };
-    let free_bytes = space.f_bavail.saturating_mul(space.f_frsize);
     let detail = format!(
         "{} MiB free on the file system of {} {purpose}",
         free_bytes >> 20,
@@ -228,7 +222,7 @@ pub fn check_repository(repository: &Repository, directory: Option<&Path>) -> Ve
 }
 
 fn check_writable(findings: &mut Findings, directory: &Path) {
-    match check_access(directory) {
+    match files::check_writable(directory) {
         Ok(()) => findings.ok("rights", "this user may write"),
         Err(error) => findings.warn(
             "rights",

@@ -1,4 +1,4 @@
-//! Whether a QEMU has an image file open.
+//! Whether a running VM has an image file open.
 //!
 //! QEMU marks its images by read locks on single bytes of the file (open file description locks,
 //! `block/file-posix.c` of QEMU): byte 100 + n says that it uses permission n, byte 200 + n that it
@@ -6,6 +6,10 @@
 //! machine in `/proc/locks` (proc(5)), where they are looked for here. What another host holds over
 //! a network file system is not in it, nor is a file that its file system lists under another
 //! device number than stat(2) gives (Btrfs does).
+//!
+//! On Windows every program says when it opens a file what others may do with it meanwhile: whoever has
+//! it open for writing is found by opening it for reading such that nobody may write, and a QEMU or
+//! Hyper-V that uses it at all by opening it for writing, which neither lets others do.
 
 use crate::{EngineError, Result};
 use std::ops::RangeInclusive;
@@ -26,7 +30,7 @@ pub(crate) enum Use {
     Write,
 }
 
-/// Refuses to use a file so while a QEMU has it open. What cannot be found out does not hinder.
+/// Refuses to use a file so while a running VM has it open. What cannot be found out does not hinder.
 ///
 /// # Errors
 /// [`EngineError::Refused`].
@@ -35,7 +39,7 @@ pub(crate) fn check_not_in_use(path: &Path, what_for: Use) -> Result<()> {
         Use::Read => WRITES,
         Use::Write => USES,
     };
-    if !is_locked(path, bytes) {
+    if !is_locked(path, bytes, what_for) {
         return Ok(());
     }
     let action = match what_for {
@@ -44,13 +48,18 @@ pub(crate) fn check_not_in_use(path: &Path, what_for: Use) -> Result<()> {
     };
     Err(EngineError::refused(
         format!("{action} {}", path.display()),
-        "a running QEMU or another vmtide has it open: name the VM by its monitor (qemu+unix://…), or \
-         end that first",
+        if cfg!(windows) {
+            "a running VM or another program has it open: back up a checkpoint of the VM, or end that \
+             first"
+        } else {
+            "a running QEMU or another vmtide has it open: name the VM by its monitor (qemu+unix://…), \
+             or end that first"
+        },
     ))
 }
 
 #[cfg(target_os = "linux")]
-fn is_locked(path: &Path, bytes: &[RangeInclusive<u64>]) -> bool {
+fn is_locked(path: &Path, bytes: &[RangeInclusive<u64>], _: Use) -> bool {
     use std::os::unix::fs::MetadataExt;
     let Ok(metadata) = std::fs::metadata(path) else {
         return false;
@@ -68,14 +77,28 @@ fn is_locked(path: &Path, bytes: &[RangeInclusive<u64>]) -> bool {
     lists_lock(&locks, &file, bytes)
 }
 
-#[cfg(not(target_os = "linux"))]
-fn is_locked(_path: &Path, _bytes: &[RangeInclusive<u64>]) -> bool {
+#[cfg(windows)]
+fn is_locked(path: &Path, _bytes: &[RangeInclusive<u64>], what_for: Use) -> bool {
+    use std::os::windows::fs::OpenOptionsExt;
+    /// `FILE_SHARE_READ | FILE_SHARE_DELETE`: others may do anything but write.
+    const NO_WRITERS: u32 = 1 | 4;
+    let tried = std::fs::OpenOptions::new()
+        .read(true)
+        .write(what_for == Use::Write)
+        .share_mode(NO_WRITERS)
+        .open(path);
+    tried.is_err_and(|error| vmtide_block::files::is_in_use(&error))
+}
+
+#[cfg(not(any(target_os = "linux", windows)))]
+fn is_locked(_path: &Path, _bytes: &[RangeInclusive<u64>], _: Use) -> bool {
     false
 }
 
 /// Whether the list has an open file description lock of `file` that covers one of `bytes`. A line
 /// reads `2: OFDLCK ADVISORY  READ -1 fe:00:10431071 100 101`; one that waits has `->` after the
 /// number and holds nothing.
+#[cfg(any(target_os = "linux", test))]
 fn lists_lock(locks: &str, file: &str, bytes: &[RangeInclusive<u64>]) -> bool {
     locks.lines().any(|line| {
         let fields: Vec<&str> = line.split_whitespace().collect();

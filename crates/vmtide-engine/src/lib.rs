@@ -28,6 +28,7 @@ pub mod partitions;
 mod peer;
 mod points;
 mod prune;
+mod qemu;
 mod repair;
 mod restore;
 mod restore_target;

@@ -56,7 +56,8 @@ pub(crate) fn plan(job: &RestoreJob<'_>, disks: &[&DiskRecord]) -> Result<Plan> 
         }
         RestoreTarget::Path(path) => path,
     };
-    let names_directory = path.as_os_str().to_string_lossy().ends_with('/');
+    let text = path.as_os_str().to_string_lossy();
+    let names_directory = text.ends_with(std::path::is_separator);
     let metadata = std::fs::metadata(path).ok();
     let is_directory = metadata.as_ref().is_some_and(std::fs::Metadata::is_dir);
     if is_directory || (metadata.is_none() && (names_directory || disks.len() > 1)) {

@@ -3,16 +3,16 @@
 use crate::image::open::{OpenDiskOptions, hint, image_options};
 use crate::in_use::{Use, check_not_in_use};
 use crate::peer::NbdPeer;
+use crate::qemu::{self, TrackedImage};
 use crate::{EngineError, Result};
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use vmtide_agent_client::{AgentClient, AgentOptions, AgentSource, AgentUrl};
 use vmtide_block::{BlockDevice, RangeSet};
-use vmtide_hypervisor::{DiskId, Hypervisor, ImageSource};
+use vmtide_hypervisor::{Hypervisor, ImageSource};
 use vmtide_image::{BackingPolicy, Format};
 use vmtide_nbd::{NbdOptions, NbdUrl};
-use vmtide_qemu::{OfflineImage, QemuTarget, QemuVm};
 use vmtide_repo::Repository;
 
 /// The schemes that the design names and this build does not have, with what works instead.
@@ -59,9 +59,7 @@ impl SourceSpec {
         match scheme {
             "file" => Ok(Self::Image(file_path(text, rest)?)),
             "qemu+unix" | "qemu+tcp" => {
-                // Its own parser tells what is wrong; the state directory does not matter here.
-                QemuTarget::parse_url(text, "")
-                    .map_err(|error| EngineError::usage(error.to_string()))?;
+                qemu::check_url(text)?;
                 Ok(Self::Qemu(text.into()))
             }
             scheme => Err(unknown_scheme(scheme)),
@@ -108,16 +106,25 @@ fn unknown_scheme(scheme: &str) -> EngineError {
 /// `scheme` and the rest of `scheme://rest`; none for a path.
 pub fn split_scheme(text: &str) -> Option<(&str, &str)> {
     let (scheme, rest) = text.split_once("://")?;
-    let is_scheme = scheme.starts_with(|c: char| c.is_ascii_alphabetic())
+    // `C://x` is a path on Windows.
+    let is_drive = cfg!(windows) && scheme.len() == 1;
+    let is_scheme = !is_drive
+        && scheme.starts_with(|c: char| c.is_ascii_alphabetic())
         && scheme.chars().all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c));
     is_scheme.then_some((scheme, rest))
 }
 
-/// The path of a `file:///path` URL, taken literally.
+/// The path of a `file:///path` URL, taken literally; on Windows also of `file:///C:/path`.
 ///
 /// # Errors
 /// [`EngineError::Usage`] where it names another host.
 pub fn file_path(url: &str, rest: &str) -> Result<PathBuf> {
+    if cfg!(windows)
+        && let [b'/', letter, b':', ..] = rest.as_bytes()
+        && letter.is_ascii_alphabetic()
+    {
+        return Ok(rest.trim_start_matches('/').into());
+    }
     if rest.starts_with('/') {
         return Ok(rest.into());
     }
@@ -217,18 +224,9 @@ fn open_image(path: &Path, options: &SourceOptions) -> Result<OpenSource> {
     if let Some(disk) = tracked_in_image(path, format, options)? {
         // It was opened above only to hold its backing files against the policy.
         drop(device);
-        let mut image = OfflineImage::new(path, &options.state_directory)
-            .with_name(name.clone())
-            .with_format(format.name());
-        if let Some(disk) = disk {
-            image = image.with_disk_id(DiskId(disk));
-        }
-        return Ok(OpenSource {
-            hypervisor: Box::new(image),
-            vm: name.clone(),
-            name: Some(name),
-            display: display.display().to_string(),
-        });
+        let display = display.display().to_string();
+        let image = TrackedImage { path, name, format, disk, display };
+        return qemu::open_tracked(image, options);
     }
     // Tracking needs QEMU's own tools, which see its locks themselves, once what a killed job of ours
     // left is removed.
@@ -252,12 +250,9 @@ fn tracked_in_image(
     if format != Format::Qcow2 || options.changes.is_some() {
         return Ok(None);
     }
-    let has_tools = ["qemu-img", "qemu-nbd"].into_iter().all(is_in_path);
-    if options.track && !has_tools {
-        return Err(EngineError::refused(
-            format!("track changes in {}", path.display()),
-            "qemu-img and qemu-nbd are needed: install qemu-utils",
-        ));
+    let obstacle = qemu::cannot_track();
+    if let (true, Some(reason)) = (options.track, obstacle) {
+        return Err(EngineError::refused(format!("track changes in {}", path.display()), reason));
     }
     let bitmaps = vmtide_image::image_info(path, Some(format))?.bitmaps;
     let known = options.tracked.iter().find(|disk| {
@@ -266,13 +261,8 @@ fn tracked_in_image(
     });
     let disk = options.disk_id.clone().or_else(|| known.map(|disk| disk.id.clone()));
     // Nobody asked for QEMU's tools: without them the image is read in full, and that is recorded.
-    let goes_on = known.is_some() && has_tools;
+    let goes_on = known.is_some() && obstacle.is_none();
     Ok((options.track || goes_on).then_some(disk))
-}
-
-fn is_in_path(program: &str) -> bool {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).any(|directory| directory.join(program).is_file())
 }
 
 /// The name of a VM that is backed up from an image: the file name without its extension.
@@ -327,17 +317,7 @@ fn open_qemu(url: &str, options: &SourceOptions) -> Result<OpenSource> {
             "--changes is for images and NBD exports: QEMU tracks changes itself",
         ));
     }
-    let mut target = QemuTarget::parse_url(url, &options.state_directory)?;
-    target.guardian.clone_from(&options.guardian);
-    if options.name.is_some() {
-        target.name.clone_from(&options.name);
-    }
-    Ok(OpenSource {
-        hypervisor: Box::new(QemuVm::new(target)),
-        vm: options.name.clone().unwrap_or_default(),
-        name: options.name.clone(),
-        display: url.to_owned(),
-    })
+    qemu::open(url, options)
 }
 
 fn open_agent(url: &AgentUrl, options: &SourceOptions) -> Result<OpenSource> {
@@ -374,10 +354,7 @@ pub fn untrack(
     lineage: Option<&str>,
 ) -> Result<Vec<String>> {
     match source {
-        SourceSpec::Qemu(url) => {
-            let target = QemuTarget::parse_url(url, state_directory)?;
-            Ok(QemuVm::new(target).end_tracking(lineage)?)
-        }
+        SourceSpec::Qemu(url) => qemu::untrack(url, state_directory, lineage),
         SourceSpec::Image(path) => Err(EngineError::usage(format!(
             "{}: only a running VM can be untracked (qemu+unix://…); in an image at rest, \
              `qemu-img bitmap --remove` does it",

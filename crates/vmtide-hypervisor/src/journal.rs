@@ -185,7 +185,7 @@ impl Journal {
             file.sync_all()?;
             std::fs::rename(&temporary, &self.path)?;
             match self.path.parent() {
-                Some(parent) => File::open(parent)?.sync_all(),
+                Some(parent) => vmtide_block::files::sync_directory(parent),
                 None => Ok(()),
             }
         };

@@ -4,7 +4,13 @@
 //! a read lock on byte 100 + n says that permission n is used, on byte 200 + n that it is not shared
 //! with others. Both sides lock first and look then, so of two that begin at the same moment at
 //! least one gives up: a QEMU, or a second vmtide. They go with the process, however it ends. Where
-//! the file system knows no such locks, and on systems other than Linux, nothing is locked.
+//! the file system knows no such locks nothing is locked.
+//!
+//! On Windows one byte behind the end of every file is locked, by a writer for itself alone and by readers
+//! together, which keeps a second vmtide off. Other programs need none: Hyper-V and QEMU open an image for
+//! writing so that nobody else may, which fails while vmtide has it open for writing, and the other way
+//! round; and a reader holds the file open such that nobody can open it for writing. On further systems
+//! nothing is locked.
 
 use crate::image_info;
 use std::fs::File;
@@ -14,7 +20,16 @@ use vmtide_block::{BlockError, Result};
 /// What is done with an image, and what nobody else may do meanwhile: numbers of permissions.
 struct Needs {
     used: &'static [i64],
+    #[cfg_attr(windows, allow(dead_code, reason = "there the sharing of files says it"))]
     not_shared: &'static [i64],
+}
+
+impl Needs {
+    /// Whether the permission to write is among them.
+    #[cfg(windows)]
+    fn is_writer(&self) -> bool {
+        self.used.contains(&1)
+    }
 }
 
 /// A writer reads, writes and resizes, and lets nobody else write or resize.
@@ -79,9 +94,13 @@ impl ImageLock {
             if seen.contains(&real) {
                 continue;
             }
-            if let Ok(open) = File::open(&real) {
-                lock(&open, file, needs)?;
-                files.push(open);
+            match open_to_lock(&real, needs) {
+                Ok(open) => {
+                    lock(&open, file, needs)?;
+                    files.push(open);
+                }
+                Err(error) if vmtide_block::files::is_in_use(&error) => return Err(busy(file)),
+                Err(_) => {}
             }
             seen.push(real);
         }
@@ -89,12 +108,31 @@ impl ImageLock {
     }
 }
 
+fn busy(path: &Path) -> BlockError {
+    BlockError::io(format!("lock {}", path.display()), std::io::ErrorKind::ResourceBusy)
+}
+
+#[cfg(not(windows))]
+fn open_to_lock(path: &Path, _needs: &Needs) -> std::io::Result<File> {
+    File::open(path)
+}
+
+#[cfg(windows)]
+fn open_to_lock(path: &Path, needs: &Needs) -> std::io::Result<File> {
+    use std::os::windows::fs::OpenOptionsExt;
+    /// `FILE_SHARE_READ | FILE_SHARE_DELETE`: others may do anything but write.
+    const NO_WRITERS: u32 = 1 | 4;
+    /// With `FILE_SHARE_WRITE`.
+    const ANYBODY: u32 = 7;
+    let share = if needs.is_writer() { ANYBODY } else { NO_WRITERS };
+    File::options().read(true).share_mode(share).open(path)
+}
+
 #[cfg(target_os = "linux")]
 fn lock(file: &File, path: &Path, needs: &Needs) -> Result<()> {
     use nix::errno::Errno;
     use nix::fcntl::{FcntlArg, fcntl};
-    let refused =
-        || BlockError::io(format!("lock {}", path.display()), std::io::ErrorKind::ResourceBusy);
+    let refused = || busy(path);
     let bytes = |base: i64, permissions: &'static [i64]| permissions.iter().map(move |n| base + n);
     let mine = bytes(USED_BASE, needs.used).chain(bytes(NOT_SHARED_BASE, needs.not_shared));
     for byte in mine {
@@ -130,13 +168,27 @@ fn byte_lock(kind: i32, byte: i64) -> libc::flock {
     }
 }
 
-#[cfg(not(target_os = "linux"))]
+/// The byte that says on Windows that a vmtide reads or writes: no file reaches so far, so nobody meets the
+/// lock who reads or writes content.
+#[cfg(windows)]
+const LOCKED_BYTE: u64 = 0x7fff_ffff_ffff_0000;
+
+#[cfg(windows)]
+fn lock(file: &File, path: &Path, needs: &Needs) -> Result<()> {
+    match vmtide_windows_ffi::files::try_lock_byte(file, LOCKED_BYTE, needs.is_writer()) {
+        Ok(false) => Err(busy(path)),
+        // Or there are no such locks here.
+        Ok(true) | Err(_) => Ok(()),
+    }
+}
+
+#[cfg(not(any(target_os = "linux", windows)))]
 fn lock(_file: &File, _path: &Path, needs: &Needs) -> Result<()> {
     debug_assert!(!needs.used.is_empty() && !needs.not_shared.is_empty());
     Ok(())
 }
 
-#[cfg(all(test, target_os = "linux"))]
+#[cfg(all(test, any(target_os = "linux", windows)))]
 mod tests {
     use super::*;
 

@@ -353,21 +353,22 @@ impl ExtentFiles for PolicyFiles<'_> {
             Some(name) => self.path(name).ok()?,
             None => self.image.clone(),
         };
-        file_place(&path)
+        vmtide_block::files::file_identity(&path)
     }
 }
 
-/// What a file is known by, whatever its path is.
-#[cfg(unix)]
-fn file_place(path: &Path) -> Option<String> {
-    use std::os::unix::fs::MetadataExt;
-    let found = std::fs::metadata(path).ok()?;
-    Some(format!("{}:{}", found.dev(), found.ino()))
-}
-
-#[cfg(not(unix))]
-fn file_place(path: &Path) -> Option<String> {
-    real_path(path).ok()?.to_str().map(str::to_owned)
+/// Whether a name means something else than a file: QEMU takes a colon before the first slash as a
+/// protocol (nbd://, json:{...}, rbd:...). On Windows a colon behind the letter of a drive names a stream
+/// beside the content.
+fn is_no_plain_path(name: &str) -> bool {
+    if !cfg!(windows) {
+        return name.split('/').next().is_some_and(|head| head.contains(':'));
+    }
+    let without_drive = match name.as_bytes() {
+        [letter, b':', b'/' | b'\\', ..] if letter.is_ascii_alphabetic() => &name[2..],
+        _ => name,
+    };
+    without_drive.contains(':')
 }
 
 /// The path that `name` in `image` means, where the policy allows to open it. Relative names
@@ -389,8 +390,7 @@ pub(crate) fn resolve(
         return Ok(None);
     }
     let plain = name.strip_prefix("file:").unwrap_or(name);
-    // QEMU takes a colon before the first slash as a protocol: nbd://, json:{...}, rbd:...
-    if plain.split('/').next().is_some_and(|head| head.contains(':')) {
+    if is_no_plain_path(plain) {
         return refuse("which is not a plain path");
     }
     let directory = real_path(image)?.parent().map_or_else(PathBuf::new, Path::to_path_buf);

@@ -116,9 +116,11 @@ fn candidates(child: &Path, link: &ParentLink, options: &OpenOptions) -> Result<
     let directory = real.parent().map_or_else(PathBuf::new, Path::to_path_buf);
     let mut paths: Vec<PathBuf> = Vec::new();
     for name in &link.names {
-        let plain = posix(name);
+        let plain = name.replace('\\', "/");
         let base = plain.rsplit('/').next().unwrap_or_default().to_owned();
-        if base.is_empty() || base == "." || base == ".." {
+        // On Windows a colon names a drive's own directory, or a stream beside the content.
+        let is_other = cfg!(windows) && base.contains(':');
+        if base.is_empty() || base == "." || base == ".." || is_other {
             continue;
         }
         let mut add = |path: PathBuf| {
@@ -127,7 +129,8 @@ fn candidates(child: &Path, link: &ParentLink, options: &OpenOptions) -> Result<
             }
         };
         if options.backing == BackingPolicy::Allow {
-            add(directory.join(&plain));
+            // A system that has the separators and drives of the name takes it as it is.
+            add(directory.join(if cfg!(windows) { name } else { &plain }));
         }
         if options.backing != BackingPolicy::Refuse {
             let beside = directory.join(&base);
@@ -146,13 +149,7 @@ fn candidates(child: &Path, link: &ParentLink, options: &OpenOptions) -> Result<
     Ok(paths)
 }
 
-/// A path in this system's spelling: Windows' separators turned, `\\?\` and drives kept as the text
-/// they are (they will not be found, their last component may).
-fn posix(name: &str) -> String {
-    if cfg!(windows) { name.to_owned() } else { name.replace('\\', "/") }
-}
-
 pub(crate) fn real_path(path: &Path) -> Result<PathBuf> {
-    std::fs::canonicalize(path)
+    vmtide_block::files::canonical(path)
         .map_err(|error| BlockError::io(format!("open {}", path.display()), error))
 }

@@ -10,6 +10,10 @@
 //! or the next job's [`reap`](vmtide_hypervisor::Hypervisor::reap). Only the tracking bitmaps stay.
 //!
 //! [`OfflineImage`] is a VM that is powered off: the same bitmaps, read from its image.
+//!
+//! All of it goes over Unix sockets; on Windows the crate is empty.
+
+#![cfg(unix)]
 
 pub mod agent;
 mod channel;

@@ -140,9 +140,7 @@ struct Printed {
 /// # Errors
 /// [`RepoError::Denied`] where it fails or prints something else.
 pub(crate) fn run_process(command: &str) -> Result<(AwsCredential, Option<jiff::Timestamp>)> {
-    let mut process = if cfg!(windows) { Command::new("cmd") } else { Command::new("sh") };
-    process.arg(if cfg!(windows) { "/C" } else { "-c" }).arg(command);
-    let output = process.stdin(std::process::Stdio::null()).output();
+    let output = shell(command).stdin(std::process::Stdio::null()).output();
     let output = output.map_err(|error| denied(format!("credential_process: {error}")))?;
     if !output.status.success() {
         // What it printed may hold secrets; its exit status does not.
@@ -156,6 +154,23 @@ pub(crate) fn run_process(command: &str) -> Result<(AwsCredential, Option<jiff::
         token: printed.session_token,
     };
     Ok((credential, printed.expiration))
+}
+
+/// The system's own shell with this command line.
+#[cfg(unix)]
+fn shell(command: &str) -> Command {
+    let mut shell = Command::new("sh");
+    shell.args(["-c", command]);
+    shell
+}
+
+/// The system's own shell with this command line, which it gets as it is: `cmd` takes off the outer
+/// quotation marks and knows no other quoting.
+#[cfg(windows)]
+fn shell(command: &str) -> Command {
+    let mut shell = Command::new("cmd");
+    std::os::windows::process::CommandExt::raw_arg(&mut shell, format!("/D /S /C \"{command}\""));
+    shell
 }
 
 fn denied(text: String) -> RepoError {

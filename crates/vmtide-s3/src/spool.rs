@@ -155,30 +155,11 @@ impl Content {
             Source::File(file) => {
                 let length = usize::try_from(left).unwrap_or(usize::MAX).min(READ_BYTES);
                 let mut buffer = vec![0; length];
-                read_exact_at(file, &mut buffer, offset)?;
+                vmtide_block::files::read_exact_at(file, &mut buffer, offset)?;
                 Ok(buffer.into())
             }
         }
     }
-}
-
-#[cfg(unix)]
-fn read_exact_at(file: &File, buffer: &mut [u8], offset: u64) -> Result<()> {
-    std::os::unix::fs::FileExt::read_exact_at(file, buffer, offset)
-}
-
-#[cfg(windows)]
-fn read_exact_at(file: &File, mut buffer: &mut [u8], mut offset: u64) -> Result<()> {
-    while !buffer.is_empty() {
-        match std::os::windows::fs::FileExt::seek_read(file, buffer, offset)? {
-            0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
-            read => {
-                offset += read as u64;
-                buffer = buffer.get_mut(read..).unwrap_or_default();
-            }
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use crate::commands;
 use crate::exit::{self, Exit};
 use crate::output::Output;
 use crate::progress::ProgressDisplay;
-use crate::{logging, settings, signals};
+use crate::{logging, places, settings, signals};
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches};
 use std::ffi::OsString;
@@ -26,6 +26,7 @@ pub struct App {
 /// Runs the program.
 pub fn run(words: Vec<OsString>) -> ExitCode {
     // Started by vmtide itself beside a frozen guest: no settings, no help, no signals of ours.
+    #[cfg(unix)]
     if words.get(1).is_some_and(|word| word == commands::guardian::NAME) {
         return commands::guardian::run(&words[2..]);
     }
@@ -140,20 +141,7 @@ impl App {
 
     /// Where journals and locks are kept.
     pub fn state_directory(&self) -> PathBuf {
-        if let Some(directory) = &self.global.state_dir {
-            return directory.clone();
-        }
-        let absolute = |path: &PathBuf| path.is_absolute();
-        if let Some(directory) =
-            std::env::var_os("XDG_STATE_HOME").map(PathBuf::from).filter(absolute)
-        {
-            return directory.join("vmtide");
-        }
-        if rustix::process::geteuid().is_root() {
-            return "/var/lib/vmtide".into();
-        }
-        let home = std::env::home_dir().unwrap_or_else(|| "/var/tmp".into());
-        home.join(".local/state/vmtide")
+        self.global.state_dir.clone().unwrap_or_else(places::state_directory)
     }
 }
 

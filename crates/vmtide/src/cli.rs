@@ -65,11 +65,13 @@ pub struct GlobalArgs {
     /// The form of the log on standard error
     #[arg(long, global = true, value_name = "FORMAT", default_value = "text")]
     pub log_format: LogFormat,
-    /// The settings file [default: /etc/vmtide/vmtide.toml, then ~/.config/vmtide/vmtide.toml]
+    /// The settings file [default: /etc/vmtide/vmtide.toml, then ~/.config/vmtide/vmtide.toml; on
+    /// Windows %APPDATA%\vmtide\vmtide.toml]
     #[arg(long, global = true, value_name = "FILE", env = "VMTIDE_CONFIG")]
     #[arg(hide_env_values = true, value_hint = ValueHint::FilePath)]
     pub config: Option<PathBuf>,
-    /// Where journals and locks are kept [default: $XDG_STATE_HOME/vmtide; /var/lib/vmtide for root]
+    /// Where journals and locks are kept [default: $XDG_STATE_HOME/vmtide; /var/lib/vmtide for root; on
+    /// Windows %LOCALAPPDATA%\vmtide]
     #[arg(long, global = true, value_name = "DIR", env = "VMTIDE_STATE_DIR")]
     #[arg(hide_env_values = true, value_hint = ValueHint::DirPath)]
     pub state_dir: Option<PathBuf>,

@@ -12,6 +12,7 @@ mod exit;
 mod logging;
 mod output;
 mod passwords;
+mod places;
 mod progress;
 mod repository;
 mod s3;

@@ -113,12 +113,8 @@ impl<'a> PasswordSource<'a> {
 
     fn run_command(&self, command: &str) -> Result<Password> {
         let io = |error| EngineError::io("run the password command", error);
-        let mut child = Command::new("sh")
-            .args(["-c", command])
-            .stdin(Stdio::inherit())
-            .stdout(Stdio::piped())
-            .spawn()
-            .map_err(io)?;
+        let mut child =
+            shell(command).stdin(Stdio::inherit()).stdout(Stdio::piped()).spawn().map_err(io)?;
         let text = match child.stdout.take() {
             Some(stdout) => read_bounded(stdout).map_err(io)?,
             None => Zeroizing::default(),
@@ -152,6 +148,23 @@ impl<'a> PasswordSource<'a> {
         }
         Ok(Password::new(text.to_vec()))
     }
+}
+
+/// The system's own shell with this command line.
+#[cfg(unix)]
+fn shell(command: &str) -> Command {
+    let mut shell = Command::new("sh");
+    shell.args(["-c", command]);
+    shell
+}
+
+/// The system's own shell with this command line, which it gets as it is: `cmd` takes off the outer
+/// quotation marks and knows no other quoting.
+#[cfg(windows)]
+fn shell(command: &str) -> Command {
+    let mut shell = Command::new("cmd");
+    std::os::windows::process::CommandExt::raw_arg(&mut shell, format!("/D /S /C \"{command}\""));
+    shell
 }
 
 fn read_bounded(reader: impl Read) -> std::io::Result<Zeroizing<Vec<u8>>> {

@@ -45,13 +45,7 @@ fn files(arguments: &[std::ffi::OsString]) -> Vec<(PathBuf, bool)> {
     if let Some(path) = named {
         return vec![(path, true)];
     }
-    let user = std::env::var_os("XDG_CONFIG_HOME")
-        .map(PathBuf::from)
-        .filter(|path| path.is_absolute())
-        .or_else(|| std::env::home_dir().map(|home| home.join(".config")));
-    let mut files = vec![(PathBuf::from("/etc/vmtide/vmtide.toml"), false)];
-    files.extend(user.map(|directory| (directory.join("vmtide/vmtide.toml"), false)));
-    files
+    crate::places::settings_files().into_iter().map(|path| (path, false)).collect()
 }
 
 /// The value of `--config`, found before the command line is parsed, because parsing needs the

@@ -121,7 +121,7 @@ fn open_parent(job: &CreateJob, format: Format, path: &Path) -> Result<CreatePar
     let disk = open_disk(&DiskSpec::Path(path.to_path_buf()), &job.open_parent)?;
     let file = RawDevice::open(path, OpenMode::ReadOnly)?;
     let real = |path: &Path| {
-        path.canonicalize()
+        vmtide_block::files::canonical(path)
             .map_err(|error| EngineError::io(format!("open {}", path.display()), error))
     };
     let absolute = real(path)?;
@@ -133,7 +133,11 @@ fn open_parent(job: &CreateJob, format: Format, path: &Path) -> Result<CreatePar
         _ => real(Path::new("."))?,
     };
     Ok(CreateParent {
-        name: relative(&absolute, &directory).display().to_string(),
+        // With slashes, which every system reads.
+        name: relative(&absolute, &directory)
+            .display()
+            .to_string()
+            .replace(std::path::MAIN_SEPARATOR, "/"),
         absolute_path: Some(absolute.display().to_string()),
         format: parents_format,
         identity: identity(&file, parents_format)?,

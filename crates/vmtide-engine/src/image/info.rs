@@ -45,7 +45,7 @@ pub fn report(path: &Path, format: Option<Format>) -> Result<ImageReport> {
     Ok(ImageReport {
         path: path.to_path_buf(),
         info,
-        disk_usage_bytes: disk_usage(path),
+        disk_usage_bytes: vmtide_block::files::allocated_bytes(path),
         tracking_files,
     })
 }
@@ -75,18 +75,6 @@ fn tracking_files(path: &Path) -> Vec<PathBuf> {
         PathBuf::from(name)
     };
     TRACKING_EXTENSIONS.iter().map(beside).filter(|path| path.is_file()).collect()
-}
-
-#[cfg(unix)]
-fn disk_usage(path: &Path) -> Option<u64> {
-    use std::os::unix::fs::MetadataExt;
-    // st_blocks counts 512 bytes whatever the file system's blocks are (stat(2)).
-    Some(std::fs::metadata(path).ok()?.blocks() * 512)
-}
-
-#[cfg(not(unix))]
-fn disk_usage(_path: &Path) -> Option<u64> {
-    None
 }
 
 #[cfg(test)]

@@ -18,9 +18,9 @@ use super::files::extents_of;
 use crate::in_use::{Use, check_not_in_use};
 use crate::{EngineError, Result};
 use std::ffi::{OsStr, OsString};
-use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::{MAIN_SEPARATOR, Path, PathBuf};
 use std::sync::Arc;
+use vmtide_block::files;
 use vmtide_hypervisor::JobId;
 use vmtide_image::{CreateOptions, ImageWriter, create_image};
 
@@ -104,9 +104,10 @@ impl Names {
 /// An error that names files below the staging directory, as of the files they will become.
 fn of_final_path(error: vmtide_block::BlockError, staging: &Path, path: &Path) -> EngineError {
     use vmtide_block::BlockError;
-    let staged = format!("{}/", staging.display());
+    let staged = format!("{}{MAIN_SEPARATOR}", staging.display());
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-    let target = directory.map_or_else(String::new, |parent| format!("{}/", parent.display()));
+    let target = directory
+        .map_or_else(String::new, |parent| format!("{}{MAIN_SEPARATOR}", parent.display()));
     let plain = |text: String| text.replace(&staged, &target);
     match error {
         BlockError::Io { context, source } => BlockError::Io { context: plain(context), source },
@@ -291,29 +292,8 @@ fn already_exists(path: &Path) -> EngineError {
     )
 }
 
-#[cfg(target_os = "linux")]
 fn rename(from: &Path, to: &Path, replace: bool) -> std::io::Result<()> {
-    use rustix::fs::{CWD, RenameFlags, renameat_with};
-    use rustix::io::Errno;
-    if replace {
-        return std::fs::rename(from, to);
-    }
-    match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
-        // A file system without the flag.
-        Err(Errno::INVAL | Errno::NOSYS) => link_and_unlink(from, to),
-        other => Ok(other?),
-    }
-}
-
-#[cfg(not(target_os = "linux"))]
-fn rename(from: &Path, to: &Path, replace: bool) -> std::io::Result<()> {
-    if replace { std::fs::rename(from, to) } else { link_and_unlink(from, to) }
-}
-
-/// Renames without replacing: a link is only made where the name is free.
-fn link_and_unlink(from: &Path, to: &Path) -> std::io::Result<()> {
-    std::fs::hard_link(from, to)?;
-    std::fs::remove_file(from)
+    if replace { std::fs::rename(from, to) } else { files::rename_new(from, to) }
 }
 
 /// Makes names durable that are there already.
@@ -331,12 +311,8 @@ fn sync_published(path: &Path) -> Result<()> {
 }
 
 fn sync_directory_of(path: &Path) -> Result<()> {
-    let directory = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    File::open(directory)
-        .and_then(|directory| directory.sync_all())
+    let directory = files::directory_of(path);
+    files::sync_directory(directory)
         .map_err(|error| EngineError::io(format!("sync {}", directory.display()), error))
 }
 
@@ -442,20 +418,6 @@ mod tests {
         create("disk.vmdk").unwrap().publish().unwrap();
         let left = ["disk-flat.vmdk", "disk.old", "disk.vmdk", "new-flat.vmdk"];
         assert_eq!(left_in(directory.path()), left);
-    }
-
-    #[test]
-    fn a_link_never_replaces() {
-        let directory = tempfile::tempdir().unwrap();
-        let (from, to) = (directory.path().join("a"), directory.path().join("b"));
-        std::fs::write(&from, "new").unwrap();
-        std::fs::write(&to, "old").unwrap();
-        let error = link_and_unlink(&from, &to).unwrap_err();
-        assert_eq!(error.kind(), std::io::ErrorKind::AlreadyExists);
-        assert_eq!(std::fs::read_to_string(&to).unwrap(), "old");
-        std::fs::remove_file(&to).unwrap();
-        link_and_unlink(&from, &to).unwrap();
-        assert!(!from.exists() && std::fs::read_to_string(&to).unwrap() == "new");
     }
 
     #[test]

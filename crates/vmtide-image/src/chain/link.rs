@@ -28,7 +28,7 @@ pub(super) fn link_of(file: &dyn BlockDevice, format: Format) -> Result<Option<P
 /// The parent that an image is to name.
 #[derive(Clone, Debug)]
 pub(crate) struct LinkTarget {
-    /// Its path from the child's directory, in this system's spelling.
+    /// Its path from the child's directory, with slashes.
     pub(crate) name: String,
     /// Its absolute path.
     pub(crate) absolute_path: String,
@@ -108,7 +108,8 @@ pub(super) fn stored_name(child: &Path, parent: &Path) -> Result<(String, String
         relative.push("..");
     }
     relative.extend(target.iter().skip(common));
-    Ok((text(&relative)?, absolute))
+    // With slashes, which every system reads.
+    Ok((text(&relative)?.replace(std::path::MAIN_SEPARATOR, "/"), absolute))
 }
 
 fn text(path: &Path) -> Result<String> {

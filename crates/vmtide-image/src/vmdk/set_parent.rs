@@ -12,6 +12,7 @@ use crate::bytes::{length, put};
 use crate::chain::LinkTarget;
 use crate::parent::real_path;
 use std::path::Path;
+use vmtide_block::files;
 use vmtide_block::{BlockDevice, BlockError, OpenMode, RawDevice, Result, WritableBlockDevice};
 
 /// The line with the content id that the parent is about to have; the child takes both while the
@@ -215,24 +216,9 @@ fn replace_file(path: &Path, text: &[u8]) -> Result<()> {
         let _ = std::fs::remove_file(&new);
         return replaced;
     }
-    sync_directory(path)
-}
-
-/// Makes a renaming durable.
-#[cfg(unix)]
-fn sync_directory(path: &Path) -> Result<()> {
-    let directory = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    std::fs::File::open(directory)
-        .and_then(|directory| directory.sync_all())
+    let directory = files::directory_of(path);
+    files::sync_directory(directory)
         .map_err(|error| BlockError::io(format!("flush {}", directory.display()), error))
-}
-
-#[cfg(not(unix))]
-fn sync_directory(_path: &Path) -> Result<()> {
-    Ok(())
 }
 
 #[cfg(test)]

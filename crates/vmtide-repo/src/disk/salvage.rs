@@ -76,8 +76,7 @@ impl SalvagedDisk {
 fn is_lost(error: &BlockError) -> bool {
     match error {
         BlockError::Damaged { .. } => true,
-        // "Input/output error".
-        BlockError::Io { source, .. } => cfg!(unix) && source.raw_os_error() == Some(5),
+        BlockError::Io { source, .. } => vmtide_block::files::is_media_error(source),
         _ => false,
     }
 }

@@ -128,7 +128,7 @@ impl Lease {
         let id = ObjectId::random()?;
         let record = LeaseRecord {
             purpose,
-            host: host_name(),
+            host: vmtide_block::files::host_name(),
             process: Process::current(),
             began: Timestamp::now(),
             program: concat!("vmtide ", env!("CARGO_PKG_VERSION")).into(),
@@ -311,12 +311,4 @@ fn renews() -> bool {
         return false;
     }
     true
-}
-
-fn host_name() -> String {
-    #[cfg(unix)]
-    let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    #[cfg(not(unix))]
-    let name = std::env::var("COMPUTERNAME").unwrap_or_default();
-    name
 }

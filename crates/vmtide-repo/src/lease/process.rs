@@ -17,7 +17,8 @@ pub(crate) struct Process {
     namespace: String,
     /// The process number.
     pid: u32,
-    /// When it began, in the kernel's ticks since boot: process numbers come back.
+    /// When it began, in the kernel's ticks since boot, on Windows in units of 100 ns since 1601: process
+    /// numbers come back.
     started: u64,
 }
 
@@ -94,14 +95,44 @@ fn has_ended(process: &Process) -> bool {
     }
 }
 
-#[cfg(not(target_os = "linux"))]
+#[cfg(windows)]
+impl Process {
+    fn running(pid: u32) -> Option<Self> {
+        use vmtide_windows_ffi::process;
+        // A container sees only its own processes, and two of them may have one name: nothing would be
+        // certain there.
+        if process::is_in_container() {
+            return None;
+        }
+        Some(Self {
+            machine: std::env::var("COMPUTERNAME").ok().filter(|name| !name.is_empty())?,
+            // Moves when the clock is set; then the process cannot be compared, which is only slow.
+            boot: process::boot_time()?.to_string(),
+            namespace: String::from("windows"),
+            pid,
+            started: process::started(pid).ok()??,
+        })
+    }
+}
+
+#[cfg(windows)]
+fn has_ended(process: &Process) -> bool {
+    match vmtide_windows_ffi::process::started(process.pid) {
+        Ok(Some(started)) => started != process.started,
+        Ok(None) => true,
+        // It may run for another user.
+        Err(_) => false,
+    }
+}
+
+#[cfg(not(any(target_os = "linux", windows)))]
 impl Process {
     fn running(_pid: u32) -> Option<Self> {
         None
     }
 }
 
-#[cfg(not(target_os = "linux"))]
+#[cfg(not(any(target_os = "linux", windows)))]
 fn has_ended(_process: &Process) -> bool {
     false
 }

@@ -229,11 +229,9 @@ impl Pack {
 /// Whether the bytes of an object are lost, and not the way to them: it is shorter than its
 /// directory says, or the disk under a local store cannot read it.
 pub(crate) fn is_media_error(error: &RepoError) -> bool {
-    /// "Input/output error", the same number on every Unix.
-    const EIO: i32 = 5;
     match error {
         RepoError::Damaged { .. } => true,
-        RepoError::Io { source, .. } => cfg!(unix) && source.raw_os_error() == Some(EIO),
+        RepoError::Io { source, .. } => vmtide_block::files::is_media_error(source),
         _ => false,
     }
 }

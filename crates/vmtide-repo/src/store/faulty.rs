@@ -8,7 +8,6 @@
 use super::{ObjectEntry, ObjectReader, ObjectStore, ObjectWriter, Retention};
 use crate::{RepoError, Result};
 use parking_lot::Mutex;
-use rustix::io::Errno;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -145,10 +144,10 @@ impl State {
             }
             Some(Fault::NoSpace) => {
                 self.full = true;
-                Outcome::Fail(failed(name, Errno::NOSPC))
+                Outcome::Fail(failed(name, code::NO_SPACE))
             }
-            Some(Fault::Io) => Outcome::Fail(failed(name, Errno::IO)),
-            Some(Fault::LostAnswer) => Outcome::FailAfter(failed(name, Errno::TIMEDOUT)),
+            Some(Fault::Io) => Outcome::Fail(failed(name, code::IO)),
+            Some(Fault::LostAnswer) => Outcome::FailAfter(failed(name, code::TIMED_OUT)),
             None => Outcome::Go,
         }
     }
@@ -176,17 +175,39 @@ fn check(state: &Mutex<State>, name: &str, needs_space: bool) -> Result<()> {
         return Err(crashed(name));
     }
     if needs_space && state.full {
-        return Err(failed(name, Errno::NOSPC));
+        return Err(failed(name, code::NO_SPACE));
     }
     Ok(())
 }
 
 fn crashed(name: &str) -> RepoError {
-    failed(name, Errno::CONNABORTED)
+    failed(name, code::ABORTED)
 }
 
-fn failed(name: &str, errno: Errno) -> RepoError {
-    RepoError::io(format!("injected fault at {name}"), errno)
+fn failed(name: &str, code: i32) -> RepoError {
+    let source = std::io::Error::from_raw_os_error(code);
+    RepoError::io(format!("injected fault at {name}"), source)
+}
+
+/// The operating system's words for it.
+#[cfg(unix)]
+mod code {
+    use rustix::io::Errno;
+
+    pub(super) const NO_SPACE: i32 = Errno::NOSPC.raw_os_error();
+    pub(super) const IO: i32 = Errno::IO.raw_os_error();
+    pub(super) const TIMED_OUT: i32 = Errno::TIMEDOUT.raw_os_error();
+    pub(super) const ABORTED: i32 = Errno::CONNABORTED.raw_os_error();
+}
+
+/// The operating system's words for it: `ERROR_DISK_FULL`, `ERROR_IO_DEVICE`, `ERROR_SEM_TIMEOUT`,
+/// `ERROR_CONNECTION_ABORTED`.
+#[cfg(windows)]
+mod code {
+    pub(super) const NO_SPACE: i32 = 112;
+    pub(super) const IO: i32 = 1117;
+    pub(super) const TIMED_OUT: i32 = 121;
+    pub(super) const ABORTED: i32 = 1236;
 }
 
 struct FaultyWriter {

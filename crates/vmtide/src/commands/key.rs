@@ -9,6 +9,7 @@ use clap::{Args, Subcommand};
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use vmtide_block::files;
 use vmtide_engine::{EngineError, Result};
 use vmtide_repo::{
     KdfParameters, KeyList, KeySlotInfo, ObjectId, Password, RecoveryKey, RepoError, Repository,
@@ -215,7 +216,7 @@ impl NewKey<'_> {
     }
 }
 
-/// A new file that only its owner can read.
+/// A new file that only its owner can read; on Windows, whoever may read its directory.
 fn create_secret(path: &Path) -> Result<File> {
     let mut options = File::options();
     options.write(true).create_new(true);
@@ -228,15 +229,7 @@ fn create_secret(path: &Path) -> Result<File> {
 
 /// Makes the name of a new file durable.
 fn sync_parent(path: &Path) -> std::io::Result<()> {
-    // Windows has no such thing: names are in a journal there.
-    #[cfg(unix)]
-    {
-        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-        File::open(parent.unwrap_or_else(|| Path::new(".")))?.sync_all()?;
-    }
-    #[cfg(not(unix))]
-    let _ = path;
-    Ok(())
+    files::sync_directory(files::directory_of(path))
 }
 
 fn label_of(wanted: Option<&String>, recovery: bool) -> String {

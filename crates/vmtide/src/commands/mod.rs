@@ -16,6 +16,7 @@ pub mod delta;
 pub mod diff;
 pub mod doctor;
 pub mod forget;
+#[cfg(unix)]
 pub mod guardian;
 pub mod hold;
 pub mod image;

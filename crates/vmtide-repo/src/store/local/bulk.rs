@@ -8,8 +8,8 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use vmtide_block::AlignedBuffer;
+use vmtide_block::files::write_all_at;
 
 /// How much is gathered for one write. Larger ones take memory (each pack being written has one) and gain
 /// nothing; smaller ones wait for the device more often.
@@ -59,7 +59,7 @@ impl BulkFile {
             let is_on = set_direct(&self.file, true).is_ok();
             self.direct = if is_on { Direct::On } else { Direct::Refused };
         }
-        match self.file.write_all_at(&self.buffer, self.written) {
+        match write_all_at(&self.file, &self.buffer, self.written) {
             // Some file systems take the flag and refuse the write; and a device may want a larger
             // alignment. Where it stopped does not matter: all of it is written again.
             Err(error)
@@ -67,7 +67,7 @@ impl BulkFile {
             {
                 set_direct(&self.file, false)?;
                 self.direct = Direct::Refused;
-                self.file.write_all_at(&self.buffer, self.written)?;
+                write_all_at(&self.file, &self.buffer, self.written)?;
             }
             outcome => outcome?,
         }
@@ -81,7 +81,7 @@ impl BulkFile {
         if self.direct == Direct::On {
             set_direct(&self.file, false)?;
         }
-        self.file.write_all_at(&self.buffer[..self.filled], self.written)?;
+        write_all_at(&self.file, &self.buffer[..self.filled], self.written)?;
         self.filled = 0;
         self.file.sync_all()
     }

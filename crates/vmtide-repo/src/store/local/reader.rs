@@ -4,7 +4,7 @@ use crate::store::ObjectReader;
 use crate::{RepoError, Result};
 use std::fs::File;
 use std::io::ErrorKind;
-use std::os::unix::fs::FileExt;
+use vmtide_block::files::read_exact_at;
 
 /// A file open for positional reads.
 pub(super) struct LocalReader {
@@ -36,7 +36,7 @@ impl ObjectReader for LocalReader {
         if end.is_none_or(|end| end > self.length_bytes) {
             return Err(self.short(buffer, offset));
         }
-        self.file.read_exact_at(buffer, offset).map_err(|error| match error.kind() {
+        read_exact_at(&self.file, buffer, offset).map_err(|error| match error.kind() {
             ErrorKind::UnexpectedEof => self.short(buffer, offset),
             _ => RepoError::io(
                 format!("read {} bytes at {offset} of {}", buffer.len(), self.name),

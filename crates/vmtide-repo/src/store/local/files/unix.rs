@@ -1,6 +1,5 @@
-//! Steps on files and directories that survive a crash, and the file systems that lack some of them.
+//! Files and directories of Unix.
 
-use crate::{RepoError, Result};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -15,13 +14,13 @@ const FILE_MODE: u32 = 0o600;
 const DIRECTORY_MODE: u32 = 0o700;
 
 /// Creates a file that is not there yet, for writing.
-pub(super) fn create_new(path: &Path) -> io::Result<File> {
+pub(in super::super) fn create_new(path: &Path) -> io::Result<File> {
     OpenOptions::new().write(true).create_new(true).mode(FILE_MODE).open(path)
 }
 
 /// Opens a regular file for reading. Never waits, whatever the path is: a named pipe in place of an
 /// object is an error, not a hang.
-pub(super) fn open_regular(path: &Path) -> io::Result<(File, u64)> {
+pub(in super::super) fn open_regular(path: &Path) -> io::Result<(File, u64)> {
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
     let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
     let metadata = file.metadata()?;
@@ -32,7 +31,7 @@ pub(super) fn open_regular(path: &Path) -> io::Result<(File, u64)> {
 }
 
 /// Creates one directory; whether it was there is no matter.
-pub(super) fn create_directory(path: &Path) -> io::Result<()> {
+pub(in super::super) fn create_directory(path: &Path) -> io::Result<()> {
     match DirBuilder::new().mode(DIRECTORY_MODE).create(path) {
         Err(error) if error.kind() == ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
         result => result,
@@ -43,7 +42,7 @@ pub(super) fn create_directory(path: &Path) -> io::Result<()> {
 ///
 /// Some file systems (CIFS, several in user space) cannot sync a directory and say so; there the
 /// server decides, and there is nothing else to call.
-pub(super) fn sync_directory(path: &Path) -> io::Result<()> {
+pub(in super::super) fn sync_directory(path: &Path) -> io::Result<()> {
     match File::open(path)?.sync_all() {
         Err(error)
             if matches!(
@@ -59,7 +58,7 @@ pub(super) fn sync_directory(path: &Path) -> io::Result<()> {
 
 /// Gives the file `from` the name `to`, atomically and only where `to` is not taken
 /// ([`ErrorKind::AlreadyExists`] otherwise). `from` is gone after success.
-pub(super) fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
+pub(in super::super) fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
     match rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
         // NFS and several file systems in user space do not know the flag; they do know links.
         Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => link_new(from, to),
@@ -68,7 +67,7 @@ pub(super) fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
 }
 
 /// [`rename_new`] by `link(2)` and `unlink(2)`.
-pub(super) fn link_new(from: &Path, to: &Path) -> io::Result<()> {
+fn link_new(from: &Path, to: &Path) -> io::Result<()> {
     match rustix::fs::linkat(CWD, from, CWD, to, AtFlags::empty()) {
         Ok(()) => {}
         // NFS repeats a request whose answer was lost: then the name that is "taken" is ours.
@@ -94,17 +93,4 @@ fn same_file(a: &Path, b: &Path) -> bool {
         (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
         _ => false,
     }
-}
-
-/// Creates a directory and those above it that are missing, each durable.
-pub(super) fn create_directories(path: &Path) -> Result<()> {
-    let missing: Vec<&Path> = path.ancestors().take_while(|p| !p.exists()).collect();
-    for directory in missing.into_iter().rev() {
-        create_directory(directory)
-            .and_then(|()| directory.parent().map_or(Ok(()), sync_directory))
-            .map_err(|error| {
-                RepoError::io(format!("create directory {}", directory.display()), error)
-            })?;
-    }
-    Ok(())
 }
