@@ -214,7 +214,7 @@ impl ServeAgentArgs {
 }
 
 /// The same options as words of a command line, for a process that starts elsewhere.
-#[cfg(windows)]
+#[cfg(any(windows, test))]
 impl ServeAgentArgs {
     /// # Errors
     /// Where a path has no absolute form.
@@ -230,6 +230,12 @@ impl ServeAgentArgs {
             audit_log,
             max_connections,
             max_connections_per_peer,
+            max_transfers,
+            max_transfers_per_key,
+            limit_rate,
+            piece_size,
+            read_ahead,
+            readers,
         } = self;
         let mut words: Vec<std::ffi::OsString> = vec!["--listen".into(), listen.into()];
         let files = [
@@ -242,16 +248,29 @@ impl ServeAgentArgs {
         for (name, path) in root.iter().map(|root| ("--root", root)).chain(files) {
             let path = std::path::absolute(path)
                 .map_err(|error| EngineError::io(format!("find {}", path.display()), error))?;
-            words.extend([name.into(), path.into()]);
+            words.push(name.into());
+            words.push(path.into());
         }
         if *tls12 {
             words.push("--tls12".into());
         }
-        words.extend(["--max-connections".into(), max_connections.to_string().into()]);
-        words.extend([
-            "--max-connections-per-peer".into(),
-            max_connections_per_peer.to_string().into(),
-        ]);
+        let text = |number: &usize| number.to_string();
+        let numbers = [
+            ("--max-connections", Some(text(max_connections))),
+            ("--max-connections-per-peer", Some(text(max_connections_per_peer))),
+            ("--max-transfers", Some(text(max_transfers))),
+            ("--max-transfers-per-key", Some(text(max_transfers_per_key))),
+            ("--limit-rate", limit_rate.map(|bytes| bytes.to_string())),
+            ("--piece-size", piece_size.map(|bytes| bytes.to_string())),
+            ("--read-ahead", read_ahead.as_ref().map(text)),
+            ("--readers", readers.as_ref().map(text)),
+        ];
+        for (name, number) in numbers {
+            if let Some(number) = number {
+                words.push(name.into());
+                words.push(number.into());
+            }
+        }
         Ok(words)
     }
 }
@@ -367,5 +386,30 @@ pub fn engine_error(error: AgentError) -> EngineError {
         AgentError::Usage(text) => EngineError::usage(text),
         AgentError::Io { context, source } => EngineError::io(context, source),
         AgentError::Refused { context, reason } => EngineError::refused(context, reason),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Parsed {
+        #[command(flatten)]
+        serve: ServeAgentArgs,
+    }
+
+    #[test]
+    fn options_survive_being_written_as_words() {
+        let given = "x --listen 127.0.0.1:1 --root /a --root /b --auth-key-file /k --cert /c --key /p --tls12 --audit-log /l \
+                     --max-connections 2 --max-connections-per-peer 3 --max-transfers 4 --max-transfers-per-key 5 \
+                     --limit-rate 6000 --piece-size 65536 --read-ahead 7 --readers 8";
+        let words = |parsed: Parsed| parsed.serve.words().unwrap();
+        let first = words(Parsed::parse_from(given.split_whitespace()));
+        assert_eq!(first.len(), given.split_whitespace().count() - 1);
+        let again = Parsed::parse_from(std::iter::once("x".into()).chain(first.clone()));
+        assert_eq!(words(again), first);
+        assert!(words(Parsed::parse_from(["x"])).len() >= 2);
     }
 }

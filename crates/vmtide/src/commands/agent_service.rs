@@ -131,15 +131,15 @@ mod windows {
             None => default_state_directory()?,
         };
         let log = args.log_file.clone().unwrap_or_else(|| state.join("agent.log"));
-        let mut words: Vec<OsString> = ["agent", "service", "run", "--name"].map(Into::into).into();
+        let mut words = Vec::from(["agent", "service", "run", "--name"].map(OsString::from));
         words.push(args.name.name.clone().into());
-        words.extend([
-            "--state-dir".into(),
-            state.into(),
-            "--log-file".into(),
-            absolute(&log)?.into(),
-        ]);
-        words.extend((0..app.global.verbose).map(|_| "-v".into()));
+        for (name, path) in [("--state-dir", &state), ("--log-file", &absolute(&log)?)] {
+            words.push(name.into());
+            words.push(path.into());
+        }
+        for _ in 0..app.global.verbose {
+            words.push("-v".into());
+        }
         words.extend(args.serve.words()?);
         let program = std::env::current_exe()
             .map_err(|error| EngineError::io("find the path of vmtide", error))?;
