@@ -45,7 +45,7 @@ place() {
 trap end_wine EXIT
 ensure_wine
 place "$REPO_ROOT/target/wine/program" vmtide.exe
-place "$REPO_ROOT/target/wine/standin" vmtide.exe virtdisk.dll
+place "$REPO_ROOT/target/wine/standin" vmtide.exe virtdisk.dll virtdisk-calls.exe
 export VMTIDE_EXE="$REPO_ROOT/target/wine/program/vmtide.exe"
 export VMTIDE_EXE_STANDIN="$REPO_ROOT/target/wine/standin/vmtide.exe"
 status=0
