@@ -1,5 +1,5 @@
 //! The fuzz target's function over its seeds, and mutations of them. `VMTIDE_WRITE_SEEDS=1` makes the
-//! seeds anew.
+//! seeds anew; `VMTIDE_FUZZ_ROUNDS` says how many mutations of each (400).
 
 #![allow(
     clippy::unwrap_used,
@@ -46,7 +46,9 @@ fn seeds() -> Vec<(&'static str, Vec<u8>)> {
 #[test]
 fn the_seeds_and_what_mutations_make_of_them() {
     let write = std::env::var_os("VMTIDE_WRITE_SEEDS").is_some();
-    let mut state = 7u64;
+    let rounds: u32 = std::env::var("VMTIDE_FUZZ_ROUNDS").map_or(400, |text| text.parse().unwrap());
+    // Another number of mutations are other mutations.
+    let mut state = 7 + u64::from(rounds);
     let mut random = |below: usize| {
         state =
             state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -62,7 +64,7 @@ fn the_seeds_and_what_mutations_make_of_them() {
             std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         fuzzing::delta(&stored);
         fuzzing::delta(&seed);
-        for _ in 0..400 {
+        for _ in 0..rounds {
             let mut mutated = stored.clone();
             for _ in 0..1 + random(4) {
                 let at = random(mutated.len());
