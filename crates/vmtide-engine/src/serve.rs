@@ -101,6 +101,7 @@ pub fn open_image(
     let backing = match spec {
         DiskSpec::Path(path) if writable && options.snapshot.is_none() => {
             check_not_in_use(path, Use::Write)?;
+            crate::delta::check_complete(path)?;
             if access == Access::Writable {
                 check_no_children(path, &options.search, "serve writable")?;
             }

@@ -207,6 +207,7 @@ fn open_image(path: &Path, options: &SourceOptions) -> Result<OpenSource> {
             hint: String::new(),
         });
     }
+    crate::delta::check_complete(path)?;
     let disk = OpenDiskOptions {
         format: options.format,
         backing: options.backing,

@@ -359,6 +359,7 @@ impl WritePlan {
             }
             Target::Image(image, _lock) => copy_device(source, &*image, &options, progress, cancel)
                 .and_then(|summary| image.finish().map(|()| summary))
+                .inspect(|_| self.path().into_iter().for_each(crate::delta::forget))
                 .map_err(EngineError::from),
             Target::Blank(device) => {
                 options.target_is_zero = true;

@@ -43,6 +43,7 @@ pub fn host_image(
     options: &HostOptions,
 ) -> Result<Arc<HostedImage>> {
     check_not_in_use(path, Use::Write)?;
+    crate::delta::check_complete(path)?;
     if !force {
         check_no_children(path, &open.search, "track")?;
     }

@@ -141,7 +141,7 @@ fn a_child_gets_the_changes_and_its_parent_stays() {
 
 #[test]
 fn an_interrupted_application_says_so_and_is_made_right_by_the_same_delta() {
-    let place = Place::new();
+    let place = Place::with_repository();
     disks(&place);
     make(&place, "old.raw", "new.raw", "a.delta");
     make(&place, "old.raw", "newest.raw", "other.delta");
@@ -158,12 +158,24 @@ fn an_interrupted_application_says_so_and_is_made_right_by_the_same_delta() {
     let refused = place.run(&["compare", "disk.vhdx", "old.raw"]).must_end_with(1);
     assert!(refused.stderr.contains("incomplete"), "{}", refused.stderr);
     place.run(&["convert", "disk.vhdx", "copy.raw"]).must_end_with(1);
+    for command in
+        [&["backup", "disk.vhdx"][..], &["serve", "disk.vhdx", "--nbd", "unix:s", "--writable"]]
+    {
+        let refused = place.run(command).must_end_with(1);
+        assert!(refused.stderr.contains("incomplete"), "{}", refused.stderr);
+    }
     let other = place.run(&["delta", "apply", "other.delta", "disk.vhdx"]).must_end_with(1);
     assert!(other.stderr.contains("another delta"), "{}", other.stderr);
     let arguments = ["delta", "apply", "a.delta", "disk.vhdx", "--json"];
     let done = place.run(&arguments).must_end_with(0).summary();
     assert_eq!(done["resumed"], true);
     place.run(&["compare", "disk.vhdx", "new.raw"]).must_end_with(0);
+    // One that is written anew as a whole is complete, whatever was before.
+    for option in ["--overwrite", "--in-place"] {
+        std::fs::write(place.path("disk.vhdx.vmtide-delta"), half.to_string()).unwrap();
+        place.run(&["convert", "old.raw", "disk.vhdx", option]).must_end_with(0);
+        place.run(&["compare", "disk.vhdx", "old.raw"]).must_end_with(0);
+    }
 }
 
 #[test]

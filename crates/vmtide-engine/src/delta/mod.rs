@@ -13,7 +13,7 @@ mod note;
 pub use apply::{AppliedDelta, ApplyJob, apply};
 pub use create::{CreateDeltaJob, DeltaOrigin, DeltaOutput, MadeDelta, create};
 pub use merge::{MergeJob, info, merge};
-pub(crate) use note::check_complete;
+pub(crate) use note::{check_complete, forget};
 pub use vmtide_delta::{CreateOptions, DeltaSummary};
 
 use crate::EngineError;

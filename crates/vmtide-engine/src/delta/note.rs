@@ -115,6 +115,17 @@ impl Note {
     }
 }
 
+/// Removes the note of an image all of which was written anew.
+pub(crate) fn forget(image: &Path) {
+    let note = path_of(image);
+    match std::fs::remove_file(&note) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            tracing::warn!(path = %note.display(), %error, "speaks of an image that is replaced, and cannot be removed");
+        }
+        _ => {}
+    }
+}
+
 /// Refuses an image that a delta was only half applied to.
 ///
 /// # Errors
@@ -154,6 +165,9 @@ mod tests {
         note.write(&image).unwrap();
         assert_eq!(Note::read(&image).unwrap(), Some(note));
         check_complete(&image).unwrap_err();
+        forget(&image);
+        check_complete(&image).unwrap();
+        forget(&image);
         std::fs::write(path_of(&image), "{").unwrap();
         check_complete(&image).unwrap_err();
         let left: Vec<_> = std::fs::read_dir(directory.path()).unwrap().collect();

@@ -73,7 +73,9 @@ impl StagedImage {
             check_not_in_use(&path, Use::Write)?;
             staging.check_replaceable(&path)?;
         }
-        staging.publish(&path, replace, names)
+        staging.publish(&path, replace, names)?;
+        crate::delta::forget(&path);
+        Ok(())
     }
 }
 
