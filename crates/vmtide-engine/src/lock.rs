@@ -17,7 +17,10 @@ impl ImageLock {
     /// to whoever opens it for writing.
     pub fn take(path: &Path) -> Result<Self> {
         match vmtide_image::ImageLock::take(path) {
-            Ok(lock) => Ok(Self { _lock: lock }),
+            Ok(lock) => {
+                vmtide_track::before_untracked_write(path)?;
+                Ok(Self { _lock: lock })
+            }
             Err(error) if error.io_kind() == Some(std::io::ErrorKind::ResourceBusy) => {
                 Err(EngineError::refused(
                     format!("write to {}", path.display()),

@@ -84,7 +84,18 @@ impl TrackedDisk {
             Loaded::On(recovered) => Some(disk.resume(recovered)?),
         };
         disk.gate.write().tracking = tracking;
+        disk.beat();
         Ok(disk)
+    }
+
+    /// Leaves a sign that this host is alive, where the disk is tracked. To be called every few seconds: after a crash an image
+    /// that was written to long after the last sign is not believed.
+    pub fn beat(&self) {
+        if self.gate.read().tracking.is_some()
+            && let Err(error) = self.store.beat()
+        {
+            tracing::debug!(%error, "no sign of life can be left");
+        }
     }
 
     /// Begins tracking, with one id, of this moment. No write is under way.

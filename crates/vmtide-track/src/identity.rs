@@ -14,6 +14,9 @@ pub struct Identity {
     /// Which file it is, whatever its name (inode). Compared after a crash, when the stamp is not known: the
     /// files of tracking may lie beside another image now.
     pub file_id: Option<String>,
+    /// When the image was last written to, in milliseconds since 1970. After a crash that must not be long after the last
+    /// sign of the host that crashed.
+    pub changed_unix_ms: Option<u64>,
     /// The mark that the format's writers leave (VHDX: DataWriteGuid, VMDK: CID). Compared after a crash, with what
     /// it was when the disk was opened and what this writer said it would leave.
     pub generation: Option<String>,

@@ -10,7 +10,7 @@ use crate::{Identity, Options, Result, TrackError, TrackedDisk};
 use parking_lot::{Condvar, Mutex};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 use vmtide_block::{BlockDevice, BlockError, ByteRange, OpenMode, RawDevice, WritableBlockDevice};
 use vmtide_image::{
     Format, ImageLock, ImageWriter, OpenOptions, companion_files, image_info, open_writable,
@@ -44,6 +44,7 @@ pub fn image_identity(path: &Path, format: Option<Format>) -> vmtide_block::Resu
         stamp = format!("{stamp},{beside}");
     }
     Ok(Identity {
+        changed_unix_ms: metadata.modified().ok().map(crate::store::unix_ms),
         disk_id: disk_id.cloned(),
         stamp: Some(stamp),
         file_id: file_id(&metadata),
@@ -62,8 +63,9 @@ fn stamp_of(metadata: &std::fs::Metadata) -> String {
 #[allow(clippy::unnecessary_wraps, reason = "elsewhere there is none")]
 fn file_id(metadata: &std::fs::Metadata) -> Option<String> {
     use std::os::unix::fs::MetadataExt;
-    // Not the device: its number changes between starts of a machine.
-    Some(metadata.ino().to_string())
+    // Not the device: its number changes between starts of a machine. Numbers of inodes are used again, times of birth are not.
+    let born = metadata.created().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+    Some(format!("{}@{}", metadata.ino(), born.map_or(0, |since| since.as_nanos())))
 }
 
 #[cfg(not(unix))]
@@ -108,6 +110,9 @@ impl HostedImage {
     /// [`TrackError::InUse`] where somebody else has it; those of opening the image and of
     /// [`TrackedDisk::open`].
     pub fn open(path: &Path, open: &OpenOptions, options: &HostOptions) -> Result<Arc<Self>> {
+        // One set of files, whatever links lead to the image.
+        let real = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        let path = real.as_path();
         let lock = ImageLock::take(path).map_err(|error| in_use(path, error))?;
         let mut identity = image_identity(path, open.format)?;
         let writer = open_writable(path, open)?;
@@ -128,7 +133,7 @@ impl HostedImage {
             writer,
             #[cfg(unix)]
             control: Mutex::new(control),
-            saver: Mutex::new(saver),
+            saver: Mutex::new(Some(saver)),
             _lock: lock,
         }))
     }
@@ -217,32 +222,45 @@ impl WritableBlockDevice for WriterDevice {
     }
 }
 
-/// Writes `.rct` now and then. Dropping it ends that.
+/// How often a host leaves a sign of life.
+const BEAT_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Leaves signs of life, and writes `.rct` now and then. Dropping it ends that.
 struct Saver {
     stop: Arc<(Mutex<bool>, Condvar)>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
 impl Saver {
-    fn start(disk: &Arc<TrackedDisk>, interval_ms: u64) -> Result<Option<Self>> {
-        if interval_ms == 0 {
-            return Ok(None);
-        }
+    fn start(disk: &Arc<TrackedDisk>, interval_ms: u64) -> Result<Self> {
         let stop = Arc::new((Mutex::new(false), Condvar::new()));
         let (disk, stopped) = (Arc::clone(disk), Arc::clone(&stop));
         let interval = Duration::from_millis(interval_ms);
+        let mut saved = Instant::now();
         let run = move || {
             let (flag, changed) = &*stopped;
             loop {
                 {
                     let mut flag = flag.lock();
                     if !*flag {
-                        changed.wait_for(&mut flag, interval);
+                        changed.wait_for(
+                            &mut flag,
+                            if interval.is_zero() {
+                                BEAT_INTERVAL
+                            } else {
+                                BEAT_INTERVAL.min(interval)
+                            },
+                        );
                     }
                     if *flag {
                         return;
                     }
                 }
+                disk.beat();
+                if interval.is_zero() || saved.elapsed() < interval {
+                    continue;
+                }
+                saved = Instant::now();
                 if let Err(error) = disk.save() {
                     tracing::warn!(%error, "the state of change tracking is saved later");
                 }
@@ -250,7 +268,7 @@ impl Saver {
         };
         let thread = std::thread::Builder::new().name("track-save".to_owned()).spawn(run);
         let thread = thread.map_err(|error| TrackError::io("start a thread", error))?;
-        Ok(Some(Self { stop, thread: Some(thread) }))
+        Ok(Self { stop, thread: Some(thread) })
     }
 }
 

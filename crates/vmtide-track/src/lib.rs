@@ -31,9 +31,10 @@
 //! crash leaves, it has the block or a page says its region. A sector that is torn fails its checksum, and counts
 //! as all of its regions.
 //!
-//! What it cannot see: writes by whoever ignores the lock on the image while it is open here; and after a *crash*,
-//! changes made by others before the next start to images whose format has no mark of its last writer (raw, qcow2,
-//! VHD) and in place (the file's identity stays). After a planned stop they are seen by size and time of the files.
+//! What it cannot see: writes by whoever ignores the lock on the image while it is open here; and changes that another program
+//! makes within two minutes of a *crash*, in place, to images whose format has no mark of its last writer (raw, qcow2, VHD). Later
+//! ones are seen by the time of the image against that of `.mrt`, where a host leaves a sign every 10 s; other files by inode and time of birth;
+//! and after a planned stop all are, by size and time of the files.
 //!
 //! # Threads
 //! Everything blocks its caller, and may be called from any number of threads.
@@ -71,7 +72,7 @@ pub use frozen::{FrozenImage, freeze_images};
 pub use id::TrackingId;
 pub use identity::Identity;
 pub use image::{HostOptions, HostedImage, TrackedImage, image_identity};
-pub use offline::OfflineTracking;
+pub use offline::{OfflineTracking, before_untracked_write};
 pub use options::Options;
 pub use store::{FileStore, StoreFile, TrackingStore, tracking_path};
 pub use tracking::TrackingState;

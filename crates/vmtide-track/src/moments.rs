@@ -95,6 +95,8 @@ impl TrackedDisk {
         };
         // No write may pass before all of it is on the medium.
         gate.tracking = Some(self.begin(lost)?);
+        drop(gate);
+        self.beat();
         Ok(())
     }
 

@@ -11,11 +11,18 @@ use crate::recover::{Loaded, load};
 use crate::store::FileStore;
 use crate::tracking::TrackingState;
 use crate::{Identity, Options, Result, TrackError, TrackedDisk};
-use std::fs::File;
+use std::fs::{File, TryLockError};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use vmtide_block::{BlockDevice, BlockError, ByteRange, WritableBlockDevice};
 use vmtide_image::{ImageLock, companion_files, image_info};
+
+/// How long another change of the files is waited for; each takes moments.
+const LOCK_PATIENCE: Duration = Duration::from_secs(20);
+
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
 
 /// The tracking of an image that nobody hosts now.
 pub struct OfflineTracking {
@@ -37,6 +44,9 @@ impl OfflineTracking {
     /// # Errors
     /// Where the image or the files cannot be read. Lost tracking is no error here but an answer.
     pub fn open(path: &Path) -> Result<Self> {
+        // One set of files, whatever links lead to the image.
+        let real = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        let path = real.as_path();
         let size_bytes = image_info(path, None)?.size_bytes;
         let identity = image_identity(path, None)?;
         let loaded = load(&FileStore::new(path), &identity, size_bytes)
@@ -154,13 +164,51 @@ impl OfflineTracking {
     fn alone(&self) -> Result<File> {
         let failed = |error| TrackError::io(format!("lock {}", self.path.display()), error);
         let file = File::open(&self.path).map_err(failed)?;
-        match file.lock() {
-            Ok(()) => {}
-            // A file system without such locks.
-            Err(error) if error.kind() == std::io::ErrorKind::Unsupported => {}
-            Err(error) => return Err(failed(error)),
+        // There, a lock would keep this process itself from reading the image.
+        if cfg!(windows) {
+            return Ok(file);
         }
-        Ok(file)
+        let begun = Instant::now();
+        loop {
+            match file.try_lock() {
+                Ok(()) => return Ok(file),
+                Err(TryLockError::WouldBlock) if begun.elapsed() < LOCK_PATIENCE => {
+                    std::thread::sleep(LOCK_PAUSE);
+                }
+                Err(TryLockError::WouldBlock) => {
+                    let reason = "another program has locked it".into();
+                    return Err(TrackError::InUse { disk: self.name(), reason });
+                }
+                // A file system without such locks.
+                Err(TryLockError::Error(error)) if error.kind() == ErrorKind::Unsupported => {
+                    return Ok(file);
+                }
+                Err(TryLockError::Error(error)) => return Err(failed(error)),
+            }
+        }
+    }
+}
+
+/// Says that the image at `path` is about to be written without tracking, by who has its lock. Tracking that was closed in order notices
+/// by itself; one that a crash left open could not, and is removed.
+///
+/// # Errors
+/// [`TrackError::Io`] where it cannot be removed: then the image must not be written.
+pub fn before_untracked_write(path: &Path) -> Result<()> {
+    use crate::store::{StoreFile, TrackingStore};
+    let real = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let store = FileStore::new(real);
+    let failed = |error| TrackError::io("read change tracking", error);
+    let Some(bytes) = store.read(StoreFile::Rct).map_err(failed)? else {
+        return Ok(());
+    };
+    match Saved::decode(&bytes) {
+        Ok(saved) if !saved.closed => {
+            tracing::warn!(path = %path.display(), "change tracking that a crash left ends: the image is written without it");
+            store.remove(StoreFile::Rct).map_err(failed)
+        }
+        // Noticed at the next start, in any case.
+        _ => Ok(()),
     }
 }
 

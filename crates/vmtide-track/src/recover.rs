@@ -9,6 +9,10 @@ use crate::store::{StoreFile, TrackingStore};
 use std::io;
 use std::sync::Arc;
 
+/// How long after the last sign of a host its last write may be. Signs are left every few seconds, and a power failure may
+/// take back the last ones (file systems write them out within half a minute); less would take sound tracking for lost.
+const SIGN_PATIENCE_MS: u64 = 120_000;
+
 /// What the files say.
 pub(crate) enum Loaded {
     /// The disk is not tracked.
@@ -59,6 +63,13 @@ pub(crate) fn load(
     };
     drop(rct);
     let marks = store.read(StoreFile::Mrt)?;
+    if !saved.closed
+        && let (Some(changed), Some(sign)) = (now.changed_unix_ms, store.last_beat_unix_ms()?)
+        && changed > sign.saturating_add(SIGN_PATIENCE_MS)
+    {
+        let reason = "the image was written to long after the crash of its last host".to_owned();
+        return Ok(Loaded::Lost { series: saved.series, reason, before: saved.lost });
+    }
     Ok(match check(saved.clone(), marks.as_deref(), now, size_bytes) {
         Ok(recovered) => Loaded::On(recovered),
         Err(reason) => Loaded::Lost { series: saved.series, reason, before: saved.lost },

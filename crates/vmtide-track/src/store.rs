@@ -7,6 +7,7 @@ use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use parking_lot::Mutex;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// The largest file that is read: more than all bitmaps of the largest disk with many ids take; a larger one is
 /// nobody's tracking.
@@ -59,6 +60,28 @@ pub trait TrackingStore: Send + Sync {
     /// # Errors
     /// What the medium says.
     fn remove(&self, file: StoreFile) -> io::Result<()>;
+
+    /// Leaves a sign that the host is alive, without waiting for the medium.
+    ///
+    /// # Errors
+    /// What the medium says.
+    fn beat(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// When the last sign was left, in milliseconds since 1970; none where signs are not kept.
+    ///
+    /// # Errors
+    /// What the medium says.
+    fn last_beat_unix_ms(&self) -> io::Result<Option<u64>> {
+        Ok(None)
+    }
+}
+
+/// A time as the milliseconds since 1970.
+pub(crate) fn unix_ms(time: SystemTime) -> u64 {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// The file of tracking that lies beside the image at `image`: its name with `.rct` or `.mrt` behind it.
@@ -159,6 +182,22 @@ impl TrackingStore for FileStore {
             Ok(()) => sync_directory(&path).map_err(|error| named(&path, error)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             Err(error) => Err(named(&path, error)),
+        }
+    }
+
+    /// The time of change of `.mrt`: a journal keeps it in order with that of the image.
+    fn beat(&self) -> io::Result<()> {
+        let path = self.path(StoreFile::Mrt);
+        let file = OpenOptions::new().write(true).open(&path);
+        file.and_then(|file| file.set_modified(SystemTime::now()))
+            .map_err(|error| named(&path, error))
+    }
+
+    fn last_beat_unix_ms(&self) -> io::Result<Option<u64>> {
+        match std::fs::metadata(self.path(StoreFile::Mrt)) {
+            Ok(metadata) => Ok(metadata.modified().ok().map(unix_ms)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
         }
     }
 }

@@ -13,8 +13,8 @@ use std::sync::Arc;
 use vmtide_block::{BlockDevice, ByteRange, WritableBlockDevice, all_extents};
 use vmtide_image::{CreateOptions, Format, OpenOptions, create_image, open_read_only};
 use vmtide_track::{
-    HostOptions, HostedImage, Options, RemoteHost, TrackError, TrackedImage, freeze_images,
-    socket_path,
+    HostOptions, HostedImage, Options, RemoteHost, TrackError, TrackedImage,
+    before_untracked_write, freeze_images, socket_path,
 };
 
 const MIB: u64 = 1 << 20;
@@ -396,4 +396,51 @@ fn several_images_are_frozen_at_one_moment() {
     let missing = freeze_images(&[one, directory.path().join("none.raw")], &open);
     assert!(missing.is_err());
     hosts[0].disk().write_at(&[1], 0).unwrap();
+}
+
+#[test]
+fn an_image_that_is_restored_after_a_crash_is_noticed() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = image(directory.path(), "disk.raw", Format::Raw);
+    let crashed = |path: &Path| {
+        let hosted = host(path, on());
+        let id = hosted.disk().state().most_recent_id;
+        hosted.disk().write_at(&[1], 0).unwrap();
+        crash(hosted);
+        assert_eq!(changes(path, &id).unwrap(), [ByteRange::new(0, SIZE)]);
+        id
+    };
+    let lost = |id: &str| match changes(&path, id) {
+        Err(TrackError::Lost { reason, .. }) => reason,
+        other => panic!("{other:?}"),
+    };
+    // In place, an hour later.
+    let id = crashed(&path);
+    let later = std::time::SystemTime::now() + std::time::Duration::from_secs(3600);
+    std::fs::File::options().write(true).open(&path).unwrap().set_modified(later).unwrap();
+    assert!(lost(&id).contains("long after"), "{}", lost(&id));
+    drop(host(&path, on()));
+    // By another file, whatever its inode.
+    let id = crashed(&path);
+    let bytes = std::fs::read(&path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    std::fs::write(&path, bytes).unwrap();
+    assert!(lost(&id).contains("replaced or copied"), "{}", lost(&id));
+    drop(host(&path, on()));
+    // By one of vmtide's own commands that do not track.
+    let id = crashed(&path);
+    before_untracked_write(&path).unwrap();
+    assert!(matches!(changes(&path, &id), Err(TrackError::Disabled { .. })));
+    let link = directory.path().join("link.raw");
+    std::os::unix::fs::symlink(&path, &link).unwrap();
+    drop(host(&link, on()));
+    assert!(
+        TrackedImage::connect_or_open(&path).unwrap().state().unwrap().enabled,
+        "one set of files"
+    );
+    before_untracked_write(&path).unwrap();
+    assert!(
+        TrackedImage::connect_or_open(&path).unwrap().state().unwrap().enabled,
+        "closed in order"
+    );
 }
