@@ -155,8 +155,8 @@ mod here {
         image: TrackedImage<'_>,
         _options: &SourceOptions,
     ) -> Result<OpenSource> {
-        let TrackedImage { path, name, format, disk, display } = image;
-        tracing::debug!(%name, %format, ?disk, %display, "asked to track");
+        let TrackedImage { path, name, format, disk, display: source } = image;
+        tracing::debug!(%name, %format, ?disk, %source, "asked to track");
         Err(EngineError::refused(format!("track changes in {}", path.display()), NO_TRACKING))
     }
 }

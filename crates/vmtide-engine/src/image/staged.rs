@@ -128,11 +128,7 @@ impl StagingDirectory {
     fn beside(path: &Path) -> Result<(Self, OsString)> {
         let name = file_name(path)?;
         let directory = path.with_file_name(hidden_name(name));
-        let mut builder = std::fs::DirBuilder::new();
-        #[cfg(unix)]
-        std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
-        builder
-            .create(&directory)
+        create_for_owner(&directory)
             .map_err(|error| EngineError::io(format!("create {}", path.display()), error))?;
         Ok((Self(directory), name.to_os_string()))
     }
@@ -249,6 +245,18 @@ impl Drop for StagingDirectory {
             tracing::warn!(path = %self.0.display(), %error, "cannot remove an unfinished image");
         }
     }
+}
+
+/// A new directory that only its owner may look into; on Windows, whoever may into the one above it.
+fn create_for_owner(path: &Path) -> std::io::Result<()> {
+    let builder = std::fs::DirBuilder::new();
+    #[cfg(unix)]
+    let builder = {
+        let mut builder = builder;
+        std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+        builder
+    };
+    builder.create(path)
 }
 
 fn names_in(directory: &Path) -> Result<Vec<OsString>> {
