@@ -99,8 +99,12 @@ class Throttled:
                               f"rate={FAST}", f"rate-file={self.rate_file}"])
         wait_until("nbdkit listens", self.socket.exists, 10)
 
-    def stop(self):
+    def restart(self, rate):
+        """A new server: the old one may wait for a client that is gone, at the old rate."""
         kill(self.process)
+        self.socket.unlink(missing_ok=True)
+        self.set_rate(rate)
+        self.start()
 
 
 class NetworkDisk(Disk):
@@ -128,7 +132,7 @@ class Tests:
         source = image.path
         if slow:
             server = self.servers[name] = Throttled(self.path, name, image.path)
-            source = f"nbd+unix:///?socket={server.socket} name={name}"
+            source = f"nbd+unix:///?socket={server.socket} name={name} timeout_s=10"
         self.bacula.add_fileset(f"fs-{name}", [f'Plugin = "vmtide: source={source}"'])
 
     def configure(self):
@@ -326,7 +330,7 @@ class Tests:
         """After whatever happened: a full and an incremental that restore."""
         image = self.images[name]
         if name in self.servers:
-            self.servers[name].set_rate(FAST)
+            self.servers[name].restart(FAST)
         jobs = [self.bacula.run(name).must_be(GOOD).id]
         image.change(5)
         jobs.append(self.bacula.run(name, "Incremental").must_be(GOOD).id)
@@ -343,6 +347,14 @@ class Tests:
         job = self.begin_slow("killed", self.servers["killed"])
         os.kill(self.backend_of(job), signal.SIGKILL)
         self.bacula.finish(job).must_be(FATAL).must_say("the backend ended before its work was done")
+        self.check_next("killed")
+
+    def test_silent_backend(self):
+        """A backend that stands still is given up after its time, and not the daemon with it."""
+        job = self.begin_slow("killed", self.servers["killed"])
+        os.kill(self.backend_of(job), signal.SIGSTOP)
+        self.bacula.finish(job).must_be(FATAL).must_say("has said nothing for 10 s")
+        self.bacula.assert_no_backends("after a silent backend")
         self.check_next("killed")
 
     def test_concurrent(self):

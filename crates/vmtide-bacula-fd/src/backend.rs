@@ -85,6 +85,7 @@ pub struct Backend {
     silence: Duration,
     cancelled: Arc<AtomicBool>,
     ended: bool,
+    silent: bool,
 }
 
 impl Backend {
@@ -125,6 +126,7 @@ impl Backend {
             silence: GREETING,
             cancelled,
             ended: false,
+            silent: false,
         };
         this.greet(core)?;
         this.silence = SILENCE;
@@ -237,7 +239,9 @@ impl Backend {
             self.wait(EXIT);
         } else {
             self.signal(libc::SIGTERM);
-            self.drain(core, Instant::now() + RELEASE);
+            // Who has stopped answering is not waited for as long as who has something to release.
+            let patience = if self.silent { EXIT } else { RELEASE };
+            self.drain(core, Instant::now() + patience);
             self.wait(Duration::ZERO);
         }
         outcome
@@ -396,10 +400,11 @@ impl Backend {
         Ok(())
     }
 
-    fn check_deadline(&self, deadline: Instant) -> Result<()> {
+    fn check_deadline(&mut self, deadline: Instant) -> Result<()> {
         if Instant::now() < deadline {
             return Ok(());
         }
+        self.silent = true;
         let seconds = self.silence.as_secs();
         Err(Failed::with(format!("the backend has said nothing for {seconds} s and is given up")))
     }

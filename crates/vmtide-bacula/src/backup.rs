@@ -67,6 +67,7 @@ pub(crate) fn open_source(
         state_directory,
         guardian: options.guardian.clone(),
         track: command.track,
+        agent: (options.agent)(&command.source_text)?,
         tracked,
         ..SourceOptions::default()
     })?;

@@ -147,9 +147,9 @@ impl Given {
                 command.state_directory = Some(path);
             }
             "timeout_s" => {
-                let seconds = value.parse().ok().filter(|seconds| (1..=86_400).contains(seconds));
+                let seconds = value.parse().ok().filter(|seconds| (10..=86_400).contains(seconds));
                 command.timeout_s = Some(
-                    seconds.ok_or_else(|| format!("timeout_s={value}: use 1 to 86400 seconds"))?,
+                    seconds.ok_or_else(|| format!("timeout_s={value}: use 10 to 86400 seconds"))?,
                 );
             }
             _ => return Err(format!("unknown parameter {key}= (known: {KEYS})")),

@@ -16,6 +16,7 @@ pub mod digests;
 mod error;
 mod estimate;
 pub mod frame;
+pub mod fuzzing;
 mod job;
 pub mod link;
 pub mod moments;
@@ -32,14 +33,19 @@ pub use error::{BackendError, Result};
 use job::{Job, Purpose};
 use link::Link;
 use std::path::PathBuf;
+use vmtide_agent_client::AgentOptions;
+
+/// How to get at the agent that a source names, with the key where it is one.
+pub type AgentAccess = Box<dyn Fn(&str) -> vmtide_engine::Result<AgentOptions>>;
 
 /// What a backend needs to know beside the job.
-#[derive(Clone, Debug)]
 pub struct BackendOptions {
     /// Where journals, locks and logs of moments are kept, unless the plugin line says otherwise.
     pub state_directory: PathBuf,
     /// The executable that guards a frozen guest; normally vmtide itself.
     pub guardian: Option<PathBuf>,
+    /// How to get at agents; asked with the source of the plugin line.
+    pub agent: AgentAccess,
 }
 
 /// Does one job of the plugin at the other end of `link`. The reason of a failure is in the job's report.

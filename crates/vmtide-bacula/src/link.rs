@@ -10,7 +10,7 @@ use vmtide_block::CancelToken;
 pub const PROTOCOL: u32 = 1;
 
 /// How often a backend that sends nothing else says that it is at work.
-const ALIVE_EVERY: Duration = Duration::from_secs(5);
+const ALIVE_EVERY: Duration = Duration::from_secs(2);
 
 /// The longest line. A file name has 4,096 bytes at most.
 const MAX_LINE_BYTES: usize = 64 << 10;
