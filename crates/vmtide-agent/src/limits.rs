@@ -54,7 +54,7 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            streams_per_client: 8,
+            streams_per_client: 24,
             streams_total: 32,
             bytes_per_second_per_client: None,
             freezes_per_client: 8,

@@ -52,6 +52,8 @@ enum State {
     Colon,
     Value,
     InLiteral,
+    /// A word where a list or a range should be.
+    InOtherWord,
     InString,
     InStringEscape,
     AfterValue,
@@ -136,6 +138,7 @@ impl RangesParser {
     pub fn finish(self) -> Result<Vec<ByteRange>, JsonRangesError> {
         match self.state {
             State::Done => Ok(self.ranges),
+            State::InOtherWord => Err(self.wrong_literal("a list of ranges")),
             _ => Err(self.expected("more: the text ends before the list does")),
         }
     }
@@ -151,9 +154,7 @@ impl RangesParser {
     /// Another value than the one expected, or none at all.
     const fn other_value(&self, byte: u8, expected: &'static str) -> JsonRangesError {
         match byte {
-            b'[' | b'{' | b'"' | b'-' | b'0'..=b'9' | b't' | b'f' | b'n' => {
-                self.other_data(expected)
-            }
+            b'[' | b'{' | b'"' | b'-' | b'0'..=b'9' => self.other_data(expected),
             _ => self.expected(expected),
         }
     }
@@ -163,6 +164,11 @@ impl RangesParser {
             State::InName => return self.in_name(byte),
             State::InString => return self.in_string(byte),
             State::InStringEscape => return self.in_escape(byte),
+            State::InOtherWord if byte.is_ascii_alphanumeric() => {
+                self.literal.push(byte);
+                return Ok(());
+            }
+            State::InOtherWord => return Err(self.wrong_literal("a list of ranges")),
             State::InLiteral => {
                 if byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'-' | b'.') {
                     self.literal.push(byte);
@@ -181,6 +187,11 @@ impl RangesParser {
     fn structure(&mut self, byte: u8) -> Result<(), JsonRangesError> {
         self.state = match (self.state, byte) {
             (State::Start, b'[') => State::FirstElementOrEnd,
+            (State::Start | State::FirstElementOrEnd | State::Element, b'a'..=b'z') => {
+                self.literal = Short::new();
+                self.literal.push(byte);
+                State::InOtherWord
+            }
             (State::Start, byte) => return Err(self.other_value(byte, "[")),
             (State::FirstElementOrEnd | State::AfterElement, b']') => State::Done,
             (State::FirstElementOrEnd | State::Element, b'{') => self.begin_element()?,
@@ -259,9 +270,11 @@ impl RangesParser {
         matches!(self.name.whole(), Some(b"offset" | b"length"))
     }
 
-    fn wrong_literal(&self, literal: &[u8]) -> JsonRangesError {
-        let expected = "a number from 0 to 2^64-1";
-        match is_json(literal) || self.literal.length > LITERAL_BYTES {
+    /// What is wrong with a literal that is not the one expected: whether it is any of JSON.
+    fn wrong_literal(&self, expected: &'static str) -> JsonRangesError {
+        match is_json(self.literal.whole().unwrap_or_default())
+            || self.literal.length > LITERAL_BYTES
+        {
             true => self.other_data(expected),
             false => self.expected(expected),
         }
@@ -271,7 +284,8 @@ impl RangesParser {
     fn end_literal(&mut self) -> Result<(), JsonRangesError> {
         let literal = self.literal.whole().unwrap_or_default();
         if self.is_ours() {
-            let value = unsigned(literal).ok_or_else(|| self.wrong_literal(literal))?;
+            let value =
+                unsigned(literal).ok_or_else(|| self.wrong_literal("a number from 0 to 2^64-1"))?;
             let place = match self.name.whole() {
                 Some(b"offset") => &mut self.offset,
                 _ => &mut self.length,
@@ -346,6 +360,9 @@ mod tests {
             "[",
             "]",
             "nul",
+            "nothing",
+            "[nope]",
+            "[nul",
             "[{]",
             "[}",
             "[] []",
