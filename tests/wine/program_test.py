@@ -80,9 +80,7 @@ class Scenario:
         self.children = []
         environment = dict(os.environ, VMTIDE_PASSWORD=PASSWORD, RUST_BACKTRACE="1")
         exe = os.environ["VMTIDE_EXE"]
-        appdata = directory / "appdata"
-        appdata.mkdir()
-        on_windows = dict(environment, APPDATA=windows_path(appdata), VMTIDE_STATE_DIR=windows_path(directory / "wstate"))
+        on_windows = dict(environment, VMTIDE_STATE_DIR=windows_path(directory / "wstate"))
         on_linux = dict(environment, VMTIDE_STATE_DIR=str(directory / "state"))
         self.windows = Program("windows", ["wine", exe], windows_path, on_windows)
         self.linux = Program("linux", [binary()], str, on_linux)
@@ -230,7 +228,8 @@ class Scenario:
             (disk,) = summary["disks"]
             if number == 2 and disk["read_bytes"] > 12 * 65536:
                 raise TestFailure(f"{disk['read_bytes']} bytes were read for 12 changed blocks")
-            if number and disk["new_bytes"] > 12 * 65536:
+            # Chunks end where their content says so, with a key of the repository: a changed block touches two or three.
+            if number and disk["new_bytes"] > 3 * 12 * 65536:
                 raise TestFailure(f"{disk['new_bytes']} bytes were new for 12 changed blocks")
             moment = self.path(f"moment-{number}.raw")
             shutil.copy(state, moment)
@@ -288,7 +287,7 @@ class Scenario:
         self.ok("a password added under Wine opens on Linux; a wrong one ends with code 4")
         other = self.path("copy")
         self.linux.run("init", other)
-        self.windows.run("copy", "-r", self.repo, "--to", other, environment={"VMTIDE_TO_PASSWORD": PASSWORD})
+        self.windows.run("copy", "--all", "-r", self.repo, "--to", other, environment={"VMTIDE_TO_PASSWORD": PASSWORD})
         self.linux.run("verify", "-r", other, "--read-data")
         self.ok("all is copied into a repository made on Linux")
         self.windows.run("doctor", self.repo, codes=(0, 3))
@@ -384,11 +383,17 @@ class Scenario:
         self.ok("paths of more than 260 characters")
         url = "file:///" + windows_path(self.repo).replace("\\", "/")
         self.windows.run("points", "-r", url)
-        settings = self.path("appdata") / "vmtide"
-        settings.mkdir()
+        # Wine sets %APPDATA% itself.
+        appdata = run(["wine", "cmd", "/C", "echo %APPDATA%"]).stdout.strip()
+        settings = Path(run(["winepath", "-u", appdata]).stdout.strip()) / "vmtide"
+        settings.mkdir(exist_ok=True)
         repository = windows_path(self.repo).replace("\\", "\\\\")
-        (settings / "vmtide.toml").write_text(f'repository = "{repository}"\n')
-        self.windows.run("points")
+        try:
+            (settings / "vmtide.toml").write_text(f'repository = "{repository}"\n')
+            self.windows.run("points")
+        finally:
+            shutil.rmtree(settings)
+        self.windows.environment["VMTIDE_REPOSITORY"] = windows_path(self.repo)
         self.ok("a repository by file:/// with a drive, and by the settings in %APPDATA%")
         without = {"VMTIDE_PASSWORD": ""}
         environment = {key: value for key, value in self.windows.environment.items() if key != "VMTIDE_PASSWORD"}
