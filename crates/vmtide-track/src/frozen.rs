@@ -2,8 +2,7 @@
 
 #[cfg(unix)]
 use crate::control::{HeldFreeze, RemoteHost};
-use crate::image::in_use;
-use crate::offline::OfflineTracking;
+use crate::offline::{OfflineTracking, keep_writers_off};
 use crate::{Result, TrackError};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -69,7 +68,9 @@ fn freeze_offline(
     path: &Path,
     open: &dyn Fn(&Path) -> Result<Arc<dyn BlockDevice>>,
 ) -> Result<FrozenImage> {
-    let lock = ImageLock::take_for_reading(path).map_err(|error| in_use(path, error))?;
+    // Asked before the lock is there, for what Windows needs.
+    let durable = cfg!(windows) && OfflineTracking::open(path)?.state().enabled;
+    let lock = keep_writers_off(path, durable)?;
     let mut offline = OfflineTracking::open(path)?;
     let tracking_id = match offline.checkpoint_locked(&lock) {
         Ok(id) => Some(id.to_string()),

@@ -53,10 +53,15 @@ pub fn image_identity(path: &Path, format: Option<Format>) -> vmtide_block::Resu
     })
 }
 
+/// Times of change count in steps of 100 ns, which is what Windows and SMB tell. With finer ones, Linux and Windows would see
+/// different stamps of one image, and each take the other's planned stop for a stranger's write.
+const STAMP_NANOS: u32 = 100;
+
 fn stamp_of(metadata: &std::fs::Metadata) -> String {
     let since = metadata.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
     let since = since.unwrap_or_default();
-    format!("{}@{}.{:09}", metadata.len(), since.as_secs(), since.subsec_nanos())
+    let subsec_nanos = since.subsec_nanos() / STAMP_NANOS * STAMP_NANOS;
+    format!("{}@{}.{subsec_nanos:09}", metadata.len(), since.as_secs())
 }
 
 #[cfg(unix)]
@@ -356,5 +361,30 @@ impl TrackedImage {
             Self::Hosted(host) => host.set_enabled(enabled),
             Self::Offline(offline) => offline.set_enabled(enabled),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+
+    /// Linux tells an image's time of change in nanoseconds, Windows the same one in steps of 100.
+    #[test]
+    fn stamps_are_the_same_on_every_system() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk.raw");
+        let stamp_at = |nanos: u64| {
+            let file = File::create(&path).unwrap();
+            file.set_len(512).unwrap();
+            file.set_modified(
+                UNIX_EPOCH + Duration::new(1_795_259_064, 0) + Duration::from_nanos(nanos),
+            )
+            .unwrap();
+            stamp_of(&file.metadata().unwrap())
+        };
+        assert_eq!(stamp_at(94_043_950), stamp_at(94_043_900));
+        assert_ne!(stamp_at(94_043_900), stamp_at(94_044_000));
+        assert!(stamp_at(94_043_950).ends_with("@1795259064.094043900"));
     }
 }

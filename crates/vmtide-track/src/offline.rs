@@ -95,8 +95,7 @@ impl OfflineTracking {
     /// # Errors
     /// As there; [`TrackError::InUse`] where somebody writes to the image.
     pub fn checkpoint(&mut self) -> Result<TrackingId> {
-        let lock =
-            ImageLock::take_for_reading(&self.path).map_err(|error| in_use(&self.path, error))?;
+        let lock = keep_writers_off(&self.path, matches!(self.known, Known::On(_)))?;
         self.checkpoint_locked(&lock)
     }
 
@@ -120,8 +119,8 @@ impl OfflineTracking {
     /// # Errors
     /// As there; [`TrackError::InUse`] where somebody writes to the image.
     pub fn set_enabled(&mut self, enabled: bool) -> Result<()> {
-        let _lock =
-            ImageLock::take_for_reading(&self.path).map_err(|error| in_use(&self.path, error))?;
+        let begins = enabled && !matches!(self.known, Known::On(_));
+        let _lock = keep_writers_off(&self.path, begins)?;
         match (&self.known, enabled) {
             (Known::On(_), true) => {}
             (_, true) => self.change(true, |_| Ok(()))?,
@@ -140,8 +139,7 @@ impl OfflineTracking {
         let identity = image_identity(&self.path, None)?;
         let stamp = identity.stamp.clone();
         if stamp != self.identity.stamp {
-            let reason = "it was changed this moment: try again".into();
-            return Err(TrackError::InUse { disk: self.name(), reason });
+            return Err(changed_meanwhile(&self.path));
         }
         let device = Arc::new(NoWrites { path: self.path.clone(), size_bytes: self.size_bytes });
         let store = Arc::new(FileStore::new(&self.path));
@@ -243,17 +241,52 @@ impl WritableBlockDevice for NoWrites {
     fn write_zeroes(&self, _range: ByteRange) -> vmtide_block::Result<()> {
         self.refuse()
     }
-    /// A host that was killed may have left writes in the system's cache.
     fn flush(&self) -> vmtide_block::Result<()> {
-        let mut files = companion_files(&self.path);
-        files.retain(|file| file.is_file());
-        files.push(self.path.clone());
-        for file in files {
-            // Windows flushes only what is open for writing; Unix whatever is open.
-            let open = std::fs::OpenOptions::new().read(true).write(cfg!(windows)).open(&file);
-            open.and_then(|open| open.sync_all())
-                .map_err(|error| BlockError::io(format!("flush {}", file.display()), error))?;
-        }
-        Ok(())
+        // There, keep_writers_off has done it: now that writers are kept off, nothing can be flushed any more.
+        if cfg!(windows) { Ok(()) } else { flush_image(&self.path) }
     }
+}
+
+/// Makes durable what a host that was killed may have left in the system's cache.
+fn flush_image(path: &Path) -> vmtide_block::Result<()> {
+    let mut files = companion_files(path);
+    files.retain(|file| file.is_file());
+    files.push(path.to_owned());
+    for file in files {
+        // Windows flushes only what is open for writing; Unix whatever is open.
+        let open = std::fs::OpenOptions::new().read(true).write(cfg!(windows)).open(&file);
+        open.and_then(|open| open.sync_all()).map_err(|error| {
+            let kind = match vmtide_block::files::is_in_use(&error) {
+                true => ErrorKind::ResourceBusy.into(),
+                false => error,
+            };
+            BlockError::io(format!("flush {}", file.display()), kind)
+        })?;
+    }
+    Ok(())
+}
+
+/// Locks the image at `path` against writers, to change its tracking. With `durable`, its content can be made
+/// durable meanwhile: on Windows that is done before, because a file is flushed through a handle that may write
+/// it, and the lock keeps these off. Whatever is written between the two shows.
+///
+/// # Errors
+/// [`TrackError::InUse`] where somebody has the image.
+pub(crate) fn keep_writers_off(path: &Path, durable: bool) -> Result<ImageLock> {
+    let lock = || ImageLock::take_for_reading(path).map_err(|error| in_use(path, error));
+    if !(cfg!(windows) && durable) {
+        return lock();
+    }
+    let stamp = image_identity(path, None)?.stamp;
+    flush_image(path).map_err(|error| in_use(path, error))?;
+    let lock = lock()?;
+    if image_identity(path, None)?.stamp != stamp {
+        return Err(changed_meanwhile(path));
+    }
+    Ok(lock)
+}
+
+fn changed_meanwhile(path: &Path) -> TrackError {
+    let reason = "it was changed this moment: try again".into();
+    TrackError::InUse { disk: path.display().to_string(), reason }
 }
