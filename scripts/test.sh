@@ -151,13 +151,14 @@ check_python() {
 # check_python_client: the package installed into an environment of its own, as users do it, and its tests there, also against
 # the real agent, which the tests of the workspace have built.
 check_python_client() {
-    local venv="$LOGS/python-client" copy="$LOGS/python-client-source"
+    local venv="$LOGS/python-client" copy="$LOGS/python-client-source" vmtide
+    vmtide="$(target_directory)/debug/vmtide" || return
     # Building leaves files beside the sources, which do not belong into the tree.
     cp -r "$REPO_ROOT/clients/python" "$copy" &&
         python3 -m venv "$venv" &&
         "$venv/bin/pip" install --quiet --disable-pip-version-check "$copy" &&
         "$venv/bin/vmtide-rct" --version &&
-        (cd "$copy/tests" && VMTIDE_BIN="$(target_directory)/debug/vmtide" timeout 120 "$venv/bin/python3" -m unittest --quiet)
+        (cd "$copy/tests" && VMTIDE_BIN="$vmtide" timeout 120 "$venv/bin/python3" -m unittest --quiet)
 }
 
 part_lint() {
