@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The agent for Windows under Wine, with the stand-in for virtdisk.dll beside it (tests/standins/virtdisk).
 
-    tests/wine/run.sh agent_matrix.py         (which builds, and sets Wine up; named by hand, not part of the others)
+    tests/wine/run.sh agent_test.py           (which builds, and sets Wine up)
 
 What is shown:
 
@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from urllib.parse import quote
 
@@ -48,6 +49,7 @@ class Scenario:
         self.directory = directory.resolve()
         self.tally = tally
         self.children = []
+        self.failures = []
         self.root = self.directory / "disks"
         self.outside = self.directory / "outside"
         self.handles = self.directory / "handles"
@@ -72,22 +74,41 @@ class Scenario:
         self.tally.passed += 1
         print(f"ok {self.tally.passed}: {what}", flush=True)
 
-    def run(self):
+    def run(self, words):
+        """Every part, or those whose names hold a word. A part that fails does not keep the others from running."""
+        parts = (
+            self.run_matrix,
+            self.changes_made_elsewhere,
+            self.many_changes,
+            self.faults_of_changes,
+            self.faults_of_content,
+            self.faults_of_everything,
+            self.error_codes,
+            self.no_handle_is_left,
+            self.service,
+        )
         try:
             self.make_disks()
             self.start_agent()
-            self.run_matrix()
-            self.changes_made_elsewhere()
-            self.many_changes()
-            self.faults_of_changes()
-            self.faults_of_content()
-            self.faults_of_everything()
-            self.error_codes()
-            self.no_handle_is_left()
-            self.service()
+            for part in parts:
+                if not words or any(word in part.__name__ for word in words):
+                    self.attempt(part)
         finally:
             for child in self.children:
                 kill(child)
+        if self.failures:
+            raise TestFailure(f"{len(self.failures)} parts: {', '.join(self.failures)}")
+
+    def attempt(self, part):
+        begun = time.monotonic()
+        try:
+            part()
+        except Exception:  # pylint: disable=broad-except
+            traceback.print_exc()
+            self.failures.append(part.__name__)
+        finally:
+            self.faults()
+        print(f"    {part.__name__}: {time.monotonic() - begun:.0f} s", flush=True)
 
     # What there is.
 
@@ -415,6 +436,7 @@ def matrix_merged(ranges):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="WORD", help="only the parts whose names hold one of these")
     parser.add_argument("--keep", action="store_true", help="keep the directory of the run")
     options = parser.parse_args()
     need_tools("qemu-img", "qemu-io", "wine")
@@ -422,7 +444,7 @@ def main():
         tally = Tally("tests/wine/run.sh sets up what it needs; keep what it made with --keep")
         with tally:
             begun = time.monotonic()
-            Scenario(directory, tally).run()
+            Scenario(directory, tally).run(options.words)
             print(f"in {time.monotonic() - begun:.0f} s")
     return tally.exit_code()
 
