@@ -1,13 +1,13 @@
 //! A disk whose writes are tracked.
 
 use crate::gate::Gate;
-use crate::id::Series;
+use crate::id::{MAX_COUNTER, Series};
 use crate::identity::{Identity, StoredIdentity};
 use crate::marks::RegionMarks;
 use crate::mrt::Owner;
 use crate::options::{Geometry, Options};
 use crate::rct::{Saved, SavedId};
-use crate::recover::{Loaded, Recovered, load};
+use crate::recover::{Loaded, Recovered, foreign, load};
 use crate::store::{StoreFile, TrackingStore};
 use crate::tracking::Tracking;
 use crate::{Result, TrackError};
@@ -46,11 +46,12 @@ impl TrackedDisk {
     /// Opens the tracking of `device`, whose image looked like `identity` before it was opened.
     ///
     /// Where tracking was lost it begins again under new ids, and the old ones are answered with the reason. Where
-    /// there is none, it begins if [`Options::enable`] says so.
+    /// there is none, it begins if [`Options::enable`] says so. Files of another program are left alone: the disk is not
+    /// tracked then.
     ///
     /// # Errors
     /// [`TrackError::Io`] where the files cannot be read or written; [`TrackError::Unsupported`] for options out
-    /// of bounds.
+    /// of bounds, and where tracking is to begin and another program's files are in its place.
     pub fn open(
         device: Arc<dyn WritableBlockDevice>,
         store: Arc<dyn TrackingStore>,
@@ -71,6 +72,8 @@ impl TrackedDisk {
         };
         let tracking = match loaded {
             Loaded::Off if !disk.options.enable => None,
+            Loaded::Foreign if !disk.options.enable => None,
+            Loaded::Foreign => return Err(foreign(&disk.name)),
             Loaded::Off => Some(disk.begin(Vec::new())?),
             Loaded::Lost { series, reason, mut before } => {
                 tracing::warn!(
@@ -130,6 +133,10 @@ impl TrackedDisk {
         saved.epoch = next_epoch;
         saved.closed = false;
         saved.identity = self.identity.clone();
+        if !was_closed {
+            // The crash may have taken back an .rct that somebody had read: the id it had must not name another moment.
+            saved.last_counter = saved.last_counter.saturating_add(1).min(MAX_COUNTER);
+        }
         let owner = Owner { series: saved.series, geometry: saved.geometry };
         let marks = owner.empty_file(0);
         // After a planned stop the old marks stand for nothing, and an .rct that says "open" needs its .mrt. After a

@@ -19,8 +19,9 @@
 //!    not have them yet; (d) the data goes to the image. Steps a to d run under a shared gate.
 //! 3. *Seal.* With the gate closed (no write between its steps) the epoch goes up, all regions count as
 //!    unmarked, the newest bitmap becomes that of the id before, and an empty one begins. The gate opens; the image is flushed
-//!    (a write before the moment that a crash takes back would be a change since it); `.rct` is replaced; only then is the id given out. Where that fails the bitmap is joined to the one before again and
-//!    there is no new id.
+//!    (a write before the moment that a crash takes back would be a change since it); `.rct` is replaced; only then is the id given out, shown
+//!    or answered; and after a crash one number is left out, so that none ever names two moments. Where that fails the bitmap is joined to the one before again and
+//!    there is no new id. A frozen view of a moment since which nothing was written has the newest id again.
 //! 4. *Clearing marks.* A page that is changed keeps its earlier marks while its epoch is not below that of the `.rct` that is
 //!    surely on the medium, and drops them otherwise. So marks go only after `.rct` holds what they stand for.
 //! 5. *Planned stop.* The gate closes for good, the image is finished, and `.rct` is replaced, marked as closed,

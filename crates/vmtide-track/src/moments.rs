@@ -2,13 +2,23 @@
 
 use crate::changes::ChangePage;
 use crate::disk::TrackedDisk;
+use crate::gate::Gate;
 use crate::id::TrackingId;
+use crate::recover::refuse_foreign;
 use crate::store::StoreFile;
 use crate::tracking::TrackingState;
 use crate::view::{FrozenView, ViewState};
 use crate::{Result, TrackError};
 use std::sync::Arc;
 use vmtide_block::{BlockDevice, ByteRange};
+
+/// An id of a moment.
+#[derive(Clone, Copy)]
+struct Moment {
+    id: TrackingId,
+    /// It was sealed for this moment, and is to be saved.
+    is_new: bool,
+}
 
 impl TrackedDisk {
     /// Seals this moment: every write that returned before the call is before it, every one that begins after the
@@ -31,8 +41,45 @@ impl TrackedDisk {
         }
     }
 
+    /// An id of this moment for a reader of it: the newest one again where nothing was written since, so that reading a disk
+    /// often does not retire the ids of others; as [`checkpoint`](Self::checkpoint) otherwise.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn moment(&self) -> Result<TrackingId> {
+        let _one_at_a_time = self.control.lock();
+        let moment = {
+            let mut gate = self.gate.write();
+            gate.check_open(&self.name)?;
+            gate.tracking(&self.name)?;
+            self.newest_or_seal(&mut gate)?
+        };
+        match moment {
+            Some(moment) => self.save_moment(moment),
+            None => Err(TrackError::Disabled { disk: self.name.clone() }),
+        }
+    }
+
+    /// The id of this moment, where the disk is tracked.
+    fn newest_or_seal(&self, gate: &mut Gate) -> Result<Option<Moment>> {
+        // What was written before it was flushed when it was sealed, or before.
+        let newest = gate.tracking.as_mut().and_then(|known| known.newest_again(&self.options));
+        match newest {
+            Some(id) => Ok(Some(Moment { id, is_new: false })),
+            None => Ok(self.seal(gate)?.map(|id| Moment { id, is_new: true })),
+        }
+    }
+
+    /// Makes the id durable where it is not yet.
+    fn save_moment(&self, moment: Moment) -> Result<TrackingId> {
+        if moment.is_new {
+            self.save_seal()?;
+        }
+        Ok(moment.id)
+    }
+
     /// Seals where the disk is tracked.
-    fn seal(&self, gate: &mut crate::gate::Gate) -> Result<Option<TrackingId>> {
+    fn seal(&self, gate: &mut Gate) -> Result<Option<TrackingId>> {
         match &mut gate.tracking {
             Some(tracking) if tracking.given_up().is_none() => {
                 tracking.seal(&self.name, &self.options).map(Some)
@@ -52,7 +99,8 @@ impl TrackedDisk {
         })
     }
 
-    /// The state: whether the disk is tracked, its newest id, and whether it was written since.
+    /// The state: whether the disk is tracked, its newest id, and whether it was written since. An id is shown once it is
+    /// durable.
     pub fn state(&self) -> TrackingState {
         self.gate.read().tracking.as_ref().map(crate::tracking::Tracking::state).unwrap_or_default()
     }
@@ -70,20 +118,30 @@ impl TrackedDisk {
         range: ByteRange,
         max_ranges: usize,
     ) -> Result<ChangePage> {
-        let known = self.gate.read().tracking(&self.name)?.snapshot(false, &self.identity);
+        let known = {
+            let gate = self.gate.read();
+            let tracking = gate.tracking(&self.name)?;
+            if tracking.is_unsaved(id) {
+                return Err(TrackError::unknown_id(&self.name, id));
+            }
+            tracking.snapshot(false, &self.identity)
+        };
         known.changes_since(&self.name, id, range, max_ranges)
     }
 
     /// Switches tracking on, with an id of this moment; nothing where it is on.
     ///
     /// # Errors
-    /// [`TrackError::Io`], and then it stays off.
+    /// [`TrackError::Io`], and then it stays off; [`TrackError::Unsupported`] where another program tracks the disk.
     pub fn enable(&self) -> Result<()> {
         let _one_at_a_time = self.control.lock();
         let mut gate = self.gate.write();
         gate.check_open(&self.name)?;
         let lost = match &gate.tracking {
-            None => Vec::new(),
+            None => {
+                refuse_foreign(&*self.store, &self.name)?;
+                Vec::new()
+            }
             Some(tracking) => {
                 let Some(reason) = tracking.given_up() else {
                     return Ok(());
@@ -103,11 +161,14 @@ impl TrackedDisk {
     /// Switches tracking off. All ids are forgotten, and the files removed.
     ///
     /// # Errors
-    /// [`TrackError::Io`], and then it stays on.
+    /// [`TrackError::Io`], and then it stays on; [`TrackError::Unsupported`] where another program tracks the disk.
     pub fn disable(&self) -> Result<()> {
         let _one_at_a_time = self.control.lock();
         let mut gate = self.gate.write();
         gate.check_open(&self.name)?;
+        if gate.tracking.is_none() {
+            refuse_foreign(&*self.store, &self.name)?;
+        }
         self.store.remove(StoreFile::Rct).map_err(|error| self.io("remove", error))?;
         gate.tracking = None;
         self.store.remove(StoreFile::Mrt).map_err(|error| self.io("remove", error))
@@ -176,11 +237,12 @@ impl TrackedDisk {
         saved.identity.stamp = stamp;
         self.put(StoreFile::Rct, &saved.encode())?;
         tracking.marks.saved(saved.epoch);
+        tracking.made_durable();
         Ok(())
     }
 
     /// The disk as it is at this moment, readable and unchanging while the guest writes on; with an id of the
-    /// moment, where the disk is tracked.
+    /// moment, where the disk is tracked: the newest one again where nothing was written since that.
     ///
     /// # Errors
     /// As [`checkpoint`](Self::checkpoint), but that tracking need not be on; where there is no room for overwritten
@@ -199,18 +261,15 @@ impl TrackedDisk {
         // Ends by itself wherever this function does.
         let mut view = FrozenView::new(Arc::clone(&self.device), Arc::clone(&state), &self.name);
         let _one_at_a_time = self.control.lock();
-        let (id, value) = {
+        let (moment, value) = {
             let mut gate = self.gate.write();
             gate.check_open(&self.name)?;
             gate.drop_ended_views();
-            let id = self.seal(&mut gate)?;
+            let moment = self.newest_or_seal(&mut gate)?;
             gate.views.push(state);
-            (id, held())
+            (moment, held())
         };
-        if id.is_some() {
-            self.save_seal()?;
-        }
-        view.set_id(id);
+        view.set_id(moment.map(|moment| self.save_moment(moment)).transpose()?);
         Ok((view, value))
     }
 

@@ -10,7 +10,8 @@ use crate::options::Geometry;
 /// A page: what every medium writes whole, or else spoils so that the checksum tells.
 pub(crate) const PAGE_BYTES: usize = 512;
 
-const MAGIC: [u8; 4] = *b"VMRT";
+/// What each page begins with.
+pub(crate) const MAGIC: [u8; 4] = *b"VMRT";
 const VERSION: u16 = 1;
 const BITS_AT: usize = 48;
 const CRC_AT: usize = PAGE_BYTES - 4;

@@ -6,8 +6,9 @@
 use crate::changes::ChangePage;
 use crate::id::TrackingId;
 use crate::image::{image_identity, in_use};
+use crate::options::MAX_IDS;
 use crate::rct::Saved;
-use crate::recover::{Loaded, load};
+use crate::recover::{Loaded, foreign, load, refuse_foreign};
 use crate::store::FileStore;
 use crate::tracking::TrackingState;
 use crate::{Identity, Options, Result, TrackError, TrackedDisk};
@@ -34,6 +35,8 @@ pub struct OfflineTracking {
 
 enum Known {
     Off,
+    /// Another program's files are in the place of ours.
+    Foreign,
     Lost(String),
     On(Box<Saved>),
 }
@@ -53,6 +56,7 @@ impl OfflineTracking {
             .map_err(|error| TrackError::io("read change tracking", error))?;
         let known = match loaded {
             Loaded::Off => Known::Off,
+            Loaded::Foreign => Known::Foreign,
             Loaded::Lost { reason, .. } => Known::Lost(reason),
             Loaded::On(recovered) => Known::On(Box::new(recovered.saved)),
         };
@@ -67,7 +71,7 @@ impl OfflineTracking {
     pub fn state(&self) -> TrackingState {
         match &self.known {
             Known::On(saved) => saved.state(),
-            Known::Off | Known::Lost(_) => TrackingState::default(),
+            Known::Off | Known::Foreign | Known::Lost(_) => TrackingState::default(),
         }
     }
 
@@ -83,7 +87,8 @@ impl OfflineTracking {
     ) -> Result<ChangePage> {
         match &self.known {
             Known::On(saved) => saved.changes_since(&self.name(), id, range, max_ranges),
-            Known::Off => Err(TrackError::Disabled { disk: self.name() }),
+            // Not tracked by vmtide, as the state says.
+            Known::Off | Known::Foreign => Err(TrackError::Disabled { disk: self.name() }),
             Known::Lost(reason) => {
                 Err(TrackError::Lost { disk: self.name(), reason: reason.clone() })
             }
@@ -93,15 +98,12 @@ impl OfflineTracking {
     /// As [`TrackedDisk::checkpoint`].
     ///
     /// # Errors
-    /// As there; [`TrackError::InUse`] where somebody writes to the image.
+    /// As there; [`TrackError::InUse`] where somebody writes to the image; [`TrackError::Unsupported`] where another program
+    /// tracks it.
     pub fn checkpoint(&mut self) -> Result<TrackingId> {
-        let lock = keep_writers_off(&self.path, matches!(self.known, Known::On(_)))?;
-        self.checkpoint_locked(&lock)
-    }
-
-    /// As [`checkpoint`](Self::checkpoint), by who keeps writers off already.
-    pub(crate) fn checkpoint_locked(&mut self, _lock: &ImageLock) -> Result<TrackingId> {
+        let _lock = keep_writers_off(&self.path, matches!(self.known, Known::On(_)))?;
         match &self.known {
+            Known::Foreign => return Err(foreign(&self.name())),
             Known::Off => return Err(TrackError::Disabled { disk: self.name() }),
             Known::Lost(reason) => {
                 return Err(TrackError::Lost { disk: self.name(), reason: reason.clone() });
@@ -113,15 +115,29 @@ impl OfflineTracking {
         Ok(id)
     }
 
+    /// The id of the moment that begins with `lock`, as [`TrackedDisk::moment`]; none where the image is not tracked.
+    pub(crate) fn moment(&self, _lock: &ImageLock) -> Result<Option<TrackingId>> {
+        if !matches!(self.known, Known::On(_)) {
+            return Ok(None);
+        }
+        match self.change(false, TrackedDisk::moment) {
+            Ok(id) => Ok(Some(id)),
+            Err(TrackError::Disabled { .. } | TrackError::Lost { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Switches tracking on or off, as [`TrackedDisk::enable`] and [`TrackedDisk::disable`]. Lost tracking is
     /// switched on anew.
     ///
     /// # Errors
-    /// As there; [`TrackError::InUse`] where somebody writes to the image.
+    /// As there; [`TrackError::InUse`] where somebody writes to the image; [`TrackError::Unsupported`] where another program
+    /// tracks it.
     pub fn set_enabled(&mut self, enabled: bool) -> Result<()> {
         let begins = enabled && !matches!(self.known, Known::On(_));
         let _lock = keep_writers_off(&self.path, begins)?;
         match (&self.known, enabled) {
+            (Known::Foreign, _) => return Err(foreign(&self.name())),
             (Known::On(_), true) => {}
             (_, true) => self.change(true, |_| Ok(()))?,
             // Not by opening it, which would begin lost tracking anew first.
@@ -143,7 +159,8 @@ impl OfflineTracking {
         }
         let device = Arc::new(NoWrites { path: self.path.clone(), size_bytes: self.size_bytes });
         let store = Arc::new(FileStore::new(&self.path));
-        let options = Options { enable, ..Options::default() };
+        // How long ids are retained is for the image's host to say, at its next seal.
+        let options = Options { enable, max_ids: MAX_IDS, max_age_ms: None, ..Options::default() };
         let disk = TrackedDisk::open(device, store, &identity, options)?;
         let done = change(&disk)?;
         disk.close(|| Ok(stamp))?;
@@ -154,6 +171,7 @@ impl OfflineTracking {
         use crate::store::{StoreFile, TrackingStore};
         let _alone = self.alone()?;
         let store = FileStore::new(&self.path);
+        refuse_foreign(&store, &self.name())?;
         let removed = store.remove(StoreFile::Rct).and_then(|()| store.remove(StoreFile::Mrt));
         removed.map_err(|error| TrackError::io("remove change tracking", error))
     }
@@ -203,7 +221,8 @@ pub fn before_untracked_write(path: &Path) -> Result<()> {
     match Saved::decode(&bytes) {
         Ok(saved) if !saved.closed => {
             tracing::warn!(path = %path.display(), "change tracking that a crash left ends: the image is written without it");
-            store.remove(StoreFile::Rct).map_err(failed)
+            // The marks too: alone, and torn by the crash, they would look like another program's.
+            store.remove(StoreFile::Rct).and_then(|()| store.remove(StoreFile::Mrt)).map_err(failed)
         }
         // Noticed at the next start, in any case.
         _ => Ok(()),

@@ -35,8 +35,8 @@ pub struct Options {
     pub max_age_ms: Option<u64>,
     /// Begins tracking where it is not on, or was lost, when the disk is opened.
     pub enable: bool,
-    /// Where a frozen view keeps the blocks that are overwritten meanwhile; none for the system's directory for
-    /// temporary files.
+    /// Where a frozen view keeps the blocks that are overwritten meanwhile; none for `TMPDIR`, where that is set, or
+    /// `/var/tmp`; on Windows the user's directory for temporary files.
     pub scratch_directory: Option<PathBuf>,
     /// The most bytes that one frozen view keeps. When the guest overwrites more than that, the view fails and
     /// the guest goes on.

@@ -9,7 +9,8 @@ use crate::identity::StoredIdentity;
 use crate::options::{Geometry, MAX_IDS};
 use std::sync::Arc;
 
-const MAGIC: [u8; 8] = *b"VMTIDERC";
+/// What the file begins with.
+pub(crate) const MAGIC: [u8; 8] = *b"VMTIDERC";
 const VERSION: u16 = 1;
 const HEADER_BYTES: usize = 128;
 /// Where the header's checksum is.

@@ -4,8 +4,9 @@ use crate::bitmap::{AtomicBitmap, Layer};
 use crate::id::Series;
 use crate::identity::Identity;
 use crate::mrt::{self, Owner};
-use crate::rct::Saved;
+use crate::rct::{self, Saved};
 use crate::store::{StoreFile, TrackingStore};
+use crate::{Result as TrackResult, TrackError};
 use std::io;
 use std::sync::Arc;
 
@@ -17,6 +18,8 @@ const SIGN_PATIENCE_MS: u64 = 120_000;
 pub(crate) enum Loaded {
     /// The disk is not tracked.
     Off,
+    /// Another program keeps its tracking in files of these names.
+    Foreign,
     /// It was, and that is no longer worth anything.
     Lost {
         /// Whose ids are lost; [`Series::ANY`] where that cannot be read.
@@ -51,7 +54,12 @@ pub(crate) fn load(
     now: &Identity,
     size_bytes: u64,
 ) -> io::Result<Loaded> {
-    let Some(rct) = store.read(StoreFile::Rct)? else {
+    let rct = store.read(StoreFile::Rct)?;
+    let marks = store.read(StoreFile::Mrt)?;
+    if is_foreign(rct.as_deref(), marks.as_deref()) {
+        return Ok(Loaded::Foreign);
+    }
+    let Some(rct) = rct else {
         return Ok(Loaded::Off);
     };
     let saved = match Saved::decode(&rct) {
@@ -62,7 +70,6 @@ pub(crate) fn load(
         }
     };
     drop(rct);
-    let marks = store.read(StoreFile::Mrt)?;
     if !saved.closed
         && let (Some(changed), Some(sign)) = (now.changed_unix_ms, store.last_beat_unix_ms()?)
         && changed > sign.saturating_add(SIGN_PATIENCE_MS)
@@ -74,6 +81,40 @@ pub(crate) fn load(
         Ok(recovered) => Loaded::On(recovered),
         Err(reason) => Loaded::Lost { series: saved.series, reason, before: saved.lost },
     })
+}
+
+/// Whether these are another program's: Hyper-V names its files as vmtide does. A file of vmtide's own may be damaged in any
+/// part, so one that bears the mark of either kind speaks for both; one that is empty or zero is nobody's.
+fn is_foreign(rct: Option<&[u8]>, marks: Option<&[u8]>) -> bool {
+    let files = || rct.into_iter().chain(marks);
+    let is_ours = |bytes: &[u8]| {
+        let begins = bytes.get(..rct::MAGIC.len()).unwrap_or(bytes);
+        // Also one that is cut short within its mark.
+        (!begins.is_empty() && rct::MAGIC.starts_with(begins))
+            || bytes.chunks(mrt::PAGE_BYTES).any(|page| page.starts_with(&mrt::MAGIC))
+    };
+    files().any(|bytes| bytes.iter().any(|byte| *byte != 0)) && !files().any(is_ours)
+}
+
+/// Refuses to put files in the place of another program's, or to remove those.
+///
+/// # Errors
+/// [`TrackError::Unsupported`], [`TrackError::Io`].
+pub(crate) fn refuse_foreign(store: &dyn TrackingStore, disk: &str) -> TrackResult<()> {
+    let failed = |error| TrackError::io(format!("read the change tracking of {disk}"), error);
+    let rct = store.read(StoreFile::Rct).map_err(failed)?;
+    let marks = store.read(StoreFile::Mrt).map_err(failed)?;
+    match is_foreign(rct.as_deref(), marks.as_deref()) {
+        true => Err(foreign(disk)),
+        false => Ok(()),
+    }
+}
+
+/// The error where another program tracks the disk.
+pub(crate) fn foreign(disk: &str) -> TrackError {
+    let reason = "the .rct and .mrt files beside it are another program's (Hyper-V's have these names) and are left \
+                  alone: ask that program what changed, or remove them once nobody needs them";
+    TrackError::unsupported(disk, reason)
 }
 
 fn check(

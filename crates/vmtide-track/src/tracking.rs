@@ -34,8 +34,18 @@ pub(crate) struct Tracking {
     pub marks: RegionMarks,
     /// Why tracking was given up; the `.rct` is gone then.
     given_up: OnceLock<String>,
+    /// The seal whose id no `.rct` on the medium has yet.
+    unsaved: Mutex<Option<Unsaved>>,
     /// Held by whoever replaces or removes the `.rct`: it must not come back after tracking was given up.
     pub rct: Mutex<()>,
+}
+
+/// A seal that is not durable. Its id is nobody's: a crash would have its number given out again, for another moment.
+struct Unsaved {
+    /// The newest id that is durable.
+    durable: TrackingId,
+    /// What the seal retired, the oldest first.
+    retired: Vec<SavedId>,
 }
 
 impl Tracking {
@@ -54,7 +64,14 @@ impl Tracking {
         if let Some(newest) = saved.ids.last_mut() {
             newest.changed = Layer::Growing(Arc::clone(&growing));
         }
-        Self { saved, growing, marks, given_up: OnceLock::new(), rct: Mutex::new(()) }
+        Self {
+            saved,
+            growing,
+            marks,
+            given_up: OnceLock::new(),
+            unsaved: Mutex::new(None),
+            rct: Mutex::new(()),
+        }
     }
 
     /// Notes a write that is about to happen (steps 2a and 2b of the protocol).
@@ -92,7 +109,19 @@ impl Tracking {
         self.given_up.get().map(String::as_str)
     }
 
-    /// Seals this moment (step 3 of the protocol). No write is under way.
+    /// The newest id, where it is of this moment too: nothing was written since it was sealed. It counts as sealed now,
+    /// so that it grows old only from here on. No write is under way.
+    pub fn newest_again(&mut self, options: &Options) -> Option<TrackingId> {
+        if self.given_up().is_some() || self.growing.is_any() || self.unsaved.get_mut().is_some() {
+            return None;
+        }
+        let newest = self.saved.ids.last_mut()?;
+        newest.sealed_unix_ms = newest.sealed_unix_ms.max((options.now_unix_ms)());
+        Some(self.newest())
+    }
+
+    /// Seals this moment (step 3 of the protocol). No write is under way. Until [`made_durable`](Self::made_durable)
+    /// the id is not shown, nor answered.
     ///
     /// # Errors
     /// Where counters are used up.
@@ -104,6 +133,7 @@ impl Tracking {
             let reason = "there are no more ids: switch change tracking off and on again";
             return Err(TrackError::unsupported(disk, reason));
         }
+        let durable = self.newest();
         let blocks = self.saved.geometry.blocks();
         if let Some(before) = self.saved.ids.last_mut() {
             let sealed = PagedBitmap::of(&[Layer::Growing(Arc::clone(&self.growing))], blocks);
@@ -118,16 +148,23 @@ impl Tracking {
             changed: Layer::Growing(Arc::clone(&self.growing)),
         });
         self.begin_epoch();
-        self.retire(now, options);
+        let retired = self.retire(now, options);
+        *self.unsaved.get_mut() = Some(Unsaved { durable, retired });
         Ok(self.newest())
+    }
+
+    /// What is known now is on the medium.
+    pub fn made_durable(&self) {
+        *self.unsaved.lock() = None;
     }
 
     /// Undoes the last [`seal`](Self::seal), whose id nobody has. No write is under way.
     pub fn undo_seal(&mut self) {
-        if self.saved.ids.len() < 2 {
+        let Some(Unsaved { retired, .. }) = self.unsaved.get_mut().take() else {
             return;
-        }
+        };
         self.saved.ids.pop();
+        self.saved.ids.splice(..0, retired);
         if let Some(newest) = self.saved.ids.last_mut() {
             if let Layer::Sealed(sealed) = &newest.changed {
                 self.growing.add(sealed);
@@ -142,16 +179,17 @@ impl Tracking {
         self.marks.begin_epoch(self.saved.epoch);
     }
 
-    fn retire(&mut self, now: u64, options: &Options) {
+    fn retire(&mut self, now: u64, options: &Options) -> Vec<SavedId> {
         let ids = &mut self.saved.ids;
         let most = options.max_ids.clamp(1, MAX_IDS);
         let surplus = ids.len().saturating_sub(most);
-        ids.drain(..surplus);
+        let mut retired: Vec<SavedId> = ids.drain(..surplus).collect();
         if let Some(max_age) = options.max_age_ms {
             let young = |id: &SavedId| id.sealed_unix_ms.saturating_add(max_age) >= now;
             let old = ids.iter().take_while(|id| !young(id)).count();
-            ids.drain(..old.min(ids.len().saturating_sub(1)));
+            retired.extend(ids.drain(..old.min(ids.len().saturating_sub(1))));
         }
+        retired
     }
 
     fn newest(&self) -> TrackingId {
@@ -159,10 +197,23 @@ impl Tracking {
     }
 
     pub fn state(&self) -> TrackingState {
-        match self.given_up() {
-            Some(_) => TrackingState::default(),
+        if self.given_up().is_some() {
+            return TrackingState::default();
+        }
+        match &*self.unsaved.lock() {
+            Some(unsaved) => TrackingState {
+                enabled: true,
+                // What is since the id that is not durable is since this one, too.
+                newer_changes: true,
+                most_recent_id: unsaved.durable.to_string(),
+            },
             None => self.saved.state(),
         }
+    }
+
+    /// Whether this is the id of a seal that is not durable.
+    pub fn is_unsaved(&self, id: &str) -> bool {
+        self.unsaved.lock().is_some() && TrackingId::parse(id) == Some(self.newest())
     }
 
     /// What `.rct` is to hold. Cheap: the sets are shared.

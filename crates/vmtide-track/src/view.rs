@@ -10,6 +10,7 @@ use crate::id::{Series, TrackingId};
 use crate::options::Options;
 use crate::{Result, TrackError};
 use parking_lot::Mutex;
+use std::ffi::OsString;
 use std::fs::OpenOptions;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -40,7 +41,10 @@ pub(crate) struct ViewState {
 impl ViewState {
     pub fn new(size_bytes: u64, options: &Options) -> Result<Self> {
         let granularity_bytes = u64::from(options.granularity_bytes.max(512));
-        let directory = options.scratch_directory.clone().unwrap_or_else(std::env::temp_dir);
+        let directory = options
+            .scratch_directory
+            .clone()
+            .unwrap_or_else(|| scratch_directory(std::env::var_os("TMPDIR")));
         let scratch = unnamed_file(&directory, size_bytes)?;
         Ok(Self {
             size_bytes,
@@ -264,6 +268,18 @@ fn push(extents: &mut Vec<Extent>, start: u64, end: u64, kind: ExtentKind) {
     push_extent(extents, Extent { range: ByteRange::from_bounds(start, end), kind });
 }
 
+/// Where scratch files are unless said otherwise. On Unix not in /tmp, which many systems keep in memory: a view of a disk
+/// that is written much would take that of the host.
+fn scratch_directory(chosen: Option<OsString>) -> PathBuf {
+    /// Temporary files that may be large (hier(7)).
+    const LARGE_FILES: &str = "/var/tmp";
+    match chosen.filter(|chosen| !chosen.is_empty()) {
+        Some(chosen) if cfg!(unix) => chosen.into(),
+        None if Path::new(LARGE_FILES).is_dir() && cfg!(unix) => LARGE_FILES.into(),
+        _ => std::env::temp_dir(),
+    }
+}
+
 /// A sparse file of this size that is gone when it is closed, in whatever way.
 fn unnamed_file(directory: &Path, size_bytes: u64) -> Result<RawDevice> {
     let failed =
@@ -290,4 +306,18 @@ fn unnamed_file(directory: &Path, size_bytes: u64) -> Result<RawDevice> {
     std::fs::remove_file(&path).map_err(failed)?;
     file.set_len(size_bytes).map_err(failed)?;
     Ok(RawDevice::from_file(file, path, true)?.without_flushes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[cfg(unix)]
+    #[test]
+    fn scratch_files_are_not_in_memory_unless_somebody_says_so() {
+        assert_eq!(scratch_directory(Some("/some/where".into())), Path::new("/some/where"));
+        for none in [None, Some(OsString::new())] {
+            assert_eq!(scratch_directory(none), Path::new("/var/tmp"));
+        }
+    }
 }

@@ -131,6 +131,14 @@ impl Workload {
                     .write_zeroes(ByteRange::new(first * BLOCK, (random.below(300) + 1) * BLOCK))
                     .unwrap();
             }
+            6 if random.below(2) == 0 => {
+                // Every other time nothing was written since the newest id, which is this moment's then.
+                for _ in 0..2 {
+                    let content = self.device.blocks.lock().unwrap().clone();
+                    let view = self.disk.freeze().unwrap();
+                    self.note(view.id().unwrap().to_string(), content);
+                }
+            }
             _ => {
                 self.version += 1;
                 let count = random.below(3) + 1;

@@ -444,3 +444,115 @@ fn an_image_that_is_restored_after_a_crash_is_noticed() {
         "closed in order"
     );
 }
+
+#[test]
+fn one_image_by_two_names_is_frozen_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = image(directory.path(), "disk.raw", Format::Raw);
+    let rest = image(directory.path(), "rest.raw", Format::Raw);
+    TrackedImage::connect_or_open(&rest).unwrap().set_enabled(true).unwrap();
+    let link = |to: &Path, name: &str| {
+        let link = directory.path().join(name);
+        std::os::unix::fs::symlink(to, &link).unwrap();
+        link
+    };
+    let (linked, rest_linked) = (link(&path, "a.raw"), link(&rest, "z.raw"));
+    let hosted = host(&path, on());
+    hosted.disk().write_at(&[4; 512], 0).unwrap();
+    let open = |path: &Path| Ok(open_read_only(path, &OpenOptions::default())?);
+    let paths = [path.clone(), rest_linked, linked, path, rest];
+    // A second hold would wait for the first until that is given up, and the whole fail.
+    let moment = freeze_images(&paths, &open).unwrap();
+    assert!(moment.iter().map(|image| &image.path).eq(&paths));
+    let ids: Vec<_> = moment.iter().map(|image| image.tracking_id.clone().unwrap()).collect();
+    assert!(
+        ids[0] == ids[2] && ids[0] == ids[3] && ids[1] == ids[4] && ids[0] != ids[1],
+        "{ids:?}"
+    );
+    hosted.disk().write_at(&[5; 512], 0).unwrap();
+    for index in [0, 2, 3] {
+        let mut byte = [0];
+        moment[index].device.read_at(&mut byte, 0).unwrap();
+        assert_eq!(byte, [4]);
+    }
+}
+
+#[test]
+fn images_at_rest_are_frozen_before_any_writes_are_held() {
+    let directory = tempfile::tempdir().unwrap();
+    let running = image(directory.path(), "a.raw", Format::Raw);
+    let rest = image(directory.path(), "b.raw", Format::Raw);
+    let hosted = host(&running, on());
+    let open = |path: &Path| {
+        // Writes go on while an image at rest is opened.
+        hosted.disk().write_at(&[1; 512], 0)?;
+        Ok(open_read_only(path, &OpenOptions::default())?)
+    };
+    assert_eq!(freeze_images(&[running, rest], &open).unwrap().len(), 2);
+}
+
+#[test]
+fn what_is_done_to_an_image_at_rest_retires_no_ids() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = image(directory.path(), "disk.raw", Format::Raw);
+    let hosted = host(&path, Options { max_ids: 200, ..on() });
+    let first = hosted.disk().state().most_recent_id;
+    for _ in 0..50 {
+        hosted.disk().checkpoint().unwrap();
+    }
+    hosted.disk().write_at(&[1; 512], 0).unwrap();
+    drop(hosted);
+    let open = |path: &Path| Ok(open_read_only(path, &OpenOptions::default())?);
+    let frozen = || {
+        let moment = freeze_images(std::slice::from_ref(&path), &open).unwrap();
+        moment[0].tracking_id.clone().unwrap()
+    };
+    let id = frozen();
+    assert_eq!(frozen(), id, "nothing was written since");
+    assert_eq!(changes(&path, &first).unwrap(), blocks(&[(0, 1)]));
+    let sealed = TrackedImage::connect_or_open(&path).unwrap().checkpoint().unwrap();
+    assert!(sealed > id);
+    assert_eq!(changes(&path, &first).unwrap(), blocks(&[(0, 1)]));
+}
+
+#[test]
+fn the_files_that_hyper_v_keeps_beside_an_image_are_not_touched() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = image(directory.path(), "disk.vhdx", Format::Vhdx);
+    let beside = |suffix: &str| PathBuf::from(format!("{}.{suffix}", path.display()));
+    let theirs = [(beside("rct"), vec![0xa5; 4096]), (beside("mrt"), b"theirs".to_vec())];
+    for (file, bytes) in &theirs {
+        std::fs::write(file, bytes).unwrap();
+    }
+    let tracking = || TrackedImage::connect_or_open(&path).unwrap();
+    assert!(!tracking().state().unwrap().enabled);
+    assert!(matches!(changes(&path, "rctX:"), Err(TrackError::Disabled { .. })));
+    for refused in [
+        tracking().set_enabled(true),
+        tracking().set_enabled(false),
+        tracking().checkpoint().map(drop),
+        HostedImage::open(
+            &path,
+            &OpenOptions::default(),
+            &HostOptions { tracking: on(), ..HostOptions::default() },
+        )
+        .map(drop),
+    ] {
+        let error = refused.unwrap_err();
+        assert!(matches!(error, TrackError::Unsupported { .. }), "{error}");
+        assert!(error.to_string().contains("another program's"), "{error}");
+    }
+    let open = |path: &Path| Ok(open_read_only(path, &OpenOptions::default())?);
+    let frozen = freeze_images(std::slice::from_ref(&path), &open).unwrap();
+    assert_eq!(frozen[0].tracking_id, None);
+    drop(frozen);
+    before_untracked_write(&path).unwrap();
+    let hosted = host(&path, Options::default());
+    hosted.disk().write_at(&[1; 512], 0).unwrap();
+    let remote = RemoteHost::connect(&path).unwrap().unwrap();
+    assert!(remote.set_enabled(true).is_err() && remote.set_enabled(false).is_err());
+    drop(hosted);
+    for (file, bytes) in &theirs {
+        assert_eq!(&std::fs::read(file).unwrap(), bytes);
+    }
+}

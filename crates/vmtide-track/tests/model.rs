@@ -103,7 +103,15 @@ fn run(steps: Vec<Step>) {
             Step::Seal => ids.push(known(disk.checkpoint().unwrap().to_string())),
             Step::Freeze => {
                 let view = disk.freeze().unwrap();
-                ids.push(known(view.id().unwrap().to_string()));
+                let id = view.id().unwrap().to_string();
+                let newest = ids.last().unwrap();
+                let again = id == newest.id;
+                // The newest id again where it is of this moment, and only there; after a crash more may look written.
+                assert!(!again || !newest.since.contains(&true), "{id}");
+                assert!(again || !newest.exact || newest.since.contains(&true), "{id}");
+                if !again {
+                    ids.push(known(id));
+                }
             }
             Step::Save => disk.save().unwrap(),
             Step::Stop => {
@@ -284,4 +292,125 @@ fn where_marks_fail_tracking_ends_and_the_guest_goes_on() {
         matches!(changed_blocks(&disk, &id), Err(TrackError::Lost { .. })),
         "the reason is kept"
     );
+}
+
+/// An id of the same series with another number.
+fn with_counter(id: &str, counter: u32) -> String {
+    format!("{}{counter:08}", &id[..id.len() - 8])
+}
+
+#[test]
+fn an_id_is_nobodys_before_it_is_durable_and_names_one_moment_alone() {
+    let (device, store) = fresh();
+    let disk = Arc::new(open(&device, &store, 0));
+    let first = disk.state().most_recent_id;
+    let pending = with_counter(&first, 2);
+    // What another thread sees, and what a crash leaves, while the id is not saved yet.
+    let seen = Arc::new(std::sync::Mutex::new(None));
+    let (to, asked, id) = (Arc::clone(&seen), Arc::downgrade(&disk), pending.clone());
+    let files = Arc::downgrade(&store);
+    *device.before_flush.lock().unwrap() = Some(Box::new(move || {
+        let disk = asked.upgrade().unwrap();
+        let left = files.upgrade().unwrap().files.lock().unwrap().clone();
+        *to.lock().unwrap() = Some((disk.state(), changed_blocks(&disk, &id), left));
+    }));
+    disk.write_at(&data(1, 1), 0).unwrap();
+    assert_eq!(disk.checkpoint().unwrap().to_string(), pending);
+    *device.before_flush.lock().unwrap() = None;
+    let (state, answer, left) = seen.lock().unwrap().take().unwrap();
+    assert_eq!(state.most_recent_id, first);
+    assert!(state.enabled && state.newer_changes);
+    assert!(matches!(answer, Err(TrackError::UnknownId { .. })), "{answer:?}");
+    assert_eq!(disk.state().most_recent_id, pending);
+    assert!(changed_blocks(&disk, &pending).is_ok());
+    // After that crash the number is left out: a medium that loses a rename may have shown it.
+    let store = Arc::new(MemoryStore::new(left, Log::default()));
+    let crashed = open(&device, &store, 0);
+    assert!(changed_blocks(&crashed, &first).unwrap()[0]);
+    let next = crashed.checkpoint().unwrap().to_string();
+    assert_eq!(next, with_counter(&first, 3));
+    assert!(matches!(changed_blocks(&crashed, &pending), Err(TrackError::UnknownId { .. })));
+}
+
+#[test]
+fn a_seal_that_fails_retires_nothing() {
+    let (device, store) = fresh();
+    let one = Options { max_ids: 1, ..options() };
+    let disk = TrackedDisk::open(device, store.clone(), &stamped(0), one).unwrap();
+    let id = disk.state().most_recent_id;
+    disk.write_at(&data(1, 1), 7 * BLOCK).unwrap();
+    *store.broken.lock().unwrap() = true;
+    assert!(disk.checkpoint().is_err());
+    *store.broken.lock().unwrap() = false;
+    assert_eq!(disk.state().most_recent_id, id);
+    assert!(changed_blocks(&disk, &id).unwrap()[7]);
+    let next = disk.checkpoint().unwrap().to_string();
+    assert!(matches!(changed_blocks(&disk, &id), Err(TrackError::UnknownId { .. })));
+    assert!(changed_blocks(&disk, &next).is_ok());
+}
+
+#[test]
+fn freezes_of_a_disk_at_rest_retire_no_ids() {
+    /// The time of this test.
+    static NOW: AtomicU64 = AtomicU64::new(0);
+    let (device, store) = fresh();
+    let aging = Options {
+        max_age_ms: Some(MAX_AGE_MS),
+        now_unix_ms: || NOW.load(Ordering::SeqCst),
+        ..options()
+    };
+    let disk = TrackedDisk::open(device, store, &stamped(0), aging).unwrap();
+    let first = disk.state().most_recent_id;
+    disk.write_at(&data(1, 1), 0).unwrap();
+    let frozen = || disk.freeze().unwrap().id().unwrap().to_string();
+    let second = frozen();
+    assert!(second > first);
+    for _ in 0..3 * MAX_IDS {
+        assert_eq!(frozen(), second);
+    }
+    assert!(changed_blocks(&disk, &first).unwrap()[0], "not retired");
+    // An id that was given out again is as young as that.
+    NOW.store(5 * MAX_AGE_MS, Ordering::SeqCst);
+    assert_eq!(frozen(), second);
+    disk.write_at(&data(2, 1), BLOCK).unwrap();
+    let third = frozen();
+    assert!(third > second);
+    let since = changed_blocks(&disk, &second).unwrap();
+    assert!(since[1] && !since[0]);
+    // A checkpoint is one of its own.
+    assert!(disk.checkpoint().unwrap().to_string() > third);
+}
+
+#[test]
+fn files_of_another_program_are_left_alone() {
+    let foreign = Files {
+        files: [(StoreFile::Rct, vec![0x5a; 5000]), (StoreFile::Mrt, b"mrt of others".to_vec())]
+            .into(),
+    };
+    let only_marks = Files { files: [(StoreFile::Mrt, vec![7; 512])].into() };
+    for files in [foreign, only_marks] {
+        let (device, _) = fresh();
+        let store = Arc::new(MemoryStore::new(files.clone(), Log::default()));
+        let open = |enable| {
+            let options = Options { enable, ..options() };
+            TrackedDisk::open(device.clone(), store.clone(), &stamped(0), options)
+        };
+        assert!(matches!(open(true), Err(TrackError::Unsupported { .. })));
+        let disk = open(false).unwrap();
+        assert!(!disk.state().enabled);
+        disk.write_at(&data(1, 1), 0).unwrap();
+        assert!(matches!(disk.enable(), Err(TrackError::Unsupported { .. })));
+        assert!(matches!(disk.disable(), Err(TrackError::Unsupported { .. })));
+        assert_eq!(disk.freeze().unwrap().id(), None);
+        disk.save().unwrap();
+        disk.close(|| Ok(Some("1".into()))).unwrap();
+        assert!(*store.files.lock().unwrap() == files && store.log.lock().unwrap().is_empty());
+    }
+    // Ours without a readable mark: empty, zero, or beside one that has it.
+    for rct in [Vec::new(), vec![0; 300], vec![0x5a; 300]] {
+        let (device, store) = fresh();
+        drop(open(&device, &store, 0));
+        store.files.lock().unwrap().files.insert(StoreFile::Rct, rct);
+        assert!(open(&device, &store, 0).state().enabled);
+    }
 }

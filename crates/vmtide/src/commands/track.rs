@@ -57,7 +57,7 @@ pub struct TrackArgs {
     /// Write the state of tracking every so many seconds while the guest writes; 0 for only when it must be
     #[arg(long, value_name = "SECONDS", default_value_t = 300)]
     save_interval: u32,
-    /// Where frozen views keep what is overwritten [default: the system's temporary directory]
+    /// Where frozen views keep what is overwritten [default: TMPDIR, or else /var/tmp]
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     scratch_dir: Option<PathBuf>,
     /// The most that one frozen view keeps; the view fails beyond it
