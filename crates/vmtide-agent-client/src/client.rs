@@ -5,6 +5,7 @@ use crate::contract::{self, DiskInfo, TrackingState};
 use crate::device::AgentDisk;
 use crate::frozen::FrozenDisks;
 use crate::options::AgentOptions;
+use crate::resend;
 use crate::transport::Transport;
 use crate::url::AgentUrl;
 use crate::v1::{self, DiskDetails, Place};
@@ -14,8 +15,8 @@ use parking_lot::{Condvar, Mutex};
 use std::sync::{Arc, OnceLock};
 use vmtide_block::CancelToken;
 
-/// Transfers of content at once to one agent. An agent allows one key 8 by default, and two jobs with one key
-/// should not have to wait for each other all the time; more than a few gain nothing on one line.
+/// Transfers of content at once to one agent. An agent allows one key 24 by default, and several jobs with
+/// one key should not have to wait for each other; more than a few gain nothing on one line.
 const TRANSFERS: usize = 6;
 
 /// A connection to one agent: vmtide's own, or rct-service, which has less.
@@ -174,7 +175,8 @@ impl AgentClient {
         FrozenDisks::new(self, paths, cancel)
     }
 
-    /// Makes a new, empty disk of `format` (`vhdx`, `vhd`, `qcow2`, `vmdk` or `raw`). Replaces nothing.
+    /// Makes a new, empty disk of `format` (`vhdx`, `vhd`, `qcow2`, `vmdk` or `raw`). Replaces nothing. Where an answer
+    /// was lost and the disk is there when it is asked for again, of this format and size and empty, it is made.
     ///
     /// # Errors
     /// [`AgentError::Refused`] where it exists; [`AgentError::Unsupported`] without `/v1`.
@@ -186,7 +188,7 @@ impl AgentClient {
         cancel: &CancelToken,
     ) -> Result<()> {
         self.need_v1("make disks", cancel)?;
-        v1::create(&self.0.transport, path, format, size_bytes, cancel)
+        resend::create(&self.0.transport, path, format, size_bytes, cancel)
     }
 
     /// A disk for writing: a restore.

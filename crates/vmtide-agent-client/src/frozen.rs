@@ -6,16 +6,13 @@
 use crate::changes::Changes;
 use crate::client::AgentClient;
 use crate::device::AgentDisk;
+use crate::resend::{TIME_TO_LIVE, WantedFreeze};
 use crate::v1::{self, FreezeDisk, Place};
 use crate::{AgentError, Result};
 use parking_lot::{Condvar, Mutex};
 use std::sync::Arc;
 use std::time::Duration;
 use vmtide_block::{BlockDevice, CancelToken};
-
-/// How long a freeze outlives its client. Shorter, a network that is away for some minutes ends a backup; longer, a
-/// dead client's freeze holds storage back.
-const TIME_TO_LIVE: Duration = Duration::from_secs(600);
 
 /// Disks of an agent at one moment, which dropping it ends.
 pub struct FrozenDisks {
@@ -44,7 +41,11 @@ impl FrozenDisks {
         paths: &[String],
         cancel: &CancelToken,
     ) -> Result<Self> {
-        let freeze = v1::freeze(&client.shared().transport, paths, TIME_TO_LIVE, cancel)?;
+        let wanted = WantedFreeze::new(paths);
+        let made = wanted.make(&client.shared().transport, cancel)?;
+        let freeze = made.freeze;
+        // A try that was lost may be working still.
+        let late = made.resent.then_some(wanted);
         let keeper = Arc::new(Keeper::default());
         let interval = Duration::from_secs(freeze.ttl_seconds.clamp(6, TIME_TO_LIVE.as_secs()) / 6);
         let frozen = Self {
@@ -58,7 +59,7 @@ impl FrozenDisks {
         // It ends by itself, at the latest when the request that it makes at the moment does: nobody waits for it.
         std::thread::Builder::new()
             .name("agent-freeze".into())
-            .spawn(move || keeper.keep(&client, &id, interval))
+            .spawn(move || keeper.keep(&client, &id, interval, late))
             .map_err(|source| AgentError::Io {
                 context: "start the thread that keeps a freeze".into(),
                 source,
@@ -146,14 +147,25 @@ impl Keeper {
         first
     }
 
-    fn keep(&self, client: &AgentClient, id: &str, interval: Duration) {
+    /// Renews the freeze `id`, and ends what a lost try of `late` made after all.
+    fn keep(
+        &self,
+        client: &AgentClient,
+        id: &str,
+        interval: Duration,
+        mut late: Option<WantedFreeze>,
+    ) {
         let mut state = self.state.lock();
         while !state.ended {
             if !self.woken.wait_for(&mut state, interval).timed_out() {
                 continue;
             }
             drop(state);
-            let renewed = v1::renew_once(&client.shared().transport, id, TIME_TO_LIVE);
+            let transport = &client.shared().transport;
+            let renewed = v1::renew_once(transport, id, TIME_TO_LIVE);
+            if let Some(late) = late.take() {
+                late.end_others(transport, id, &CancelToken::new());
+            }
             state = self.state.lock();
             match renewed {
                 Ok(()) => {}

@@ -20,6 +20,7 @@ mod frozen;
 #[doc(hidden)]
 pub mod fuzzing;
 mod options;
+mod resend;
 mod source;
 mod transport;
 mod tries;

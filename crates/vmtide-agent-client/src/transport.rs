@@ -176,13 +176,27 @@ impl Transport {
     /// # Errors
     /// With what it failed for good.
     pub fn document(&self, request: &Request, cancel: &CancelToken) -> Result<Bytes> {
+        self.persist(cancel, |_| self.attempt(request, cancel))
+    }
+
+    /// What `attempt` brings, which is tried again while it may help. It is told how many tries there were before.
+    ///
+    /// # Errors
+    /// With what it failed for good.
+    pub fn persist<T>(
+        &self,
+        cancel: &CancelToken,
+        mut attempt: impl FnMut(u32) -> Result<T, Failure>,
+    ) -> Result<T> {
         let mut tries = self.tries();
+        let mut earlier = 0;
         loop {
             cancel.check().map_err(|_| AgentError::Cancelled)?;
-            match self.attempt(request, cancel) {
-                Ok(body) => return Ok(body),
+            match attempt(earlier) {
+                Ok(answer) => return Ok(answer),
                 Err(failure) => self.again(&mut tries, failure, cancel)?,
             }
+            earlier = earlier.saturating_add(1);
         }
     }
 
@@ -194,7 +208,11 @@ impl Transport {
         self.attempt(request, &CancelToken::new()).map_err(|failure| failure.error)
     }
 
-    fn attempt(&self, request: &Request, cancel: &CancelToken) -> Result<Bytes, Failure> {
+    /// The whole answer of one try.
+    ///
+    /// # Errors
+    /// With what it failed, and whether to try again.
+    pub fn attempt(&self, request: &Request, cancel: &CancelToken) -> Result<Bytes, Failure> {
         let tried = self.block_on(cancel, async {
             let mut response = self.begin(request).await?;
             self.whole(&mut response, request.max_bytes).await

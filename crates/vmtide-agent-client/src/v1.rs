@@ -7,7 +7,6 @@ use crate::transport::{Request, Transport};
 use crate::tries::{Failure, Verdict};
 use crate::url::segment;
 use crate::{AgentError, Result};
-use bytes::Bytes;
 use http::{HeaderValue, Method};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -79,24 +78,6 @@ pub(crate) struct ChangesDocument {
     disk_size_bytes: u64,
 }
 
-#[derive(Serialize)]
-struct FreezeDocument<'a> {
-    disks: &'a [String],
-    ttl_seconds: u64,
-}
-
-#[derive(Deserialize)]
-struct WrittenDocument {
-    position: u64,
-}
-
-#[derive(Serialize)]
-struct NewDiskDocument<'a> {
-    format: &'a str,
-    virtual_size_bytes: u64,
-    fixed: bool,
-}
-
 /// Where content or changes are asked of.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
@@ -117,7 +98,7 @@ impl Place {
     }
 }
 
-fn to_json(agent: &str, document: &impl Serialize) -> Result<Vec<u8>> {
+pub(crate) fn to_json(agent: &str, document: &impl Serialize) -> Result<Vec<u8>> {
     serde_json::to_vec(document).map_err(|error| AgentError::protocol(agent, error.to_string()))
 }
 
@@ -137,61 +118,28 @@ pub(crate) fn is_there(transport: &Transport, cancel: &CancelToken) -> Result<bo
     }
 }
 
+pub(crate) fn details_request(path: &str) -> Request {
+    Request::get(format!("/v1/disks?path={}", segment(path)))
+}
+
 pub(crate) fn details(
     transport: &Transport,
     path: &str,
     cancel: &CancelToken,
 ) -> Result<DiskDetails> {
-    let request = Request::get(format!("/v1/disks?path={}", segment(path)));
+    let request = details_request(path);
     let details: DiskDetails = json(&transport.agent, &transport.document(&request, cancel)?)?;
     check_size(transport, details.virtual_size_bytes)?;
     Ok(details)
 }
 
-fn check_size(transport: &Transport, size_bytes: u64) -> Result<()> {
+pub(crate) fn check_size(transport: &Transport, size_bytes: u64) -> Result<()> {
     match i64::try_from(size_bytes) {
         Ok(_) => Ok(()),
         Err(_) => {
             Err(AgentError::protocol(&transport.agent, format!("a disk of {size_bytes} bytes")))
         }
     }
-}
-
-pub(crate) fn create(
-    transport: &Transport,
-    path: &str,
-    format: &str,
-    size_bytes: u64,
-    cancel: &CancelToken,
-) -> Result<()> {
-    let document = NewDiskDocument { format, virtual_size_bytes: size_bytes, fixed: false };
-    let request = Request::new(Method::POST, format!("/v1/disks?path={}", segment(path)))
-        .body("application/json", to_json(&transport.agent, &document)?);
-    transport.document(&request, cancel).map(drop)
-}
-
-pub(crate) fn freeze(
-    transport: &Transport,
-    paths: &[String],
-    ttl: Duration,
-    cancel: &CancelToken,
-) -> Result<Freeze> {
-    let document = FreezeDocument { disks: paths, ttl_seconds: ttl.as_secs() };
-    let request = Request::new(Method::POST, "/v1/freezes")
-        .body("application/json", to_json(&transport.agent, &document)?);
-    let freeze: Freeze = json(&transport.agent, &transport.document(&request, cancel)?)?;
-    if freeze.disks.len() != paths.len() {
-        let detail = format!(
-            "{} disks were frozen where {} were asked for",
-            freeze.disks.len(),
-            paths.len()
-        );
-        return Err(AgentError::protocol(&transport.agent, detail));
-    }
-    for disk in &freeze.disks {
-        check_size(transport, disk.size_bytes)?;
-    }
-    Ok(freeze)
 }
 
 fn renewal(id: &str, ttl: Duration) -> Request {
@@ -387,27 +335,10 @@ fn broken(transport: &Transport, error: &FrameError) -> Failure {
     }
 }
 
-/// Writes a stream of frames. When this returns, all of it is on the disk's stable storage.
-pub(crate) fn write(
-    transport: &Transport,
-    path: &str,
-    frames: Bytes,
-    position: u64,
-    cancel: &CancelToken,
-) -> Result<()> {
-    let target = format!("/v1/disks/content?path={}", segment(path));
-    let request = Request::new(Method::PUT, target).body(MEDIA_TYPE, frames);
-    let written: WrittenDocument = json(&transport.agent, &transport.document(&request, cancel)?)?;
-    if written.position != position {
-        let detail = format!("{} bytes were written where {position} were sent", written.position);
-        return Err(AgentError::protocol(&transport.agent, detail));
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bytes::Bytes;
 
     #[test]
     fn targets_keep_paths_in_one_piece() {

@@ -3,12 +3,12 @@
 //! An agent lets one client at a time write a disk, and puts every request on stable storage before it answers. So
 //! writes are gathered: any number of threads fill a batch, and one of them sends it while the others fill the next.
 //! A batch is kept until the agent has answered that it is on stable storage, so that one that was cut on the way is
-//! simply sent again. Two batches are all the memory this takes.
+//! sent again, as soon as the agent has let go of the try that was lost. Two batches are all the memory this takes.
 
 use crate::AgentError;
 use crate::device::{AgentDisk, in_context};
 use crate::frames::FrameWriter;
-use crate::v1;
+use crate::resend;
 use bytes::Bytes;
 use parking_lot::{Condvar, Mutex, RwLock};
 use vmtide_block::{BlockDevice, BlockError, ByteRange, Result, WritableBlockDevice};
@@ -30,7 +30,8 @@ pub struct WritableAgentDisk {
     state: Mutex<State>,
     /// A batch was sent, or failed for good.
     sent: Condvar,
-    /// An agent need not let anybody read a disk that is being written.
+    /// An agent need not let anybody read a disk that is being written. Taken for reading only with the state locked
+    /// and nobody sending, so that no batch is between the two.
     reading: RwLock<()>,
 }
 
@@ -102,7 +103,7 @@ impl WritableAgentDisk {
         match &state.failed {
             None => Ok(()),
             Some(reason) => Err(BlockError::io(
-                format!("write {}", self.name()),
+                self.name(),
                 std::io::Error::other(format!("an earlier write failed: {reason}")),
             )),
         }
@@ -121,7 +122,7 @@ impl WritableAgentDisk {
             let _nobody_reads = self.reading.write();
             let shared = self.disk.client().shared();
             let _slot = shared.slot();
-            v1::write(
+            resend::write(
                 &shared.transport,
                 self.disk.path(),
                 frames,
@@ -151,14 +152,18 @@ impl BlockDevice for WritableAgentDisk {
         let wanted = ByteRange::new(offset, buffer.len() as u64);
         self.check_range(wanted)?;
         let mut state = self.state.lock();
-        // What another thread sends at the moment is waited for by the lock below.
-        while state.filling.as_ref().is_some_and(|batch| {
-            batch.touched.iter().any(|range| !range.intersect(&wanted).is_empty())
-        }) {
+        // Also a batch that another thread has taken and not sent yet is waited for.
+        while state.sending
+            || state.filling.as_ref().is_some_and(|batch| {
+                batch.touched.iter().any(|range| !range.intersect(&wanted).is_empty())
+            })
+        {
             self.send(&mut state)?;
         }
+        self.check_failed(&state)?;
+        let nobody_writes = self.reading.read();
         drop(state);
-        let _nobody_writes = self.reading.read();
+        let _nobody_writes = nobody_writes;
         self.disk.read_at(buffer, offset)
     }
 }
@@ -187,5 +192,43 @@ impl WritableBlockDevice for WritableAgentDisk {
             }
             self.send(&mut state)?;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{AgentClient, AgentOptions, AgentUrl, Fingerprint};
+    use std::time::Duration;
+    use vmtide_block::CancelToken;
+
+    /// A disk whose agent is not there.
+    fn disk() -> WritableAgentDisk {
+        let url = AgentUrl::parse("agent+https://127.0.0.1:1/x").unwrap();
+        let options = AgentOptions {
+            retry_time: Duration::ZERO,
+            fingerprint: Some(Fingerprint([0; 32])),
+            ..AgentOptions::default()
+        };
+        let client = AgentClient::new(&url, &options).unwrap();
+        WritableAgentDisk::new(AgentDisk::new(client, "/x".into(), None, 4096, CancelToken::new()))
+    }
+
+    #[test]
+    fn a_reader_waits_for_a_batch_that_was_taken_and_not_sent_yet() {
+        let disk = disk();
+        disk.state.lock().sending = true;
+        std::thread::scope(|scope| {
+            let reader = scope.spawn(|| disk.read_at(&mut [0; 512], 0));
+            // Time for a reader that does not wait to ask the agent.
+            std::thread::sleep(Duration::from_millis(200));
+            let mut state = disk.state.lock();
+            state.sending = false;
+            state.failed = Some("the disk is full".into());
+            drop(state);
+            disk.sent.notify_all();
+            let error = reader.join().unwrap().unwrap_err().to_string();
+            assert!(error.contains("the disk is full"), "{error}");
+        });
     }
 }

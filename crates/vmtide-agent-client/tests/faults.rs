@@ -278,6 +278,118 @@ fn writes_are_gathered_sent_again_and_read_back() {
 }
 
 #[test]
+fn a_write_that_was_cut_waits_until_the_agent_has_noticed() {
+    let agent = StandIn::new(vec![0; 4 * MIB], true);
+    let client = agent.client();
+    let expected = content(4 * MIB);
+    // In the body, and with all of it there, as in the agent's flush.
+    for in_body in [true, false] {
+        let disk = client.open_writable(DISK, &cancel()).unwrap();
+        agent.with(|state| {
+            state.disk.fill(0);
+            state.writes = 0;
+            if in_body {
+                state.body_cuts = [MIB].into();
+                state.conflicts = ["in_use"; 3].into();
+            } else {
+                state.lost_answers = 1;
+            }
+        });
+        disk.write_at(&expected, 0).unwrap();
+        disk.flush().unwrap();
+        agent.with(|state| {
+            assert!(state.disk == expected && state.conflicts.is_empty());
+            assert_eq!(state.writes, if in_body { 1 } else { 2 });
+        });
+    }
+    // Another conflict does not pass.
+    let disk = client.open_writable(DISK, &cancel()).unwrap();
+    agent.with(|state| {
+        state.body_cuts = [MIB].into();
+        state.conflicts = ["tracking_lost"; 2].into();
+    });
+    disk.write_at(&expected, 0).unwrap();
+    let error = disk.flush().unwrap_err();
+    assert!(error.to_string().contains("tracking_lost"), "{error}");
+    assert_eq!(agent.with(|state| state.conflicts.len()), 1);
+}
+
+#[test]
+fn a_disk_whose_making_was_not_heard_of_is_taken() {
+    let size = 3 * MIB as u64;
+    let make = |agent: &StandIn, format: &str| agent.client().create(DISK, format, size, &cancel());
+    let agent = StandIn::new(Vec::new(), true);
+    agent.with(|state| state.lost_answers = 1);
+    make(&agent, "qcow2").unwrap();
+    let asked = |agent: &StandIn| {
+        agent.with(|state| state.requests.iter().filter(|line| line.starts_with("POST")).count())
+    };
+    assert_eq!(asked(&agent), 2);
+    // One that was there before is nobody's to take, empty or not.
+    let error = make(&agent, "qcow2").unwrap_err();
+    assert_eq!(error.code(), "exists");
+    assert_eq!(asked(&agent), 3);
+}
+
+#[test]
+fn a_disk_that_holds_something_is_never_taken() {
+    let size = 3 * MIB;
+    for (disk, format) in [(content(size), "raw"), (vec![0; size], "vhdx"), (vec![0; 512], "raw")] {
+        let agent = StandIn::new(disk, true);
+        agent.with(|state| {
+            state.made = Some("raw".into());
+            state.lost_answers = 1;
+        });
+        let options = AgentOptions { retry_time: Duration::from_secs(1), ..agent.options() };
+        let client = AgentClient::new(&agent.url(), &options).unwrap();
+        let error = client.create(DISK, format, size as u64, &cancel()).unwrap_err();
+        assert_eq!(error.code(), "exists", "{error}");
+    }
+}
+
+#[test]
+fn a_freeze_whose_answer_was_lost_is_found_and_none_is_left() {
+    let agent = StandIn::new(content(MIB), true);
+    let client = agent.client();
+    let others = serde_json::json!({
+        "id": "other", "ttl_seconds": 599,
+        "disks": [{"path": DISK, "size_bytes": MIB, "tracking_id": null}],
+    });
+    agent.with(|state| {
+        state.freezes.push(others.clone());
+        state.lost_answers = 1;
+    });
+    let frozen = client.freeze(&[DISK.to_owned()], &cancel()).unwrap();
+    assert_eq!(frozen.disks()[0].path, DISK);
+    agent.with(|state| {
+        assert_eq!(state.freezes_made, 1, "the one that was made is used: {:?}", state.requests);
+        assert_eq!(state.freezes.len(), 2);
+    });
+    frozen.end().unwrap();
+    assert_eq!(agent.with(|state| state.freezes.clone()), [others]);
+
+    // One that is finished only after it was looked for is ended, and only that.
+    agent.with(|state| (state.lost_answers, state.empty_lists, state.freezes_made) = (1, 1, 0));
+    let frozen = client.freeze(&[DISK.to_owned()], &cancel()).unwrap();
+    agent.with(|state| {
+        assert_eq!(state.freezes_made, 2, "{:?}", state.requests);
+        let ids: Vec<_> = state.freezes.iter().map(|freeze| freeze["id"].clone()).collect();
+        assert_eq!(ids, ["other", "freeze-2"]);
+    });
+    frozen.end().unwrap();
+
+    // Where nothing was made it is made, once.
+    agent.with(|state| {
+        state.freezes_made = 0;
+        state.body_cuts = [3].into();
+    });
+    let frozen = client.freeze(&[DISK.to_owned()], &cancel()).unwrap();
+    assert_eq!(agent.with(|state| (state.freezes_made, state.freezes.len())), (1, 2));
+    drop(frozen);
+    assert_eq!(agent.with(|state| state.freezes.len()), 1);
+}
+
+#[test]
 fn a_disk_that_cannot_be_frozen_is_watched() {
     let agent = StandIn::new(content(MIB), false);
     let source = || AgentSource::new(agent.client(), agent.url(), "web".into());

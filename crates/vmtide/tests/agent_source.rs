@@ -341,3 +341,58 @@ fn connections_that_break_do_not_matter() {
     }
     assert!(cuts.load(Ordering::Relaxed) >= 5, "{cuts:?} connections were cut");
 }
+
+/// Hands connections on to the agent, and cuts the first `most` that send more than `cut_after` bytes. The agent
+/// learns of it a while after the client, as behind a firewall that resets one side.
+fn upload_cutting_proxy(
+    agent: SocketAddr,
+    cut_after: usize,
+    most: usize,
+    cuts: Arc<AtomicUsize>,
+) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        for mut client in listener.incoming().flatten() {
+            let cuts = Arc::clone(&cuts);
+            std::thread::spawn(move || {
+                let mut server = TcpStream::connect(agent).unwrap();
+                let (mut from_server, mut to_client) =
+                    (server.try_clone().unwrap(), client.try_clone().unwrap());
+                std::thread::spawn(move || {
+                    // Ends when either side does.
+                    let _ = std::io::copy(&mut from_server, &mut to_client);
+                    let _ = to_client.shutdown(std::net::Shutdown::Both);
+                });
+                let mut sent = 0;
+                let mut buffer = vec![0; 16 << 10];
+                while let Ok(read) = client.read(&mut buffer)
+                    && read > 0
+                    && server.write_all(&buffer[..read]).is_ok()
+                {
+                    sent += read;
+                    if sent > cut_after && cuts.load(Ordering::Relaxed) < most {
+                        cuts.fetch_add(1, Ordering::Relaxed);
+                        let _ = client.shutdown(std::net::Shutdown::Both);
+                        std::thread::sleep(std::time::Duration::from_millis(1500));
+                        break;
+                    }
+                }
+                let _ = server.shutdown(std::net::Shutdown::Both);
+            });
+        }
+    });
+    address
+}
+
+#[test]
+fn a_restore_whose_writes_are_cut_is_whole() {
+    let agent = Agent::start();
+    agent.place.image("disks/web.raw", 16 * MIB);
+    agent.run(&["backup", &agent.url("web.raw")]).must_end_with(0);
+    let cuts = Arc::new(AtomicUsize::new(0));
+    let proxy = upload_cutting_proxy(agent.address, 2 * MIB, 2, Arc::clone(&cuts));
+    agent.run(&["restore", "web", "--to", &agent.url_at(proxy, &["new.qcow2"])]).must_end_with(0);
+    assert_eq!(cuts.load(Ordering::Relaxed), 2);
+    agent.place.run(&["compare", "disks/web.raw", "disks/new.qcow2"]).must_end_with(0);
+}

@@ -22,6 +22,12 @@ pub struct State {
     pub cuts: VecDeque<usize>,
     /// Statuses answered before anything else is looked at.
     pub statuses: VecDeque<u16>,
+    /// Codes of errors (409) with which writes of content are answered.
+    pub conflicts: VecDeque<&'static str>,
+    /// Bytes of bodies after which the connection is cut; one is taken for each body that is longer.
+    pub body_cuts: VecDeque<usize>,
+    /// How many requests are carried out without an answer; only `POST` and `PUT` count.
+    pub lost_answers: usize,
     /// Bytes of answers with content that are flipped; one is taken for each answer.
     pub flips: VecDeque<usize>,
     /// The answer to a question for changes, as it is sent.
@@ -30,6 +36,14 @@ pub struct State {
     pub requests: Vec<String>,
     /// Streams of frames that were written.
     pub writes: usize,
+    /// The format of the disk that a client may make or made; none where it is there from the beginning.
+    pub made: Option<String>,
+    /// Freezes, as they are listed.
+    pub freezes: Vec<serde_json::Value>,
+    /// How many freezes were made.
+    pub freezes_made: usize,
+    /// How many lists of freezes show none, as while one is being made.
+    pub empty_lists: usize,
 }
 
 pub struct StandIn {
@@ -64,11 +78,18 @@ impl StandIn {
             v1,
             cuts: VecDeque::new(),
             statuses: VecDeque::new(),
+            conflicts: VecDeque::new(),
+            body_cuts: VecDeque::new(),
+            lost_answers: 0,
             flips: VecDeque::new(),
             changes: VecDeque::new(),
             newer_changes: false,
             requests: Vec::new(),
             writes: 0,
+            made: None,
+            freezes: Vec::new(),
+            freezes_made: 0,
+            empty_lists: 0,
         }));
         let shared = Arc::clone(&state);
         // It ends with the test's process.
@@ -127,8 +148,17 @@ fn serve_one(stream: &mut Connection, state: &Mutex<State>) -> Option<()> {
             _ => {}
         }
     }
-    let mut body = vec![0; length];
+    let cut_at = {
+        let mut state = state.lock().unwrap();
+        let applies = state.body_cuts.front().is_some_and(|at| *at < length);
+        if applies { state.body_cuts.pop_front() } else { None }
+    };
+    let mut body = vec![0; cut_at.unwrap_or(length)];
     stream.read_exact(&mut body).ok()?;
+    if cut_at.is_some() {
+        state.lock().unwrap().requests.push(format!("cut {method} {target}"));
+        return None;
+    }
     let mut state = state.lock().unwrap();
     state.requests.push(format!("{method} {target}"));
     let (status, answer) = match state.statuses.pop_front() {
@@ -136,6 +166,10 @@ fn serve_one(stream: &mut Connection, state: &Mutex<State>) -> Option<()> {
         None if key != KEY => (401, Vec::new()),
         None => state.answer(&method, &target, &body),
     };
+    if matches!(method.as_str(), "POST" | "PUT") && state.lost_answers > 0 {
+        state.lost_answers -= 1;
+        return None;
+    }
     let is_content = target.contains("/content") && method != "PUT" && status == 200;
     let mut sent = answer.clone();
     if is_content && let Some(at) = state.flips.pop_front() {
@@ -152,6 +186,10 @@ fn serve_one(stream: &mut Connection, state: &Mutex<State>) -> Option<()> {
         return None;
     }
     Some(())
+}
+
+fn conflict(code: &str) -> (u16, Vec<u8>) {
+    (409, format!(r#"{{"error":{{"code":"{code}","message":"{code}"}}}}"#).into_bytes())
 }
 
 fn range_of(text: &str) -> (usize, usize) {
@@ -221,7 +259,57 @@ impl State {
                 }
                 (200, writer.finish())
             }
-            ("PUT", "/v1/disks/content") => self.write(body),
+            ("PUT", "/v1/disks/content") => match self.conflicts.pop_front() {
+                Some(code) => conflict(code),
+                None => self.write(body),
+            },
+            _ => self.answer_about_making(method, path, body),
+        }
+    }
+
+    /// Disks that are made, and freezes.
+    fn answer_about_making(&mut self, method: &str, path: &str, body: &[u8]) -> (u16, Vec<u8>) {
+        let json = |text: String| (200, text.into_bytes());
+        match (method, path) {
+            ("GET", "/v1/disks") => json(format!(
+                r#"{{"virtual_size_bytes":{},"format":"{}"}}"#,
+                self.disk.len(),
+                self.made.as_deref().unwrap_or("raw")
+            )),
+            ("POST", "/v1/disks") if self.made.is_some() => conflict("exists"),
+            ("POST", "/v1/disks") => {
+                let asked: serde_json::Value = serde_json::from_slice(body).unwrap();
+                self.made = asked["format"].as_str().map(ToOwned::to_owned);
+                let size = usize::try_from(asked["virtual_size_bytes"].as_u64().unwrap()).unwrap();
+                self.disk = vec![0; size];
+                (201, b"{}".to_vec())
+            }
+            ("POST", "/v1/freezes") => {
+                let asked: serde_json::Value = serde_json::from_slice(body).unwrap();
+                self.freezes_made += 1;
+                let disks = asked["disks"].as_array().unwrap().iter().map(|path| {
+                    serde_json::json!({"path": path, "size_bytes": self.disk.len(), "tracking_id": null})
+                });
+                let freeze = serde_json::json!({
+                    "id": format!("freeze-{}", self.freezes_made),
+                    "ttl_seconds": asked["ttl_seconds"],
+                    "disks": disks.collect::<Vec<_>>(),
+                });
+                self.freezes.push(freeze.clone());
+                (201, freeze.to_string().into_bytes())
+            }
+            ("GET", "/v1/freezes") if self.empty_lists > 0 => {
+                self.empty_lists -= 1;
+                json(r#"{"freezes":[]}"#.into())
+            }
+            ("GET", "/v1/freezes") => {
+                json(serde_json::json!({ "freezes": self.freezes }).to_string())
+            }
+            ("DELETE", path) if path.starts_with("/v1/freezes/") => {
+                let id = path.rsplit('/').next().unwrap();
+                self.freezes.retain(|freeze| freeze["id"] != id);
+                (204, Vec::new())
+            }
             _ => (404, br#"{"error":{"code":"not_found","message":"no such route"}}"#.to_vec()),
         }
     }
