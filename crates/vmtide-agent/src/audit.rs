@@ -2,11 +2,11 @@
 //!
 //! A line is written when an answer has ended, so that it tells how many bytes the client was given and whether it
 //! got all of them. Fields, in this order: `time` (RFC 3339, UTC), `peer`, `key` (its name, or null), `method`,
-//! `path` (without the query), `disk` (or null), `status`, `bytes`, `complete`, `duration_ms`. Requests without a
-//! good key are written, too. Lines are written by a thread of its own: a slow disk under the log must not stop
+//! `path` (without the query), `disk` (or null), `status`, `bytes`, `complete`, `duration_ms`. A line about a freeze
+//! has its id as `freeze` after `disk`, and that of its making, or of the attempt, the list `disks` after that: all
+//! disks as they were asked for. Requests without a good key are written, too. Lines are written by a thread of its own: a slow disk under the log must not stop
 //! the answers; what it cannot keep up with is counted and told in the log itself.
 
-use crate::auth::Caller;
 use crate::error::{AgentError, Result};
 use crate::server::Peer;
 use crate::state::Shared;
@@ -23,7 +23,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::task::{Context, Poll};
 use std::thread::JoinHandle;
@@ -31,6 +31,8 @@ use std::time::{Duration, Instant};
 
 /// Lines that wait to be written. Past that they are counted instead: memory is bounded.
 const QUEUE_LINES: usize = 8192;
+/// About the bytes of the lines that wait: one that makes a freeze may name many disks.
+const QUEUE_BYTES: usize = 64 << 20;
 /// The most characters of a path in a line: clients choose them.
 const MAX_PATH_CHARS: usize = 1024;
 /// How often it is looked whether the file was moved away, as programs that rotate logs do.
@@ -43,13 +45,10 @@ pub struct Note {
     pub key: Option<Arc<str>>,
     /// The disk, as the client named it.
     pub disk: Option<String>,
-}
-
-impl Note {
-    /// What is known of most requests.
-    pub fn new(caller: &Caller, disk: impl Into<String>) -> Self {
-        Self { key: Some(Arc::clone(&caller.name)), disk: Some(disk.into()) }
-    }
+    /// The freeze that was made or used.
+    pub freeze: Option<String>,
+    /// The disks of a freeze that was to be made, as the client named them.
+    pub disks: Vec<String>,
 }
 
 /// One request.
@@ -67,6 +66,12 @@ pub struct Record {
     pub path: String,
     /// The disk, as the client named it.
     pub disk: Option<String>,
+    /// The freeze that was made or used.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub freeze: Option<String>,
+    /// The disks of a freeze that was to be made, as the client named them.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<String>,
     /// The answer's status.
     pub status: u16,
     /// The bytes of the answer's body that were taken.
@@ -77,12 +82,21 @@ pub struct Record {
     pub duration_ms: u64,
 }
 
+impl Record {
+    /// About how much memory it takes.
+    fn weight(&self) -> usize {
+        let names = self.disks.iter().chain(&self.disk).chain([&self.path]);
+        names.map(|name| name.len() + size_of::<String>()).sum::<usize>() + size_of::<Self>()
+    }
+}
+
 /// The log. Lines that are not written yet are written when the last of its clones is dropped.
 #[derive(Clone)]
 pub struct AuditLog(Option<Arc<Writer>>);
 
 struct Writer {
     queue: Mutex<Option<SyncSender<Record>>>,
+    queued_bytes: Arc<AtomicUsize>,
     lost: Arc<AtomicU64>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
@@ -103,6 +117,8 @@ impl AuditLog {
         let file = LogFile::open(path).map_err(failed)?;
         let (queue, lines) = sync_channel(QUEUE_LINES);
         let lost = Arc::new(AtomicU64::new(0));
+        let queued_bytes = Arc::new(AtomicUsize::new(0));
+        let lines = Lines { lines, queued_bytes: Arc::clone(&queued_bytes) };
         let counted = Arc::clone(&lost);
         let thread = std::thread::Builder::new()
             .name("audit-log".into())
@@ -110,6 +126,7 @@ impl AuditLog {
             .map_err(failed)?;
         Ok(Self(Some(Arc::new(Writer {
             queue: Mutex::new(Some(queue)),
+            queued_bytes,
             lost,
             thread: Mutex::new(Some(thread)),
         }))))
@@ -118,9 +135,13 @@ impl AuditLog {
     /// Has a line written. Does not wait.
     pub fn write(&self, record: Record) {
         let Some(writer) = &self.0 else { return };
-        let queued =
-            writer.queue.lock().as_ref().is_some_and(|queue| queue.try_send(record).is_ok());
+        let weight = record.weight();
+        let before = writer.queued_bytes.fetch_add(weight, Ordering::Relaxed);
+        let has_room = before.saturating_add(weight) <= QUEUE_BYTES;
+        let queue = writer.queue.lock();
+        let queued = has_room && queue.as_ref().is_some_and(|queue| queue.try_send(record).is_ok());
         if !queued {
+            writer.queued_bytes.fetch_sub(weight, Ordering::Relaxed);
             writer.lost.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -138,15 +159,39 @@ impl Drop for Writer {
     }
 }
 
-fn write_lines(mut file: LogFile, lines: &Receiver<Record>, lost: &AtomicU64) {
+/// The lines that wait.
+struct Lines {
+    lines: Receiver<Record>,
+    queued_bytes: Arc<AtomicUsize>,
+}
+
+impl Lines {
+    /// The next one, waited for; none once there will be no more.
+    fn next(&self) -> Option<Record> {
+        self.taken(self.lines.recv().ok())
+    }
+
+    /// The next one, where it is there already.
+    fn next_now(&self) -> Option<Record> {
+        self.taken(self.lines.try_recv().ok())
+    }
+
+    fn taken(&self, record: Option<Record>) -> Option<Record> {
+        let record = record?;
+        self.queued_bytes.fetch_sub(record.weight(), Ordering::Relaxed);
+        Some(record)
+    }
+}
+
+fn write_lines(mut file: LogFile, lines: &Lines, lost: &AtomicU64) {
     let mut failed = false;
-    while let Ok(record) = lines.recv() {
+    while let Some(record) = lines.next() {
         let mut text = Vec::new();
         add_lost(&mut text, lost);
         add_line(&mut text, &record);
         // What is there already goes with it, in one write.
         while text.len() < (64 << 10)
-            && let Ok(record) = lines.try_recv()
+            && let Some(record) = lines.next_now()
         {
             add_line(&mut text, &record);
         }
@@ -235,6 +280,8 @@ pub async fn record(State(state): State<Shared>, request: Request, next: Next) -
         method: request.method().as_str().into(),
         path: request.uri().path().chars().take(MAX_PATH_CHARS).collect(),
         disk: None,
+        freeze: None,
+        disks: Vec::new(),
         status: 0,
         bytes: 0,
         complete: false,
@@ -244,7 +291,10 @@ pub async fn record(State(state): State<Shared>, request: Request, next: Next) -
     let mut response = next.run(request).await;
     if let Some(note) = response.extensions_mut().remove::<Note>() {
         record.key = note.key.map(|key| key.to_string());
-        record.disk = note.disk.map(|disk| disk.chars().take(MAX_PATH_CHARS).collect());
+        let shortened = |disk: String| disk.chars().take(MAX_PATH_CHARS).collect();
+        record.disk = note.disk.map(shortened);
+        record.freeze = note.freeze;
+        record.disks = note.disks.into_iter().map(shortened).collect();
     }
     record.status = response.status().as_u16();
     // Nobody takes the body of an answer to HEAD.
@@ -318,6 +368,8 @@ mod tests {
             method: "GET".into(),
             path: "/vdisk/a\"/info".into(),
             disk: Some("/srv/a\"".into()),
+            freeze: None,
+            disks: Vec::new(),
             status: 200,
             bytes,
             complete: true,
@@ -361,6 +413,29 @@ mod tests {
         file.reopen_if_moved().unwrap();
         file.file.write_all(b"x").unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"x");
+    }
+
+    #[test]
+    fn lines_that_wait_take_no_more_memory_than_they_may() {
+        let (queue, lines) = sync_channel(QUEUE_LINES);
+        let queued_bytes = Arc::new(AtomicUsize::new(0));
+        let lost = Arc::new(AtomicU64::new(0));
+        let writer = Writer {
+            queue: Mutex::new(Some(queue)),
+            queued_bytes: Arc::clone(&queued_bytes),
+            lost: Arc::clone(&lost),
+            thread: Mutex::new(None),
+        };
+        let log = AuditLog(Some(Arc::new(writer)));
+        let large = Record { disks: vec!["x".repeat(1 << 20)], ..example(0) };
+        for _ in 0..80 {
+            log.write(large.clone());
+        }
+        assert!(queued_bytes.load(Ordering::Relaxed) <= QUEUE_BYTES);
+        let lines = Lines { lines, queued_bytes };
+        let written = std::iter::from_fn(|| lines.next_now()).count() as u64;
+        assert!(written >= 60 && written + lost.load(Ordering::Relaxed) == 80, "{written}");
+        assert_eq!(lines.queued_bytes.load(Ordering::Relaxed), 0);
     }
 
     #[test]

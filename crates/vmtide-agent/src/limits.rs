@@ -24,6 +24,10 @@ pub struct Limits {
     pub streams_per_client: usize,
     /// Transfers of content in all. Each keeps up to `readers` threads.
     pub streams_total: usize,
+    /// Lists of changed ranges that one client may be reading at once.
+    pub changes_per_client: usize,
+    /// Lists of changed ranges in all. Each keeps one thread until its client has taken it.
+    pub changes_total: usize,
     /// Bytes a second of all transfers of one client.
     pub bytes_per_second_per_client: Option<NonZeroU64>,
     /// Freezes of one client.
@@ -56,6 +60,8 @@ impl Default for Limits {
         Self {
             streams_per_client: 24,
             streams_total: 32,
+            changes_per_client: 16,
+            changes_total: 32,
             bytes_per_second_per_client: None,
             freezes_per_client: 8,
             freezes_total: 32,

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use vmtide_block::CancelToken;
 
 /// How often it is looked whether the agent shall end.
@@ -175,32 +175,52 @@ fn raise_handles(_wanted: u64) -> Option<u64> {
     None
 }
 
-/// Reads files again that changed, and tells systemd that the agent lives.
+/// Tells systemd that the agent lives, and reads files again that changed: apart, so that a file system that hangs
+/// does not look like an agent that hangs.
 async fn take_care(keys: Arc<KeyStore>, identity: Arc<TlsIdentity>) {
-    let watchdog = systemd::watchdog_interval();
+    tokio::join!(feed_watchdog(), reload_files(keys, identity));
+}
+
+async fn feed_watchdog() {
+    let Some(interval) = systemd::watchdog_interval() else { return };
+    let mut feed = tokio::time::interval(interval);
+    loop {
+        feed.tick().await;
+        systemd::notify(systemd::WATCHDOG);
+    }
+}
+
+async fn reload_files(keys: Arc<KeyStore>, identity: Arc<TlsIdentity>) {
     let mut look = tokio::time::interval(RELOAD_INTERVAL);
-    let mut feed = tokio::time::interval(watchdog.unwrap_or(Duration::from_secs(3600)));
     let mut hangup = Hangup::new();
     loop {
         let in_any_case = tokio::select! {
             _ = look.tick() => false,
             () = hangup.wait() => true,
-            _ = feed.tick() => {
-                if watchdog.is_some() {
-                    systemd::notify(systemd::WATCHDOG);
-                }
-                continue;
-            }
         };
         let (keys, identity) = (Arc::clone(&keys), Arc::clone(&identity));
-        let reloaded = tokio::task::spawn_blocking(move || {
+        let reload = move || {
             keys.reload(in_any_case);
             identity.reload();
-        });
-        if let Err(error) = reloaded.await {
+        };
+        if let Err(error) = on_own_thread(reload).await {
             tracing::error!(%error, "keys and certificate could not be looked at");
         }
     }
+}
+
+/// Runs `work` on a thread of its own and waits for its end: those for requests may all be busy, and a key that was
+/// revoked must not stay good for as long.
+async fn on_own_thread(work: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
+    let (ended, end) = oneshot::channel();
+    let run = move || {
+        work();
+        // Nobody waits any more where the agent ends.
+        let _ = ended.send(());
+    };
+    // It ends by itself; nobody joins it.
+    drop(std::thread::Builder::new().name("care".into()).spawn(run)?);
+    end.await.map_err(|_| std::io::Error::other("failed inside the agent"))
 }
 
 /// SIGHUP, where there is such a thing.
@@ -234,5 +254,29 @@ impl Hangup {
             return;
         }
         std::future::pending().await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::channel;
+
+    #[test]
+    fn keys_are_read_again_also_while_all_threads_are_busy() {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .max_blocking_threads(1)
+            .build()
+            .unwrap();
+        let (release, held) = channel::<()>();
+        let busy = runtime.spawn_blocking(move || held.recv());
+        let (sender, reached) = channel();
+        runtime.block_on(on_own_thread(move || sender.send(1).unwrap())).unwrap();
+        assert_eq!(reached.recv().unwrap(), 1);
+        assert!(!busy.is_finished());
+        drop(release);
+        let panics: fn() = || std::panic::resume_unwind(Box::new("no message"));
+        assert!(runtime.block_on(on_own_thread(panics)).is_err());
     }
 }

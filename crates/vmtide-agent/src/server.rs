@@ -2,7 +2,8 @@
 //!
 //! What a connection may cost before anybody has shown a key is bounded in four ways: how many there are, in all
 //! and per address; how long a handshake and the head of a request may take; how long a client may leave an
-//! answer lying ([`StallGuard`](crate::stall::StallGuard)); and how much is buffered for each. Everything past
+//! answer lying ([`StallGuard`](crate::stall::StallGuard), and over HTTP/2 each answer by itself, `stall_body`); and
+//! how much is buffered for each. Everything past
 //! that is refused by closing, which costs nothing.
 //!
 //! Answers are large: a disk is streamed in frames of up to a megabyte. So the buffers between a frame and the
@@ -11,7 +12,7 @@
 use crate::config::ConnectionLimits;
 use crate::stall::StallGuard;
 use crate::state::Shared;
-use crate::{audit, contract, drain, metrics, v1};
+use crate::{audit, contract, drain, metrics, stall_body, v1};
 use axum::Router;
 use axum::middleware::{from_fn_with_state, map_request};
 use http::{Request, Response};
@@ -145,7 +146,8 @@ impl Connection {
         let is_http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
         let io = TokioIo::new(stream);
         let router = self.router;
-        let service = service_fn(move |request| answer(router.clone(), peer, request));
+        let timeout = is_http2.then_some(self.limits.stall_timeout);
+        let service = service_fn(move |request| answer(router.clone(), peer, timeout, request));
         let ended = if is_http2 {
             let connection = http2(&self.limits).serve_connection(io, service);
             self.watcher.watch(connection).await
@@ -162,10 +164,15 @@ impl Connection {
 async fn answer(
     mut router: Router,
     peer: SocketAddr,
+    stall_timeout: Option<Duration>,
     mut request: Request<Incoming>,
 ) -> Result<Response<axum::body::Body>, Infallible> {
     request.extensions_mut().insert(Peer(peer));
-    router.call(request).await
+    let response = router.call(request).await?;
+    Ok(match stall_timeout {
+        Some(timeout) => response.map(|body| stall_body::guard(body, timeout)),
+        None => response,
+    })
 }
 
 fn http1(limits: &ConnectionLimits) -> hyper::server::conn::http1::Builder {

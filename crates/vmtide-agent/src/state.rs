@@ -4,12 +4,14 @@ use crate::audit::AuditLog;
 use crate::auth::KeyStore;
 use crate::limits::Limits;
 use crate::metrics::Metrics;
-use crate::provider::{self, DiskProvider, ProviderError};
-use crate::roots::{Located, Roots};
+use crate::provider::{
+    self, ChangePage, DiskProvider, FrozenDisks, NewDisk, ProviderError, TrackingState,
+};
+use crate::roots::{Located, Roots, Vacant};
 use crate::work::Work;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use vmtide_block::{BlockDevice, WritableBlockDevice};
+use vmtide_block::{BlockDevice, ByteRange, WritableBlockDevice};
 
 /// The most images of one chain that are looked at; as many as `vmtide-image` opens.
 const MAX_PARENTS: usize = 64;
@@ -40,7 +42,8 @@ impl AppState {
     ///
     /// What lies outside of the roots is [`NotFound`](ProviderError::NotFound), like what is not there: nobody
     /// learns which files this host has. Afterwards it is looked again whether the name still means the same
-    /// file, so that one that was exchanged meanwhile for a link to somewhere else is noticed.
+    /// file, so that one that was exchanged meanwhile for a link to somewhere else is noticed, unless it was
+    /// exchanged back: see [`roots`](crate::roots).
     ///
     /// # Errors
     /// Those of `work`; [`ProviderError::NotFound`]; [`ProviderError::Failed`] where `work` panics.
@@ -108,15 +111,70 @@ impl AppState {
     /// # Errors
     /// [`ProviderError::NotFound`] where its directory is not there or not inside a root, or its name is none;
     /// [`ProviderError::Exists`].
-    pub fn locate_new(&self, requested: &str) -> provider::Result<PathBuf> {
-        let path = self.roots.locate_new(requested).map_err(|error| {
+    pub fn locate_new(&self, requested: &str) -> provider::Result<Vacant> {
+        let vacant = self.roots.locate_new(requested).map_err(|error| {
             tracing::debug!(path = requested, %error, "refused");
             ProviderError::NotFound { path: requested.to_owned() }
         })?;
-        if std::fs::symlink_metadata(&path).is_ok() {
+        if std::fs::symlink_metadata(vacant.path()).is_ok() {
             return Err(ProviderError::Exists { path: requested.to_owned() });
         }
-        Ok(path)
+        Ok(vacant)
+    }
+
+    /// Makes a disk at a place that a client named, and looks afterwards whether it is there. Blocks.
+    ///
+    /// # Errors
+    /// As [`locate_new`](Self::locate_new) and [`DiskProvider::create`]; [`ProviderError::Failed`] where its
+    /// directory was exchanged meanwhile, so that the new file may be anywhere.
+    pub fn create(&self, requested: &str, disk: &NewDisk) -> provider::Result<()> {
+        let vacant = self.locate_new(requested)?;
+        self.provider.create(vacant.path(), disk)?;
+        vacant.recheck().map_err(|refusal| {
+            tracing::error!(path = requested, %refusal, "a new disk may lie outside of the roots");
+            ProviderError::Failed {
+                path: requested.to_owned(),
+                reason: format!("the new disk is not where it was asked for: that {refusal}"),
+            }
+        })
+    }
+
+    /// The state of its change tracking, once its parents are known to lie in the roots, too. Blocks.
+    ///
+    /// # Errors
+    /// As [`DiskProvider::tracking`] and [`check_parents`](Self::check_parents).
+    pub fn tracking(&self, path: &Path) -> provider::Result<TrackingState> {
+        self.check_parents(path)?;
+        self.provider.tracking(path)
+    }
+
+    /// Switches change tracking, likewise. Blocks.
+    ///
+    /// # Errors
+    /// As [`DiskProvider::set_tracking`] and [`check_parents`](Self::check_parents).
+    pub fn set_tracking(&self, path: &Path, enabled: bool) -> provider::Result<()> {
+        self.check_parents(path)?;
+        self.provider.set_tracking(path, enabled)
+    }
+
+    /// What changed, likewise. Blocks.
+    ///
+    /// # Errors
+    /// As [`DiskProvider::changes`] and [`check_parents`](Self::check_parents).
+    pub fn changes(&self, path: &Path, id: &str, range: ByteRange) -> provider::Result<ChangePage> {
+        self.check_parents(path)?;
+        self.provider.changes(path, id, range)
+    }
+
+    /// One moment of these disks, likewise. Blocks.
+    ///
+    /// # Errors
+    /// As [`DiskProvider::freeze`] and [`check_parents`](Self::check_parents).
+    pub fn freeze(&self, paths: &[PathBuf]) -> provider::Result<Box<dyn FrozenDisks>> {
+        for path in paths {
+            self.check_parents(path)?;
+        }
+        self.provider.freeze(paths)
     }
 
     /// Opens a disk for reading once its parents are known to lie in the roots, too. Blocks.

@@ -265,7 +265,7 @@ fn write_new(path: &Path, content: &[u8], secret: bool) -> Result<()> {
             let mode = if secret { 0o600 } else { 0o644 };
             std::os::unix::fs::OpenOptionsExt::mode(&mut options, mode);
         }
-        // Windows: the state directory belongs to the service's account alone.
+        // Windows: who may read it is what the state directory says, which is not looked at here.
         #[cfg(not(unix))]
         let _ = secret;
         let mut file = options.open(&temporary)?;

@@ -2,6 +2,7 @@
 
 use crate::freezes::Freezes;
 use crate::limits::Limits;
+use crate::places::Places;
 use crate::stream::RangeMemory;
 use crate::transfers::Transfers;
 use parking_lot::Mutex;
@@ -14,6 +15,8 @@ use std::sync::Arc;
 pub struct Work {
     /// Content under way.
     pub transfers: Arc<Transfers>,
+    /// Lists of changed ranges under way.
+    pub changes: Arc<Places>,
     /// Moments that are held.
     pub freezes: Arc<Freezes>,
     /// The memory of lists of ranges.
@@ -26,6 +29,7 @@ impl Work {
     pub fn new(limits: &Limits) -> Self {
         Self {
             transfers: Transfers::new(limits),
+            changes: Places::new(limits),
             freezes: Freezes::new(limits),
             range_memory: RangeMemory::new(limits.range_memory_bytes),
             writing: Arc::default(),

@@ -423,6 +423,123 @@ fn a_long_answer_with_changes_that_fails_is_cut() {
 }
 
 #[test]
+fn lists_of_changes_that_nobody_reads_are_limited() {
+    let disk = TestDisk::pattern(1 << 40);
+    // Some 18 MB of text, more than connections take by themselves.
+    let ranges = (0..400_000).map(|at| ByteRange::new(at << 21, 4096)).collect();
+    disk.changed_since("rctX:1", ranges);
+    disk.changed_since("rctX:2", Vec::new());
+    let provider = TestProvider::new(&[("big.vhdx", Arc::clone(&disk))]);
+    let limits = Limits { changes_per_client: 2, changes_total: 3, ..Limits::default() };
+    let agent = Agent::start(provider, limits);
+    let (reader, other) = (agent.reader(), agent.other());
+    let path = escape(&agent.path("big.vhdx"));
+    let long = format!("/v1/disks/changes?path={path}&since=rctX:1");
+    let short = format!("/v1/disks/changes?path={path}&since=rctX:2");
+    let mut held: Vec<_> = (0..2).map(|_| reader.send("GET", &long, &[], b"")).collect();
+    let refused = reader.get(&short);
+    assert_eq!((refused.status, refused.code().as_str()), (429, "too_many_streams"));
+    assert!(refused.headers.contains_key("retry-after"));
+    // Everything else is answered, to this client and to others.
+    assert_eq!(reader.get(&format!("/v1/disks/content?path={path}&ranges=0:512")).status, 200);
+    assert_eq!(other.get(&short).status, 200);
+    held.push(other.send("GET", &long, &[], b""));
+    assert_eq!(agent.writer().get(&short).code(), "busy");
+    // A client of rct-service knows no such answer: it waits until there is room.
+    let contract = format!("/vdisk/{path}/rct/rctX:2/changes");
+    let waiting = std::thread::spawn({
+        let writer = agent.writer();
+        move || writer.get(&contract).status
+    });
+    std::thread::sleep(Duration::from_millis(100));
+    assert!(!waiting.is_finished());
+    drop(held);
+    assert_eq!(waiting.join().unwrap(), 200);
+    until("room for a list", || reader.get(&short).status == 200);
+}
+
+#[test]
+fn a_disk_whose_parent_lies_outside_is_not_touched() {
+    let (disk, agent) = one_disk();
+    disk.changed_since("rctX:1", Vec::new());
+    let writer = agent.writer();
+    let path = escape(&agent.path("a.vhdx"));
+    let tracking = format!("/v1/disks/tracking?path={path}");
+    for parent in ["/etc/passwd", "../other.vhdx", "missing.vhdx", "\\\\evil\\share\\p.vhdx"] {
+        *disk.parent.lock() = Some(parent.into());
+        // What it is, and so what it names, is told.
+        assert_eq!(writer.get(&format!("/v1/disks?path={path}")).json()["parent_path"], parent);
+        for target in [
+            tracking.clone(),
+            format!("/v1/disks/changes?path={path}&since=rctX:1"),
+            format!("/v1/disks/content?path={path}"),
+        ] {
+            let refused = writer.get(&target);
+            assert_eq!((refused.status, refused.code().as_str()), (403, "denied"), "{target}");
+        }
+        let off = json!({"enabled": false});
+        assert_eq!(writer.json("PUT", &tracking, &off).code(), "denied");
+        let freeze = json!({"disks": [agent.path("a.vhdx")]});
+        assert_eq!(writer.json("POST", "/v1/freezes", &freeze).code(), "denied");
+        for verb in ["rct", "rct/rctX:1/changes", "content?ranges=0:1"] {
+            assert_eq!(writer.get(&format!("/vdisk/{path}/{verb}")).status, 403, "{verb}");
+        }
+    }
+    assert!(disk.tracking.lock().is_some());
+}
+
+#[cfg(unix)]
+#[test]
+fn a_disk_is_frozen_once_by_whatever_names() {
+    let (disk, agent) = one_disk();
+    let path = agent.path("a.vhdx");
+    let (link, hard) = (agent.path("link.vhdx"), agent.path("hard.vhdx"));
+    std::os::unix::fs::symlink("a.vhdx", &link).unwrap();
+    std::fs::hard_link(&path, &hard).unwrap();
+    for other in [path.trim_start_matches('/').to_owned(), format!("/{path}"), link, hard] {
+        let twice = json!({"disks": [path, other]});
+        let refused = agent.reader().json("POST", "/v1/freezes", &twice);
+        assert_eq!((refused.status, refused.code().as_str()), (400, "bad_request"), "{other}");
+    }
+    assert_eq!(disk.tracking.lock().as_ref().unwrap().sealed, 0, "nothing was frozen");
+}
+
+#[test]
+fn the_audit_log_says_which_disks_were_frozen_and_read() {
+    let disks = [("a.vhdx", TestDisk::memory(content())), ("b.vhdx", TestDisk::memory(content()))];
+    let agent = Agent::start(TestProvider::new(&disks), Limits::default());
+    let reader = agent.reader();
+    let paths = [agent.path("a.vhdx"), agent.path("b.vhdx")];
+    let made = reader.json("POST", "/v1/freezes", &json!({"disks": paths})).json();
+    let id = made["id"].as_str().unwrap();
+    let refused = json!({"disks": ["/etc/passwd"]});
+    assert_eq!(reader.json("POST", "/v1/freezes", &refused).status, 404);
+    let content = reader.get(&format!("/v1/freezes/{id}/disks/1/content"));
+    assert!(content.complete);
+    let since = made["disks"][0]["tracking_id"].as_str().unwrap();
+    let changes = reader.get(&format!("/v1/freezes/{id}/disks/0/changes?since={since}"));
+    assert_eq!(changes.status, 200);
+    let log = agent.directory.path().join("state/audit.log");
+    let lines = || -> Vec<serde_json::Value> {
+        let text = std::fs::read_to_string(&log).unwrap();
+        text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+    };
+    until("the last line", || lines().len() == 4);
+    let lines = lines();
+    let find = |end: &str| {
+        lines.iter().find(|line| line["path"].as_str().unwrap().ends_with(end)).unwrap()
+    };
+    let created = lines.iter().find(|line| line["status"] == 201).unwrap();
+    assert_eq!((&created["freeze"], &created["disks"]), (&json!(id), &json!(paths)));
+    assert_eq!(created["key"], "reader");
+    let denied = lines.iter().find(|line| line["status"] == 404).unwrap();
+    assert_eq!((&denied["freeze"], &denied["disks"]), (&json!(null), &json!(["/etc/passwd"])));
+    let (content, changes) = (find("/disks/1/content"), find("/disks/0/changes"));
+    assert_eq!((&content["freeze"], &content["disk"]), (&json!(id), &json!(paths[1])));
+    assert_eq!((&changes["freeze"], &changes["disk"]), (&json!(id), &json!(paths[0])));
+}
+
+#[test]
 fn freezes_hold_a_moment_until_they_end() {
     let (a, b) = (TestDisk::memory(content()), TestDisk::memory(vec![5; 8192]));
     let provider = TestProvider::new(&[("a.vhdx", Arc::clone(&a)), ("b.vhdx", b)]);

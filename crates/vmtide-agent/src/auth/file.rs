@@ -3,17 +3,13 @@
 //! The file is replaced as a whole, so that an agent that reads it meanwhile sees the old or the new one. Lines that
 //! say nothing (comments) are kept.
 
-use super::keys::{self, KeySet, MAX_KEYS, NewKey};
+use super::keys::{self, HEAD, KeySet, MAX_KEYS, NewKey};
 use super::store;
 use crate::error::{AgentError, Result};
 use std::fs::File;
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use zeroize::Zeroizing;
-
-/// What heads a new file.
-const HEAD: &str =
-    "# Keys of a vmtide agent, made by `vmtide agent key add`. name:rights:salt:hash\n";
 
 /// Adds a key. The file is made where there is none.
 ///
@@ -62,6 +58,13 @@ pub fn remove(path: &Path, name: &str) -> Result<bool> {
     }
     let is_other = |line: &&str| line.trim().split(':').next() != Some(name);
     let kept: String = text.split_inclusive('\n').filter(is_other).collect();
+    // What is kept is read as an agent reads it, before anybody is told that the key is gone.
+    if parse_hashed(path, &kept)?.entries().any(|(other, _)| other == name) {
+        let shown = path.display();
+        return Err(AgentError::usage(format!(
+            "{shown}: the line of {name} was not found: edit it"
+        )));
+    }
     replace(path, kept.as_bytes())?;
     Ok(true)
 }
@@ -80,7 +83,12 @@ fn no_file(path: &Path) -> AgentError {
 
 fn read_text(path: &Path) -> Result<Option<Zeroizing<String>>> {
     match std::fs::read_to_string(path) {
-        Ok(text) => Ok(Some(Zeroizing::new(text))),
+        Ok(text) => {
+            let text = Zeroizing::new(text);
+            // Editors of Windows begin a file with this; it would be part of the first name.
+            let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
+            Ok(Some(Zeroizing::new(text.to_owned())))
+        }
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
         Err(error) => Err(AgentError::io(format!("read the keys of {}", path.display()), error)),
     }
@@ -171,6 +179,19 @@ mod tests {
             assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         }
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_key_is_removed_from_a_file_that_an_editor_of_windows_wrote() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("keys");
+        let one = keys::generate("one", Rights::ReadOnly).unwrap();
+        let two = keys::generate("two", Rights::ReadOnly).unwrap();
+        std::fs::write(&path, format!("\u{feff}{}\r\n{}\r\n", one.line, two.line)).unwrap();
+        assert!(remove(&path, "one").unwrap());
+        let left = list(&path).unwrap();
+        assert!(left.find(one.secret.as_bytes()).is_none());
+        assert!(left.find(two.secret.as_bytes()).is_some());
     }
 
     #[test]

@@ -6,7 +6,9 @@
 //! there is nothing to guess.
 //!
 //! A file that is one line of another form is that key itself, in the clear, with all rights, as rct-service has
-//! it: the way to begin, and to take over a key that clients have.
+//! it: the way to begin, and to take over a key that clients have. A line that looks like one of the first form with
+//! a slip in it, or with its end cut off, is an error and never a key: its salt and hash would be the password, and
+//! may be read by others than the key.
 
 use super::Caller;
 use crate::error::{AgentError, Result};
@@ -31,6 +33,9 @@ const NEW_KEY_BYTES: usize = 32;
 const SALT_BYTES: usize = 16;
 /// Bytes of HMAC-SHA-256.
 const HASH_BYTES: usize = 32;
+/// What heads a file that is made here: one that has it never holds a key in the clear.
+pub(super) const HEAD: &str =
+    "# Keys of a vmtide agent, made by `vmtide agent key add`. name:rights:salt:hash\n";
 /// The name of the key of a file with one key in the clear.
 const PLAIN_NAME: &str = "default";
 
@@ -159,7 +164,8 @@ pub fn parse(text: &str) -> Result<KeySet> {
         .filter(|(_, line)| !line.is_empty() && !line.starts_with('#'))
         .collect();
     if let [(_, only)] = lines[..]
-        && !has_rights(only)
+        && !is_meant_as_hashed(only)
+        && !text.lines().any(|line| line.trim() == HEAD.trim())
     {
         return plain(only);
     }
@@ -179,9 +185,22 @@ pub fn parse(text: &str) -> Result<KeySet> {
     Ok(set)
 }
 
-/// Whether a line is meant as `name:rights:…`, so that a slip in it is not taken for a key.
-fn has_rights(line: &str) -> bool {
-    line.split(':').nth(1).is_some_and(|rights| Rights::parse(rights).is_some())
+/// Whether a line is meant as `name:rights:salt:hash`, so that a slip in it is not taken for a key: by its number of
+/// fields, by its rights or their beginning, or by a salt or hash anywhere but alone, where it is a key as
+/// `openssl rand -hex 32` makes it.
+fn is_meant_as_hashed(line: &str) -> bool {
+    let mut fields = line.split(':').skip(1).peekable();
+    let rights = fields.peek().copied().unwrap_or_default();
+    let is_begin_of = |right: Rights| !rights.is_empty() && right.name().starts_with(rights);
+    let is_hash = |field: &str| {
+        [SALT_BYTES, HASH_BYTES].contains(&(field.len() / 2))
+            && field.len().is_multiple_of(2)
+            && field.bytes().all(|digit| digit.is_ascii_hexdigit())
+    };
+    Rights::parse(rights).is_some()
+        || [Rights::ReadOnly, Rights::ReadWrite].into_iter().any(is_begin_of)
+        || line.split(':').count() >= 4
+        || fields.any(is_hash)
 }
 
 fn check_secret(key: &str) -> Result<()> {
@@ -323,6 +342,8 @@ mod tests {
             assert!(set.is_plain() && set.find(b"swordfish").unwrap().may_write(), "{text:?}");
         }
         assert!(parse("a:b:c").unwrap().find(b"a:b:c").is_some());
+        let digits = "0123456789abcdef".repeat(4);
+        assert!(parse(&digits).unwrap().find(digits.as_bytes()).is_some());
         assert!(parse("").unwrap().is_empty());
     }
 
@@ -337,10 +358,21 @@ mod tests {
             format!("{good}\nswordfish"),
             format!("{good}0"),
             good.replacen('a', "a b", 1),
+            good.replace("read-only", "readonly"),
+            good.replace("read-only", ""),
+            good.replace("read-only:", ""),
+            good.replace(':', "::"),
+            good[..good.len() - 7].to_owned(),
+            good[..20].to_owned(),
+            "a:read-".to_owned(),
+            format!("{HEAD}a"),
             "x".repeat(600),
         ] {
             let error = parse(&text).unwrap_err().to_string();
             assert!(!error.contains("swordfish") && !error.contains(&good[12..40]), "{error}");
+        }
+        for length in 3..good.len() {
+            assert!(parse(&good[..length]).is_err(), "{length}");
         }
     }
 }

@@ -3,7 +3,7 @@
 //! A key comes in the header `auth_key`, as rct-service's clients send it, or as `Authorization: Bearer`. It is
 //! compared with every key there is, by their salted hashes and without stopping early, so that the time that an
 //! answer takes says nothing of any key. Keys can be changed while the agent runs: the file is looked at every
-//! [`RELOAD_INTERVAL`], and at once on SIGHUP.
+//! [`RELOAD_INTERVAL`], and at once on SIGHUP. A file that cannot be read then revokes nothing.
 
 pub mod file;
 pub mod keys;

@@ -43,7 +43,9 @@ impl KeyStore {
     }
 
     /// Reads the file again where it changed, or in any case. One that cannot be read changes nothing and is
-    /// logged: half-written files and slips must not lock everybody out.
+    /// logged: half-written files and slips must not lock everybody out. So a file that was emptied or deleted
+    /// revokes no key. Neither does one that now holds a key in the clear where it held hashes before: that may be
+    /// the rest of one that was cut, and such a key has all rights. It is taken at the agent's next start.
     pub fn reload(&self, in_any_case: bool) {
         let stamp = FileStamp::of(&self.path);
         let mut last = self.stamp.lock();
@@ -52,6 +54,11 @@ impl KeyStore {
         }
         *last = stamp;
         match read(&self.path) {
+            Ok(set) if set.is_plain() && !self.current().is_plain() => tracing::error!(
+                file = %self.path.display(),
+                "it holds a key in the clear now, which counts from the agent's next start; the keys from before \
+                 stay in use"
+            ),
             Ok(set) => {
                 tracing::info!(file = %self.path.display(), keys = set.len(), "keys read again");
                 *self.current.write() = Arc::new(set);
@@ -148,5 +155,13 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
         store.reload(false);
         assert!(store.current().find(b"red herring").is_some());
+        let key = keys::generate("a", crate::auth::Rights::ReadOnly).unwrap();
+        std::fs::write(&path, &key.line).unwrap();
+        store.reload(true);
+        assert!(store.current().find(key.secret.as_bytes()).is_some());
+        std::fs::write(&path, "a").unwrap();
+        store.reload(true);
+        assert!(store.current().find(b"a").is_none(), "the rest of a line is no key");
+        assert!(store.current().find(key.secret.as_bytes()).is_some());
     }
 }

@@ -10,6 +10,7 @@ use axum::body::Body;
 use axum::response::{IntoResponse, Response};
 use http::HeaderMap;
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE};
+use std::fmt::Display;
 use std::time::{Duration, Instant};
 use vmtide_block::ByteRange;
 
@@ -39,10 +40,17 @@ const PLACE_INTERVAL: Duration = Duration::from_millis(10);
 /// Takes a place among the transfers of a client, as soon as there is one: before its list is read, so that what
 /// lists take is bounded.
 pub async fn begin(state: &Shared, caller: &Caller, disk: &str) -> Result<Transfer, ContractError> {
+    when_free(|| state.work.transfers.begin(&caller.name, TransferKind::Read, disk)).await
+}
+
+/// What `take` gives, as soon as it gives anything.
+pub async fn when_free<T, E: Display>(
+    mut take: impl FnMut() -> Result<T, E>,
+) -> Result<T, ContractError> {
     let deadline = Instant::now() + PLACE_TIMEOUT;
     loop {
-        match state.work.transfers.begin(&caller.name, TransferKind::Read, disk) {
-            Ok(transfer) => return Ok(transfer),
+        match take() {
+            Ok(taken) => return Ok(taken),
             Err(refused) if Instant::now() >= deadline => {
                 return Err(ContractError::TooMany(refused.to_string()));
             }

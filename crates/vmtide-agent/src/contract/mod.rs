@@ -64,7 +64,7 @@ async fn handle(State(state): State<Shared>, request: Request) -> Response {
         }
         Err(NoKey) => (None, auth::unauthorized()),
     };
-    response.extensions_mut().insert(Note { key, disk: Some(disk) });
+    response.extensions_mut().insert(Note { key, disk: Some(disk), ..Note::default() });
     response
 }
 
@@ -84,7 +84,7 @@ async fn answer(
         Action::Tracking if head.method == Method::PUT => {
             set_tracking(state, caller, &disk, query).await
         }
-        Action::Changes { id } if is_read => changes(state, &disk, id).await,
+        Action::Changes { id } if is_read => changes(state, caller, &disk, id).await,
         Action::Content if is_read => {
             let ranges = (content::ranges_of_query(query)?, HeldMemory::default());
             let transfer = content::begin(state, caller, &disk).await?;
@@ -134,7 +134,7 @@ async fn info(state: &Shared, disk: &str) -> Result<Response, ContractError> {
 }
 
 async fn tracking(state: &Shared, disk: &str) -> Result<Response, ContractError> {
-    let tracking = state.with_disk(disk, |state, path| state.provider.tracking(path)).await;
+    let tracking = state.with_disk(disk, |state, path| state.tracking(path)).await;
     let tracking = tracking.map_err(|error| ContractError::of_disk(disk, error))?;
     json(&Tracking {
         enabled: tracking.enabled,
@@ -158,16 +158,22 @@ async fn set_tracking(
     if !caller.may_write() {
         return Err(ContractError::ReadOnlyKey);
     }
-    let done = state.with_disk(disk, move |state, path| state.provider.set_tracking(path, enabled));
+    let done = state.with_disk(disk, move |state, path| state.set_tracking(path, enabled));
     done.await.map_err(|error| ContractError::of_disk(disk, error))?;
     Ok(StatusCode::OK.into_response())
 }
 
-async fn changes(state: &Shared, disk: &str, id: String) -> Result<Response, ContractError> {
+async fn changes(
+    state: &Shared,
+    caller: &Caller,
+    disk: &str,
+    id: String,
+) -> Result<Response, ContractError> {
+    let place = content::when_free(|| state.work.changes.take(&caller.name)).await?;
     let info = state.with_disk(disk, |state, path| state.provider.info(path)).await;
     let size_bytes = info.map_err(|error| ContractError::of_disk(disk, error))?.virtual_size_bytes;
     let pager = v1::pager(state, disk.to_owned(), id.clone(), size_bytes, 0);
-    let body = changes_body(pager, ChangesFormat::List).await;
+    let body = changes_body(pager, ChangesFormat::List, place).await;
     let body = body.map_err(|error| ContractError::of_changes(disk, &id, error))?;
     Ok(([(CONTENT_TYPE, "application/json")], body).into_response())
 }

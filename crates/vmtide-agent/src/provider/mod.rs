@@ -29,7 +29,8 @@ pub type Result<T> = std::result::Result<T, ProviderError>;
 
 /// Virtual disks of this host by path.
 pub trait DiskProvider: Send + Sync + 'static {
-    /// What the disk is.
+    /// What the disk is, also where its parent is missing. It is asked before anybody knows where the parent lies,
+    /// and so that this can be found out: nothing that the disk names in other directories may be touched for it.
     ///
     /// # Errors
     /// [`NotFound`](ProviderError::NotFound), [`NotADisk`](ProviderError::NotADisk), or as the file system has it.

@@ -6,7 +6,15 @@
 //! whether it is there. **The file** it turns out to be, links followed, must be inside a root, too, and a regular
 //! file or block device. **The same file** must still be there after it was opened ([`Located::recheck`]): on Linux
 //! the kernel is asked to walk from the root without leaving it and without any link (`openat2`), and the file
-//! that it finds is held from before the provider opens it until after.
+//! that it finds is held from before the provider opens it until after, so that its number stays its own. For a
+//! file to be made the directory is looked at in the same way ([`Vacant::recheck`]).
+//!
+//! **What is not covered:** providers open by path, and what they opened is not compared with what was held. Whoever
+//! may write in a root, or in a directory of it, can exchange a file for a link before the provider opens it and
+//! back before it is looked at again, and so have the agent read or write another file of the host as a disk, with
+//! the agent's rights; a file that is made through an exchanged directory is noticed, but it has been made. On
+//! Windows a file is known by its real path and the time of its creation only, a directory by its path. Where others than those who run the
+//! host may write in a root, the agent's account should have no rights outside of it.
 //!
 //! Every refusal looks like a file that is not there.
 
@@ -71,6 +79,16 @@ pub struct Located {
     pin: Pin,
 }
 
+/// A place inside a root for a file to be made.
+#[derive(Debug)]
+pub struct Vacant {
+    /// With all links of its directory followed.
+    path: PathBuf,
+    directory: PathBuf,
+    root: PathBuf,
+    pin: Pin,
+}
+
 impl Roots {
     /// These directories.
     ///
@@ -109,17 +127,18 @@ impl Roots {
     ///
     /// # Errors
     /// [`Refusal`].
-    pub fn locate_new(&self, requested: &str) -> std::result::Result<PathBuf, Refusal> {
+    pub fn locate_new(&self, requested: &str) -> std::result::Result<Vacant, Refusal> {
         let path = self.inside(requested)?;
         let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
             return Err(Refusal::Outside);
         };
         let real = plain(std::fs::canonicalize(directory)?);
         let root = self.root_of_real(&real).ok_or(Refusal::LeadsOutside)?;
-        if !Pin::of(root, &real)?.is_directory() {
+        let pin = Pin::of(root, &real)?;
+        if !pin.is_directory() {
             return Err(Refusal::NoDirectory);
         }
-        Ok(real.join(name))
+        Ok(Vacant { path: real.join(name), root: root.to_path_buf(), directory: real, pin })
     }
 
     /// The path of a name that is good as text and names a place inside a root.
@@ -154,6 +173,13 @@ impl Located {
         &self.path
     }
 
+    /// Whether both are one file, by whichever names they were asked for: links, the case of letters on Windows,
+    /// hard links elsewhere.
+    pub fn is_same_file(&self, other: &Self) -> bool {
+        let is_same_path = is_below(&self.path, &other.path) && is_below(&other.path, &self.path);
+        is_same_path || self.pin.is_same(&other.pin)
+    }
+
     /// Succeeds where the path still leads to the same file, without leaving the root. Blocks.
     ///
     /// # Errors
@@ -161,6 +187,25 @@ impl Located {
     pub fn recheck(&self) -> std::result::Result<(), Refusal> {
         match Pin::of(&self.root, &self.path) {
             Ok(now) if now.is_same(&self.pin) => Ok(()),
+            _ => Err(Refusal::Exchanged),
+        }
+    }
+}
+
+impl Vacant {
+    /// Where the file is to be made.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Succeeds where the directory is still the same one and the file is in it now, without any link. Blocks.
+    ///
+    /// # Errors
+    /// [`Refusal::Exchanged`].
+    pub fn recheck(&self) -> std::result::Result<(), Refusal> {
+        let now = (Pin::of(&self.root, &self.directory), Pin::of(&self.root, &self.path));
+        match now {
+            (Ok(directory), Ok(file)) if directory.is_same(&self.pin) && file.is_disk() => Ok(()),
             _ => Err(Refusal::Exchanged),
         }
     }
@@ -270,7 +315,49 @@ mod tests {
             located.recheck().unwrap();
         }
         let made = tree.roots.locate_new(&tree.at("disks/in-directory/new.vhdx")).unwrap();
-        assert_eq!(made, Path::new(&tree.at("disks/vm/new.vhdx")));
+        assert_eq!(made.path(), Path::new(&tree.at("disks/vm/new.vhdx")));
+    }
+
+    #[test]
+    fn one_file_is_one_by_all_of_its_names() {
+        let tree = Tree::new();
+        std::fs::hard_link(tree.at("disks/a.vhdx"), tree.at("disks/vm/hard.vhdx")).unwrap();
+        let locate = |name: &str| tree.roots.locate(&tree.at(name)).unwrap();
+        let file = locate("disks/a.vhdx");
+        for name in ["disks//a.vhdx", "disks/in", "link-to-root/a.vhdx", "disks/vm/hard.vhdx"] {
+            assert!(file.is_same_file(&locate(name)), "{name}");
+        }
+        assert!(!file.is_same_file(&locate("disks/vm/b.vhdx")));
+    }
+
+    #[test]
+    fn a_file_that_was_made_elsewhere_is_noticed() {
+        let tree = Tree::new();
+        let make = || {
+            let vacant = tree.roots.locate_new(&tree.at("disks/vm/new.vhdx")).unwrap();
+            assert!(vacant.recheck().is_err(), "nothing was made");
+            vacant
+        };
+        let vacant = make();
+        std::fs::write(vacant.path(), b"x").unwrap();
+        vacant.recheck().unwrap();
+        std::fs::remove_file(vacant.path()).unwrap();
+
+        let vacant = make();
+        symlink(tree.at("other/secret"), vacant.path()).unwrap();
+        assert!(matches!(vacant.recheck(), Err(Refusal::Exchanged)));
+        std::fs::remove_file(vacant.path()).unwrap();
+
+        let vacant = make();
+        std::fs::rename(tree.at("disks/vm"), tree.at("disks/old")).unwrap();
+        symlink(tree.at("other"), tree.at("disks/vm")).unwrap();
+        std::fs::write(vacant.path(), b"x").unwrap();
+        assert!(matches!(vacant.recheck(), Err(Refusal::Exchanged)));
+        // Also where another directory of the same name is there by then.
+        std::fs::remove_file(tree.at("disks/vm")).unwrap();
+        std::fs::create_dir(tree.at("disks/vm")).unwrap();
+        std::fs::write(vacant.path(), b"x").unwrap();
+        assert!(matches!(vacant.recheck(), Err(Refusal::Exchanged)));
     }
 
     /// What a hostile client could write, below the directory of the tree.

@@ -2,12 +2,14 @@
 
 use super::changes::ChangePager;
 use super::error::StreamError;
+use crate::places::Place;
 use crate::provider::{ProviderError, Result};
 use axum::body::Body;
 use bytes::Bytes;
 use http_body::Frame;
 use std::io::Write;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use tokio::sync::mpsc;
 
@@ -36,13 +38,17 @@ enum Message {
 }
 
 /// The text as a body. Errors of the provider before the first piece is full are returned; later ones cut the
-/// connection. Inside of a tokio runtime; the provider is asked on a thread that may block.
+/// connection. Inside of a tokio runtime; the provider is asked on a thread that may block. That thread waits for
+/// the client, and so `place` is given back only once both the thread and the body have ended.
 ///
 /// # Errors
 /// Those of [`ChangePager::next_range`].
-pub async fn changes_body(pager: ChangePager, format: ChangesFormat) -> Result<Body> {
+pub async fn changes_body(pager: ChangePager, format: ChangesFormat, place: Place) -> Result<Body> {
     let (sender, mut receiver) = mpsc::channel(QUEUED_PIECES);
+    let place = Arc::new(place);
+    let of_thread = Arc::clone(&place);
     drop(tokio::task::spawn_blocking(move || {
+        let _place = of_thread;
         let mut text = Text { text: Vec::with_capacity(PIECE_BYTES + 128), sender };
         match text.write(pager, format) {
             Ok(()) => text.last(),
@@ -52,7 +58,7 @@ pub async fn changes_body(pager: ChangePager, format: ChangesFormat) -> Result<B
     match receiver.recv().await {
         Some(Message::Last(text)) => Ok(Body::from(text)),
         Some(Message::Piece(first)) => {
-            Ok(Body::new(ChangesBody { first: Some(first), receiver, ended: false }))
+            Ok(Body::new(ChangesBody { first: Some(first), receiver, ended: false, _place: place }))
         }
         Some(Message::Failed(error)) => Err(error),
         None => Err(ProviderError::Failed {
@@ -123,6 +129,7 @@ struct ChangesBody {
     first: Option<Bytes>,
     receiver: mpsc::Receiver<Message>,
     ended: bool,
+    _place: Arc<Place>,
 }
 
 impl http_body::Body for ChangesBody {
@@ -149,5 +156,45 @@ impl http_body::Body for ChangesBody {
             }
             None => Err(StreamError::ReaderLost),
         }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::limits::Limits;
+    use crate::places::Places;
+    use crate::provider::ChangePage;
+    use http_body_util::BodyExt;
+    use vmtide_block::ByteRange;
+
+    /// A pager over a disk of which every second KiB has changed.
+    fn pager(ranges: u64) -> ChangePager {
+        let size = ranges * 2048;
+        let ask = |asked: ByteRange| {
+            let ranges = asked.offset / 2048..asked.end() / 2048;
+            let ranges = ranges.map(|at| ByteRange::new(at * 2048, 1024)).collect();
+            Ok(ChangePage { ranges, processed_bytes: asked.length })
+        };
+        ChangePager::new("disk".into(), size, 0, Box::new(ask))
+    }
+
+    #[tokio::test]
+    async fn a_list_keeps_its_place_until_it_was_taken_or_given_up() {
+        let places = Places::new(&Limits::default());
+        let client: Arc<str> = "a".into();
+        for read in [true, false] {
+            let place = places.take(&client).unwrap();
+            let body = changes_body(pager(100_000), ChangesFormat::List, place).await.unwrap();
+            assert_eq!(places.taken(), 1);
+            match read {
+                true => assert!(body.collect().await.unwrap().to_bytes().len() > 3_000_000),
+                false => drop(body),
+            }
+            // The thread ends a little later.
+            while places.taken() > 0 {
+                tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+            }
+        }
     }
 }

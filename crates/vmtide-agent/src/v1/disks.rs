@@ -55,11 +55,7 @@ pub(super) async fn create(
     let path = asked.path()?;
     let disk: NewDisk = receive_json(body, &state.limits).await?;
     let requested = path.clone();
-    let made = state.blocking(move |state| {
-        let place = state.locate_new(&requested)?;
-        state.provider.create(&place, &disk)
-    });
-    made.await?;
+    state.blocking(move |state| state.create(&requested, &disk)).await?;
     Ok((StatusCode::CREATED, describe(&state, path).await?).into_response())
 }
 
@@ -67,7 +63,7 @@ pub(super) async fn create(
 pub(super) async fn tracking(State(state): State<Shared>, asked: Asked) -> Result<Response> {
     asked.parameters.only(&["path"])?;
     let path = asked.path()?;
-    json(&state.with_disk(&path, |state, path| state.provider.tracking(path)).await?)
+    json(&state.with_disk(&path, |state, path| state.tracking(path)).await?)
 }
 
 /// `PUT /v1/disks/tracking?path=`
@@ -81,7 +77,7 @@ pub(super) async fn set_tracking(
     let path = asked.path()?;
     let TrackingSwitch { enabled } = receive_json(body, &state.limits).await?;
     let switched = state.with_disk(&path, move |state, path| {
-        state.provider.set_tracking(path, enabled)?;
+        state.set_tracking(path, enabled)?;
         state.provider.tracking(path)
     });
     json(&switched.await?)
@@ -95,7 +91,7 @@ pub(super) async fn checkpoint(State(state): State<Shared>, asked: Asked) -> Res
     let requested = path.clone();
     let sealed = state.with_disk(&path, move |state, path| {
         // The moment itself is not kept, only its name.
-        let frozen = state.provider.freeze(&[path.to_path_buf()])?;
+        let frozen = state.freeze(&[path.to_path_buf()])?;
         let id = frozen.disks().first().and_then(|disk| disk.tracking_id.clone());
         id.ok_or(crate::provider::ProviderError::TrackingDisabled { path: requested })
     });
@@ -122,8 +118,9 @@ pub(super) async fn changes_since(
     let cursor = asked.parameters.number("cursor")?.unwrap_or(0);
     let most = crate::limits::MAX_RANGES;
     let limit = asked.parameters.number("limit")?.unwrap_or(most).clamp(1, most);
+    let place = state.work.changes.take(&asked.caller.name)?;
     let pager = pager(state, path, since, size_bytes, cursor);
-    let body = changes_body(pager, ChangesFormat::Page { limit }).await?;
+    let body = changes_body(pager, ChangesFormat::Page { limit }, place).await?;
     Ok(([(CONTENT_TYPE, "application/json")], body).into_response())
 }
 
@@ -138,7 +135,7 @@ pub(crate) fn pager(
     let disk = requested.clone();
     let state = Shared::clone(state);
     let ask: AskForPage = Box::new(move |range| {
-        state.with_located(&requested, |state, path| state.provider.changes(path, &since, range))
+        state.with_located(&requested, |state, path| state.changes(path, &since, range))
     });
     ChangePager::new(disk, size_bytes, from, ask)
 }

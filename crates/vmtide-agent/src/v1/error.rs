@@ -1,6 +1,7 @@
 //! What can be wrong with a request of `/v1`: one form, stable codes.
 
 use crate::freezes::FreezeError;
+use crate::places::NoPlace;
 use crate::provider::ProviderError;
 use crate::stream::{RangeError, ReceiveError, StreamError, WriteError};
 use crate::transfers::Refused;
@@ -127,6 +128,16 @@ impl From<Refused> for ApiError {
     }
 }
 
+impl From<NoPlace> for ApiError {
+    fn from(error: NoPlace) -> Self {
+        let code = match error {
+            NoPlace::Client { .. } => "too_many_streams",
+            NoPlace::Agent { .. } => "busy",
+        };
+        Self::new(code, error.to_string())
+    }
+}
+
 impl From<FreezeError> for ApiError {
     fn from(error: FreezeError) -> Self {
         let code = match error {
@@ -204,6 +215,8 @@ mod tests {
             RangeError::TooLong.into(),
             Refused::Client { limit: 1 }.into(),
             Refused::Agent { limit: 1 }.into(),
+            NoPlace::Client { limit: 1 }.into(),
+            NoPlace::Agent { limit: 1 }.into(),
             FreezeError::Client { limit: 1 }.into(),
             StreamError::Cancelled.into(),
             WriteError::Timeout.into(),

@@ -12,6 +12,7 @@ use percent_encoding::percent_decode_str;
 use serde::Serialize;
 use std::convert::Infallible;
 use std::str::FromStr;
+use std::sync::Arc;
 
 /// The most parameters that are looked at.
 const MAX_PARAMETERS: usize = 32;
@@ -97,6 +98,12 @@ impl Asked {
         }
     }
 
+    /// What is known of the request for the audit log.
+    pub(super) fn note(&self) -> Note {
+        let disk = self.parameters.get("path").ok().flatten().map(str::to_owned);
+        Note { key: Some(Arc::clone(&self.caller.name)), disk, ..Note::default() }
+    }
+
     /// The disk of the parameter `path`.
     pub(super) fn path(&self) -> Result<String> {
         self.parameters.required("path").map(str::to_owned)
@@ -122,20 +129,25 @@ pub(super) async fn require_key(
         let message = "a key is needed: Authorization: Bearer, or the header auth_key";
         return Ok(ApiError::new("unauthorized", message).into_response());
     };
-    let mut note = Note { key: Some(caller.name.clone()), disk: None };
-    let response = match Parameters::parse(request.uri().query().unwrap_or_default()) {
-        Ok(parameters) => {
-            note.disk = parameters.get("path").ok().flatten().map(str::to_owned);
-            request.extensions_mut().insert(Asked { caller, parameters });
+    let parameters = Parameters::parse(request.uri().query().unwrap_or_default());
+    let (parameters, error) = match parameters {
+        Ok(parameters) => (parameters, None),
+        Err(error) => (Parameters::default(), Some(error)),
+    };
+    let asked = Asked { caller, parameters };
+    let note = asked.note();
+    let response = match error {
+        None => {
+            request.extensions_mut().insert(asked);
             next.run(request).await
         }
-        Err(error) => error.into_response(),
+        Some(error) => error.into_response(),
     };
     Ok(noted(response, note))
 }
 
 /// The response with a note for the audit log, unless it has one.
-fn noted(mut response: Response, note: Note) -> Response {
+pub(super) fn noted(mut response: Response, note: Note) -> Response {
     response.extensions_mut().get_or_insert_with(|| note);
     response
 }

@@ -110,6 +110,8 @@ pub struct TestDisk {
     pub sector_bytes: u32,
     pub faults: Faults,
     pub tracking: Mutex<Option<Tracking>>,
+    /// What it names as its parent.
+    pub parent: Mutex<Option<String>>,
     /// How many handles there are now.
     pub handles: AtomicUsize,
     pub flushes: AtomicUsize,
@@ -129,6 +131,7 @@ impl TestDisk {
             sector_bytes: 512,
             faults: Faults::default(),
             tracking: Mutex::new(Some(Tracking::default())),
+            parent: Mutex::default(),
             handles: AtomicUsize::new(0),
             flushes: AtomicUsize::new(0),
         })
@@ -246,7 +249,7 @@ impl DiskProvider for TestProvider {
             block_size_bytes: 32 << 20,
             logical_sector_bytes: disk.sector_bytes,
             physical_sector_bytes: 4096,
-            parent_path: None,
+            parent_path: disk.parent.lock().clone(),
             virtual_storage_type: 3,
             provider_sub_type: 3,
             format: "vhdx".into(),
