@@ -391,7 +391,8 @@ pub struct RestoreObjectPacket {
     pub object_name: *const c_char,
     /// Its content.
     pub object: *const c_char,
-    plugin_name: *const c_char,
+    /// The plugin line that made it.
+    pub plugin_name: *const c_char,
     /// See [`file_type`].
     pub object_type: i32,
     /// The length of the content.

@@ -3,7 +3,7 @@
 use crate::abi::{SavePacket, Stat, file_type, option};
 use crate::backend::{Backend, Failed, Frame, Result};
 use crate::core::Core;
-use std::ffi::{CString, c_char};
+use std::ffi::{CStr, CString, c_char};
 
 /// The most bytes of one restore object.
 const MAX_OBJECT_BYTES: usize = 16 << 20;
@@ -116,6 +116,11 @@ impl Entry {
         Ok(())
     }
 
+    /// Its name in the catalogue's tree of files; none where it is something else.
+    pub fn file_name(&self) -> Option<&CStr> {
+        (self.kind == EntryKind::File).then_some(self.name.as_c_str())
+    }
+
     /// Whether it holds only what differs from the previous version.
     pub const fn is_delta(&self) -> bool {
         self.delta
@@ -185,6 +190,19 @@ impl Entry {
             times: [[self.time, 0]; 3],
             ..Stat::zeroed()
         }
+    }
+}
+
+#[cfg(test)]
+impl Entry {
+    /// A file of which no more is known than its name.
+    pub fn of_file(name: &str) -> Result<Self> {
+        Ok(Self { kind: EntryKind::File, name: text(name)?, ..Self::default() })
+    }
+
+    /// A form of options.
+    pub fn of_form(name: &str) -> Result<Self> {
+        Ok(Self { kind: EntryKind::Options, name: text(name)?, ..Self::default() })
     }
 }
 

@@ -6,7 +6,8 @@ use crate::backend::{Backend, Failed, Frame, Result};
 use crate::backup::Entry;
 use crate::core::Core;
 use crate::restore;
-use std::ffi::{CStr, c_char};
+use std::collections::BTreeSet;
+use std::ffi::{CStr, CString, c_char};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -43,6 +44,8 @@ pub struct State {
     objects: Vec<Object>,
     /// Plugin lines that were backed up in this job.
     seen: Vec<String>,
+    /// The files that this job has offered: the catalogue keeps one of each name.
+    names: BTreeSet<CString>,
 }
 
 struct Running {
@@ -56,6 +59,8 @@ pub struct Object {
     pub job_id: u32,
     /// Its name.
     pub name: String,
+    /// The plugin line that it belongs to.
+    pub line: String,
     /// Whether it is a form of options, filled in.
     pub is_options: bool,
     /// Its content.
@@ -123,8 +128,10 @@ impl State {
                 std::slice::from_raw_parts(packet.object.cast::<u8>(), length).to_vec(),
             )
         };
+        // The director may send blanks as this letter.
+        let line = text_of(packet.plugin_name).replace('\u{1}', " ").trim().to_owned();
         let is_options = packet.object_type == file_type::PLUGIN_CONFIG_FILLED;
-        self.objects.push(Object { job_id: packet.job_id, name, is_options, bytes });
+        self.objects.push(Object { job_id: packet.job_id, name, line, is_options, bytes });
     }
 
     /// Begins what a plugin line says. Answers as the interface wants it.
@@ -217,7 +224,7 @@ impl State {
         if purpose == Purpose::Restore {
             let backend = self.backends.last_mut().map(|running| &mut running.backend);
             let Some(backend) = backend else { return Ok(()) };
-            restore::send_objects(backend, core, &self.objects)?;
+            restore::send_objects(backend, core, &self.objects, command)?;
         }
         Ok(())
     }
@@ -281,6 +288,9 @@ impl State {
         let next = self.backend().and_then(|backend| Entry::next(backend, core));
         match next {
             Ok(Some(entry)) => {
+                if let Err(error) = self.claim(&entry) {
+                    return self.told(core, Err(error));
+                }
                 let entry = self.entry.insert(entry);
                 entry.fill(packet);
                 let is_file = packet.kind == file_type::REGULAR;
@@ -307,6 +317,20 @@ impl State {
             }
             Err(error) => self.told(core, Err(error)),
         }
+    }
+
+    /// Takes the name of a file for this job. A second file of one name would be on the volumes, and could not
+    /// be chosen in a restore: the catalogue shows one of them.
+    fn claim(&mut self, entry: &Entry) -> Result<()> {
+        let Some(name) = entry.file_name() else { return Ok(()) };
+        if self.names.insert(name.to_owned()) {
+            return Ok(());
+        }
+        Err(Failed(format!(
+            "two files of this job are called {} in the catalogue, and only one could be restored: have one \
+             plugin line for each VM, and add name= where two VMs or images have the same name",
+            name.to_string_lossy()
+        )))
     }
 
     /// Input and output of a file.
@@ -485,4 +509,24 @@ pub unsafe fn of_context<'a>(context: *mut PluginContext) -> Option<&'a Job> {
 /// Whether the job was cancelled.
 pub fn is_cancelled(job: &Job) -> bool {
     job.cancelled.load(Ordering::Relaxed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_taken_once() {
+        let mut state = State::default();
+        let file = |name: &str| Entry::of_file(name).unwrap();
+        state.claim(&file("/@image/disk/configuration.json")).unwrap();
+        state.claim(&file("/@image/disk/disk0.raw")).unwrap();
+        state.claim(&file("/@image/other/configuration.json")).unwrap();
+        let error = state.claim(&file("/@image/disk/configuration.json")).unwrap_err();
+        assert!(error.0.contains("/@image/disk/configuration.json"), "{}", error.0);
+        // Forms are called the same for every VM, and are no files.
+        for _ in 0..2 {
+            state.claim(&Entry::of_form("RestoreOptions").unwrap()).unwrap();
+        }
+    }
 }
