@@ -12,6 +12,17 @@ WriteCallback = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_
 ReadCallback = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64)
 
 
+class OpenOptions(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", ctypes.c_uint64),
+        ("format", ctypes.c_char_p),
+        ("snapshot", ctypes.c_char_p),
+        ("search", ctypes.c_char_p),
+        ("flags", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+    ]
+
+
 class DeltaOptions(ctypes.Structure):
     _fields_ = [
         ("struct_size", ctypes.c_uint64),
@@ -24,6 +35,8 @@ class DeltaOptions(ctypes.Structure):
         ("level", ctypes.c_int32),
         ("granularity_bytes", ctypes.c_uint32),
         ("workers", ctypes.c_uint32),
+        ("source_options", ctypes.POINTER(OpenOptions)),
+        ("base_options", ctypes.POINTER(OpenOptions)),
     ]
 
 
@@ -84,7 +97,10 @@ def main():
         stream.extend(ctypes.string_at(data, length))
         return 0
 
-    options = DeltaOptions(ctypes.sizeof(DeltaOptions), path("old.raw"), b"monday", b"tuesday")
+    # What a guest writes to a raw image must not decide how the image is read.
+    raw = OpenOptions(ctypes.sizeof(OpenOptions), b"raw")
+    options = DeltaOptions(ctypes.sizeof(DeltaOptions), path("old.raw"), b"monday", b"tuesday",
+                           source_options=ctypes.pointer(raw), base_options=ctypes.pointer(raw))
     made = vmtide.text(
         "vmtide_delta_create", path("new.raw"), ctypes.byref(options), None, write, None, None)
     assert made["new_id"] == "tuesday" and made["stream_bytes"] == len(stream), made

@@ -17,12 +17,14 @@
  * JSON unless said otherwise, as the commands' --json summaries; closed by the caller.
  *
  * Structures. The caller sets struct_size to sizeof of it, and everything unused to 0. A later version
- * adds members at the end; a library that does not know a member refuses it if it is not 0. NULL for a
- * structure of options means all defaults.
+ * adds members at the end; a library that does not know a member refuses it if it is not 0, and a size that
+ * the structure never had is VMTIDE_INVALID. NULL for a structure of options means all defaults.
  *
  * Threads. Any function may be called from any thread at any time, also with the same handle; reads
- * and writes of one image run at once. vmtide_close() waits for nobody: calls that are under way with
- * the handle end as if it were open, and what it stands for is let go when the last of them ends.
+ * and writes of one image run at once. vmtide_close() lets calls that are under way with the handle end as if
+ * it were open, and what it stands for is let go when the last of them ends. It waits for none of them but
+ * those that write to the image that it closes: what they answered with VMTIDE_OK is in the image then. A
+ * write that another thread begins meanwhile is VMTIDE_BAD_HANDLE.
  * Callbacks are called on the thread that made the call, one at a time, and never after it returned;
  * they may call any function of this library. A callback must return; it must not throw or longjmp.
  *
@@ -259,7 +261,11 @@ typedef struct vmtide_backup_options {
     uint64_t struct_size;
     const char *name;            /* of the VM in the repository; NULL: the file's name */
     const char *format;          /* of an image source */
-    const char *state_directory; /* for journals and locks; NULL: beside the temporary files */
+    /* For journals and locks. Only the program's own user may be able to make files there: journals say
+     * what is to be removed. All that back up one VM must use the same. NULL: as the command,
+     * $XDG_STATE_HOME/vmtide; /var/lib/vmtide for root; ~/.local/state/vmtide; on Windows
+     * %LOCALAPPDATA%\vmtide. */
+    const char *state_directory;
     const vmtide_range *changes;
     uint64_t changes_count;
     const vmtide_agent_options *agent; /* of a source agent+https:// */
@@ -303,6 +309,10 @@ typedef struct vmtide_delta_options {
     int32_t level;             /* of zstd; 0: the default, 1 */
     uint32_t granularity_bytes; /* 0: 4096 */
     uint32_t workers;
+    /* How the image and the base are opened; of the flags VMTIDE_OPEN_ANY_PARENT and VMTIDE_OPEN_FOLLOW.
+     * NULL finds the format by content: give it for raw images, for a guest decides what those hold. */
+    const vmtide_open_options *source_options;
+    const vmtide_open_options *base_options;
 } vmtide_delta_options;
 
 /* Makes a delta of an image into the file `output`, or with NULL by way of `write`. */

@@ -7,6 +7,18 @@ use crate::status::{Failure, Result, Status};
 use std::ffi::{CStr, c_char};
 use vmtide_block::{ByteRange, RangeSet};
 
+/// A structure of options as C has it.
+///
+/// # Safety
+/// The type is `repr(C)`, begins with a `u64` that the caller sets to the number of its bytes, and may be
+/// all zeros.
+pub(crate) unsafe trait Structure: Copy {
+    /// The sizes that it had in released versions, in bytes, the smallest first; the last is today's. A
+    /// version that adds members puts the offset of the first of them before the last. Any other
+    /// size below today's is no structure of ours: it may end in the middle of a pointer.
+    const SIZES_BYTES: &'static [usize] = &[size_of::<Self>()];
+}
+
 /// The longest string taken, in bytes: paths and URLs are below it, and a pointer to something that
 /// is no string does not make us read for ever.
 const MAX_STRING_BYTES: usize = 1 << 16;
@@ -63,19 +75,23 @@ pub(crate) unsafe fn optional_string(text: *const c_char, what: &str) -> Result<
 ///
 /// # Safety
 /// `options` is null or points to as many bytes as its first eight say, which stay as they are during
-/// the call. `T` is `repr(C)`, begins with that number, and may be all zeros.
-pub(crate) unsafe fn options<T: Copy>(options: *const T, what: &str) -> Result<T> {
+/// the call.
+pub(crate) unsafe fn options<T: Structure>(options: *const T, what: &str) -> Result<T> {
     let mut ours = std::mem::MaybeUninit::<T>::zeroed();
     if !options.is_null() {
         // SAFETY: not null, and begins with its size by the contract.
         let size = unsafe { options.cast::<u64>().read_unaligned() };
-        if !(8..=MAX_STRUCT_BYTES).contains(&size) {
-            return Err(Failure::invalid(format!(
-                "struct_size of {what} is {size}: set it to sizeof({what})"
-            )));
+        let wrong = || {
+            Failure::invalid(format!("struct_size of {what} is {size}: set it to sizeof({what})"))
+        };
+        if size > MAX_STRUCT_BYTES {
+            return Err(wrong());
         }
-        let size = usize::try_from(size).unwrap_or(0);
+        let size = usize::try_from(size).map_err(|_| wrong())?;
         let known = size.min(size_of::<T>());
+        if !T::SIZES_BYTES.contains(&known) {
+            return Err(wrong());
+        }
         // SAFETY: the caller's structure has `size` bytes by the contract.
         let theirs = unsafe { std::slice::from_raw_parts(options.cast::<u8>(), size) };
         if theirs[known..].iter().any(|byte| *byte != 0) {
@@ -87,7 +103,7 @@ pub(crate) unsafe fn options<T: Copy>(options: *const T, what: &str) -> Result<T
         // SAFETY: `ours` has room for `known` bytes, and nothing else points to it.
         unsafe { std::ptr::copy_nonoverlapping(theirs.as_ptr(), ours.as_mut_ptr().cast(), known) };
     }
-    // SAFETY: all zeros are a `T` by the contract, and so is what a caller put there: numbers,
+    // SAFETY: all zeros are a `T` by its trait, and so is what a caller put there: numbers,
     // pointers and nullable function pointers.
     Ok(unsafe { ours.assume_init() })
 }
@@ -188,4 +204,46 @@ pub(crate) unsafe fn ranges(ranges: *const Range, count: u64) -> Result<RangeSet
         set.push(range);
     }
     Ok(RangeSet::from(set))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+mod tests {
+    use super::*;
+
+    #[derive(Clone, Copy, Debug)]
+    #[repr(C)]
+    struct Sample {
+        struct_size: u64,
+        first: *const c_char,
+        later: *const c_char,
+    }
+
+    // SAFETY: `repr(C)`, begins with its size, and numbers and pointers may be zero.
+    unsafe impl Structure for Sample {
+        const SIZES_BYTES: &'static [usize] =
+            &[std::mem::offset_of!(Self, later), size_of::<Self>()];
+    }
+
+    #[test]
+    fn only_a_size_that_was_released_is_taken_and_no_pointer_is_cut() {
+        let text = c"text";
+        let mut padded = [0u64; 8];
+        for size in 0..=64u64 {
+            let sample = Sample { struct_size: size, first: text.as_ptr(), later: text.as_ptr() };
+            // SAFETY: there is room for more than a `Sample`.
+            unsafe { padded.as_mut_ptr().cast::<Sample>().write(sample) };
+            // SAFETY: begins with its size, and has no fewer bytes than that.
+            let taken = unsafe { options(padded.as_ptr().cast::<Sample>(), "sample") };
+            let today = size_of::<Sample>() as u64;
+            let earlier = std::mem::offset_of!(Sample, later) as u64;
+            if size != earlier && size < today {
+                assert_eq!(taken.unwrap_err().status, Status::Invalid, "{size}");
+                continue;
+            }
+            let taken = taken.unwrap();
+            assert_eq!(taken.first, text.as_ptr(), "{size}");
+            assert_eq!(taken.later.is_null(), size == earlier, "{size}");
+        }
+    }
 }

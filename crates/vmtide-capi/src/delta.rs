@@ -1,9 +1,11 @@
 //! Deltas: made into files or callbacks, looked at, merged, applied from files or callbacks.
 
-use crate::args::{self, Out, Range};
+use crate::args::{self, Out, Range, Structure};
 use crate::guard::call;
 use crate::handle;
-use crate::image::{parse_format, workers};
+use crate::image::{
+    OPEN_ANY_PARENT, OPEN_FOLLOW, OpenOptions, open_options, parse_format, workers,
+};
 use crate::job::{json, watch_of};
 use crate::status::{Failure, Result};
 use crate::watch::{self, Caller, DataCallbacks, ReadCallback, Watch, WriteCallback};
@@ -47,7 +49,12 @@ pub struct DeltaOptions {
     level: i32,
     granularity_bytes: u32,
     workers: u32,
+    source_options: *const OpenOptions,
+    base_options: *const OpenOptions,
 }
+
+// SAFETY: `repr(C)`, begins with its size, and numbers and pointers may be zero.
+unsafe impl Structure for DeltaOptions {}
 
 /// `vmtide_apply_options`.
 #[derive(Clone, Copy, Debug)]
@@ -61,6 +68,9 @@ pub struct ApplyOptions {
     workers: u32,
 }
 
+// SAFETY: `repr(C)`, begins with its size, and numbers and pointers may be zero.
+unsafe impl Structure for ApplyOptions {}
+
 /// What a caller wants of a delta.
 struct Wanted {
     base: Option<String>,
@@ -70,6 +80,23 @@ struct Wanted {
     flags: u32,
     granularity_bytes: u32,
     options: CreateOptions,
+    /// How the image and the base are opened, where the caller says it.
+    open_source: Option<OpenDiskOptions>,
+    open_base: Option<OpenDiskOptions>,
+}
+
+/// How a disk that is only read is opened; none where the caller says nothing.
+///
+/// # Safety
+/// As vmtide.h says of `vmtide_open_options`.
+unsafe fn reading(options: *const OpenOptions, what: &str) -> Result<Option<OpenDiskOptions>> {
+    if options.is_null() {
+        return Ok(None);
+    }
+    // SAFETY: by this function's own contract.
+    let (open, flags) = unsafe { open_options(options) }?;
+    args::check_flags(flags, OPEN_ANY_PARENT | OPEN_FOLLOW, what)?;
+    Ok(Some(open))
 }
 
 impl Wanted {
@@ -90,6 +117,16 @@ impl Wanted {
                 args::ranges(options.changes, options.changes_count)?,
             )
         };
+        // SAFETY: structures as the header says, by this function's own contract.
+        let (open_source, open_base) = unsafe {
+            (
+                reading(options.source_options, "source_options")?,
+                reading(options.base_options, "base_options")?,
+            )
+        };
+        if open_base.is_some() && base.is_none() {
+            return Err(Failure::invalid("there are base_options without a base"));
+        }
         let has = |flag: u32| options.flags & flag != 0;
         if !has(DELTA_CHANGES) && options.changes_count > 0 {
             return Err(Failure::invalid("there are changes without VMTIDE_DELTA_CHANGES"));
@@ -117,6 +154,8 @@ impl Wanted {
                 base_digests: !has(DELTA_NO_BASE_DIGEST),
                 ..default
             },
+            open_source,
+            open_base,
         })
     }
 
@@ -189,9 +228,12 @@ pub unsafe extern "C" fn vmtide_delta_create(
         check_one(output.is_some(), write.is_some(), "output")?;
         let data = DataCallbacks { write, context: write_context, ..DataCallbacks::NONE };
         let work = |context: JobContext<'_>, caller: &Caller| {
-            let open = |text: &str| open_disk(&DiskSpec::parse(text)?, &OpenDiskOptions::default());
-            let disk = open(&source)?;
-            let base = wanted.base.as_deref().map(open).transpose()?;
+            let open = |text: &str, options: &Option<OpenDiskOptions>| {
+                open_disk(&DiskSpec::parse(text)?, &options.clone().unwrap_or_default())
+            };
+            let disk = open(&source, &wanted.open_source)?;
+            let base =
+                wanted.base.as_deref().map(|base| open(base, &wanted.open_base)).transpose()?;
             let origin = match (&wanted.changes, &base) {
                 (Some(changed), base) => DeltaOrigin::Changes {
                     disk: &disk,
@@ -248,8 +290,11 @@ pub unsafe extern "C" fn vmtide_delta_create_points(
             )
         };
         check_one(output.is_some(), write.is_some(), "output")?;
-        if wanted.changes.is_some() || wanted.base.is_some() {
-            return Err(Failure::invalid("two restore points say themselves what changed"));
+        let has_disks = wanted.base.is_some() || wanted.open_source.is_some();
+        if wanted.changes.is_some() || has_disks {
+            return Err(Failure::invalid(
+                "two restore points say themselves what changed: give neither changes, nor a base, nor how images are opened",
+            ));
         }
         let repository = handle::repository(repository)?;
         let data = DataCallbacks { write, context: write_context, ..DataCallbacks::NONE };
@@ -432,4 +477,92 @@ unsafe fn apply_job(
         spool_directory: None,
         workers: workers(options.workers),
     })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+mod tests {
+    use super::*;
+    use std::ffi::CString;
+
+    /// Makes a delta with all defaults but `options`, and says what size the disk has in it.
+    fn size_in_delta(
+        disk: &Path,
+        options: &DeltaOptions,
+        output: &Path,
+    ) -> std::result::Result<u64, String> {
+        let text = |path: &Path| CString::new(path.to_str().unwrap()).unwrap();
+        let (disk, path, mut summary, mut error) = (text(disk), text(output), 0, 0);
+        // SAFETY: strings end with a 0, the structure is as long as it says, the rest is null.
+        let status = unsafe {
+            vmtide_delta_create(
+                disk.as_ptr(),
+                options,
+                path.as_ptr(),
+                None,
+                std::ptr::null_mut(),
+                std::ptr::null(),
+                &raw mut summary,
+                &raw mut error,
+            )
+        };
+        if let Some(handle::Object::Error(error)) = handle::get(error) {
+            return Err(error.message.to_string_lossy().into_owned());
+        }
+        assert_eq!(status, 0);
+        let Some(handle::Object::Text(made)) = handle::get(summary) else {
+            unreachable!("a summary is a text");
+        };
+        let made: serde_json::Value = serde_json::from_slice(made.as_bytes()).unwrap();
+        handle::close(summary).unwrap();
+        Ok(made["size_bytes"].as_u64().unwrap())
+    }
+
+    #[test]
+    fn what_a_guest_wrote_does_not_decide_how_its_raw_disk_is_read() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        // A raw disk whose guest wrote a whole qcow2 image of 64 MiB to its beginning.
+        let qcow2 = CString::new(path("guest.qcow2").to_str().unwrap()).unwrap();
+        // SAFETY: the string ends with a 0, the rest is null.
+        let status = unsafe {
+            crate::vmtide_image_create(
+                qcow2.as_ptr(),
+                64 << 20,
+                std::ptr::null(),
+                std::ptr::null_mut(),
+            )
+        };
+        assert_eq!(status, 0);
+        let mut content = std::fs::read(path("guest.qcow2")).unwrap();
+        content.resize(4 << 20, 0);
+        std::fs::write(path("old.raw"), &content).unwrap();
+        content[3 << 20..].fill(9);
+        std::fs::write(path("new.raw"), &content).unwrap();
+
+        // SAFETY: all members may be zero.
+        let mut raw: OpenOptions = unsafe { args::options(std::ptr::null(), "") }.unwrap();
+        raw.struct_size = size_of::<OpenOptions>() as u64;
+        raw.format = c"raw".as_ptr();
+        let base = CString::new(path("old.raw").to_str().unwrap()).unwrap();
+        // SAFETY: as above.
+        let mut options: DeltaOptions = unsafe { args::options(std::ptr::null(), "") }.unwrap();
+        options.struct_size = size_of::<DeltaOptions>() as u64;
+        options.base = base.as_ptr();
+        options.source_options = &raw const raw;
+        options.base_options = &raw const raw;
+        let disk = path("new.raw");
+        assert_eq!(size_in_delta(&disk, &options, &path("told.vmtd")), Ok(4 << 20));
+        // Not told, it is refused, or taken for what the guest wrote where not even its name says raw.
+        options.source_options = std::ptr::null();
+        options.base_options = std::ptr::null();
+        let refused = size_in_delta(&disk, &options, &path("refused.vmtd")).unwrap_err();
+        assert!(refused.contains("a guest can forge"), "{refused}");
+        let (named, renamed) = (path("new"), path("old"));
+        std::fs::rename(&disk, &named).unwrap();
+        std::fs::rename(path("old.raw"), &renamed).unwrap();
+        let base = CString::new(renamed.to_str().unwrap()).unwrap();
+        options.base = base.as_ptr();
+        assert_eq!(size_in_delta(&named, &options, &path("found.vmtd")), Ok(64 << 20));
+    }
 }

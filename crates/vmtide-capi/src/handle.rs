@@ -5,7 +5,8 @@
 //! into the table, and no pointer of the caller's is ever believed to be one of ours.
 //!
 //! A call takes a clone of what the handle stands for. Closing removes the table's own; what calls
-//! under way hold goes with the last of them.
+//! under way hold goes with the last of them. Only an image that is open for writing has closing wait,
+//! for the calls that write to it.
 
 use crate::args::Range;
 use crate::status::{Failure, Result, Status};
@@ -25,8 +26,9 @@ const KIND_BITS: u32 = 4;
 /// An image that is open.
 pub(crate) struct OpenImage {
     pub device: Arc<dyn BlockDevice>,
-    /// Where it is open for writing.
-    pub writer: Option<Writer>,
+    /// Where it is open for writing. Calls that write hold it shared, closing takes it for itself: so
+    /// what a call answered with success is in the image, and nothing is written to one that is closed.
+    writer: Option<RwLock<Option<Writer>>>,
     /// Keeps the restore point while one of its disks is read.
     _lease: Option<Lease>,
 }
@@ -50,13 +52,46 @@ impl OpenImage {
             Writer::Plain(disk) => disk.image.clone(),
             Writer::Tracked(image) => image.disk().clone(),
         };
-        Self { device, writer: Some(writer), _lease: None }
+        Self { device, writer: Some(RwLock::new(Some(writer))), _lease: None }
+    }
+
+    /// Calls `work` with what writes to the image, which stays open until that ends.
+    ///
+    /// # Errors
+    /// `Unsupported` where it is open for reading only; `BadHandle` where it was closed since the
+    /// handle was looked up; those of `work`.
+    pub fn write<T>(&self, work: impl FnOnce(&dyn WritableBlockDevice) -> Result<T>) -> Result<T> {
+        let Some(writer) = &self.writer else {
+            return Err(Failure::new(
+                Status::Unsupported,
+                format!(
+                    "{} is open for reading only: open it with VMTIDE_OPEN_WRITABLE",
+                    self.device.name()
+                ),
+            ));
+        };
+        match writer.read().as_ref() {
+            Some(writer) => work(writer.device()),
+            None => Err(Failure::new(
+                Status::BadHandle,
+                format!("{} was closed by another thread", self.device.name()),
+            )),
+        }
+    }
+
+    /// Ends the writing, if it is open for that, after the calls that write.
+    ///
+    /// # Errors
+    /// Those of bringing it to the medium.
+    pub fn close(&self) -> Result<()> {
+        let writer = self.writer.as_ref().and_then(|writer| writer.write().take());
+        writer.map_or(Ok(()), |writer| writer.finish())
     }
 }
 
 impl Writer {
     /// Where writes go.
-    pub fn device(&self) -> &dyn WritableBlockDevice {
+    fn device(&self) -> &dyn WritableBlockDevice {
         match self {
             Self::Plain(disk) => disk.image.as_ref(),
             Self::Tracked(image) => image.disk().as_ref(),
@@ -64,7 +99,7 @@ impl Writer {
     }
 
     /// Ends the writing.
-    pub fn finish(&self) -> Result<()> {
+    fn finish(&self) -> Result<()> {
         match self {
             Self::Plain(disk) => Ok(disk.image.finish()?),
             Self::Tracked(image) => Ok(image.close().map_err(vmtide_engine::EngineError::from)?),
@@ -172,4 +207,57 @@ pub(crate) fn new_text(text: &str) -> u64 {
 
 pub(crate) fn c_string(text: &str) -> CString {
     CString::new(text.replace('\0', " ")).unwrap_or_default()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+    use vmtide_engine::image::create::{CreateJob, create};
+    use vmtide_engine::image::{DiskSpec, OpenDiskOptions, open_disk};
+
+    #[test]
+    fn closing_waits_for_a_write_and_lets_none_begin_after_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk.vhdx");
+        create(&CreateJob {
+            path: path.clone(),
+            size_bytes: Some(64 << 20),
+            kind: vmtide_engine::ImageKind::default(),
+            parent: None,
+            open_parent: OpenDiskOptions::default(),
+            overwrite: false,
+            force: false,
+        })
+        .unwrap();
+        let (spec, open_options) = (DiskSpec::Path(path), OpenDiskOptions::default());
+        let disk = WritableDisk::open(&spec, &open_options, false).unwrap();
+        let handle = open(Object::Image(Arc::new(OpenImage::writing(Writer::Plain(disk)))));
+        let held = image(handle).unwrap();
+        let (begun, wait) = std::sync::mpsc::channel();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                held.write(|writer| {
+                    begun.send(()).unwrap();
+                    while image(handle).is_ok() {
+                        std::thread::yield_now();
+                    }
+                    // Closing has begun: time for it to end before this write, were it not to wait.
+                    std::thread::sleep(Duration::from_millis(200));
+                    Ok(writer.write_at(&[7; 4096], 33 << 20)?)
+                })
+                .unwrap();
+            });
+            wait.recv().unwrap();
+            // SAFETY: nowhere to put an error.
+            assert_eq!(unsafe { crate::vmtide_close(handle, std::ptr::null_mut()) }, 0);
+        });
+        let late = held.write(|writer| Ok(writer.write_at(&[8; 512], 0)?));
+        assert_eq!(late.unwrap_err().status, Status::BadHandle);
+        drop(held);
+        let mut found = [0; 4096];
+        open_disk(&spec, &open_options).unwrap().device.read_at(&mut found, 33 << 20).unwrap();
+        assert_eq!(found, [7; 4096], "a write that was answered with success is not in the file");
+    }
 }

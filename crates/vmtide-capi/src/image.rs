@@ -1,13 +1,13 @@
 //! Images: opening, reading, writing, extents; information; creation.
 
-use crate::args::{self, Out};
+use crate::args::{self, Out, Structure};
 use crate::guard::call;
 use crate::handle::{self, Object, OpenImage, Writer};
-use crate::status::{Failure, Result, Status};
+use crate::status::{Failure, Result};
 use std::ffi::{c_char, c_void};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use vmtide_block::{ByteRange, ExtentKind, WritableBlockDevice};
+use vmtide_block::{ByteRange, ExtentKind};
 use vmtide_engine::ImageKind;
 use vmtide_engine::image::create::{CreateJob, create};
 use vmtide_engine::image::{DiskSpec, OpenDiskOptions, WritableDisk, open_disk};
@@ -16,8 +16,8 @@ use vmtide_image::{BackingPolicy, Format, image_info};
 
 const OPEN_WRITABLE: u32 = 1;
 const OPEN_FORCE: u32 = 2;
-const OPEN_ANY_PARENT: u32 = 4;
-const OPEN_FOLLOW: u32 = 8;
+pub(crate) const OPEN_ANY_PARENT: u32 = 4;
+pub(crate) const OPEN_FOLLOW: u32 = 8;
 const OPEN_TRACK: u32 = 16;
 const OPEN_FLAGS: u32 = OPEN_WRITABLE | OPEN_FORCE | OPEN_ANY_PARENT | OPEN_FOLLOW | OPEN_TRACK;
 
@@ -35,13 +35,16 @@ const MAX_EXTENTS: usize = 1 << 20;
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct OpenOptions {
-    struct_size: u64,
-    format: *const c_char,
+    pub(crate) struct_size: u64,
+    pub(crate) format: *const c_char,
     snapshot: *const c_char,
     search: *const c_char,
     flags: u32,
     reserved: u32,
 }
+
+// SAFETY: `repr(C)`, begins with its size, and numbers and pointers may be zero.
+unsafe impl Structure for OpenOptions {}
 
 /// `vmtide_new_options`.
 #[derive(Clone, Copy, Debug)]
@@ -55,6 +58,9 @@ pub struct NewOptions {
     flags: u32,
     workers: u32,
 }
+
+// SAFETY: `repr(C)`, begins with its size, and numbers and pointers may be zero.
+unsafe impl Structure for NewOptions {}
 
 /// `vmtide_extent`.
 #[derive(Clone, Copy, Debug)]
@@ -222,19 +228,6 @@ pub unsafe extern "C" fn vmtide_image_read(
     })
 }
 
-fn writer(image: &OpenImage) -> Result<&dyn WritableBlockDevice> {
-    match &image.writer {
-        Some(writer) => Ok(writer.device()),
-        None => Err(Failure::new(
-            Status::Unsupported,
-            format!(
-                "{} is open for reading only: open it with VMTIDE_OPEN_WRITABLE",
-                image.device.name()
-            ),
-        )),
-    }
-}
-
 /// `vmtide_image_write`.
 ///
 /// # Safety
@@ -249,11 +242,12 @@ pub unsafe extern "C" fn vmtide_image_write(
 ) -> i32 {
     call(error, || {
         let image = handle::image(image)?;
-        let writer = writer(&image)?;
-        image.device.check_range(ByteRange::new(offset, length))?;
-        // SAFETY: by this function's own contract.
-        let data = unsafe { args::bytes(data.cast(), length, "data") }?;
-        Ok(writer.write_at(data, offset)?)
+        image.write(|writer| {
+            image.device.check_range(ByteRange::new(offset, length))?;
+            // SAFETY: by this function's own contract.
+            let data = unsafe { args::bytes(data.cast(), length, "data") }?;
+            Ok(writer.write_at(data, offset)?)
+        })
     })
 }
 
@@ -269,8 +263,8 @@ pub unsafe extern "C" fn vmtide_image_write_zeroes(
     error: *mut u64,
 ) -> i32 {
     call(error, || {
-        let image = handle::image(image)?;
-        Ok(writer(&image)?.write_zeroes(ByteRange::new(offset, length))?)
+        let range = ByteRange::new(offset, length);
+        handle::image(image)?.write(|writer| Ok(writer.write_zeroes(range)?))
     })
 }
 
@@ -280,10 +274,7 @@ pub unsafe extern "C" fn vmtide_image_write_zeroes(
 /// As [`vmtide_image_open`].
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmtide_image_flush(image: u64, error: *mut u64) -> i32 {
-    call(error, || {
-        let image = handle::image(image)?;
-        Ok(writer(&image)?.flush()?)
-    })
+    call(error, || handle::image(image)?.write(|writer| Ok(writer.flush()?)))
 }
 
 /// `vmtide_image_resize`.
@@ -292,10 +283,7 @@ pub unsafe extern "C" fn vmtide_image_flush(image: u64, error: *mut u64) -> i32 
 /// As [`vmtide_image_open`].
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmtide_image_resize(image: u64, size_bytes: u64, error: *mut u64) -> i32 {
-    call(error, || {
-        let image = handle::image(image)?;
-        Ok(writer(&image)?.resize(size_bytes)?)
-    })
+    call(error, || handle::image(image)?.write(|writer| Ok(writer.resize(size_bytes)?)))
 }
 
 /// `vmtide_image_extents`.

@@ -1,6 +1,6 @@
 //! Repositories: making, opening, restore points, their disks, backup and restore.
 
-use crate::args::{self, Out, Range};
+use crate::args::{self, Out, Range, Structure};
 use crate::guard::call;
 use crate::handle::{self, Object, OpenImage};
 use crate::image::{
@@ -17,6 +17,7 @@ use std::sync::Arc;
 use vmtide_engine::source::{SourceOptions, SourceSpec, image_name, split_scheme, tracked_disks};
 use vmtide_engine::{
     BackupJob, LevelChoice, RestoreJob, RestoreTarget, backup, diff, points, resolve, restore,
+    state_directory,
 };
 use vmtide_repo::{
     BackupOptions as StoreOptions, Encryption, InitOptions, LocalStore, ObjectStore, Password,
@@ -46,6 +47,9 @@ pub struct BackupOptions {
     check_unchanged: u32,
     workers: u32,
 }
+
+// SAFETY: `repr(C)`, begins with its size, and numbers and pointers may be zero.
+unsafe impl Structure for BackupOptions {}
 
 /// The store at a location: one that is there, or a new one.
 fn store(location: &str, is_new: bool) -> Result<Arc<dyn ObjectStore>> {
@@ -387,7 +391,7 @@ impl Wanted {
             name,
             format: parse_format(format)?,
             changes: has_changes.then_some(changes),
-            state_directory: state.map_or_else(std::env::temp_dir, Into::into),
+            state_directory: state.map_or_else(state_directory, Into::into),
             track: options.flags & BACKUP_TRACK != 0,
             agent,
             ..SourceOptions::default()
@@ -466,4 +470,18 @@ pub unsafe extern "C" fn vmtide_restore(
         place.set(json(&done)?);
         Ok(())
     })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn journals_and_locks_are_where_the_command_has_them() {
+        // SAFETY: null is all defaults.
+        let wanted = unsafe { Wanted::read(std::ptr::null()) }.unwrap();
+        assert_eq!(wanted.source.state_directory, state_directory());
+        assert_ne!(wanted.source.state_directory, std::env::temp_dir());
+    }
 }

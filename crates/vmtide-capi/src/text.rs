@@ -32,11 +32,7 @@ pub extern "C" fn vmtide_version() -> *const c_char {
 pub unsafe extern "C" fn vmtide_close(handle: u64, error: *mut u64) -> i32 {
     call(error, || {
         match handle::close(handle)? {
-            Object::Image(image) => {
-                if let Some(writer) = &image.writer {
-                    writer.finish()?;
-                }
-            }
+            Object::Image(image) => image.close()?,
             Object::Error(_)
             | Object::Text(_)
             | Object::Cancel(_)

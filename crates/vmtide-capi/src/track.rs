@@ -1,6 +1,6 @@
 //! Disks of agents, and change tracking: switching it on, sealing a moment, asking what changed since.
 
-use crate::args::{self, Out, Range};
+use crate::args::{self, Out, Range, Structure};
 use crate::guard::{answer, call};
 use crate::handle::{self, Object, OpenImage};
 use crate::image::enter;
@@ -30,6 +30,9 @@ pub struct Agent {
     flags: u32,
     reserved: u32,
 }
+
+// SAFETY: `repr(C)`, begins with its size, and numbers and pointers may be zero.
+unsafe impl Structure for Agent {}
 
 /// How an agent is reached.
 ///

@@ -3,6 +3,7 @@
 //! So a caller's callbacks are called where it expects them, one at a time, and none is called after
 //! the call has ended.
 
+use crate::args::Structure;
 use crate::handle;
 use crate::status::{Failure, Result, Status};
 use std::ffi::{CString, c_char, c_void};
@@ -33,6 +34,9 @@ pub struct Watch {
     /// 0, or a cancel flag.
     pub cancel: u64,
 }
+
+// SAFETY: `repr(C)`, begins with its size, and numbers and pointers may be zero.
+unsafe impl Structure for Watch {}
 
 /// `vmtide_write_callback`.
 pub type WriteCallback = Option<unsafe extern "C" fn(*mut c_void, *const c_void, u64) -> i32>;

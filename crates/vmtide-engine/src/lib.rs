@@ -26,6 +26,7 @@ mod in_use;
 mod lock;
 pub mod partitions;
 mod peer;
+mod places;
 mod points;
 mod prune;
 mod qemu;
@@ -46,6 +47,7 @@ pub use convert::{ConvertJob, ConvertSummary, convert};
 pub use copy::{CopiedDisk, CopiedPoint, CopyJob, CopySummary, PresentPoint, UncopiedPoint, copy};
 pub use error::{EngineError, Result};
 pub use events::{Event, JobContext, Observer, Phase, Silent};
+pub use places::state_directory;
 pub use points::{
     DiskChange, DiskDifference, PartitionBytes, damaged_bytes, diff, forget, partitions_touched,
     points, resolve,

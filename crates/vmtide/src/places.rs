@@ -2,28 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
+pub use vmtide_engine::state_directory;
+
 /// A directory that a variable of the environment names by its absolute path.
 fn named(variable: &str) -> Option<PathBuf> {
     std::env::var_os(variable).map(PathBuf::from).filter(|path| path.is_absolute())
-}
-
-/// Where journals and locks are kept that the user named no place for.
-#[cfg(unix)]
-pub fn state_directory() -> PathBuf {
-    if let Some(directory) = named("XDG_STATE_HOME") {
-        return directory.join("vmtide");
-    }
-    if rustix::process::geteuid().is_root() {
-        return "/var/lib/vmtide".into();
-    }
-    let home = std::env::home_dir().unwrap_or_else(|| "/var/tmp".into());
-    home.join(".local/state/vmtide")
-}
-
-/// Where journals and locks are kept that the user named no place for.
-#[cfg(windows)]
-pub fn state_directory() -> PathBuf {
-    named("LOCALAPPDATA").unwrap_or_else(std::env::temp_dir).join("vmtide")
 }
 
 /// The settings files that are read where the user names none, in order: that of the system, then that

@@ -95,10 +95,12 @@ int main(int argc, char **argv) {
         EXPECT(vmtide_image_open(image_path, &options.known, &image, &error), VMTIDE_OK);
         options.later = 1;
         EXPECT(vmtide_image_open(image_path, &options.known, &out, &error), VMTIDE_UNSUPPORTED);
-        /* And one of an earlier. */
-        options.known.struct_size = 16;
-        EXPECT(vmtide_image_open(image_path, &options.known, &out, &error), VMTIDE_OK);
-        EXPECT(vmtide_close(out, &error), VMTIDE_OK);
+        /* A size that no version had: it would cut a member. */
+        options.known.format = "raw";
+        for (size = 0; size < sizeof options.known; size++) {
+            options.known.struct_size = size;
+            EXPECT(vmtide_image_open(image_path, &options.known, &out, &error), VMTIDE_INVALID);
+        }
     }
 
     /* Lengths and offsets. */
@@ -149,6 +151,7 @@ int main(int argc, char **argv) {
         vmtide_backup_options options = {.struct_size = sizeof options, .changes = &huge, .changes_count = 1};
         vmtide_watch watch = {.struct_size = sizeof watch, .progress = stop};
         vmtide_delta_options delta = {.struct_size = sizeof delta};
+        vmtide_open_options open = {.struct_size = sizeof open};
         EXPECT(vmtide_backup(repository, image_path, &options, NULL, &text, &error), VMTIDE_INVALID);
         options.flags = VMTIDE_BACKUP_CHANGES;
         EXPECT(vmtide_backup(repository, image_path, &options, NULL, &text, &error), VMTIDE_INVALID);
@@ -170,7 +173,16 @@ int main(int argc, char **argv) {
         EXPECT(vmtide_delta_create(image_path, &delta, NULL, NULL, NULL, NULL, &text, &error), VMTIDE_INVALID);
         EXPECT(vmtide_delta_create(image_path, &delta, other_path, no_room, NULL, NULL, &text, &error), VMTIDE_INVALID);
         EXPECT(vmtide_delta_create(image_path, &delta, NULL, no_room, NULL, NULL, &text, &error), VMTIDE_INVALID);
+        delta.base_options = &open; /* Without a base. */
+        EXPECT(vmtide_delta_create(image_path, &delta, NULL, no_room, NULL, NULL, &text, &error), VMTIDE_INVALID);
         delta.base = image_path;
+        open.flags = VMTIDE_OPEN_WRITABLE;
+        EXPECT(vmtide_delta_create(image_path, &delta, NULL, no_room, NULL, NULL, &text, &error), VMTIDE_INVALID);
+        delta.base_options = NULL, delta.source_options = &open;
+        EXPECT(vmtide_delta_create(image_path, &delta, NULL, no_room, NULL, NULL, &text, &error), VMTIDE_INVALID);
+        open.flags = 0, open.format = "bmp";
+        EXPECT(vmtide_delta_create(image_path, &delta, NULL, no_room, NULL, NULL, &text, &error), VMTIDE_INVALID);
+        open.format = NULL;
         EXPECT(vmtide_delta_create(image_path, &delta, NULL, no_room, NULL, NULL, &text, &error), VMTIDE_FAILED);
         delta.level = 99;
         EXPECT(vmtide_delta_create(image_path, &delta, NULL, no_room, NULL, NULL, &text, &error), VMTIDE_INVALID);
