@@ -18,6 +18,7 @@ mod chain;
 mod check;
 mod create;
 mod deflate;
+mod elsewhere;
 mod format;
 #[doc(hidden)]
 pub mod fuzzing;

@@ -12,6 +12,7 @@
 //! round; and a reader holds the file open such that nobody can open it for writing. On further systems
 //! nothing is locked.
 
+use crate::elsewhere::leads_elsewhere;
 use crate::image_info;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -48,13 +49,19 @@ const NOT_SHARED_BASE: i64 = 200;
 
 /// The other files that the image at `path` says its data lies in: the extents of a VMDK, the data
 /// file of a qcow2 image; empty where it cannot be read. The names are the image's, so they may mean
-/// any file: good for comparing, not for opening.
+/// any file: good for comparing, not for opening. On Windows those on other machines and devices are left out, because
+/// already to ask for them would log in to a server that the image chose.
 pub fn companion_files(path: &Path) -> Vec<PathBuf> {
     let directory = path.parent().unwrap_or(Path::new(""));
     let Ok(info) = image_info(path, None) else {
         return Vec::new();
     };
-    info.extent_files.iter().chain(&info.data_file).map(|name| directory.join(name)).collect()
+    let text = directory.to_string_lossy();
+    let names = info.extent_files.iter().chain(&info.data_file);
+    names
+        .filter(|name| !(cfg!(windows) && leads_elsewhere(name, &text)))
+        .map(|name| directory.join(name))
+        .collect()
 }
 
 /// An image that nobody else writes to until this is dropped.

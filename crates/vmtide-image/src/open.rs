@@ -5,6 +5,7 @@
 //! through its own disk, so it happens only by an explicit [`BackingPolicy`]; and the format of a
 //! backing file is taken from the image's header or from the caller, never probed.
 
+use crate::elsewhere::{is_device, leads_elsewhere};
 use crate::format::{Format, probe_device};
 use crate::parent::{ParentLink, find_parent, real_path};
 use crate::qcow2::header::{Header, incompatible};
@@ -26,7 +27,7 @@ pub enum BackingPolicy {
     #[default]
     Refuse,
     /// Only plain files in the directory of the image that names them, and not through symbolic
-    /// links.
+    /// links. On Windows, no name on another machine is even looked up.
     SameDirectory,
     /// Any file the process can open. For images whose every writer is trusted.
     Allow,
@@ -321,7 +322,10 @@ impl PolicyFiles<'_> {
         if last.is_empty() || last == name || named.as_ref().is_ok_and(|path| path.exists()) {
             return named;
         }
-        let searched = self.options.search.iter().map(|directory| directory.join(last));
+        // On Windows a colon would name the directory of a drive, or a stream, and not a file there.
+        let is_other = cfg!(windows) && (last.contains(':') || is_device(last));
+        let search = self.options.search.iter().filter(|_| !is_other);
+        let searched = search.map(|directory| directory.join(last));
         let beside = self.named(last).into_iter();
         beside.chain(searched).find(|path| path.is_file()).map_or(named, Ok)
     }
@@ -396,6 +400,12 @@ pub(crate) fn resolve(
     let directory = real_path(image)?.parent().map_or_else(PathBuf::new, Path::to_path_buf);
     let path = directory.join(plain);
     if options.backing == BackingPolicy::SameDirectory {
+        // Before anything touches it: Windows would log in to the server that it names.
+        if cfg!(windows) && leads_elsewhere(plain, &directory.to_string_lossy()) {
+            return refuse(
+                "which is on another machine or a device; allow it if you trust the image",
+            );
+        }
         // A symbolic link is followed by `real_path` and then no longer lies where it was.
         let real = real_path(&path)?;
         if real.parent() != Some(directory.as_path()) || real.file_name() != path.file_name() {

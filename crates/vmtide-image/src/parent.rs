@@ -6,6 +6,7 @@
 //! that. Whoever wrote the child chose the paths, so they are followed only as far as
 //! [`BackingPolicy`](crate::BackingPolicy) allows.
 
+use crate::elsewhere::is_device;
 use crate::{BackingPolicy, Format, OpenOptions};
 use std::path::{Path, PathBuf};
 use vmtide_block::{BlockError, OpenMode, RawDevice, Result};
@@ -118,8 +119,9 @@ fn candidates(child: &Path, link: &ParentLink, options: &OpenOptions) -> Result<
     for name in &link.names {
         let plain = name.replace('\\', "/");
         let base = plain.rsplit('/').next().unwrap_or_default().to_owned();
-        // On Windows a colon names a drive's own directory, or a stream beside the content.
-        let is_other = cfg!(windows) && base.contains(':');
+        // On Windows a colon names a drive's own directory, or a stream beside the content; and
+        // some names are devices in every directory.
+        let is_other = cfg!(windows) && (base.contains(':') || is_device(&base));
         if base.is_empty() || base == "." || base == ".." || is_other {
             continue;
         }
