@@ -35,6 +35,15 @@ const fn blocks_of(size_bytes: u64) -> u64 {
     size_bytes.div_ceil(DIGEST_BLOCK_BYTES)
 }
 
+/// Creates or empties a file. Digests of a guest's blocks are for nobody else: they tell what it holds.
+fn create_private(path: &Path) -> std::io::Result<File> {
+    let mut options = File::options();
+    options.write(true).create(true).truncate(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    options.open(path)
+}
+
 /// A list in the making, under a temporary name.
 pub struct DigestWriter {
     path: PathBuf,
@@ -50,7 +59,7 @@ impl DigestWriter {
     /// Where it cannot be written.
     pub fn create(path: &Path, size_bytes: u64) -> Result<Self> {
         let io = |error| BackendError::io(format!("write {}", path.display()), error);
-        let file = File::create(path).map_err(io)?;
+        let file = create_private(path).map_err(io)?;
         let mut this = Self {
             path: path.to_path_buf(),
             file: BufWriter::with_capacity(256 << 10, file),

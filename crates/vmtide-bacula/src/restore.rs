@@ -210,7 +210,10 @@ impl<'a> Restore<'a> {
                     "several disks cannot be restored to one block device: select one".into(),
                 ));
             }
-            let target = Target::create(&place, described.size_bytes)?;
+            let mut target = Target::create(&place, described.size_bytes, &mut || link.alive())?;
+            if self.options.to == Destination::Original {
+                target.keep_owner()?;
+            }
             self.disks.insert(path.clone(), Layered { target, moment: described.moment });
         } else {
             if self.skipped.contains(&path) {

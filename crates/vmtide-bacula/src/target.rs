@@ -2,9 +2,10 @@
 
 use crate::job::Replace;
 use crate::object::{Destination, PointObject, RestoreOptions};
+use crate::stream::MomentId;
 use crate::{BackendError, Result, names};
-use std::fs::File;
-use std::io::Write;
+use std::fs::{File, Metadata};
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::UNIX_EPOCH;
@@ -15,6 +16,13 @@ use vmtide_image::{CreateOptions, Format};
 
 /// What is written at a time: blocks of a stream that continue each other are joined up to this.
 const WRITE_BYTES: usize = 1 << 20;
+
+/// What of a block device is made zero at a time. A device that cannot discard is written: 25 seconds at 10 MB/s,
+/// far below the silence after which the plugin gives the backend up, and soon enough for a cancelled job.
+const ZERO_BYTES: u64 = 256 << 20;
+
+/// The platform of disks that an agent on another host read.
+const AGENT: &str = "agent";
 
 /// Where a disk goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,7 +36,7 @@ pub enum Place {
 /// Where the disk that Bacula calls `output` goes.
 ///
 /// # Errors
-/// Where it shall replace the VM's own image and that is not known.
+/// Where it shall replace the VM's own image and that is not known, not on this host, or no regular file.
 pub fn place(
     output: &Path,
     options: &RestoreOptions,
@@ -43,6 +51,13 @@ pub fn place(
         Destination::Device(device) => Ok(Place::Device(device.clone())),
         Destination::Original => {
             let stem = output.file_stem().unwrap_or_default().to_string_lossy();
+            if point.is_some_and(|point| point.config.platform == AGENT) {
+                return Err(BackendError::Refused(format!(
+                    "{}: the VM's own image is on the agent's host, and its path means another file here; \
+                     restore it to a directory",
+                    output.display()
+                )));
+            }
             let disks = point.map_or(&[][..], |point| &point.config.disks);
             let disk = disks.iter().find(|disk| names::component(&disk.id.0) == stem);
             let path = disk.and_then(|disk| disk.path.as_ref()).map(PathBuf::from);
@@ -53,8 +68,33 @@ pub fn place(
                 ))
             })?;
             let its_format = disk.and_then(|disk| disk.format.as_deref()?.parse().ok());
-            Ok(Place::Image(path, options.format.or(its_format).unwrap_or(Format::Raw)))
+            let format = options.format.or(its_format).unwrap_or(Format::Raw);
+            Ok(Place::Image(own_image(path)?, format))
         }
+    }
+}
+
+/// The regular file behind the path of a VM's image, which may be gone. What else is there is not replaced: a
+/// new file would take the place of a device's node and leave the device as it was.
+fn own_image(path: PathBuf) -> Result<PathBuf> {
+    let refused = |why: &str| {
+        Err(BackendError::Refused(format!(
+            "{} {why}: `original` replaces image files; turn the VM off and give the block device itself as \
+             to=, one disk at a time, or restore it elsewhere",
+            path.display()
+        )))
+    };
+    match path.canonicalize() {
+        Ok(real) if real.is_file() => Ok(real),
+        Ok(_) => refused("is no regular file"),
+        Err(_) if path.symlink_metadata().is_ok() => refused("leads to nothing"),
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            if path.starts_with("/dev") {
+                return refused("is a device that is not there");
+            }
+            Ok(path)
+        }
+        Err(error) => Err(BackendError::io(format!("look at {}", path.display()), error)),
     }
 }
 
@@ -96,6 +136,8 @@ pub fn make_directory_of(path: &Path) -> Result<()> {
 pub struct Target {
     device: Arc<dyn WritableBlockDevice>,
     staged: Option<StagedImage>,
+    /// What the new image takes owner and mode from.
+    owner: Option<(PathBuf, Metadata)>,
     /// Where it is, for people.
     pub name: String,
     /// Its size in bytes.
@@ -105,11 +147,15 @@ pub struct Target {
 }
 
 impl Target {
-    /// Makes a disk of zeros.
+    /// Makes a disk of zeros. Calls `alive` again and again where that takes long, and ends with its error.
     ///
     /// # Errors
-    /// Where it cannot be made; where a block device is too small.
-    pub fn create(place: &Place, size_bytes: u64) -> Result<Self> {
+    /// Where it cannot be made; where a block device is too small; those of `alive`.
+    pub fn create(
+        place: &Place,
+        size_bytes: u64,
+        alive: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Self> {
         match place {
             Place::Image(path, format) => {
                 make_directory_of(path)?;
@@ -130,7 +176,13 @@ impl Target {
                         device.size_bytes()
                     )));
                 }
-                device.write_zeroes(ByteRange::new(0, size_bytes))?;
+                let mut offset = 0;
+                while offset < size_bytes {
+                    alive()?;
+                    let length = ZERO_BYTES.min(size_bytes - offset);
+                    device.write_zeroes(ByteRange::new(offset, length))?;
+                    offset += length;
+                }
                 Ok(Self::new(device, None, path.display().to_string(), size_bytes))
             }
         }
@@ -143,7 +195,22 @@ impl Target {
         size_bytes: u64,
     ) -> Self {
         device.expect_bulk_writes();
-        Self { device, staged, name, size_bytes, buffer: Vec::new(), buffer_offset: 0 }
+        Self { device, staged, owner: None, name, size_bytes, buffer: Vec::new(), buffer_offset: 0 }
+    }
+
+    /// Has the image get owner and mode of the one that it replaces, if there is one: whoever runs the VM must be
+    /// able to open it again.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    pub fn keep_owner(&mut self) -> Result<()> {
+        let path = PathBuf::from(&self.name);
+        self.owner = match path.symlink_metadata() {
+            Ok(metadata) => Some((path, metadata)),
+            Err(error) if error.kind() == ErrorKind::NotFound => None,
+            Err(error) => return Err(BackendError::io(format!("look at {}", self.name), error)),
+        };
+        Ok(())
     }
 
     /// Writes data.
@@ -204,15 +271,37 @@ impl Target {
         if let Some(staged) = self.staged {
             staged.publish()?;
         }
+        if let Some((path, metadata)) = self.owner {
+            give_to_owner(&path, &metadata).map_err(|error| {
+                let context = format!("{} is restored; give it its owner and mode", path.display());
+                BackendError::io(context, error)
+            })?;
+        }
         Ok(self.name)
     }
 }
 
-/// A small file that gets its name when all of it is there.
+#[cfg(unix)]
+fn give_to_owner(path: &Path, like: &Metadata) -> std::io::Result<()> {
+    use std::os::unix::fs::MetadataExt;
+    let now = path.symlink_metadata()?;
+    if (now.uid(), now.gid()) != (like.uid(), like.gid()) {
+        std::os::unix::fs::lchown(path, Some(like.uid()), Some(like.gid()))?;
+    }
+    std::fs::set_permissions(path, like.permissions())
+}
+
+#[cfg(not(unix))]
+fn give_to_owner(_path: &Path, _like: &Metadata) -> std::io::Result<()> {
+    Ok(())
+}
+
+/// A small file that gets its name when all of it is there. Dropping it before removes it.
 pub struct PlainFile {
     path: PathBuf,
     temporary: PathBuf,
     file: File,
+    is_published: bool,
 }
 
 impl PlainFile {
@@ -223,10 +312,18 @@ impl PlainFile {
     pub fn create(path: PathBuf) -> Result<Self> {
         make_directory_of(&path)?;
         let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let temporary = path.with_file_name(format!(".{name}.vmtide-partial"));
-        let file = File::create(&temporary)
+        // A name that nobody knows before, and a file that must not be there: who may write to the directory
+        // could have put a link there, to any file of the daemon's user.
+        let random = MomentId::random();
+        let temporary = path.with_file_name(format!(".{name}.vmtide-partial-{random}"));
+        let mut options = File::options();
+        options.write(true).create_new(true);
+        #[cfg(unix)]
+        std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+        let file = options
+            .open(&temporary)
             .map_err(|error| BackendError::io(format!("create {}", temporary.display()), error))?;
-        Ok(Self { path, temporary, file })
+        Ok(Self { path, temporary, file, is_published: false })
     }
 
     /// Adds bytes.
@@ -243,9 +340,24 @@ impl PlainFile {
     ///
     /// # Errors
     /// What the operating system says.
-    pub fn publish(self) -> Result<()> {
-        std::fs::rename(&self.temporary, &self.path)
-            .map_err(|error| BackendError::io(format!("name {}", self.path.display()), error))
+    pub fn publish(mut self) -> Result<()> {
+        self.file
+            .sync_all()
+            .and_then(|()| std::fs::rename(&self.temporary, &self.path))
+            .map_err(|error| BackendError::io(format!("name {}", self.path.display()), error))?;
+        self.is_published = true;
+        Ok(())
+    }
+}
+
+impl Drop for PlainFile {
+    fn drop(&mut self) {
+        if self.is_published {
+            return;
+        }
+        if let Err(error) = std::fs::remove_file(&self.temporary) {
+            tracing::warn!(path = %self.temporary.display(), %error, "cannot remove an unfinished file");
+        }
     }
 }
 
@@ -271,6 +383,119 @@ mod tests {
             image("/d/web/vda.qcow2", Format::Qcow2)
         );
         assert!(place_of(Destination::Original, None).is_err());
+    }
+
+    /// A backup of a VM on `platform` with one disk that lay at `path`.
+    fn point(platform: &str, path: &Path) -> PointObject {
+        let json = serde_json::json!({
+            "format": 1, "moment": "", "level": "F", "consistency": "crash", "job": "", "source": "",
+            "disks": {},
+            "config": {
+                "name": "web", "id": null, "platform": platform, "platform_version": null, "machine": null,
+                "processors": null, "memory_bytes": null, "firmware": null, "secure_boot": null,
+                "disks": [
+                    {"id": "vda", "size_bytes": 1, "bus": "virtio-blk", "format": "qcow2", "path": path}
+                ],
+                "network_adapters": [], "native": []
+            }
+        });
+        serde_json::from_value(json).unwrap()
+    }
+
+    fn place_of_original(point: &PointObject) -> Result<Place> {
+        let options = RestoreOptions { to: Destination::Original, format: None };
+        place(Path::new("/where/@qemu/web/vda.raw"), &options, Some(point))
+    }
+
+    #[test]
+    fn a_disk_of_an_agent_has_no_original_here() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().canonicalize().unwrap().join("web.qcow2");
+        let expected = Place::Image(path.clone(), Format::Qcow2);
+        assert_eq!(place_of_original(&point("qemu", &path)).unwrap(), expected);
+        std::fs::write(&path, "another VM of the same path").unwrap();
+        assert_eq!(place_of_original(&point("qemu", &path)).unwrap(), expected);
+        place_of_original(&point("agent", &path)).unwrap_err();
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn an_original_is_a_regular_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let directory = directory.path().canonicalize().unwrap();
+        let (image, link) = (directory.join("real.qcow2"), directory.join("link.qcow2"));
+        std::os::unix::fs::symlink(&image, &link).unwrap();
+        place_of_original(&point("qemu", &link)).unwrap_err();
+        std::fs::write(&image, "").unwrap();
+        assert_eq!(
+            place_of_original(&point("qemu", &link)).unwrap(),
+            Place::Image(image, Format::Qcow2)
+        );
+        for other in ["/dev/null", "/dev/no-group/no-volume"] {
+            place_of_original(&point("qemu", Path::new(other))).unwrap_err();
+        }
+        place_of_original(&point("qemu", &directory)).unwrap_err();
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_replaced_image_keeps_its_mode() {
+        use std::os::unix::fs::PermissionsExt;
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("web.raw");
+        std::fs::write(&path, "old").unwrap();
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o640)).unwrap();
+        let place = Place::Image(path.clone(), Format::Raw);
+        let mut target = Target::create(&place, 1 << 16, &mut || Ok(())).unwrap();
+        target.keep_owner().unwrap();
+        target.publish().unwrap();
+        let metadata = path.metadata().unwrap();
+        assert_eq!((metadata.len(), metadata.permissions().mode() & 0o777), (1 << 16, 0o640));
+    }
+
+    #[test]
+    fn a_device_that_is_made_zero_gives_signs_of_life_and_can_be_cancelled() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("device");
+        let size_bytes = 3 * ZERO_BYTES + 512;
+        let file = File::create(&path).unwrap();
+        file.set_len(size_bytes).unwrap();
+        let mut signs = 0;
+        let mut count = || {
+            signs += 1;
+            Ok(())
+        };
+        Target::create(&Place::Device(path.clone()), size_bytes, &mut count).unwrap();
+        assert_eq!(signs, 4);
+        let mut gone = || Err(BackendError::Gone);
+        assert!(Target::create(&Place::Device(path), size_bytes, &mut gone).is_err());
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_link_under_the_old_temporary_name_is_not_followed() {
+        use std::os::unix::fs::PermissionsExt;
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("configuration.json");
+        let victim = directory.path().join("victim");
+        std::fs::write(&victim, "precious").unwrap();
+        let trap = directory.path().join(".configuration.json.vmtide-partial");
+        std::os::unix::fs::symlink(&victim, trap).unwrap();
+        let mut file = PlainFile::create(path.clone()).unwrap();
+        file.write(b"{}").unwrap();
+        file.publish().unwrap();
+        assert_eq!(std::fs::read(&victim).unwrap(), b"precious");
+        assert_eq!(std::fs::read(&path).unwrap(), b"{}");
+        assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn a_file_that_is_given_up_leaves_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut file = PlainFile::create(directory.path().join("configuration.json")).unwrap();
+        file.write(b"{").unwrap();
+        drop(file);
+        assert_eq!(directory.path().read_dir().unwrap().count(), 0);
     }
 
     #[test]
