@@ -398,8 +398,8 @@ class Scenario:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
+        # The directory is not there: the service makes it.
         state, name = self.directory / "service", "vmtide-test"
-        state.mkdir()
         self.wine("agent", "service", "start", "--name", name, codes=(6,))
         listen = f"127.0.0.1:{port}"
         self.wine("agent", "service", "install", "--name", name, *self.options(listen, state))

@@ -185,6 +185,9 @@ pub fn install(new: &NewService<'_>) -> Result<()> {
         ..Default::default()
     };
     configure(&service, scm::SERVICE_CONFIG_FAILURE_ACTIONS, &info);
+    // Else only a crash counts as a failure, not a service that says with which code it ended.
+    let info = scm::SERVICE_FAILURE_ACTIONS_FLAG { fFailureActionsOnNonCrashFailures: 1 };
+    configure(&service, scm::SERVICE_CONFIG_FAILURE_ACTIONS_FLAG, &info);
     Ok(())
 }
 

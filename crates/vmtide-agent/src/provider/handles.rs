@@ -24,6 +24,10 @@ use vmtide_block::{BlockDevice, ByteRange, Extent, WritableBlockDevice};
 /// must not hang everybody who asks for the disk.
 const CLOSES_WITHIN: Duration = Duration::from_secs(30);
 
+/// How long a writer waits for readers to end. The last bytes of an answer reach the client a moment before the
+/// agent lets go of the disk, and its next request may be to write.
+const READERS_END_WITHIN: Duration = Duration::from_secs(1);
+
 /// Why there is no handle.
 #[derive(Debug, PartialEq, Eq)]
 pub enum HandleError<E> {
@@ -182,12 +186,16 @@ impl<D: Send + Sync + 'static> Handles<D> {
         slot: &Slot<D>,
         state: &mut parking_lot::MutexGuard<'_, State<D>>,
     ) -> Result<(), HandleError<E>> {
+        let readers_until = Instant::now() + READERS_END_WITHIN;
         while state.open {
             if state.writing {
                 return Err(HandleError::Busy("it is being written"));
             }
             if state.reader.strong_count() > 0 {
-                return Err(HandleError::Busy("it is being read"));
+                if slot.closed.wait_until(state, readers_until).timed_out() {
+                    return Err(HandleError::Busy("it is being read"));
+                }
+                continue;
             }
             if slot.closed.wait_for(state, CLOSES_WITHIN).timed_out() {
                 return Err(HandleError::Busy("it does not close"));
@@ -211,7 +219,10 @@ impl<D> Inner<D> {
     fn close_unused(&self, now: Instant) {
         let slots: Vec<_> = self.slots.lock().values().cloned().collect();
         for slot in &slots {
-            let mut state = slot.state.lock();
+            // Whoever holds it is opening the disk, which may take long. The other disks must not wait for that.
+            let Some(mut state) = slot.state.try_lock() else {
+                continue;
+            };
             let expired = |kept: &(_, Instant)| now.saturating_duration_since(kept.1) >= self.keep;
             let closing = state.kept.take_if(|kept| expired(kept));
             drop(state);
@@ -334,6 +345,32 @@ mod tests {
         drop(writer);
         assert_eq!(handles.while_closed("a", || Ok::<_, &str>(1)), Ok(1));
         assert!(handles.read("a", || open(&count)).is_ok());
+    }
+
+    /// The client has the last byte of an answer before the agent has let go of the disk.
+    #[test]
+    fn a_writer_waits_for_a_reader_that_ends() {
+        let (handles, count) = handles();
+        let reader = handles.read("a", || open(&count)).ok().unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(Duration::from_millis(50));
+                drop(reader);
+            });
+            assert!(handles.write("a", || open(&count)).is_ok());
+        });
+    }
+
+    /// A share that does not answer lets one disk hang, not the closing of the others.
+    #[test]
+    fn disks_are_closed_while_another_one_opens() {
+        let (handles, count) = handles();
+        drop(handles.read("a", || open(&count)).ok().unwrap());
+        let opened = handles.read("b", || {
+            handles.inner.close_unused(Instant::now() + Duration::from_secs(3601));
+            Err::<Counted, _>(count.load(Ordering::SeqCst))
+        });
+        assert!(matches!(opened, Err(HandleError::Open(0))), "it was not closed");
     }
 
     #[test]

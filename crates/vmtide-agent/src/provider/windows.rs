@@ -55,9 +55,11 @@ impl Default for WindowsProvider {
     }
 }
 
-/// Names of files on Windows differ only in more than the case of letters.
+/// The name of a disk among the open ones. Paths come here as Windows itself writes them, links and case resolved, so a
+/// file has one; letters that only look alike, and case where a directory tells it, are different files. (As for
+/// `Debug`, because that loses nothing of a name that is no Unicode.)
 fn key(path: &Path) -> String {
-    path.to_string_lossy().to_lowercase()
+    format!("{path:?}")
 }
 
 fn held(path: &Path, error: HandleError<VirtdiskError>) -> ProviderError {

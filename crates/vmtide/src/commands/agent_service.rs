@@ -195,6 +195,9 @@ mod windows {
 
     /// Appends to the log, after a large one was put aside.
     fn open_log(path: &Path) -> std::io::Result<File> {
+        if let Some(directory) = path.parent() {
+            std::fs::create_dir_all(directory)?;
+        }
         if path.metadata().is_ok_and(|metadata| metadata.len() > LOG_LIMIT_BYTES) {
             std::fs::rename(path, path.with_extension("log.old"))?;
         }
