@@ -222,7 +222,9 @@ fn all_is_copied_once_and_increments_read_only_what_changed() {
     // What both VMs have is stored once.
     let db = &copied(2).disks[0];
     assert!(db.base.is_none() && db.read_bytes > 2_000_000, "{db:?}");
-    assert!(db.new_bytes < 100_000, "{db:?}");
+    // The copy of the VM's second point was cut into chunks around its changes, this one from its beginning:
+    // until the cuts meet again, two chunks at either end of a change may be new (at most 128 KiB each).
+    assert!(db.new_bytes < 6 * 131_072, "{db:?}");
     assert_same(&source, &target, &points);
     // Maps are shared, and parents are the copies of parents.
     let there = target.points();
@@ -248,7 +250,7 @@ fn any_order_and_any_selection_builds_on_what_is_there() {
     source.repository.forget(&[points[0].id, points[3].id]).unwrap();
     let summary = run(&source, &target, &points[1..3]);
     assert!(summary.copied[0].disks[0].base.is_none());
-    assert!(summary.copied[0].disks[0].new_bytes < 200_000, "{:?}", summary.copied[0]);
+    assert!(summary.copied[0].disks[0].new_bytes < 1_500_000, "{:?}", summary.copied[0]);
     assert_eq!(target.points().len(), 4);
     let there = target.points();
     let disk = target.repository.open_disk(&there[1], "d0").unwrap();

@@ -1,0 +1,220 @@
+//! Typed values.
+
+use crate::{CimInstance, ObjectPath};
+
+/// A value of a property or parameter.
+///
+/// Over WS-Management every scalar arrives as [`String`](Self::String) and an array of one element looks
+/// like its element; [`CimInstance`]'s accessors take both. What is sent carries its true type.
+#[derive(Clone, Debug, PartialEq)]
+pub enum CimValue {
+    /// No value.
+    Null,
+    /// `boolean`.
+    Boolean(bool),
+    /// `uint8`.
+    Uint8(u8),
+    /// `uint16`.
+    Uint16(u16),
+    /// `uint32`.
+    Uint32(u32),
+    /// `uint64`.
+    Uint64(u64),
+    /// `sint8`.
+    Sint8(i8),
+    /// `sint16`.
+    Sint16(i16),
+    /// `sint32`.
+    Sint32(i32),
+    /// `sint64`.
+    Sint64(i64),
+    /// `real32`.
+    Real32(f32),
+    /// `real64`.
+    Real64(f64),
+    /// `string`; an embedded instance as a parameter is a string that holds CIM-XML.
+    String(String),
+    /// `datetime` in the form of DSP0004, 25 characters.
+    DateTime(String),
+    /// A reference to an object.
+    Reference(ObjectPath),
+    /// An instance within an instance, as some transports deliver it.
+    Instance(Box<CimInstance>),
+    /// An array of one type; the elements are of that type and never arrays.
+    Array(CimType, Vec<CimValue>),
+}
+
+/// The types of CIM (DSP0004 §5.1.5), by their names in CIM-XML.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum CimType {
+    /// `boolean`.
+    Boolean,
+    /// `uint8`.
+    Uint8,
+    /// `uint16`.
+    Uint16,
+    /// `uint32`.
+    Uint32,
+    /// `uint64`.
+    Uint64,
+    /// `sint8`.
+    Sint8,
+    /// `sint16`.
+    Sint16,
+    /// `sint32`.
+    Sint32,
+    /// `sint64`.
+    Sint64,
+    /// `real32`.
+    Real32,
+    /// `real64`.
+    Real64,
+    /// `string`.
+    String,
+    /// `datetime`.
+    DateTime,
+    /// A reference.
+    Reference,
+    /// An embedded instance.
+    Instance,
+}
+
+impl CimType {
+    /// All that CIM-XML names in `TYPE=`.
+    const NAMED: [(Self, &'static str); 15] = [
+        (Self::Boolean, "boolean"),
+        (Self::Uint8, "uint8"),
+        (Self::Uint16, "uint16"),
+        (Self::Uint32, "uint32"),
+        (Self::Uint64, "uint64"),
+        (Self::Sint8, "sint8"),
+        (Self::Sint16, "sint16"),
+        (Self::Sint32, "sint32"),
+        (Self::Sint64, "sint64"),
+        (Self::Real32, "real32"),
+        (Self::Real64, "real64"),
+        (Self::String, "string"),
+        (Self::DateTime, "datetime"),
+        (Self::Reference, "reference"),
+        (Self::Instance, "instance"),
+    ];
+
+    /// The name in CIM-XML.
+    pub fn as_str(self) -> &'static str {
+        Self::NAMED.iter().find(|(kind, _)| *kind == self).map_or("string", |(_, name)| name)
+    }
+
+    /// The type of that name; none for one that CIM does not have.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::NAMED.iter().find(|(_, known)| *known == name).map(|(kind, _)| *kind)
+    }
+}
+
+impl CimValue {
+    /// An array of strings.
+    pub fn strings<S: Into<String>>(items: impl IntoIterator<Item = S>) -> Self {
+        Self::Array(
+            CimType::String,
+            items.into_iter().map(|item| Self::String(item.into())).collect(),
+        )
+    }
+
+    /// The type; none for [`Null`](Self::Null). An array has that of its elements.
+    pub fn cim_type(&self) -> Option<CimType> {
+        Some(match self {
+            Self::Null => return None,
+            Self::Boolean(_) => CimType::Boolean,
+            Self::Uint8(_) => CimType::Uint8,
+            Self::Uint16(_) => CimType::Uint16,
+            Self::Uint32(_) => CimType::Uint32,
+            Self::Uint64(_) => CimType::Uint64,
+            Self::Sint8(_) => CimType::Sint8,
+            Self::Sint16(_) => CimType::Sint16,
+            Self::Sint32(_) => CimType::Sint32,
+            Self::Sint64(_) => CimType::Sint64,
+            Self::Real32(_) => CimType::Real32,
+            Self::Real64(_) => CimType::Real64,
+            Self::String(_) => CimType::String,
+            Self::DateTime(_) => CimType::DateTime,
+            Self::Reference(_) => CimType::Reference,
+            Self::Instance(_) => CimType::Instance,
+            Self::Array(kind, _) => *kind,
+        })
+    }
+
+    /// The elements: of an array its own, of a scalar the one, of nothing none.
+    pub fn elements(&self) -> &[Self] {
+        match self {
+            Self::Null => &[],
+            Self::Array(_, items) => items,
+            scalar => std::slice::from_ref(scalar),
+        }
+    }
+
+    /// A whole number from 0, also from decimal text; none for anything else.
+    pub fn as_u64(&self) -> Option<u64> {
+        match self {
+            Self::Uint8(value) => Some((*value).into()),
+            Self::Uint16(value) => Some((*value).into()),
+            Self::Uint32(value) => Some((*value).into()),
+            Self::Uint64(value) => Some(*value),
+            Self::Sint8(value) => u64::try_from(*value).ok(),
+            Self::Sint16(value) => u64::try_from(*value).ok(),
+            Self::Sint32(value) => u64::try_from(*value).ok(),
+            Self::Sint64(value) => u64::try_from(*value).ok(),
+            Self::String(text) => text.trim().parse().ok(),
+            _ => None,
+        }
+    }
+
+    /// A truth, also from `true` or `FALSE`; none for anything else.
+    pub fn as_bool(&self) -> Option<bool> {
+        match self {
+            Self::Boolean(value) => Some(*value),
+            Self::String(text) if text.trim().eq_ignore_ascii_case("true") => Some(true),
+            Self::String(text) if text.trim().eq_ignore_ascii_case("false") => Some(false),
+            _ => None,
+        }
+    }
+
+    /// Text of a string or datetime; none for anything else.
+    pub fn as_str(&self) -> Option<&str> {
+        match self {
+            Self::String(text) | Self::DateTime(text) => Some(text),
+            _ => None,
+        }
+    }
+
+    /// A reference, also one written as the text of an object path.
+    pub fn as_reference(&self) -> Option<ObjectPath> {
+        match self {
+            Self::Reference(path) => Some(path.clone()),
+            Self::String(text) => text.parse().ok(),
+            _ => None,
+        }
+    }
+}
+
+impl From<&str> for CimValue {
+    fn from(text: &str) -> Self {
+        Self::String(text.into())
+    }
+}
+
+impl From<String> for CimValue {
+    fn from(text: String) -> Self {
+        Self::String(text)
+    }
+}
+
+impl From<bool> for CimValue {
+    fn from(value: bool) -> Self {
+        Self::Boolean(value)
+    }
+}
+
+impl From<&ObjectPath> for CimValue {
+    fn from(path: &ObjectPath) -> Self {
+        Self::Reference(path.clone())
+    }
+}

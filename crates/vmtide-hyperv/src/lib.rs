@@ -1,0 +1,16 @@
+//! Hyper-V: backup and restore of whole VMs through its management interface.
+//!
+//! Control and data are two seams. Control is [`Cim`](vmtide_cim::Cim): the VM is found, its disks are
+//! fixed by a recovery checkpoint, and what was backed up is sealed by a reference point. Data is
+//! [`HostFiles`]: the frozen files are opened on the host itself or over the network. What is built on the
+//! two knows neither, so the same cycle runs on the host, from another machine, and against the stand-in
+//! host of the tests.
+
+mod files;
+mod model;
+
+pub use files::{ChangePage, ChangesError, FileEntry, FrozenFile, HostFiles, NewDisk};
+pub use model::types::{
+    BackupType, ControllerKind, DiskAttachment, DiskLocation, Generation, ReferencePointRecord,
+    SnapshotKind, SnapshotRecord, VmRecord, VmSettings, VmState,
+};

@@ -1,0 +1,3 @@
+//! The management objects that backup and restore need, as typed records.
+
+pub mod types;
