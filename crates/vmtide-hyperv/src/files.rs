@@ -79,6 +79,16 @@ pub trait HostFiles: Send + Sync {
     /// # Errors
     /// As [`create_directory`](Self::create_directory).
     fn remove_file(&self, path: &str) -> Result<()>;
+
+    /// Removes a directory that a failed restore of ours has made and that is empty now; one that is gone,
+    /// or is not empty, is no error and is left. The default leaves all: an empty directory harms nobody.
+    ///
+    /// # Errors
+    /// As [`create_directory`](Self::create_directory).
+    fn remove_directory(&self, path: &str) -> Result<()> {
+        let _ = path;
+        Ok(())
+    }
 }
 
 /// A disk opened for a backup.

@@ -9,6 +9,8 @@
 //! What a killed process left is removed by [`reap`](Hypervisor::reap), which works from the
 //! [`Journal`] written before anything was made.
 //!
+//! A platform that VMs can be restored to is a [`VmRestorer`] as well.
+//!
 //! The calls block. A `Hypervisor` may be shared by threads; a `FrozenVm` belongs to one job.
 
 mod config;
@@ -18,6 +20,7 @@ mod frozen;
 mod image_source;
 mod journal;
 mod lock;
+mod restore;
 mod tracking;
 
 pub use config::{DiskBus, DiskConfig, Firmware, NativeFile, NetworkAdapterConfig, VmConfig};
@@ -27,4 +30,8 @@ pub use frozen::{Base, FreezeRequest, FrozenDisk, FrozenVm, Hypervisor, ReapRepo
 pub use image_source::ImageSource;
 pub use journal::{JobId, Journal, JournalEntry};
 pub use lock::VmLock;
+pub use restore::{
+    DiskContent, DiskToRestore, InPlaceRequest, NetworkPlan, NewVmRequest, RestoreRoute,
+    RestoredVm, RestoringDisk, RestoringVm, VmIdentity, VmRestorer,
+};
 pub use tracking::{Changes, DiskId, FullReason, TrackingId};
