@@ -9,10 +9,13 @@
 
 mod cim;
 mod error;
+#[doc(hidden)]
+pub mod fuzzing;
 mod instance;
 mod path;
 mod value;
 pub mod wql;
+pub mod xml;
 
 pub use cim::{Association, Cim, MethodOutput, VIRTUALIZATION_NAMESPACE};
 pub use error::{CimError, Result};

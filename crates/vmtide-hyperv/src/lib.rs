@@ -7,9 +7,14 @@
 //! host of the tests.
 
 mod files;
+mod host;
+mod job;
 mod model;
 
 pub use files::{ChangePage, ChangesError, FileEntry, FrozenFile, HostFiles, NewDisk};
+pub use host::{Clock, Host, HostOptions, SystemClock, from_cim};
+pub use job::JobOutcome;
+pub use model::SnapshotRequest;
 pub use model::types::{
     BackupType, ControllerKind, DiskAttachment, DiskLocation, Generation, ReferencePointRecord,
     SnapshotKind, SnapshotRecord, VmRecord, VmSettings, VmState,

@@ -1,0 +1,124 @@
+//! VMs: found, by id and by name.
+
+use super::read::{self, REALIZED, guid};
+use super::types::{VmRecord, VmSettings};
+use crate::Host;
+use crate::host::{from_cim, path_of};
+use std::collections::HashMap;
+use uuid::Uuid;
+use vmtide_cim::{CimInstance, wql};
+use vmtide_hypervisor::{HypervisorError, Result};
+
+/// The keys of a computer system.
+const SYSTEM_KEYS: [&str; 2] = ["CreationClassName", "Name"];
+
+impl Host {
+    /// All VMs of the host, without planned ones and checkpoints; by name, then by id. A VM that is
+    /// removed while they are read is left out.
+    ///
+    /// # Errors
+    /// As [`from_cim`] says.
+    pub fn vms(&self) -> Result<Vec<VmRecord>> {
+        let settings = self.query(&format!(
+            "SELECT * FROM Msvm_VirtualSystemSettingData WHERE VirtualSystemType='{REALIZED}'"
+        ))?;
+        if settings.is_empty() {
+            return Ok(Vec::new());
+        }
+        let systems = self.query("SELECT * FROM Msvm_ComputerSystem")?;
+        let mut systems: HashMap<Uuid, CimInstance> = systems
+            .into_iter()
+            // The host itself is one too; its name is no GUID.
+            .filter_map(|system| {
+                let id = read::parse_uuid(system.text("Name").ok()?)?;
+                Some((id, system))
+            })
+            .collect();
+        let mut vms = Vec::new();
+        for instance in settings {
+            let settings = read::settings(instance)?;
+            if let Some(system) = systems.remove(&settings.vm) {
+                vms.push(record(&system, settings)?);
+            }
+        }
+        vms.sort_by(|a, b| (&a.name, a.id).cmp(&(&b.name, b.id)));
+        Ok(vms)
+    }
+
+    /// One VM by its id.
+    ///
+    /// # Errors
+    /// [`HypervisorError::NotFound`], or as [`from_cim`] says.
+    pub fn vm(&self, id: Uuid) -> Result<VmRecord> {
+        let id = guid(id);
+        let not_found = || HypervisorError::NotFound {
+            what: format!("the VM {id}"),
+            detail: format!("{} has none with this id", self.peer()),
+        };
+        let settings = self.query(&format!(
+            "SELECT * FROM Msvm_VirtualSystemSettingData WHERE VirtualSystemIdentifier={}",
+            wql::quote(&id)
+        ))?;
+        let realized = |instance: &CimInstance| instance.text("VirtualSystemType") == Ok(REALIZED);
+        let settings = settings.into_iter().find(realized).ok_or_else(not_found)?;
+        let systems = self
+            .query(&format!("SELECT * FROM Msvm_ComputerSystem WHERE Name={}", wql::quote(&id)))?;
+        record(systems.first().ok_or_else(not_found)?, read::settings(settings)?)
+    }
+
+    /// One VM by its id, or else by its name: as it is written, or else without regard to case.
+    ///
+    /// # Errors
+    /// [`HypervisorError::NotFound`]; [`HypervisorError::Failed`] where several VMs have the name, with
+    /// their ids; or as [`from_cim`] says.
+    pub fn find(&self, name_or_id: &str) -> Result<VmRecord> {
+        let vms = self.vms()?;
+        if let Some(id) = read::parse_uuid(name_or_id)
+            && let Some(vm) = vms.iter().find(|vm| vm.id == id)
+        {
+            return Ok(vm.clone());
+        }
+        let exact: Vec<_> = vms.iter().filter(|vm| vm.name == name_or_id).collect();
+        let folded = name_or_id.to_lowercase();
+        let found = match exact.is_empty() {
+            true => vms.iter().filter(|vm| vm.name.to_lowercase() == folded).collect(),
+            false => exact,
+        };
+        match found.as_slice() {
+            [vm] => Ok((*vm).clone()),
+            [] => Err(HypervisorError::NotFound {
+                what: format!("the VM {name_or_id}"),
+                detail: format!("{} has no VM of this name or id", self.peer()),
+            }),
+            several => {
+                let ids: Vec<_> = several.iter().map(|vm| guid(vm.id)).collect();
+                Err(HypervisorError::failed(
+                    format!("finding the VM {name_or_id}"),
+                    format!("several VMs have this name: name one by its id: {}", ids.join(", ")),
+                ))
+            }
+        }
+    }
+}
+
+fn record(system: &CimInstance, settings: VmSettings) -> Result<VmRecord> {
+    // A computer system's key over WS-Management comes with the class it was made of.
+    let path = match &system.path {
+        Some(path) => path.clone(),
+        None => {
+            let mut keyed = system.clone();
+            if keyed.value("CreationClassName").is_none() {
+                keyed.set("CreationClassName", "Msvm_ComputerSystem");
+            }
+            path_of(&keyed, &SYSTEM_KEYS)?
+        }
+    };
+    let name = system.optional_text("ElementName").map_err(from_cim)?;
+    Ok(VmRecord {
+        id: settings.vm,
+        name: name.unwrap_or(&settings.name).to_owned(),
+        state: read::state(system)?,
+        path,
+        settings,
+    })
+}
