@@ -130,6 +130,9 @@ pub enum ChangesError {
     /// The disk is not tracked (0xC03A002A).
     #[error("changes are not tracked: {0}")]
     NotTracked(String),
+    /// The answer is larger than the way to the host takes: asked again for a smaller range it may fit.
+    #[error("the list of changes is too large for one answer: {0}")]
+    TooLarge(String),
     /// Anything else.
     #[error("changes cannot be told: {0}")]
     Failed(String),

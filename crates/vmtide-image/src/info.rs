@@ -160,17 +160,24 @@ impl BitmapState {
 /// # Errors
 /// Where the file cannot be read, its header is damaged, or the format is only recognised.
 pub fn image_info(path: impl AsRef<Path>, format: Option<Format>) -> Result<ImageInfo> {
-    let file = RawDevice::open(path, OpenMode::ReadOnly)?;
+    image_info_device(&RawDevice::open(path, OpenMode::ReadOnly)?, format)
+}
+
+/// As [`image_info`], for an image that is open already: a file on a share, bytes in memory.
+///
+/// # Errors
+/// As [`image_info`].
+pub fn image_info_device(file: &dyn BlockDevice, format: Option<Format>) -> Result<ImageInfo> {
     let format = match format {
         Some(format) => format,
-        None => probe_device(&file)?,
+        None => probe_device(file)?,
     };
     match format {
-        Format::Raw => Ok(raw(&file)),
-        Format::Qcow2 => qcow2(&file),
-        Format::Vhdx => crate::vhdx::info(&file),
-        Format::Vhd => crate::vhd::info(&file),
-        Format::Vmdk => crate::vmdk::info(&file),
+        Format::Raw => Ok(raw(file)),
+        Format::Qcow2 => qcow2(file),
+        Format::Vhdx => crate::vhdx::info(file),
+        Format::Vhd => crate::vhd::info(file),
+        Format::Vmdk => crate::vmdk::info(file),
     }
 }
 

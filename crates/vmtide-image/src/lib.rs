@@ -19,6 +19,7 @@ mod check;
 mod create;
 mod deflate;
 mod elsewhere;
+mod files;
 mod format;
 #[doc(hidden)]
 pub mod fuzzing;
@@ -33,6 +34,7 @@ mod table_cache;
 pub mod vhd;
 pub mod vhdx;
 pub mod vmdk;
+mod windows_path;
 
 pub use chain::{
     ChainLayer, ChainParent, CommitOptions, CommitSummary, NewParent, ParentState, RebaseOptions,
@@ -40,11 +42,13 @@ pub use chain::{
 };
 pub use check::{CheckReport, Problem, Repair, Severity, check_image};
 pub use create::{Compression, CreateOptions, CreateParent, create_image, subformats};
+pub use files::{FilesLayer, ImageFiles, open_chain_in, open_writer_in};
 pub use format::{Format, probe, probe_device};
 pub use identity::identity;
 pub use image::{CompressedCluster, CompressedWriter, DiskImage, ImageWriter, Placement};
 pub use info::{
     BackingInfo, BitmapInfo, BitmapState, ImageInfo, LogState, SnapshotInfo, image_info,
+    image_info_device,
 };
 pub use lock::{ImageLock, companion_files};
 pub use open::{
@@ -52,3 +56,4 @@ pub use open::{
     open_writable,
 };
 pub use parent::ParentLink;
+pub use windows_path::{windows_parents, windows_path};

@@ -74,6 +74,9 @@ pub struct VhdxCreateOptions {
     /// ([`RawDevice::without_flushes`](vmtide_block::RawDevice::without_flushes)): for images that can
     /// be made again.
     pub without_flushes: bool,
+    /// The VirtualDiskId of an image without a parent, a GUID: for the copy of a disk that shall be known
+    /// as the same one. A new one where it is not given; a child has its parent's.
+    pub disk_id: Option<String>,
     /// What blocks that were never written read as.
     pub parent: Option<VhdxParent>,
 }
@@ -88,6 +91,7 @@ impl VhdxCreateOptions {
             physical_sector_bytes: 4096,
             kind: VhdxKind::Dynamic,
             without_flushes: false,
+            disk_id: None,
             parent: None,
         }
     }
@@ -135,10 +139,12 @@ impl Plan {
         check_sizes(options).map_err(refuse)?;
         let is_fixed = options.kind == VhdxKind::Fixed && options.parent.is_none();
         let usual = if is_fixed || options.parent.is_some() { 2 << 20 } else { 32 << 20 };
-        let disk_id = match options.parent.as_ref().and_then(|parent| parent.disk_id.as_ref()) {
-            Some(id) => {
-                id.parse().map_err(|_| refuse(format!("the parent's disk id {id:?} is no GUID")))?
-            }
+        let disk_id = match &options.parent {
+            Some(parent) => parent.disk_id.as_ref(),
+            None => options.disk_id.as_ref(),
+        };
+        let disk_id = match disk_id {
+            Some(id) => id.parse().map_err(|_| refuse(format!("the disk id {id:?} is no GUID")))?,
             None => Guid::random()?,
         };
         let metadata = Metadata {
