@@ -3,7 +3,11 @@
 //! One JSON object per line: a greeting, `qmp_capabilities`, then commands with an `id` that the
 //! answer repeats, and events in between (QEMU, `docs/interop/qmp-spec`). The monitor serves one
 //! client at a time: a second connection waits in the listener's queue, which shows here as a
-//! missing greeting. The client is shared by threads; commands run one after another.
+//! missing greeting. What QEMU had still to say to a client that died, it says to the next one:
+//! the rest of a line, answers and events, before the greeting or right after it. Ids are therefore
+//! random for each connection, so that no answer to another client is ever taken for one of ours,
+//! and what comes before the greeting is passed over. The client is shared by threads; commands run
+//! one after another.
 
 use crate::channel::{Address, ChannelError, LineChannel};
 use crate::process::identity_of;
@@ -12,7 +16,7 @@ use serde_json::{Value, json};
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use vmtide_hypervisor::HypervisorError;
+use vmtide_hypervisor::{HypervisorError, JobId};
 
 /// How long a command that only looks may take. QEMU answers in microseconds unless its main
 /// loop is stuck behind slow storage.
@@ -24,6 +28,11 @@ pub const CHANGE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Events kept for who asks later; older ones are dropped.
 const MAX_EVENTS: usize = 256;
+
+/// The most lines meant for an earlier client that are passed over, before the greeting and for one
+/// command. QEMU keeps what one client did not read, which is at most a few answers and the events
+/// since; a peer that sends more is none.
+const MAX_STALE_LINES: usize = 4096;
 
 /// Why a monitor command failed.
 #[derive(Debug, thiserror::Error)]
@@ -150,6 +159,8 @@ impl std::fmt::Display for QemuVersion {
 
 struct Connection {
     channel: LineChannel,
+    /// What the ids of this connection begin with.
+    id_prefix: String,
     next_id: u64,
     events: VecDeque<Value>,
     broken: bool,
@@ -177,13 +188,7 @@ impl QmpClient {
             ChannelError::Io(source) => QmpError::Connect { address: address.to_string(), source },
             other => busy_or(address, timeout, other),
         })?;
-        let greeting =
-            channel.read_line(deadline).map_err(|error| busy_or(address, timeout, error))?;
-        let greeting = parse(address, &greeting)?;
-        let version = version_of(&greeting).ok_or_else(|| QmpError::Protocol {
-            address: address.to_string(),
-            detail: format!("the greeting is {}", shorten(&greeting.to_string())),
-        })?;
+        let version = greeting(address, &mut channel, deadline, timeout)?;
         let peer = channel.unix_fd().and_then(|fd| socket_peercred(fd).ok());
         let owner = peer.map(|peer| (peer.uid.as_raw(), peer.gid.as_raw()));
         let process = peer.and_then(|peer| identity_of(peer.pid));
@@ -194,6 +199,7 @@ impl QmpClient {
             process,
             connection: Mutex::new(Connection {
                 channel,
+                id_prefix: format!("vmtide-{}-", JobId::random()),
                 next_id: 1,
                 events: VecDeque::new(),
                 broken: false,
@@ -256,7 +262,7 @@ impl QmpClient {
         if connection.broken {
             return Err(self.closed(command));
         }
-        let id = connection.next_id;
+        let id = format!("{}{}", connection.id_prefix, connection.next_id);
         connection.next_id += 1;
         let mut line = json!({"execute": command, "arguments": arguments, "id": id}).to_string();
         tracing::trace!(command, %line, "qmp");
@@ -265,7 +271,7 @@ impl QmpClient {
             .channel
             .send(line.as_bytes(), deadline)
             .map_err(|error| self.channel_error(command, timeout, error))
-            .and_then(|()| self.answer_to(&mut connection, id, command, deadline, timeout));
+            .and_then(|()| self.answer_to(&mut connection, &id, command, deadline, timeout));
         if let Err(QmpError::Closed { .. } | QmpError::Protocol { .. }) = &answer {
             connection.broken = true;
         }
@@ -280,12 +286,13 @@ impl QmpClient {
     fn answer_to(
         &self,
         connection: &mut Connection,
-        id: u64,
+        id: &str,
         command: &str,
         deadline: Instant,
         timeout: Duration,
     ) -> Result<Value, QmpError> {
-        loop {
+        let mut stale = 0;
+        while stale < MAX_STALE_LINES {
             let line = connection
                 .channel
                 .read_line(deadline)
@@ -298,25 +305,28 @@ impl QmpClient {
                 connection.events.push_back(message);
                 continue;
             }
-            let answered = message.get("id").and_then(Value::as_u64);
+            let answered = message.get("id");
             if let Some(error) = message.get("error") {
                 // An error without an id answers a line QEMU could not parse: that was ours.
                 if answered.is_none_or(|answered| answered == id) {
                     return Err(refused(command, error));
                 }
+                stale += 1;
                 continue;
             }
-            if answered != Some(id) {
-                if answered.is_some_and(|answered| answered < id) {
+            return match (answered, message.get("return")) {
+                (Some(answered), Some(_)) if answered != id => {
+                    stale += 1;
                     continue;
                 }
-                return Err(self.protocol(&message));
-            }
-            return match message.get_mut("return") {
-                Some(value) => Ok(value.take()),
-                None => Err(self.protocol(&message)),
+                (Some(_), Some(_)) => Ok(message["return"].take()),
+                _ => Err(self.protocol(&message)),
             };
         }
+        Err(QmpError::Protocol {
+            address: self.address.to_string(),
+            detail: format!("{stale} answers came, but none to {command}"),
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, Connection> {
@@ -347,6 +357,46 @@ impl QmpClient {
             ChannelError::Closed | ChannelError::Io(_) => self.closed(command),
         }
     }
+}
+
+/// Reads up to the greeting and answers with the version. What an earlier client left unread is
+/// passed over: at most the end of one line, then whole answers and events.
+fn greeting(
+    address: &Address,
+    channel: &mut LineChannel,
+    deadline: Instant,
+    timeout: Duration,
+) -> Result<QemuVersion, QmpError> {
+    let mut stale: Option<QmpError> = None;
+    for index in 0..MAX_STALE_LINES {
+        let line = match channel.read_line(deadline) {
+            Ok(line) => line,
+            // The line that could not be understood says more than that no other came.
+            Err(error) => return Err(stale.unwrap_or_else(|| busy_or(address, timeout, error))),
+        };
+        match parse(address, &line) {
+            Ok(message) if message.get("QMP").is_some() => {
+                return version_of(&message).ok_or_else(|| QmpError::Protocol {
+                    address: address.to_string(),
+                    detail: format!("the greeting is {}", shorten(&message.to_string())),
+                });
+            }
+            Ok(message)
+                if ["return", "error", "event"].iter().any(|key| message.get(key).is_some()) => {}
+            Ok(message) => {
+                return Err(QmpError::Protocol {
+                    address: address.to_string(),
+                    detail: format!("the greeting is {}", shorten(&message.to_string())),
+                });
+            }
+            Err(error) if index == 0 => stale = Some(error),
+            Err(error) => return Err(error),
+        }
+    }
+    Err(QmpError::Protocol {
+        address: address.to_string(),
+        detail: format!("{MAX_STALE_LINES} lines came, but no greeting"),
+    })
 }
 
 fn busy_or(address: &Address, timeout: Duration, error: ChannelError) -> QmpError {

@@ -90,6 +90,35 @@ fn answers_are_matched_by_id_and_events_kept() {
     assert!(!error.is_connection());
 }
 
+/// QEMU says to the next client what the last one, which was killed, had not read.
+#[test]
+fn what_was_meant_for_an_earlier_client_is_passed_over() {
+    let server = Server::start(|mut stream| {
+        send(&mut stream, r#"rn": {}, "id": 7}"#);
+        send(&mut stream, r#"{"return": {}, "id": 1}"#);
+        send(&mut stream, r#"{"event": "STOP", "timestamp": {}}"#);
+        send(&mut stream, r#"{"error": {"class": "GenericError", "desc": "x"}, "id": "y"}"#);
+        greet(&mut stream);
+        let id = receive(&mut stream)["id"].clone();
+        // The same numbers that a client would count with, and those of another of our own.
+        for stale in [json!(1), json!(2), json!("vmtide-0123456789abcdef-2")] {
+            send(&mut stream, &json!({"return": "stale", "id": stale}).to_string());
+        }
+        send(&mut stream, &json!({"return": "ours", "id": id}).to_string());
+        drop(receive(&mut stream));
+    });
+    let qmp = server.connect().unwrap();
+    assert_eq!(qmp.query("a", json!({})).unwrap(), "ours");
+    let endless = Server::start(|mut stream| {
+        for _ in 0..10_000 {
+            send(&mut stream, r#"{"return": {}, "id": 1}"#);
+        }
+        drop(receive(&mut stream));
+    });
+    let error = endless.connect().err().unwrap().to_string();
+    assert!(error.contains("no greeting"), "{error}");
+}
+
 #[test]
 fn nonsense_silence_and_endless_lines_are_errors() {
     type Script = fn(BufReader<UnixStream>);
@@ -134,7 +163,7 @@ fn a_connection_that_broke_stays_broken() {
     let server = Server::start(|mut stream| {
         greet(&mut stream);
         drop(receive(&mut stream));
-        send(&mut stream, r#"{"return": 1, "id": 999}"#);
+        send(&mut stream, r#"{"return": 1}"#);
         std::thread::sleep(SHORT);
     });
     let qmp = server.connect().unwrap();
