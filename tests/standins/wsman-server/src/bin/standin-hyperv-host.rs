@@ -1,0 +1,176 @@
+//! A stand-in host for tests from outside and for trying things by hand: a world behind a WS-Management server.
+
+use clap::Parser;
+use std::io::{BufRead, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use wsman_server::{ChannelBinding, Kerberos, Server, ServerOptions, Switch, User, sample};
+
+/// Runs until its standard input ends. The first line it prints is a JSON object that says where it listens; each line
+/// of input is a fault to switch on (EFFECT[:OPERATION[:SKIP[:TIMES]]]), "clear", "log", "expire" or "cut", and is
+/// answered with one line of JSON.
+#[derive(Parser)]
+#[command(name = "standin-hyperv-host")]
+struct Arguments {
+    /// Where to listen.
+    #[arg(long, default_value = "127.0.0.1:0")]
+    listen: String,
+    /// Speak HTTPS with a certificate for these names.
+    #[arg(long, value_delimiter = ',')]
+    tls: Option<Vec<String>>,
+    /// A user as NAME:PASSWORD; with ":none" after it one without rights. May be repeated.
+    #[arg(long, default_value = "admin:P4ssw0rd!")]
+    user: Vec<String>,
+    /// Offer Basic.
+    #[arg(long)]
+    basic: bool,
+    /// Do not offer NTLM.
+    #[arg(long)]
+    no_ntlm: bool,
+    /// Let certificates log their users in; one for the first user is written to --certificates.
+    #[arg(long, requires = "tls")]
+    certificates: Option<PathBuf>,
+    /// Offer Kerberos with this keytab.
+    #[arg(long)]
+    keytab: Option<PathBuf>,
+    /// The realm's krb5.conf.
+    #[arg(long)]
+    krb5_config: Option<PathBuf>,
+    /// A Python that has the module gssapi.
+    #[arg(long, default_value = "/usr/bin/python3")]
+    python: PathBuf,
+    /// Take messages over HTTP that are not sealed.
+    #[arg(long)]
+    allow_unencrypted: bool,
+    /// How logins are tied to TLS: none, relaxed, strict.
+    #[arg(long, default_value = "relaxed")]
+    channel_binding: String,
+    /// The largest envelope in KiB.
+    #[arg(long, default_value_t = 500)]
+    max_envelope_kib: usize,
+    /// Do not insist on s:mustUnderstand, which pywinrm leaves out.
+    #[arg(long)]
+    lenient: bool,
+    /// How many disks the sample world has.
+    #[arg(long, default_value_t = 10)]
+    sample: usize,
+    /// A fault to switch on from the beginning. May be repeated.
+    #[arg(long)]
+    fault: Vec<Switch>,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match run(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(why) => {
+            eprintln!("standin-hyperv-host: {why}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn user(text: &str) -> Result<User, String> {
+    let mut parts = text.splitn(3, ':');
+    match (parts.next(), parts.next(), parts.next()) {
+        (Some(name), Some(password), None) => Ok(User::new(name, password)),
+        (Some(name), Some(password), Some("none")) => Ok(User::without_rights(name, password)),
+        _ => Err(format!("{text:?} is not NAME:PASSWORD[:none]")),
+    }
+}
+
+fn options(arguments: &Arguments) -> Result<ServerOptions, String> {
+    let channel_binding = match arguments.channel_binding.as_str() {
+        "none" => ChannelBinding::None,
+        "relaxed" => ChannelBinding::Relaxed,
+        "strict" => ChannelBinding::Strict,
+        other => return Err(format!("there is no channel binding {other:?}")),
+    };
+    Ok(ServerOptions {
+        listen: arguments.listen.clone(),
+        tls_names: arguments.tls.clone(),
+        basic: arguments.basic,
+        ntlm: !arguments.no_ntlm,
+        kerberos: arguments.keytab.clone().map(|keytab| Kerberos {
+            python: arguments.python.clone(),
+            keytab,
+            config: arguments.krb5_config.clone(),
+            without_rights: Vec::new(),
+        }),
+        certificates: arguments.certificates.is_some(),
+        allow_unencrypted: arguments.allow_unencrypted,
+        channel_binding,
+        users: arguments.user.iter().map(|text| user(text)).collect::<Result<_, _>>()?,
+        max_envelope_bytes: arguments.max_envelope_kib * 1024,
+        require_must_understand: !arguments.lenient,
+        ..ServerOptions::default()
+    })
+}
+
+fn run(arguments: &Arguments) -> Result<(), String> {
+    let options = options(arguments)?;
+    let first = options.users.first().cloned().unwrap_or_else(|| User::new("", ""));
+    let world = sample::World::new(arguments.sample);
+    let server = Server::start(options, world, Arc::new(sample::schema()))
+        .map_err(|error| error.to_string())?;
+    for switch in &arguments.fault {
+        server.switches().add(switch.clone());
+    }
+    if let Some(directory) = &arguments.certificates {
+        let pem = server.client_certificate(&first.name).map_err(|error| error.to_string())?;
+        for (name, text) in [("client.pem", &pem.certificate), ("client.key", &pem.key)] {
+            std::fs::write(directory.join(name), text).map_err(|error| error.to_string())?;
+        }
+    }
+    print(&serde_json::json!({
+        "url": server.url(),
+        "host": server.address().ip().to_string(),
+        "port": server.address().port(),
+        "user": first.name,
+        "password": first.password,
+        "authority": server.authority_pem(),
+    }))?;
+    for line in std::io::stdin().lock().lines() {
+        let line = line.map_err(|error| error.to_string())?;
+        print(&command(&server, line.trim()))?;
+    }
+    Ok(())
+}
+
+fn command(server: &Server, line: &str) -> serde_json::Value {
+    match line {
+        "clear" => server.switches().clear(),
+        "expire" => server.expire_enumerations(),
+        "cut" => server.cut_connections(),
+        "log" => {
+            let log: Vec<_> = server
+                .log()
+                .iter()
+                .map(|exchange| {
+                    serde_json::json!({
+                        "connection": exchange.connection,
+                        "operation": exchange.operation.map(|operation| format!("{operation:?}")),
+                        "action": exchange.action,
+                        "user": exchange.user.as_ref().map(|(name, _)| name),
+                        "how": exchange.user.as_ref().map(|(_, how)| how),
+                        "sealed": exchange.sealed,
+                        "status": exchange.status,
+                        "reason": exchange.reason,
+                    })
+                })
+                .collect();
+            return serde_json::Value::Array(log);
+        }
+        fault => match fault.parse() {
+            Ok(switch) => server.switches().add(switch),
+            Err(why) => return serde_json::json!({ "error": why }),
+        },
+    }
+    serde_json::json!({})
+}
+
+fn print(value: &serde_json::Value) -> Result<(), String> {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{value}").and_then(|()| out.flush()).map_err(|error| error.to_string())
+}
