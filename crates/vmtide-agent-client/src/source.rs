@@ -69,8 +69,7 @@ impl AgentSource {
                 bus: DiskBus::Other,
                 format: format.filter(|format| !format.is_empty()),
                 path: Some(path.clone()),
-                serial: None,
-                boot_index: None,
+                ..DiskConfig::default()
             });
         }
         Ok(VmConfig {

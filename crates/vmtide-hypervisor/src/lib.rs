@@ -23,7 +23,10 @@ mod lock;
 mod restore;
 mod tracking;
 
-pub use config::{DiskBus, DiskConfig, Firmware, NativeFile, NetworkAdapterConfig, VmConfig};
+pub use config::{
+    ControllerConfig, DiskBus, DiskConfig, DynamicMemory, Firmware, NativeFile,
+    NetworkAdapterConfig, VmConfig,
+};
 pub use consistency::Consistency;
 pub use error::{HypervisorError, Result};
 pub use frozen::{Base, FreezeRequest, FrozenDisk, FrozenVm, Hypervisor, ReapReport, VmSummary};

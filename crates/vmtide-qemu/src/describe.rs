@@ -88,10 +88,10 @@ pub(crate) fn describe(
         processors: processors.and_then(|count| u32::try_from(count).ok()),
         memory_bytes,
         firmware: Some(firmware(qmp, inventory)?),
-        secure_boot: None,
         disks,
         network_adapters: network_adapters(qmp)?,
         native,
+        ..VmConfig::default()
     })
 }
 
@@ -129,8 +129,7 @@ fn disk_config(qmp: &QmpClient, drive: &Drive) -> Result<DiskConfig, QmpError> {
         bus: DiskBus::Other,
         format: Some(drive.driver.clone()),
         path: Some(drive.filename.clone()).filter(|path| !path.is_empty()),
-        serial: None,
-        boot_index: None,
+        ..DiskConfig::default()
     };
     let Some(path) = &drive.qom_path else {
         return Ok(config);
@@ -192,6 +191,7 @@ fn network_adapters(qmp: &QmpClient) -> Result<Vec<NetworkAdapterConfig>, QmpErr
                 model: Some(kind.to_owned()),
                 mac: Some(mac.to_ascii_lowercase()),
                 network: network.as_str().map(str::to_owned),
+                ..NetworkAdapterConfig::default()
             });
         }
     }

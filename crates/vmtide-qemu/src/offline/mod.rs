@@ -97,8 +97,7 @@ impl OfflineImage {
                 bus: DiskBus::Other,
                 format: Some(drive.driver.clone()),
                 path: Some(drive.filename.clone()),
-                serial: None,
-                boot_index: None,
+                ..DiskConfig::default()
             }],
             ..VmConfig::default()
         }
