@@ -1,6 +1,6 @@
 //! The backup of one VM, the straight line of the design:
 //!
-//! freeze the VM → learn what changed → store its disks → commit the restore point → release.
+//! freeze the VM → learn what changed → store its disks → seal the moment → commit the restore point → release.
 //!
 //! What must hold, and where it is kept:
 //! - The base is chosen after the job's lease can be seen, so that no `prune` takes it away.
@@ -16,6 +16,7 @@ use crate::base::{self, BaseChoice};
 use crate::changes::{self, DiskChanges};
 use crate::damage::record_damage;
 use crate::events::{Event, JobContext, Phase};
+use crate::identity::VmLine;
 use crate::{EngineError, Result, sample};
 use jiff::Timestamp;
 use serde::Serialize;
@@ -127,20 +128,20 @@ pub fn backup(job: &BackupJob<'_>, context: JobContext<'_>) -> Result<BackupSumm
     let begun = Instant::now();
     let started = Timestamp::now();
     let mut warnings = Vec::new();
-    let name = match &job.name {
-        Some(name) => name.clone(),
-        None => job.hypervisor.describe(&job.vm)?.name,
-    };
+    let identity = VmLine::of(job.hypervisor, &job.vm, job.name.as_deref())?;
+    let name = identity.name.clone();
     check_name(&name)?;
     let outside = job.outside_changes.then_some(job.source.as_str());
-    let base = base::choose(job.repository, &session, &name, job.level, outside)?;
+    let mut base = base::choose(job.repository, &session, &identity, job.level, outside)?;
     for note in &base.notes {
         context.warn(&mut warnings, note.clone());
     }
     warn_of_unknown_exclusions(job, context, &mut warnings)?;
 
     context.phase(Phase::Freeze, &name);
-    let frozen = job.hypervisor.freeze(&freeze_request(job, &name, &base, context))?;
+    let request = freeze_request(job, &identity.lineage_name(), &base, context);
+    let mut frozen = job.hypervisor.freeze(&request)?;
+    base.moved = moved_disks(frozen.as_ref());
     let stored = check_consistency(job, frozen.as_ref(), context, &mut warnings).and_then(|()| {
         let stored = store_and_commit(
             job,
@@ -148,7 +149,7 @@ pub fn backup(job: &BackupJob<'_>, context: JobContext<'_>) -> Result<BackupSumm
             &name,
             started,
             &base,
-            frozen.as_ref(),
+            frozen.as_mut(),
             context,
             &mut warnings,
         );
@@ -164,7 +165,7 @@ pub fn backup(job: &BackupJob<'_>, context: JobContext<'_>) -> Result<BackupSumm
                         "full backup: the previous restore point is damaged ({object}: {detail})"
                     ),
                 );
-                let frozen = frozen.as_ref();
+                let frozen = frozen.as_mut();
                 let session = job.repository.begin_backup(&job.options)?;
                 store_and_commit(
                     job,
@@ -194,16 +195,22 @@ pub fn backup(job: &BackupJob<'_>, context: JobContext<'_>) -> Result<BackupSumm
     Ok(summary(point, begun, healed_bytes, warnings))
 }
 
+/// The disks that stand elsewhere in the VM than at the base.
+fn moved_disks(frozen: &dyn FrozenVm) -> BTreeMap<DiskId, DiskId> {
+    let moved = |disk: &FrozenDisk| Some((disk.id.clone(), frozen.moved_from(&disk.id)?.clone()));
+    frozen.disks().iter().filter_map(moved).collect()
+}
+
 fn freeze_request(
     job: &BackupJob<'_>,
-    name: &str,
+    lineage_name: &str,
     base: &BaseChoice,
     context: JobContext<'_>,
 ) -> FreezeRequest {
     FreezeRequest {
         vm: job.vm.clone(),
         job: JobId::random(),
-        lineage: lineage(job.repository.config().id, name),
+        lineage: lineage(job.repository.config().id, lineage_name),
         // Whoever names none gets the best there is, and no complaint about what it is.
         consistency: job.consistency.unwrap_or(Consistency::Application),
         allow_downgrade: job.consistency.is_none() || job.allow_downgrade,
@@ -246,6 +253,15 @@ fn check_consistency(
     for warning in frozen.warnings() {
         context.warn(warnings, warning.clone());
     }
+    check_consistency_reached(job, frozen, context, warnings)
+}
+
+fn check_consistency_reached(
+    job: &BackupJob<'_>,
+    frozen: &dyn FrozenVm,
+    context: JobContext<'_>,
+    warnings: &mut Vec<String>,
+) -> Result<()> {
     let Some(wanted) = job.consistency else {
         return Ok(());
     };
@@ -271,28 +287,15 @@ fn store_and_commit(
     name: &str,
     started: Timestamp,
     base: &BaseChoice,
-    frozen: &dyn FrozenVm,
+    frozen: &mut dyn FrozenVm,
     context: JobContext<'_>,
     warnings: &mut Vec<String>,
 ) -> Result<(RestorePoint, u64)> {
-    let plans = plan_disks(job, base, frozen, context, warnings)?;
-    // What the comparison with the stored copy met is not to be shared.
-    session.look_for_damage()?;
-    warn_of_missing_disks(job, base, frozen, context, warnings);
-    context.phase(Phase::Store, name);
-    for (disk, plan) in &plans {
-        let bytes = plan.bytes_to_look_at(disk.device.size_bytes(), BLOCK_BYTES as u64);
-        context.progress.add_total(bytes);
-    }
-    let mut disks = Vec::with_capacity(plans.len());
-    for (disk, plan) in &plans {
-        context.cancel.check()?;
-        disks.push(store_disk(job, &session, base, disk, plan, context)?);
-    }
-    let disks = mend_disks(&mut session, &plans, disks, context, warnings)?;
+    let mut disks = store_disks(job, &mut session, name, base, frozen, context, warnings)?;
     context.cancel.check()?;
     // The disks may have stopped being those of one moment while they were read.
     frozen.check()?;
+    seal(job, frozen, &mut disks, context, warnings)?;
     context.phase(Phase::Commit, name);
     let draft = PointDraft {
         vm: name.to_owned(),
@@ -311,6 +314,56 @@ fn store_and_commit(
     };
     let healed_bytes = session.healed_bytes();
     Ok((session.commit(draft)?, healed_bytes))
+}
+
+/// Names the moment for the next backup. What the platform tells only now of the consistency counts, too.
+fn seal(
+    job: &BackupJob<'_>,
+    frozen: &mut dyn FrozenVm,
+    disks: &mut [DiskDraft],
+    context: JobContext<'_>,
+    warnings: &mut Vec<String>,
+) -> Result<()> {
+    let before = frozen.consistency();
+    let sealed = frozen.seal()?;
+    for warning in sealed.warnings {
+        context.warn(warnings, warning);
+    }
+    if frozen.consistency() < before {
+        check_consistency_reached(job, frozen, context, warnings)?;
+    }
+    for disk in disks {
+        let id = DiskId(disk.stored.id().to_owned());
+        disk.tracking.id = sealed.tracking.get(&id).map(ToString::to_string);
+    }
+    Ok(())
+}
+
+/// Stores all disks, healed where the repository was damaged.
+fn store_disks(
+    job: &BackupJob<'_>,
+    session: &mut BackupSession,
+    name: &str,
+    base: &BaseChoice,
+    frozen: &dyn FrozenVm,
+    context: JobContext<'_>,
+    warnings: &mut Vec<String>,
+) -> Result<Vec<DiskDraft>> {
+    let plans = plan_disks(job, base, frozen, context, warnings)?;
+    // What the comparison with the stored copy met is not to be shared.
+    session.look_for_damage()?;
+    warn_of_missing_disks(job, base, frozen, context, warnings);
+    context.phase(Phase::Store, name);
+    for (disk, plan) in &plans {
+        let bytes = plan.bytes_to_look_at(disk.device.size_bytes(), BLOCK_BYTES as u64);
+        context.progress.add_total(bytes);
+    }
+    let mut disks = Vec::with_capacity(plans.len());
+    for (disk, plan) in &plans {
+        context.cancel.check()?;
+        disks.push(store_disk(job, session, base, disk, plan, context)?);
+    }
+    mend_disks(session, &plans, disks, context, warnings)
 }
 
 /// Times that the disks are looked at again because damage was found. What is read again can meet
@@ -403,9 +456,9 @@ fn check_sample(
         return Ok(plan);
     };
     let (source, cancel) = (disk.device.as_ref(), context.cancel);
-    let stored = job.repository.open_disk(newest, &disk.id.0)?;
+    let stored = job.repository.open_disk(newest, base.id_in_base(&disk.id))?;
     // What is damaged is read from the source again anyway, and is nothing to compare with.
-    let damaged = match newest.disk_record(&disk.id.0) {
+    let damaged = match base.stored_base(&disk.id) {
         Some(record) => job.repository.damaged_ranges(record)?,
         None => RangeSet::new(),
     };
@@ -416,7 +469,7 @@ fn check_sample(
         match found {
             Err(EngineError::Block(BlockError::Damaged { .. })) if attempt < MAX_NEW_DAMAGE => {
                 record_damage(job.repository, "backup");
-                if let Some(record) = newest.disk_record(&disk.id.0) {
+                if let Some(record) = base.stored_base(&disk.id) {
                     known = known.union(&job.repository.damaged_ranges(record)?);
                 }
             }
@@ -491,7 +544,7 @@ fn warn_of_missing_disks(
     warnings: &mut Vec<String>,
 ) {
     for known in base.newest.iter().flat_map(|point| &point.disks) {
-        let is_there = frozen.disks().iter().any(|disk| disk.id.0 == known.id);
+        let is_there = frozen.disks().iter().any(|disk| base.id_in_base(&disk.id) == known.id);
         let is_excluded = job.exclude.iter().any(|disk| disk.0 == known.id);
         if !is_there && !is_excluded {
             let message = format!(

@@ -6,6 +6,7 @@
 //! for people: a differential names the last full one as its parent and counts its changes since
 //! that, though it is stored like an incremental. Every restore point is complete on its own.
 
+use crate::identity::VmLine;
 use crate::{LevelChoice, Result};
 use std::collections::BTreeMap;
 use vmtide_hypervisor::{Base, DiskId, TrackingId};
@@ -27,6 +28,9 @@ pub(crate) struct BaseChoice {
     pub notes: Vec<String>,
     /// Why ranges that only name "the previous restore point" must not be trusted.
     pub doubt: Option<String>,
+    /// Disks that stood in another place of the VM at the newest restore point: where they are now, and what they
+    /// are called there.
+    pub moved: BTreeMap<DiskId, DiskId>,
 }
 
 /// Finds them for a backup of `vm` in `session`, which has begun, so that what is found stays.
@@ -37,7 +41,7 @@ pub(crate) struct BaseChoice {
 pub(crate) fn choose(
     repository: &Repository,
     session: &BackupSession,
-    vm: &str,
+    vm: &VmLine,
     wanted: LevelChoice,
     outside: Option<&str>,
 ) -> Result<BaseChoice> {
@@ -49,8 +53,9 @@ pub(crate) fn choose(
             format!("restore point {object} cannot be read; run `vmtide verify` ({error})")
         })
         .collect();
+    notes.extend(vm.confusion(&list.points));
     let mut points: Vec<RestorePoint> =
-        list.points.into_iter().filter(|point| point.vm == vm).collect();
+        list.points.into_iter().filter(|point| vm.is_of(point)).collect();
     let last_full = points.iter().rfind(|point| point.level == Level::Full).cloned();
     let newest = points.pop().filter(|_| wanted != LevelChoice::Full);
     let is_first = newest.is_none();
@@ -59,12 +64,16 @@ pub(crate) fn choose(
         (LevelChoice::Full, ..) | (LevelChoice::Auto, None, _) => (Level::Full, None, None),
         (_, None, _) if !is_first => (Level::Full, None, None),
         (_, None, _) => {
-            notes.push(format!("full backup: the repository has no restore point of {vm} yet"));
+            notes.push(format!(
+                "full backup: the repository has no restore point of {} yet",
+                vm.name
+            ));
             (Level::Full, None, None)
         }
         (LevelChoice::Differential, Some(_), None) => {
             notes.push(format!(
-                "full backup: the repository has no full restore point of {vm} to compare with"
+                "full backup: the repository has no full restore point of {} to compare with",
+                vm.name
             ));
             (Level::Full, None, None)
         }
@@ -87,6 +96,7 @@ pub(crate) fn choose(
         full_requested: wanted == LevelChoice::Full,
         notes,
         doubt,
+        moved: BTreeMap::new(),
     })
 }
 
@@ -143,6 +153,7 @@ impl BaseChoice {
             full_requested: self.full_requested,
             notes: Vec::new(),
             doubt: Some(format!("{object} of the previous restore point is damaged")),
+            moved: BTreeMap::new(),
         }
     }
 
@@ -162,6 +173,11 @@ impl BaseChoice {
 
     /// The disk's record that storing builds on.
     pub fn stored_base(&self, disk: &DiskId) -> Option<&DiskRecord> {
-        self.newest.as_ref()?.disk_record(&disk.0)
+        self.newest.as_ref()?.disk_record(self.id_in_base(disk))
+    }
+
+    /// What the disk is called in the restore points that it builds on.
+    pub fn id_in_base<'a>(&'a self, disk: &'a DiskId) -> &'a str {
+        &self.moved.get(disk).unwrap_or(disk).0
     }
 }

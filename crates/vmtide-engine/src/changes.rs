@@ -93,7 +93,7 @@ pub(crate) fn bytes_since_full(
     if base.level != Level::Differential {
         return Ok(None);
     }
-    let full = base.parent.as_ref().and_then(|point| point.disk_record(&disk.0));
+    let full = base.parent.as_ref().and_then(|point| point.disk_record(base.id_in_base(disk)));
     let (Some(full), Some(newest)) = (full, base.stored_base(disk)) else {
         return Ok(None);
     };
@@ -130,6 +130,7 @@ mod tests {
             full_requested,
             notes: Vec::new(),
             doubt: None,
+            moved: std::collections::BTreeMap::new(),
         }
     }
 

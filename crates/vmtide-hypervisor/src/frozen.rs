@@ -1,6 +1,6 @@
 //! The traits a platform implements.
 
-use crate::{Changes, Consistency, DiskId, JobId, Result, TrackingId, VmConfig};
+use crate::{Changes, Consistency, DiskId, JobId, Result, TrackingId, VmConfig, VmSelector};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -29,6 +29,23 @@ pub trait Hypervisor: Send + Sync {
     /// [`ConsistencyNotReached`](crate::HypervisorError::ConsistencyNotReached) where a downgrade
     /// would be needed and is not allowed.
     fn freeze(&self, request: &FreezeRequest) -> Result<Box<dyn FrozenVm>>;
+
+    /// Whether [`VmConfig::id`] names a VM for its whole life, across renaming and moves between hosts. The
+    /// line of restore points then goes by it, and names are for people only.
+    fn has_lasting_ids(&self) -> bool {
+        false
+    }
+
+    /// The VMs that `selector` means, in the order of [`list`](Self::list). Tags mean none where the platform has
+    /// no place for them.
+    ///
+    /// # Errors
+    /// As [`list`](Self::list).
+    fn select(&self, selector: &VmSelector) -> Result<Vec<VmSummary>> {
+        let mut chosen = self.list()?;
+        chosen.retain(|vm| selector.matches(&vm.name, vm.id.as_deref(), &[]));
+        Ok(chosen)
+    }
 
     /// Removes what killed jobs of ours left on the platform, by our journal and by our names.
     /// What is not ours is never touched, nor what a living job uses.
@@ -114,6 +131,29 @@ pub trait FrozenVm: Send {
         Ok(())
     }
 
+    /// The earlier disk that `disk` was, where it stood in another place of the VM at the base: its changes are
+    /// those since that disk's tracking id, and it is stored on top of that disk.
+    fn moved_from(&self, disk: &DiskId) -> Option<&DiskId> {
+        let _ = disk;
+        None
+    }
+
+    /// Everything is read and nothing will be read again: where a platform names the moment for good only then
+    /// (Hyper-V's reference point), it does so now, before the restore point that records the names is committed.
+    /// To be asked after [`check`](Self::check), asked again it answers the same; [`disks`](Self::disks) cannot be read any more. The base's
+    /// tracking stays as it was until [`commit`](Self::commit).
+    ///
+    /// # Errors
+    /// Where the restore point must not be committed. A moment that only could not be named is none: the disk is
+    /// then without tracking, with a warning.
+    fn seal(&mut self) -> Result<Seal> {
+        let tracked = |disk: &FrozenDisk| Some((disk.id.clone(), disk.tracking.clone()?));
+        Ok(Seal {
+            tracking: self.disks().iter().filter_map(tracked).collect(),
+            warnings: Vec::new(),
+        })
+    }
+
     /// The restore point is committed: keep the new tracking, release the old, remove the rest.
     /// Answers with what could not be removed now and is left to [`Hypervisor::reap`].
     ///
@@ -130,6 +170,15 @@ pub trait FrozenVm: Send {
     fn abort(self: Box<Self>) -> Result<()>;
 }
 
+/// What [`FrozenVm::seal`] answers.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Seal {
+    /// The tracking id of each disk for the next backup. A disk that is not here has none: it will be read in full.
+    pub tracking: BTreeMap<DiskId, TrackingId>,
+    /// What the user should know, one line each.
+    pub warnings: Vec<String>,
+}
+
 /// One disk of a frozen VM.
 #[derive(Clone)]
 pub struct FrozenDisk {
@@ -139,7 +188,8 @@ pub struct FrozenDisk {
     pub device: Arc<dyn BlockDevice>,
     /// What may differ from the base.
     pub changes: Changes,
-    /// The tracking id of this moment, for the next backup; none where the source has no tracking.
+    /// The tracking id of this moment, for the next backup; none where the source has no tracking, or tells it
+    /// only by [`FrozenVm::seal`].
     pub tracking: Option<TrackingId>,
 }
 

@@ -54,7 +54,8 @@ impl ImageSource {
                 bus: DiskBus::Other,
                 format: Some(self.format.clone()),
                 path: Some(self.device.name()),
-                ..DiskConfig::default()
+                serial: None,
+                boot_index: None,
             }],
             ..VmConfig::default()
         }

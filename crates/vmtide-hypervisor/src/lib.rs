@@ -3,7 +3,8 @@
 //! A platform (QEMU, Hyper-V, vSphere, or a plain image file) is anything that implements
 //! [`Hypervisor`]. A backup asks it to [`freeze`](Hypervisor::freeze) a VM and gets a
 //! [`FrozenVm`]: the configuration and all disks at one moment, each disk with what changed since
-//! the tracking id it was given. When the restore point is committed the job calls
+//! the tracking id it was given. When all is read the job lets it [`seal`](FrozenVm::seal) the moment; when the
+//! restore point is committed the job calls
 //! [`commit`](FrozenVm::commit), otherwise [`abort`](FrozenVm::abort), exactly one of the two;
 //! either leaves nothing behind on the platform but the tracking that the next incremental needs.
 //! What a killed process left is removed by [`reap`](Hypervisor::reap), which works from the
@@ -21,15 +22,15 @@ mod image_source;
 mod journal;
 mod lock;
 mod restore;
+mod select;
 mod tracking;
 
-pub use config::{
-    ControllerConfig, DiskBus, DiskConfig, DynamicMemory, Firmware, NativeFile,
-    NetworkAdapterConfig, VmConfig,
-};
+pub use config::{DiskBus, DiskConfig, Firmware, NativeFile, NetworkAdapterConfig, VmConfig};
 pub use consistency::Consistency;
 pub use error::{HypervisorError, Result};
-pub use frozen::{Base, FreezeRequest, FrozenDisk, FrozenVm, Hypervisor, ReapReport, VmSummary};
+pub use frozen::{
+    Base, FreezeRequest, FrozenDisk, FrozenVm, Hypervisor, ReapReport, Seal, VmSummary,
+};
 pub use image_source::ImageSource;
 pub use journal::{JobId, Journal, JournalEntry};
 pub use lock::VmLock;
@@ -37,4 +38,5 @@ pub use restore::{
     DiskContent, DiskToRestore, InPlaceRequest, NetworkPlan, NewVmRequest, RestoreRoute,
     RestoredVm, RestoringDisk, RestoringVm, VmIdentity, VmRestorer,
 };
+pub use select::{VmSelector, volume_of};
 pub use tracking::{Changes, DiskId, FullReason, TrackingId};

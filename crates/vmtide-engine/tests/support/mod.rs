@@ -216,7 +216,8 @@ impl Hypervisor for ScriptedHypervisor {
             bus: DiskBus::Other,
             format: None,
             path: None,
-            ..DiskConfig::default()
+            serial: None,
+            boot_index: None,
         };
         Ok(VmConfig {
             name: "web".into(),
