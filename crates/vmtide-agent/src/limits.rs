@@ -1,6 +1,6 @@
 //! What one client may use at once, and all of them together.
 //!
-//! The figures multiply: memory for content is `streams_total × stream.read_ahead × stream.piece_bytes`, 64 MiB
+//! The figures multiply: memory for content is `streams_total × stream.read_ahead × stream.piece_bytes`, 96 MiB
 //! as they stand; lists of ranges take at most `range_memory_bytes` on top.
 
 use crate::stream::StreamOptions;

@@ -31,7 +31,7 @@ pub struct StreamOptions {
 
 impl Default for StreamOptions {
     fn default() -> Self {
-        Self { piece_bytes: 256 << 10, read_ahead: 8, readers: 2 }
+        Self { piece_bytes: 1 << 20, read_ahead: 3, readers: 2 }
     }
 }
 
