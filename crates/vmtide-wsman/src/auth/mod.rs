@@ -1,0 +1,312 @@
+//! Authentication: contexts of NTLM and Kerberos, each for one connection.
+//!
+//! The mechanisms themselves are those of the `sspi` crate. What it is given and what comes out of it is checked here:
+//! it trusts lengths that a host chose, and it writes messages into its logs.
+
+mod kdc;
+pub(crate) mod sealed;
+mod sspi_guard;
+
+use crate::der;
+use crate::options::{Authentication, Credentials, WsmanOptions};
+use kdc::Kdc;
+use sspi::{
+    AuthIdentityBuffers, BufferType, ClientRequestFlags, CredentialsBuffers, DataRepresentation,
+    Kerberos, KerberosConfig, Ntlm, SecurityBuffer, SecurityBufferRef, Sspi, SspiImpl,
+};
+use sspi_guard::guarded;
+use std::net::IpAddr;
+
+/// The most of a token that is taken; real ones have some KB, Kerberos' up to 64 KB.
+const MAX_TOKEN_BYTES: usize = 96 << 10;
+
+/// Kerberos' tokens of confidentiality (RFC 4121 4.2.6.2): a header of 16 bytes, confounder, header again, checksum.
+const KERBEROS_HEADER_BYTES: usize = 16;
+const KERBEROS_ROTATION: usize = 28;
+const KERBEROS_SIGNATURE_BYTES: usize = 60;
+
+const NTLM_SIGNATURE_BYTES: usize = 16;
+
+/// Why authentication failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum AuthError {
+    /// Wrong name or password, expired or locked: the text says it.
+    Refused(String),
+    /// Nobody of the user's domain can be asked, or the domain does not know the host.
+    NoAuthority(String),
+    /// The host does not keep to the protocol.
+    Broken(String),
+}
+
+/// The mechanism of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mechanism {
+    Ntlm,
+    Kerberos,
+}
+
+impl Mechanism {
+    /// The protocol in the `Content-Type` of sealed messages.
+    pub const fn protocol(self) -> &'static str {
+        match self {
+            Self::Ntlm => "application/HTTP-SPNEGO-session-encrypted",
+            Self::Kerberos => "application/HTTP-Kerberos-session-encrypted",
+        }
+    }
+
+    /// What to try for these options, in this order.
+    pub fn candidates(options: &WsmanOptions) -> Vec<Self> {
+        let domain = options.credentials.as_ref().map_or("", |known| known.parts().0);
+        let named = options.host.parse::<IpAddr>().is_err();
+        match options.authentication {
+            Authentication::Ntlm => vec![Self::Ntlm],
+            Authentication::Kerberos => vec![Self::Kerberos],
+            // A domain without a dot is a short name, which no server of Kerberos is found by.
+            Authentication::Negotiate
+                if named
+                    && (domain.contains('.') || !domain.is_empty() && options.kdc.is_some()) =>
+            {
+                vec![Self::Kerberos, Self::Ntlm]
+            }
+            Authentication::Negotiate => vec![Self::Ntlm],
+            Authentication::Basic | Authentication::Certificate => Vec::new(),
+        }
+    }
+}
+
+/// The state of one connection's authentication.
+pub(crate) struct Context {
+    inner: Inner,
+    target: String,
+    /// As `SEC_CHANNEL_BINDINGS`; empty where there is no TLS.
+    binding: Vec<u8>,
+}
+
+enum Inner {
+    Ntlm { context: Box<Ntlm>, credentials: Option<AuthIdentityBuffers> },
+    Kerberos { context: Box<Kerberos>, credentials: Option<CredentialsBuffers>, kdc: Kdc },
+}
+
+impl Context {
+    /// A context that has said nothing yet. `binding` is that of the TLS connection, if there is one.
+    ///
+    /// # Errors
+    /// Where the mechanism cannot be used by this user.
+    pub fn new(
+        mechanism: Mechanism,
+        options: &WsmanOptions,
+        credentials: &Credentials,
+        binding: Option<&[u8]>,
+    ) -> Result<Self, AuthError> {
+        let (domain, account) = credentials.parts();
+        let password = credentials.password();
+        let inner = match mechanism {
+            // A name with its domain's dots is one name to NTLM: the host sends it on to the domain as it is.
+            Mechanism::Ntlm if domain.contains('.') && credentials.user().contains('@') => {
+                let identity = AuthIdentityBuffers::from_utf8(credentials.user(), "", password);
+                Inner::Ntlm { context: Box::default(), credentials: Some(identity) }
+            }
+            Mechanism::Ntlm => {
+                let identity = AuthIdentityBuffers::from_utf8(account, domain, password);
+                Inner::Ntlm { context: Box::default(), credentials: Some(identity) }
+            }
+            Mechanism::Kerberos => {
+                let identity = AuthIdentityBuffers::from_utf8(account, domain, password);
+                let kdc = Kdc::new(options, domain);
+                let config =
+                    KerberosConfig { kdc_url: kdc.url(), client_computer_name: "vmtide".into() };
+                let context =
+                    guarded(|| Kerberos::new_client_from_config(config)).map_err(broken)?;
+                Inner::Kerberos {
+                    context: Box::new(context),
+                    credentials: Some(CredentialsBuffers::AuthIdentity(identity)),
+                    kdc,
+                }
+            }
+        };
+        Ok(Self {
+            inner,
+            target: format!("HTTP/{}", options.host),
+            binding: binding.map(security_channel_bindings).unwrap_or_default(),
+        })
+    }
+
+    /// The mechanism.
+    pub const fn mechanism(&self) -> Mechanism {
+        match &self.inner {
+            Inner::Ntlm { .. } => Mechanism::Ntlm,
+            Inner::Kerberos { .. } => Mechanism::Kerberos,
+        }
+    }
+
+    /// Takes the host's token (none at first) and makes the next of ours; empty where none is left to send.
+    ///
+    /// # Errors
+    /// [`AuthError`].
+    pub fn step(&mut self, token: Option<&[u8]>) -> Result<Vec<u8>, AuthError> {
+        let token = token.map(der::mechanism_token).unwrap_or_default();
+        if token.len() > MAX_TOKEN_BYTES {
+            return Err(AuthError::Broken("its token is too large".into()));
+        }
+        let mut input = vec![SecurityBuffer::new(token.to_vec(), BufferType::Token)];
+        if !self.binding.is_empty() {
+            input.push(SecurityBuffer::new(self.binding.clone(), BufferType::ChannelBindings));
+        }
+        let mut output = vec![SecurityBuffer::new(Vec::new(), BufferType::Token)];
+        let target = &self.target;
+        match &mut self.inner {
+            Inner::Ntlm { context, credentials } => guarded(|| {
+                let mut builder = context
+                    .initialize_security_context()
+                    .with_credentials_handle(credentials)
+                    .with_context_requirements(requirements())
+                    .with_target_data_representation(DataRepresentation::Native)
+                    .with_target_name(target)
+                    .with_input(&mut input)
+                    .with_output(&mut output);
+                context.initialize_security_context_impl(&mut builder)?.resolve_to_result()
+            })
+            .map_err(broken)?,
+            Inner::Kerberos { context, credentials, kdc } => guarded(|| {
+                let mut builder = context
+                    .initialize_security_context()
+                    .with_credentials_handle(credentials)
+                    .with_context_requirements(requirements() | ClientRequestFlags::MUTUAL_AUTH)
+                    .with_target_data_representation(DataRepresentation::Native)
+                    .with_target_name(target)
+                    .with_input(&mut input)
+                    .with_output(&mut output);
+                context.initialize_security_context_impl(&mut builder)?.resolve_with_client(kdc)
+            })
+            .map_err(|error| kerberos_error(&error, target))?,
+        };
+        Ok(output.pop().map(|buffer| buffer.buffer).unwrap_or_default())
+    }
+
+    /// Seals an envelope: its signature and the sealed bytes.
+    ///
+    /// # Errors
+    /// [`AuthError::Broken`] where the context is not ready.
+    pub fn seal(&mut self, plain: &[u8]) -> Result<(Vec<u8>, Vec<u8>), AuthError> {
+        let mut signature = match self.mechanism() {
+            Mechanism::Ntlm => vec![0; NTLM_SIGNATURE_BYTES],
+            Mechanism::Kerberos => vec![0; KERBEROS_SIGNATURE_BYTES],
+        };
+        let mut data = plain.to_vec();
+        guarded(|| {
+            let mut buffers = [
+                SecurityBufferRef::token_buf(&mut signature),
+                SecurityBufferRef::data_buf(&mut data),
+            ];
+            match &mut self.inner {
+                Inner::Ntlm { context, .. } => {
+                    context.encrypt_message(sspi::EncryptionFlags::empty(), &mut buffers)
+                }
+                Inner::Kerberos { context, .. } => {
+                    context.encrypt_message(sspi::EncryptionFlags::empty(), &mut buffers)
+                }
+            }
+        })
+        .map_err(broken)?;
+        Ok((signature, data))
+    }
+
+    /// Opens what the host sealed.
+    ///
+    /// # Errors
+    /// [`AuthError::Broken`] where it was changed on the way, or is not the next message.
+    pub fn unseal(&mut self, signature: &[u8], data: &[u8]) -> Result<Vec<u8>, AuthError> {
+        let sound = match self.mechanism() {
+            Mechanism::Ntlm => signature.len() == NTLM_SIGNATURE_BYTES,
+            Mechanism::Kerberos => kerberos_token_is_sound(signature, data.len()),
+        };
+        if !sound {
+            return Err(AuthError::Broken("a sealed message has the wrong form".into()));
+        }
+        let (mut signature, mut data) = (signature.to_vec(), data.to_vec());
+        guarded(|| {
+            let mut buffers = [
+                SecurityBufferRef::token_buf(&mut signature),
+                SecurityBufferRef::data_buf(&mut data),
+            ];
+            match &mut self.inner {
+                Inner::Ntlm { context, .. } => context.decrypt_message(&mut buffers)?,
+                Inner::Kerberos { context, .. } => context.decrypt_message(&mut buffers)?,
+            };
+            let [_, opened] = &buffers;
+            Ok(opened.data().to_vec())
+        })
+        .map_err(|_| {
+            AuthError::Broken("a message was changed on the way, or its keys do not fit".into())
+        })
+    }
+}
+
+/// Whether a token of Kerberos has what the library takes for granted: a header that says "sealed", its rotation, and
+/// as many bytes as are rotated.
+fn kerberos_token_is_sound(signature: &[u8], data_bytes: usize) -> bool {
+    let Some(header) = signature.get(..KERBEROS_HEADER_BYTES) else { return false };
+    let field = |at: usize| {
+        header.get(at..at + 2).map_or(0, |bytes| {
+            bytes.iter().fold(0_usize, |value, byte| value << 8 | usize::from(*byte))
+        })
+    };
+    let sealed = header.get(2).is_some_and(|flags| flags & 0b10 != 0);
+    let (extra, rotation) = (field(4), field(6));
+    let rotated = (signature.len() - KERBEROS_HEADER_BYTES).saturating_add(data_bytes);
+    sealed && rotation == KERBEROS_ROTATION && rotated >= rotation + extra + KERBEROS_HEADER_BYTES
+}
+
+fn requirements() -> ClientRequestFlags {
+    ClientRequestFlags::CONFIDENTIALITY
+        | ClientRequestFlags::INTEGRITY
+        | ClientRequestFlags::REPLAY_DETECT
+        | ClientRequestFlags::SEQUENCE_DETECT
+}
+
+/// The structure of that name of SSPI: three parts by length and offset, of which only the last is used.
+fn security_channel_bindings(application_data: &[u8]) -> Vec<u8> {
+    const STRUCTURE_BYTES: u32 = 32;
+    let length = u32::try_from(application_data.len()).unwrap_or(u32::MAX);
+    let mut bytes = vec![0; 24];
+    bytes.extend_from_slice(&length.to_le_bytes());
+    bytes.extend_from_slice(&STRUCTURE_BYTES.to_le_bytes());
+    bytes.extend_from_slice(application_data);
+    bytes
+}
+
+fn broken(error: sspi::Error) -> AuthError {
+    AuthError::Broken(format!("authentication: {}", crate::answer::short(&error.description)))
+}
+
+/// What the domain answered, in words that help.
+fn kerberos_error(error: &sspi::Error, target: &str) -> AuthError {
+    use sspi::ErrorKind as Kind;
+    let words = crate::answer::short(&error.description);
+    let lower = words.to_lowercase();
+    match error.error_type {
+        Kind::NoAuthenticatingAuthority => AuthError::NoAuthority(words),
+        Kind::TimeSkew => AuthError::Refused(
+            "the clocks of this machine and of the domain differ too much: set them by NTP".into(),
+        ),
+        Kind::ContextExpired => AuthError::Refused("the Kerberos ticket has expired".into()),
+        Kind::UnknownCredentials if lower.contains("server") && lower.contains("not found") => {
+            AuthError::NoAuthority(format!(
+                "the domain does not know {target}: use the host's full name, or NTLM"
+            ))
+        }
+        Kind::UnknownCredentials => {
+            AuthError::Refused(format!("the domain refused the user: {words}"))
+        }
+        Kind::KdcInvalidRequest if lower.contains("pre-auth") || lower.contains("preauth") => {
+            AuthError::Refused("wrong password".into())
+        }
+        Kind::InvalidParameter if lower.contains("expired") => {
+            AuthError::Refused(format!("the password has to be changed: {words}"))
+        }
+        _ => AuthError::Refused(format!("Kerberos: {words}")),
+    }
+}
+
+#[cfg(test)]
+mod tests;

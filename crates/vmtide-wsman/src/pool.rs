@@ -1,0 +1,161 @@
+//! The sessions of a client: a few, each used by one request at a time, kept for the next.
+
+use crate::options::WsmanOptions;
+use crate::session::{Failure, Session};
+use crate::tls::Tls;
+use bytes::Bytes;
+use parking_lot::{Condvar, Mutex};
+use std::time::{Duration, Instant};
+use tokio::runtime::Runtime;
+use vmtide_cim::CimError;
+
+/// How long a session may rest. HTTP.sys closes connections after 120 s of silence; what is younger is open.
+const MAX_IDLE: Duration = Duration::from_secs(60);
+
+/// How long a session may rest before a request that must not be sent twice goes over a new one. Devices between
+/// here and the host forget connections without a word, and then nobody can tell whether the request arrived.
+const MAX_IDLE_ONCE: Duration = Duration::from_secs(5);
+
+/// Sessions at rest, and how many there are in all.
+#[derive(Default)]
+struct State {
+    resting: Vec<Session>,
+    count: usize,
+}
+
+/// The sessions to one host.
+pub(crate) struct Pool {
+    /// Taken out when it ends, which must not wait for what still runs.
+    runtime: Option<Runtime>,
+    options: WsmanOptions,
+    tls: Option<Tls>,
+    peer: String,
+    state: Mutex<State>,
+    returned: Condvar,
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+impl Pool {
+    /// Makes no connection yet.
+    ///
+    /// # Errors
+    /// Of starting a thread.
+    pub fn new(options: WsmanOptions, tls: Option<Tls>) -> std::io::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .thread_name("wsman")
+            .enable_all()
+            .build()?;
+        let peer = options.peer();
+        Ok(Self {
+            runtime: Some(runtime),
+            options,
+            tls,
+            peer,
+            state: Mutex::default(),
+            returned: Condvar::new(),
+        })
+    }
+
+    pub fn options(&self) -> &WsmanOptions {
+        &self.options
+    }
+
+    pub fn peer(&self) -> &str {
+        &self.peer
+    }
+
+    /// Sends an envelope over a session, which is new if `fresh`. `once`: it must not be sent twice.
+    ///
+    /// # Errors
+    /// [`Failure`].
+    pub fn exchange(
+        &self,
+        envelope: &str,
+        action: &str,
+        once: bool,
+        fresh: bool,
+    ) -> Result<Bytes, Failure> {
+        let Some(runtime) = &self.runtime else {
+            return Err(not_run(CimError::protocol(&self.peer, "the client has ended")));
+        };
+        let resting = self.take(action, once, fresh).map_err(not_run)?;
+        let place = Place(self);
+        let outcome = runtime.block_on(async {
+            let mut session = match resting {
+                Some(session) => session,
+                None => Session::open(&self.options, self.tls.as_ref(), &self.peer)
+                    .await
+                    .map_err(not_run)?,
+            };
+            let answer = session.exchange(envelope, action, &self.options, &self.peer).await?;
+            Ok((session, answer))
+        });
+        let (session, answer) = outcome?;
+        if session.is_open() {
+            place.keep(session);
+        }
+        Ok(answer)
+    }
+
+    /// A resting session, or the right to open one (none); waits where all are in use.
+    fn take(&self, action: &str, once: bool, fresh: bool) -> Result<Option<Session>, CimError> {
+        let limit = if once { MAX_IDLE_ONCE } else { MAX_IDLE };
+        // Each of those before may take its whole time.
+        let patience = self.options.operation_timeout.saturating_mul(2) + MAX_IDLE;
+        let deadline = Instant::now() + patience;
+        let mut state = self.state.lock();
+        loop {
+            while let Some(session) = state.resting.pop() {
+                if !fresh && session.is_open() && session.idle() < limit {
+                    return Ok(Some(session));
+                }
+                state.count = state.count.saturating_sub(1);
+            }
+            if state.count < self.options.connections {
+                state.count += 1;
+                return Ok(None);
+            }
+            if self.returned.wait_until(&mut state, deadline).timed_out() {
+                return Err(CimError::Timeout {
+                    action: format!("{action} (no free connection)"),
+                    timeout_ms: crate::fault::milliseconds(patience),
+                });
+            }
+        }
+    }
+}
+
+const fn not_run(error: CimError) -> Failure {
+    let not_run = matches!(error, CimError::Unreachable { .. });
+    Failure { error, not_run }
+}
+
+/// A place among the connections; given back when it is dropped.
+struct Place<'a>(&'a Pool);
+
+impl Place<'_> {
+    /// Gives the session back with its place.
+    fn keep(self, session: Session) {
+        let mut state = self.0.state.lock();
+        state.resting.push(session);
+        // What is dropped with the place below is counted again by who takes the session.
+        state.count += 1;
+    }
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0.state.lock();
+        state.count = state.count.saturating_sub(1);
+        drop(state);
+        self.0.returned.notify_one();
+    }
+}
