@@ -190,8 +190,9 @@ part_rust() {
 part_e2e() {
     local script
     step "building vmtide for the end-to-end tests"
-    # The development profile: the tests above have built nearly all of it, and its checks for overflow are on.
-    if ! cargo build --quiet --locked -p vmtide; then
+    # The development profile: its checks for overflow are on. All of the workspace: the tests above have built it so, and
+    # a part of it alone would be built anew with fewer features of its dependencies.
+    if ! cargo build --quiet --locked --workspace; then
         failed 1 "vmtide does not build"
         return
     fi
@@ -211,7 +212,7 @@ part_e2e() {
 part_bacula() {
     ensure_bacula
     step "building vmtide and its plugin for Bacula"
-    if ! cargo build --quiet --locked -p vmtide -p vmtide-bacula-fd; then
+    if ! cargo build --quiet --locked --workspace; then
         failed 1 "vmtide or its plugin for Bacula does not build"
         return
     fi
@@ -254,7 +255,7 @@ ensure_bacula() {
 
 part_windows() {
     step "building vmtide for Linux, to compare with"
-    if ! cargo build --quiet --locked -p vmtide; then
+    if ! cargo build --quiet --locked --workspace; then
         failed 1 "vmtide does not build"
         return
     fi
