@@ -54,8 +54,7 @@ impl ImageSource {
                 bus: DiskBus::Other,
                 format: Some(self.format.clone()),
                 path: Some(self.device.name()),
-                serial: None,
-                boot_index: None,
+                ..DiskConfig::default()
             }],
             ..VmConfig::default()
         }

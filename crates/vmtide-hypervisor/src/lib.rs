@@ -25,7 +25,10 @@ mod restore;
 mod select;
 mod tracking;
 
-pub use config::{DiskBus, DiskConfig, Firmware, NativeFile, NetworkAdapterConfig, VmConfig};
+pub use config::{
+    ControllerConfig, DiskBus, DiskConfig, DynamicMemory, Firmware, NativeFile,
+    NetworkAdapterConfig, VmConfig,
+};
 pub use consistency::Consistency;
 pub use error::{HypervisorError, Result};
 pub use frozen::{

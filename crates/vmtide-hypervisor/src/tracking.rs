@@ -6,7 +6,7 @@ use vmtide_block::RangeSet;
 
 /// Names a disk of a VM, stable from backup to backup: the attachment point (`virtio0`, a qdev
 /// id, `scsi0:1`), never a file name, which changes with every snapshot.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct DiskId(pub String);
 

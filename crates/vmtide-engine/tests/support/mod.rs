@@ -216,8 +216,7 @@ impl Hypervisor for ScriptedHypervisor {
             bus: DiskBus::Other,
             format: None,
             path: None,
-            serial: None,
-            boot_index: None,
+            ..DiskConfig::default()
         };
         Ok(VmConfig {
             name: "web".into(),
