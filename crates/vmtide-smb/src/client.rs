@@ -1,0 +1,103 @@
+//! Logins that are kept: one connection to each server, made anew when it broke.
+
+use crate::error::Result;
+use crate::link::Traffic;
+use crate::path::SharePath;
+use crate::requests::{Listed, Purpose};
+use crate::session::{Session, SmbOptions};
+use parking_lot::Mutex;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// A server's connection, and what earlier ones of it carried.
+#[derive(Default)]
+struct Server {
+    session: Option<Arc<Session>>,
+    earlier: Traffic,
+}
+
+/// Files on servers over SMB. May be shared by threads; calls block.
+pub struct SmbClient {
+    options: SmbOptions,
+    servers: Mutex<HashMap<String, Arc<Mutex<Server>>>>,
+}
+
+impl SmbClient {
+    /// A client that logs in at servers when they are first needed.
+    pub fn new(options: SmbOptions) -> Self {
+        Self { options, servers: Mutex::default() }
+    }
+
+    /// Its options.
+    pub const fn options(&self) -> &SmbOptions {
+        &self.options
+    }
+
+    /// The connection to a server; a new one where there is none or it broke.
+    pub(crate) fn session(&self, server: &str) -> Result<Arc<Session>> {
+        let slot = self.servers.lock().entry(server.to_lowercase()).or_default().clone();
+        // Who else wants this server waits for the login; others do not.
+        let mut slot = slot.lock();
+        if let Some(session) = &slot.session {
+            if !session.link.is_broken() {
+                return Ok(session.clone());
+            }
+            let ended = session.traffic();
+            slot.earlier.received_bytes += ended.received_bytes;
+            slot.earlier.sent_bytes += ended.sent_bytes;
+            slot.session = None;
+        }
+        let session = Arc::new(Session::connect(&self.options, server)?);
+        slot.session = Some(session.clone());
+        Ok(session)
+    }
+
+    /// How many bytes went over all connections so far.
+    pub fn traffic(&self) -> Traffic {
+        let servers: Vec<_> = self.servers.lock().values().cloned().collect();
+        let mut sum = Traffic::default();
+        for server in servers {
+            let server = server.lock();
+            let now = server.session.as_ref().map(|session| session.traffic()).unwrap_or_default();
+            sum.received_bytes += server.earlier.received_bytes + now.received_bytes;
+            sum.sent_bytes += server.earlier.sent_bytes + now.sent_bytes;
+        }
+        sum
+    }
+
+    /// Opens `path` for the moment of `work`, and closes it.
+    pub(crate) fn with_open<T>(
+        &self,
+        path: &SharePath,
+        purpose: Purpose,
+        work: impl Fn(&Session, u32, [u8; 16], u64) -> Result<T>,
+    ) -> Result<T> {
+        let what = path.to_string();
+        let attempt = || {
+            let session = self.session(&path.server)?;
+            let tree = session.tree(&path.share)?;
+            let opened = session.create(tree, &path.path, purpose, &what)?;
+            let done = work(&session, tree, opened.id, opened.size_bytes);
+            let closed = session.close(tree, opened.id, &what);
+            let done = done?;
+            closed.map(|()| done)
+        };
+        match attempt() {
+            // Servers end idle connections; the next call finds out.
+            Err(error) if error.is_connection_lost() && is_repeatable(purpose) => attempt(),
+            other => other,
+        }
+    }
+
+    pub(crate) fn list(&self, path: &SharePath) -> Result<Vec<Listed>> {
+        let what = path.to_string();
+        self.with_open(path, Purpose::Directory, |session, tree, id, _| {
+            session.list(tree, id, &what)
+        })
+    }
+}
+
+/// Whether doing it twice is as doing it once.
+const fn is_repeatable(purpose: Purpose) -> bool {
+    matches!(purpose, Purpose::Read | Purpose::Directory | Purpose::CreateDirectory)
+}
