@@ -100,6 +100,7 @@ install_tools() {
     ensure_packages "the tests of disk images" libvhdi-utils libvmdk-utils 7zip
     ensure_dissect
     ensure_s3_servers
+    ensure_packages "the tests of SMB" samba smbclient qemu-utils
     ensure_packages "the tests of the C library" gcc g++ binutils valgrind
     ensure_packages "checking the scripts" shellcheck
 }

@@ -1,6 +1,7 @@
 //! A host's files through a real Samba: frozen chains, disks that a restore writes, changes in slices.
 
 #![cfg(unix)]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a failed unwrap is a failed test")]
 
 mod support;
 

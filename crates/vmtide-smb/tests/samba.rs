@@ -1,6 +1,7 @@
 //! The client against a real Samba: logins, rights, reading and writing, broken connections.
 
 #![cfg(unix)]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a failed unwrap is a failed test")]
 
 mod support;
 

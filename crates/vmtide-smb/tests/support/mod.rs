@@ -1,7 +1,11 @@
 //! A real Samba server for one test: its own smbd as the current user, on a port of its own, with its own accounts.
 
-#![cfg(unix)]
-#![allow(dead_code, reason = "each test uses its part")]
+#![allow(
+    dead_code,
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a failed unwrap is a failed test, and each uses its part"
+)]
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
