@@ -151,6 +151,48 @@ impl CimValue {
         }
     }
 
+    /// A scalar of that type from its text, as CIM-XML writes it. Numbers, truths and times may have blanks
+    /// around them. None where the text is not of the type, and for references and instances.
+    pub fn from_text(kind: CimType, text: &str) -> Option<Self> {
+        let trimmed = text.trim();
+        Some(match kind {
+            CimType::String => Self::String(text.to_owned()),
+            CimType::DateTime => Self::DateTime(trimmed.to_owned()),
+            CimType::Boolean => Self::Boolean(Self::String(trimmed.to_owned()).as_bool()?),
+            CimType::Uint8 => Self::Uint8(trimmed.parse().ok()?),
+            CimType::Uint16 => Self::Uint16(trimmed.parse().ok()?),
+            CimType::Uint32 => Self::Uint32(trimmed.parse().ok()?),
+            CimType::Uint64 => Self::Uint64(trimmed.parse().ok()?),
+            CimType::Sint8 => Self::Sint8(trimmed.parse().ok()?),
+            CimType::Sint16 => Self::Sint16(trimmed.parse().ok()?),
+            CimType::Sint32 => Self::Sint32(trimmed.parse().ok()?),
+            CimType::Sint64 => Self::Sint64(trimmed.parse().ok()?),
+            CimType::Real32 => Self::Real32(trimmed.parse().ok().filter(|n: &f32| n.is_finite())?),
+            CimType::Real64 => Self::Real64(trimmed.parse().ok().filter(|n: &f64| n.is_finite())?),
+            CimType::Reference | CimType::Instance => return None,
+        })
+    }
+
+    /// The text of a scalar, which [`from_text`](Self::from_text) reads again; none for what has none.
+    pub fn to_text(&self) -> Option<String> {
+        Some(match self {
+            Self::Boolean(true) => "TRUE".into(),
+            Self::Boolean(false) => "FALSE".into(),
+            Self::Uint8(number) => number.to_string(),
+            Self::Uint16(number) => number.to_string(),
+            Self::Uint32(number) => number.to_string(),
+            Self::Uint64(number) => number.to_string(),
+            Self::Sint8(number) => number.to_string(),
+            Self::Sint16(number) => number.to_string(),
+            Self::Sint32(number) => number.to_string(),
+            Self::Sint64(number) => number.to_string(),
+            Self::Real32(number) => format!("{number:e}"),
+            Self::Real64(number) => format!("{number:e}"),
+            Self::String(text) | Self::DateTime(text) => text.clone(),
+            Self::Null | Self::Reference(_) | Self::Instance(_) | Self::Array(..) => return None,
+        })
+    }
+
     /// A whole number from 0, also from decimal text; none for anything else.
     pub fn as_u64(&self) -> Option<u64> {
         match self {

@@ -3,7 +3,7 @@
 use crate::model::codes;
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 use vmtide_block::CancelToken;
 use vmtide_cim::{
@@ -91,6 +91,7 @@ struct Inner {
     options: HostOptions,
     /// The singletons whose methods are called, by class. Their paths hold the host's name and do not change.
     services: Mutex<HashMap<String, ObjectPath>>,
+    os_version: OnceLock<Option<String>>,
 }
 
 impl fmt::Debug for Host {
@@ -102,7 +103,14 @@ impl fmt::Debug for Host {
 impl Host {
     /// A host behind a connection. Nothing is asked yet.
     pub fn new(cim: Arc<dyn Cim>, options: HostOptions) -> Self {
-        Self { inner: Arc::new(Inner { cim, options, services: Mutex::default() }) }
+        Self {
+            inner: Arc::new(Inner {
+                cim,
+                options,
+                services: Mutex::default(),
+                os_version: OnceLock::new(),
+            }),
+        }
     }
 
     /// The connection.
@@ -172,6 +180,17 @@ impl Host {
         Ok(path)
     }
 
+    /// The version of the host's Windows, e.g. `10.0.20348`; none where this user may not see it. Asked once.
+    pub fn os_version(&self) -> Option<String> {
+        self.inner
+            .os_version
+            .get_or_init(|| {
+                let found = self.cim().query(CIMV2, "SELECT * FROM Win32_OperatingSystem").ok()?;
+                found.first()?.text("Version").ok().map(str::to_owned)
+            })
+            .clone()
+    }
+
     /// Calls a method and waits for its job. `what` says in words what is done.
     ///
     /// # Errors
@@ -219,6 +238,9 @@ impl Host {
         }
     }
 }
+
+/// The namespace of what Windows says of itself.
+pub(crate) const CIMV2: &str = r"root\cimv2";
 
 /// The keys of services.
 const SERVICE_KEYS: [&str; 4] =

@@ -6,16 +6,20 @@
 //! two knows neither, so the same cycle runs on the host, from another machine, and against the stand-in
 //! host of the tests.
 
+mod config;
 mod files;
 mod host;
 mod job;
 mod model;
 
+pub use config::{
+    CapturedFiles, Configuration, capture_files, configuration_files, decode, native_settings,
+};
 pub use files::{ChangePage, ChangesError, FileEntry, FrozenFile, HostFiles, NewDisk};
 pub use host::{Clock, Host, HostOptions, SystemClock, from_cim};
 pub use job::JobOutcome;
-pub use model::SnapshotRequest;
 pub use model::types::{
     BackupType, ControllerKind, DiskAttachment, DiskLocation, Generation, ReferencePointRecord,
     SnapshotKind, SnapshotRecord, VmRecord, VmSettings, VmState,
 };
+pub use model::{SnapshotRequest, VirtualHardDisk};

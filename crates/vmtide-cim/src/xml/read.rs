@@ -109,34 +109,8 @@ fn object(element: &Element, nesting: usize) -> Result<CimValue> {
 }
 
 fn scalar(kind: CimType, element: &Element) -> Result<CimValue> {
-    let text = element.text.as_str();
-    parse_scalar(kind, text).ok_or_else(|| bad(format!("a value is no {}", kind.as_str())))
-}
-
-/// A value of that type from its text; none where the text is not one, or the type has no text.
-pub(crate) fn parse_scalar(kind: CimType, text: &str) -> Option<CimValue> {
-    let trimmed = text.trim();
-    Some(match kind {
-        CimType::String => CimValue::String(text.to_owned()),
-        CimType::DateTime => CimValue::DateTime(trimmed.to_owned()),
-        CimType::Boolean if trimmed.eq_ignore_ascii_case("true") => CimValue::Boolean(true),
-        CimType::Boolean if trimmed.eq_ignore_ascii_case("false") => CimValue::Boolean(false),
-        CimType::Uint8 => CimValue::Uint8(trimmed.parse().ok()?),
-        CimType::Uint16 => CimValue::Uint16(trimmed.parse().ok()?),
-        CimType::Uint32 => CimValue::Uint32(trimmed.parse().ok()?),
-        CimType::Uint64 => CimValue::Uint64(trimmed.parse().ok()?),
-        CimType::Sint8 => CimValue::Sint8(trimmed.parse().ok()?),
-        CimType::Sint16 => CimValue::Sint16(trimmed.parse().ok()?),
-        CimType::Sint32 => CimValue::Sint32(trimmed.parse().ok()?),
-        CimType::Sint64 => CimValue::Sint64(trimmed.parse().ok()?),
-        CimType::Real32 => {
-            CimValue::Real32(trimmed.parse().ok().filter(|value: &f32| value.is_finite())?)
-        }
-        CimType::Real64 => {
-            CimValue::Real64(trimmed.parse().ok().filter(|value: &f64| value.is_finite())?)
-        }
-        CimType::Boolean | CimType::Reference | CimType::Instance => return None,
-    })
+    let value = CimValue::from_text(kind, &element.text);
+    value.ok_or_else(|| bad(format!("a value is no {}", kind.as_str())))
 }
 
 /// `<VALUE.REFERENCE>` with the path in whichever of its forms.

@@ -87,33 +87,11 @@ fn write_value(out: &mut String, value: &CimValue) -> Result<()> {
         }
         scalar => {
             out.push_str("<VALUE>");
-            escape(out, &text_of(scalar))?;
+            escape(out, &scalar.to_text().unwrap_or_default())?;
             out.push_str("</VALUE>");
         }
     }
     Ok(())
-}
-
-/// The text of a scalar.
-fn text_of(value: &CimValue) -> String {
-    match value {
-        CimValue::Boolean(true) => "TRUE".into(),
-        CimValue::Boolean(false) => "FALSE".into(),
-        CimValue::Uint8(number) => number.to_string(),
-        CimValue::Uint16(number) => number.to_string(),
-        CimValue::Uint32(number) => number.to_string(),
-        CimValue::Uint64(number) => number.to_string(),
-        CimValue::Sint8(number) => number.to_string(),
-        CimValue::Sint16(number) => number.to_string(),
-        CimValue::Sint32(number) => number.to_string(),
-        CimValue::Sint64(number) => number.to_string(),
-        CimValue::Real32(number) => format!("{number:e}"),
-        CimValue::Real64(number) => format!("{number:e}"),
-        CimValue::String(text) | CimValue::DateTime(text) => text.clone(),
-        CimValue::Null | CimValue::Reference(_) | CimValue::Instance(_) | CimValue::Array(..) => {
-            String::new()
-        }
-    }
 }
 
 fn write_reference(out: &mut String, path: &ObjectPath) -> Result<()> {

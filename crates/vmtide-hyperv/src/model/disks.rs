@@ -24,7 +24,7 @@ const PHYSICAL_DRIVE: &str = "Microsoft:Hyper-V:Physical Disk Drive";
 /// The classes of the resources of a VM. Each is asked for by its own name: whether a query for a class
 /// also finds those made of it depends on the transport. Classes that the host's Windows does not know
 /// have no instances.
-const RESOURCE_CLASSES: [&str; 24] = [
+const RESOURCE_CLASSES: [&str; 25] = [
     "Msvm_ProcessorSettingData",
     "Msvm_MemorySettingData",
     "Msvm_SecuritySettingData",
@@ -49,6 +49,7 @@ const RESOURCE_CLASSES: [&str; 24] = [
     "Msvm_VssComponentSettingData",
     "Msvm_GuestServiceInterfaceComponentSettingData",
     "Msvm_RdvComponentSettingData",
+    "Msvm_BootSourceSettingData",
 ];
 
 impl Host {
@@ -192,7 +193,9 @@ impl Places {
 /// The controllers by their lower-case `InstanceID`, numbered among their kind. IDE controllers have their
 /// number as `Address`. SCSI controllers have none that lasts, so they are numbered in the order of their
 /// ids: the same in a VM and its checkpoints, whatever order a query answers in.
-fn controllers(devices: &[CimInstance]) -> Result<HashMap<String, (ControllerKind, u32)>> {
+pub(crate) fn controllers(
+    devices: &[CimInstance],
+) -> Result<HashMap<String, (ControllerKind, u32)>> {
     let mut numbered = HashMap::new();
     for (number, kind) in [
         (resource_type::IDE_CONTROLLER, ControllerKind::Ide),

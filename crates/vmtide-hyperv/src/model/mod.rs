@@ -2,11 +2,14 @@
 
 mod changes;
 pub(crate) mod codes;
-mod disks;
+pub(crate) mod disks;
 mod points;
-mod read;
+pub(crate) mod read;
+pub(crate) mod schema;
 mod snapshots;
 pub mod types;
+mod vhd;
 mod vms;
 
 pub use snapshots::SnapshotRequest;
+pub use vhd::VirtualHardDisk;

@@ -2,6 +2,7 @@
 //! their numbers are those of the class pages of Microsoft's "Hyper-V WMI provider (V2)".
 
 use serde::{Deserialize, Serialize};
+use std::fmt;
 use uuid::Uuid;
 use vmtide_cim::{CimInstance, ObjectPath};
 
@@ -106,6 +107,16 @@ pub struct DiskLocation {
     pub controller_number: u32,
     /// The location on it (LUN), from 0.
     pub location: u32,
+}
+
+impl fmt::Display for DiskLocation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = match self.controller {
+            ControllerKind::Ide => "ide",
+            ControllerKind::Scsi => "scsi",
+        };
+        write!(f, "{kind}{}:{}", self.controller_number, self.location)
+    }
 }
 
 /// The kinds of controllers of Hyper-V.
