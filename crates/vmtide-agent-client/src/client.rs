@@ -4,8 +4,9 @@ use crate::changes::Changes;
 use crate::contract::{self, DiskInfo, TrackingState};
 use crate::device::AgentDisk;
 use crate::frozen::FrozenDisks;
+use crate::hyperv_url::HypervUrl;
 use crate::options::AgentOptions;
-use crate::resend;
+use crate::resend::{self, CreateDocument};
 use crate::transport::Transport;
 use crate::url::AgentUrl;
 use crate::v1::{self, DiskDetails, Place};
@@ -71,6 +72,23 @@ impl AgentClient {
         })))
     }
 
+    /// For the agent of a URL of VMs. Asks nobody yet.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); [`AgentError::Usage`] for a URL of this host, which has no agent in between.
+    pub fn for_vms(url: &HypervUrl, options: &AgentOptions) -> Result<Self> {
+        let authority = url.authority().ok_or_else(|| {
+            AgentError::usage(format!("{url}: names this host, not an agent: add the agent's host"))
+        })?;
+        Ok(Self(Arc::new(Shared {
+            transport: Transport::new(authority, format!("hyperv://{authority}"), options)?,
+            compress: options.compress,
+            has_v1: OnceLock::new(),
+            slots: Mutex::new(TRANSFERS),
+            slot_freed: Condvar::new(),
+        })))
+    }
+
     pub(crate) fn shared(&self) -> &Arc<Shared> {
         &self.0
     }
@@ -92,7 +110,7 @@ impl AgentClient {
         Ok(*self.0.has_v1.get_or_init(|| found))
     }
 
-    fn need_v1(&self, what: &str, cancel: &CancelToken) -> Result<()> {
+    pub(crate) fn need_v1(&self, what: &str, cancel: &CancelToken) -> Result<()> {
         if self.has_v1(cancel)? {
             return Ok(());
         }
@@ -188,7 +206,12 @@ impl AgentClient {
         cancel: &CancelToken,
     ) -> Result<()> {
         self.need_v1("make disks", cancel)?;
-        resend::create(&self.0.transport, path, format, size_bytes, cancel)
+        let document = CreateDocument {
+            format: format.to_owned(),
+            virtual_size_bytes: size_bytes,
+            ..CreateDocument::default()
+        };
+        resend::create(&self.0.transport, path, &document, cancel)
     }
 
     /// A disk for writing: a restore.

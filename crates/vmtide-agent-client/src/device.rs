@@ -108,7 +108,10 @@ impl AgentDisk {
     /// A moment that is gone is no disk that never was.
     fn explained(&self, error: AgentError) -> AgentError {
         match (error, &self.place) {
-            (AgentError::NotFound { agent, detail, .. }, Some(Place::Frozen(..))) => {
+            (
+                AgentError::NotFound { agent, detail, .. },
+                Some(Place::Frozen(..) | Place::FrozenVm(..)),
+            ) => {
                 let detail = format!(
                     "the moment that was read is gone, because the agent was started anew or it ended: {detail}"
                 );

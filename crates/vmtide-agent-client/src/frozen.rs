@@ -6,10 +6,10 @@
 use crate::changes::Changes;
 use crate::client::AgentClient;
 use crate::device::AgentDisk;
+use crate::keeper::Keeper;
 use crate::resend::{TIME_TO_LIVE, WantedFreeze};
 use crate::v1::{self, FreezeDisk, Place};
 use crate::{AgentError, Result};
-use parking_lot::{Condvar, Mutex};
 use std::sync::Arc;
 use std::time::Duration;
 use vmtide_block::{BlockDevice, CancelToken};
@@ -23,18 +23,6 @@ pub struct FrozenDisks {
     cancel: CancelToken,
 }
 
-#[derive(Default)]
-struct Keeper {
-    state: Mutex<KeeperState>,
-    woken: Condvar,
-}
-
-#[derive(Default)]
-struct KeeperState {
-    ended: bool,
-    lost: Option<String>,
-}
-
 impl FrozenDisks {
     pub(crate) fn new(
         client: &AgentClient,
@@ -45,7 +33,7 @@ impl FrozenDisks {
         let made = wanted.make(&client.shared().transport, cancel)?;
         let freeze = made.freeze;
         // A try that was lost may be working still.
-        let late = made.resent.then_some(wanted);
+        let mut late = made.resent.then_some(wanted);
         let keeper = Arc::new(Keeper::default());
         let interval = Duration::from_secs(freeze.ttl_seconds.clamp(6, TIME_TO_LIVE.as_secs()) / 6);
         let frozen = Self {
@@ -56,14 +44,15 @@ impl FrozenDisks {
             cancel: cancel.clone(),
         };
         let (client, id) = (client.clone(), frozen.id.clone());
-        // It ends by itself, at the latest when the request that it makes at the moment does: nobody waits for it.
-        std::thread::Builder::new()
-            .name("agent-freeze".into())
-            .spawn(move || keeper.keep(&client, &id, interval, late))
-            .map_err(|source| AgentError::Io {
-                context: "start the thread that keeps a freeze".into(),
-                source,
-            })?;
+        keeper.start("agent-freeze", interval, move || {
+            let transport = &client.shared().transport;
+            let renewed = v1::renew_once(transport, &id, TIME_TO_LIVE);
+            // Ends what a lost try made after all.
+            if let Some(late) = late.take() {
+                late.end_others(transport, &id, &CancelToken::new());
+            }
+            renewed
+        })?;
         Ok(frozen)
     }
 
@@ -107,7 +96,7 @@ impl FrozenDisks {
     /// # Errors
     /// Where the agent ended it or cannot be asked.
     pub fn check(&self) -> Result<()> {
-        if let Some(lost) = self.keeper.state.lock().lost.clone() {
+        if let Some(lost) = self.keeper.lost() {
             return Err(AgentError::Unreachable {
                 agent: self.client.agent().into(),
                 detail: lost,
@@ -135,47 +124,6 @@ impl Drop for FrozenDisks {
             && let Err(error) = v1::end_freeze(&self.client.shared().transport, &self.id)
         {
             tracing::debug!(%error, "a freeze is left to its expiry");
-        }
-    }
-}
-
-impl Keeper {
-    /// Whether this was the call that stopped it.
-    fn stop(&self) -> bool {
-        let first = !std::mem::replace(&mut self.state.lock().ended, true);
-        self.woken.notify_all();
-        first
-    }
-
-    /// Renews the freeze `id`, and ends what a lost try of `late` made after all.
-    fn keep(
-        &self,
-        client: &AgentClient,
-        id: &str,
-        interval: Duration,
-        mut late: Option<WantedFreeze>,
-    ) {
-        let mut state = self.state.lock();
-        while !state.ended {
-            if !self.woken.wait_for(&mut state, interval).timed_out() {
-                continue;
-            }
-            drop(state);
-            let transport = &client.shared().transport;
-            let renewed = v1::renew_once(transport, id, TIME_TO_LIVE);
-            if let Some(late) = late.take() {
-                late.end_others(transport, id, &CancelToken::new());
-            }
-            state = self.state.lock();
-            match renewed {
-                Ok(()) => {}
-                Err(AgentError::NotFound { .. }) => {
-                    state.lost = Some("the agent ended the freeze while it was read".into());
-                    return;
-                }
-                // The next time is soon enough; readers notice for themselves when the agent is gone for good.
-                Err(error) => tracing::debug!(%error, "a freeze could not be renewed"),
-            }
         }
     }
 }

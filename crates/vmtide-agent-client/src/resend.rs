@@ -101,11 +101,20 @@ pub(crate) fn write(
     Ok(())
 }
 
-#[derive(Serialize)]
-struct NewDiskDocument<'a> {
-    format: &'a str,
-    virtual_size_bytes: u64,
-    fixed: bool,
+/// A disk to be made.
+#[derive(Clone, Debug, Default, Serialize)]
+pub(crate) struct CreateDocument {
+    pub format: String,
+    pub virtual_size_bytes: u64,
+    pub fixed: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub logical_sector_bytes: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub physical_sector_bytes: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub block_size_bytes: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disk_id: Option<String>,
 }
 
 /// Makes a disk. One that is there when the request is sent again counts as made by the try that was lost, if it is
@@ -113,20 +122,18 @@ struct NewDiskDocument<'a> {
 pub(crate) fn create(
     transport: &Transport,
     path: &str,
-    format: &str,
-    size_bytes: u64,
+    document: &CreateDocument,
     cancel: &CancelToken,
 ) -> Result<()> {
-    let document = NewDiskDocument { format, virtual_size_bytes: size_bytes, fixed: false };
     let request = Request::new(Method::POST, format!("/v1/disks?path={}", segment(path)))
-        .body("application/json", v1::to_json(&transport.agent, &document)?);
+        .body("application/json", v1::to_json(&transport.agent, document)?);
     let mut grace = Grace::default();
     transport.persist(cancel, |earlier| {
         let Err(failure) = transport.attempt(&request, cancel) else { return Ok(()) };
         if earlier == 0 || failure.error.code() != EXISTS {
             return Err(failure);
         }
-        match is_new(transport, path, format, size_bytes, cancel) {
+        match is_new(transport, path, &document.format, document.virtual_size_bytes, cancel) {
             Ok(true) => Ok(()),
             // It may not be finished yet.
             Ok(false) => Err(grace.pass(failure, CREATION)),

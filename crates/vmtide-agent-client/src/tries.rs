@@ -122,9 +122,18 @@ impl Tries {
 
 /// Between 0 and 1.
 pub(crate) fn random_fraction() -> f64 {
-    let mut bytes = [0; 4];
-    let random = ring::rand::SecureRandom::fill(&ring::rand::SystemRandom::new(), &mut bytes);
-    random.map_or(0.5, |()| f64::from(u32::from_le_bytes(bytes)) / f64::from(u32::MAX))
+    f64::from(u32::from_le_bytes(random_bytes())) / f64::from(u32::MAX)
+}
+
+/// Bytes that nobody else has; where the system gives none, of the clock, which differ from those of other jobs.
+pub(crate) fn random_bytes<const N: usize>() -> [u8; N] {
+    let mut bytes = [0; N];
+    if ring::rand::SecureRandom::fill(&ring::rand::SystemRandom::new(), &mut bytes).is_err() {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        let now = now.map_or(0, |now| now.as_nanos()) ^ u128::from(std::process::id());
+        bytes.iter_mut().zip(now.to_le_bytes()).for_each(|(to, from)| *to = from);
+    }
+    bytes
 }
 
 #[cfg(test)]

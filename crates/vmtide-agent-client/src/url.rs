@@ -118,7 +118,8 @@ pub(crate) fn segment(text: &str) -> String {
     utf8_percent_encode(text, IN_REQUEST).to_string()
 }
 
-fn check_authority(text: &str) -> std::result::Result<String, String> {
+/// Host and port of a URL, with the port of agents where it has none.
+pub(crate) fn check_authority(text: &str) -> std::result::Result<String, String> {
     if text.contains('@') {
         return Err("keys do not belong into a URL: use VMTIDE_AGENT_KEY or a key file".into());
     }

@@ -85,6 +85,8 @@ pub(crate) enum Place {
     Live(String),
     /// A disk of a freeze, by its number.
     Frozen(String, usize),
+    /// A disk of a frozen VM, by its number.
+    FrozenVm(String, usize),
 }
 
 impl Place {
@@ -93,6 +95,9 @@ impl Place {
             Self::Live(path) => format!("/v1/disks/{what}?path={}&", segment(path)),
             Self::Frozen(id, number) => {
                 format!("/v1/freezes/{}/disks/{number}/{what}?", segment(id))
+            }
+            Self::FrozenVm(id, number) => {
+                format!("/v1/vms/freezes/{}/disks/{number}/{what}?", segment(id))
             }
         }
     }
@@ -175,8 +180,28 @@ pub(crate) fn changes(
     size_bytes: u64,
     cancel: &CancelToken,
 ) -> Result<Changes> {
-    let mut gathering = Gathering::new(size_bytes);
     let base = format!("{}since={}", place.target("changes"), segment(id));
+    pages(transport, base, size_bytes, cancel)
+}
+
+/// What may differ from the base on a disk of a frozen VM, as it was found out when it was frozen.
+pub(crate) fn frozen_vm_changes(
+    transport: &Transport,
+    place: &Place,
+    size_bytes: u64,
+    cancel: &CancelToken,
+) -> Result<Changes> {
+    pages(transport, format!("{}limit=1000000", place.target("changes")), size_bytes, cancel)
+}
+
+/// All pages of changes from `base` on, which has a query.
+fn pages(
+    transport: &Transport,
+    base: String,
+    size_bytes: u64,
+    cancel: &CancelToken,
+) -> Result<Changes> {
+    let mut gathering = Gathering::new(size_bytes);
     let mut target = base.clone();
     loop {
         let request = Request::get(target).at_most(MAX_PAGE_BYTES);

@@ -3,7 +3,7 @@
 //! A line is written when an answer has ended, so that it tells how many bytes the client was given and whether it
 //! got all of them. Fields, in this order: `time` (RFC 3339, UTC), `peer`, `key` (its name, or null), `method`,
 //! `path` (without the query), `disk` (or null), `status`, `bytes`, `complete`, `duration_ms`. A line about a freeze
-//! has its id as `freeze` after `disk`, and that of its making, or of the attempt, the list `disks` after that: all
+//! has its id as `freeze` after `disk`, one about a VM its name as `vm` before that, and that of its making, or of the attempt, the list `disks` after that: all
 //! disks as they were asked for. Requests without a good key are written, too. Lines are written by a thread of its own: a slow disk under the log must not stop
 //! the answers; what it cannot keep up with is counted and told in the log itself.
 
@@ -45,6 +45,8 @@ pub struct Note {
     pub key: Option<Arc<str>>,
     /// The disk, as the client named it.
     pub disk: Option<String>,
+    /// The VM, as the client named it.
+    pub vm: Option<String>,
     /// The freeze that was made or used.
     pub freeze: Option<String>,
     /// The disks of a freeze that was to be made, as the client named them.
@@ -66,6 +68,9 @@ pub struct Record {
     pub path: String,
     /// The disk, as the client named it.
     pub disk: Option<String>,
+    /// The VM, as the client named it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vm: Option<String>,
     /// The freeze that was made or used.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub freeze: Option<String>,
@@ -85,7 +90,7 @@ pub struct Record {
 impl Record {
     /// About how much memory it takes.
     fn weight(&self) -> usize {
-        let names = self.disks.iter().chain(&self.disk).chain([&self.path]);
+        let names = self.disks.iter().chain(&self.disk).chain(&self.vm).chain([&self.path]);
         names.map(|name| name.len() + size_of::<String>()).sum::<usize>() + size_of::<Self>()
     }
 }
@@ -280,6 +285,7 @@ pub async fn record(State(state): State<Shared>, request: Request, next: Next) -
         method: request.method().as_str().into(),
         path: request.uri().path().chars().take(MAX_PATH_CHARS).collect(),
         disk: None,
+        vm: None,
         freeze: None,
         disks: Vec::new(),
         status: 0,
@@ -293,6 +299,7 @@ pub async fn record(State(state): State<Shared>, request: Request, next: Next) -
         record.key = note.key.map(|key| key.to_string());
         let shortened = |disk: String| disk.chars().take(MAX_PATH_CHARS).collect();
         record.disk = note.disk.map(shortened);
+        record.vm = note.vm.map(shortened);
         record.freeze = note.freeze;
         record.disks = note.disks.into_iter().map(shortened).collect();
     }
@@ -368,6 +375,7 @@ mod tests {
             method: "GET".into(),
             path: "/vdisk/a\"/info".into(),
             disk: Some("/srv/a\"".into()),
+            vm: None,
             freeze: None,
             disks: Vec::new(),
             status: 200,

@@ -33,11 +33,12 @@ mod systemd;
 mod tls;
 pub mod transfers;
 mod v1;
+pub mod vms;
 pub mod work;
 
 pub use config::{AgentOptions, CertificateFiles, ConnectionLimits};
 pub use error::{AgentError, Result};
-pub use run::{Started, run};
+pub use run::{Platform, Started, run};
 pub use state::{AppState, Shared};
 pub use tls::{Fingerprint, TlsIdentity};
 

@@ -17,6 +17,16 @@ pub const DEFAULT_FREEZE_TTL_SECONDS: u64 = 600;
 /// The most ranges of one request or one page of changes.
 pub const MAX_RANGES: usize = 1 << 20;
 
+/// The largest body about VMs and their management objects: a freeze names every disk with its tracking id, a call
+/// carries instances as text.
+pub const VM_JSON_BODY_BYTES: u64 = 4 << 20;
+
+/// The largest file that is given or taken whole. Configurations of VMs are far below it.
+pub const MAX_FILE_BYTES: u64 = 64 << 20;
+
+/// The files that are held whole at once, in all.
+pub const FILES_AT_ONCE: usize = 4;
+
 /// What one client, that is one key, may use at once, and all of them together.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Limits {

@@ -186,11 +186,14 @@ fn route_of(path: &str) -> &'static str {
         (Some("health"), _) => "/v1/health",
         (Some("metrics"), _) => "/v1/metrics",
         (Some("jobs"), _) => "/v1/jobs",
-        (Some("disks" | "freezes"), Some("content")) => "/v1/content",
-        (Some("disks" | "freezes"), Some("changes")) => "/v1/changes",
+        (Some("disks" | "freezes" | "vms"), Some("content")) => "/v1/content",
+        (Some("disks" | "freezes" | "vms"), Some("changes")) => "/v1/changes",
         (Some("disks"), Some("tracking" | "checkpoints")) => "/v1/tracking",
         (Some("disks"), _) => "/v1/disks",
         (Some("freezes"), _) => "/v1/freezes",
+        (Some("vms"), _) => "/v1/vms",
+        (Some("cim"), _) => "/v1/cim",
+        (Some("files"), _) => "/v1/files",
         _ => "other",
     }
 }

@@ -158,6 +158,124 @@ const OPERATIONS: &[Operation] = &[
     )
     .query(&["!since", "cursor", "limit"])
     .gives(200, Answer::Json("Changes")),
+    operation("/v1/vms", "get", "listVms", "The VMs of this host").gives(200, Answer::Json("Vms")),
+    operation("/v1/vms/config", "get", "showVm", "The configuration of a VM")
+        .query(&["!vm"])
+        .gives(200, Answer::Json("VmConfig")),
+    operation("/v1/vms/reap", "post", "reap", "Removes what killed jobs left")
+        .gives(200, Answer::Json("ReapReport")),
+    operation("/v1/vms/freezes", "get", "listVmFreezes", "The freezes of VMs of this key")
+        .gives(200, Answer::Json("VmFreezes")),
+    operation(
+        "/v1/vms/freezes",
+        "post",
+        "freezeVm",
+        "Begins to freeze a VM, once for each client_token",
+    )
+    .takes(Body::Json("NewVmFreeze"))
+    .gives(202, Answer::Json("VmFreeze")),
+    operation(
+        "/v1/vms/freezes/{id}",
+        "get",
+        "showVmFreeze",
+        "How a freeze of a VM stands, and its moment",
+    )
+    .gives(200, Answer::Json("VmFreeze")),
+    operation("/v1/vms/freezes/{id}", "put", "renewVmFreeze", "Begins its life anew")
+        .takes(Body::Json("Renewal"))
+        .gives(200, Answer::Json("VmFreeze")),
+    operation(
+        "/v1/vms/freezes/{id}",
+        "delete",
+        "abortVmFreeze",
+        "Gives it up; 200 once it is over",
+    )
+    .gives(202, Answer::Json("VmFreeze")),
+    operation(
+        "/v1/vms/freezes/{id}/commit",
+        "post",
+        "commitVmFreeze",
+        "Keeps its tracking; 200 once it is over",
+    )
+    .gives(202, Answer::Json("VmFreeze")),
+    operation(
+        "/v1/vms/freezes/{id}/check",
+        "get",
+        "checkVmFreeze",
+        "Whether its disks showed one moment up to now",
+    )
+    .gives(200, Answer::Json("Any")),
+    operation(
+        "/v1/vms/freezes/{id}/disks/{index}/content",
+        "get",
+        "readVm",
+        "Content at the moment",
+    )
+    .query(READ_FROZEN)
+    .gives(200, Answer::Content),
+    operation(
+        "/v1/vms/freezes/{id}/disks/{index}/content",
+        "post",
+        "readVmRanges",
+        "Content; the ranges in the body",
+    )
+    .query(READ_FROZEN_LIST)
+    .takes(Body::Json("Ranges"))
+    .gives(200, Answer::Content),
+    operation(
+        "/v1/vms/freezes/{id}/disks/{index}/changes",
+        "get",
+        "vmChanges",
+        "What may differ from the base",
+    )
+    .query(&["cursor", "limit"])
+    .gives(200, Answer::Json("Changes")),
+    operation(
+        "/v1/cim",
+        "post",
+        "cim",
+        "Asks the host's management objects of VMs; calling a method needs a key that may write",
+    )
+    .takes(Body::Json("Any"))
+    .gives(200, Answer::Json("Any")),
+    operation(
+        "/v1/files",
+        "get",
+        "listFiles",
+        "The files of a directory, and what is free on its volume",
+    )
+    .query(&["!path"])
+    .gives(200, Answer::Json("Directory")),
+    operation("/v1/files", "delete", "removeFile", "Removes a file")
+        .query(&["!path"])
+        .writes()
+        .gives(204, Answer::Nothing),
+    operation("/v1/files/content", "get", "readFile", "A small file, whole")
+        .query(&["!path"])
+        .gives(200, Answer::Content),
+    operation("/v1/files/content", "post", "writeFile", "Makes a small file; never replaces one")
+        .query(&["!path"])
+        .writes()
+        .takes(Body::Content)
+        .gives(201, Answer::Nothing),
+    operation(
+        "/v1/files/directories",
+        "post",
+        "makeDirectory",
+        "Makes a directory with its parents",
+    )
+    .query(&["!path"])
+    .writes()
+    .gives(201, Answer::Nothing),
+    operation(
+        "/v1/files/directories",
+        "delete",
+        "removeDirectory",
+        "Removes a directory that is empty",
+    )
+    .query(&["!path"])
+    .writes()
+    .gives(204, Answer::Nothing),
     operation("/v1/jobs", "get", "listJobs", "The transfers of this key, running and ended")
         .gives(200, Answer::Json("Jobs")),
     operation("/v1/jobs/{id}", "get", "showJob", "One transfer").gives(200, Answer::Json("Job")),
@@ -202,6 +320,10 @@ fn describe(operation: &Operation) -> Value {
             "default": { "description": "An error", "content": json_content("Error") },
         },
     });
+    if operation.status == 202 {
+        // What was begun may be over already.
+        described["responses"]["200"] = answer(operation.answer);
+    }
     let names = operation.route.split(['{', '}']).skip(1).step_by(2);
     let in_path = names.map(|name| json!({ "name": name, "in": "path", "required": true, "schema": { "type": "string" } }));
     let parameters: Vec<Value> =
@@ -333,6 +455,8 @@ fn schemas() -> Value {
             ("fixed", flag()),
             ("logical_sector_bytes?", or_null("integer")),
             ("physical_sector_bytes?", or_null("integer")),
+            ("block_size_bytes?", or_null("integer")),
+            ("disk_id?", or_null("string")),
         ]),
     );
     add(
@@ -401,7 +525,68 @@ fn schemas() -> Value {
         ]),
     );
     add("Jobs", object(&[("jobs", list_of("Job"))]));
+    add_vm_schemas(&mut add);
     Value::Object(all)
+}
+
+fn add_vm_schemas(add: &mut impl FnMut(&str, Value) -> Option<Value>) {
+    let integer = || json!({ "type": "integer", "minimum": 0 });
+    let text = || json!({ "type": "string" });
+    let or_null = |kind: &str| json!({ "type": [kind, "null"] });
+    let texts = || json!({ "type": "array", "items": text() });
+    let summary =
+        [("name", text()), ("id?", or_null("string")), ("state", text()), ("disks", integer())];
+    add("Vm", object(&summary));
+    add("Vms", object(&[("vms", list_of("Vm"))]));
+    add("VmConfig", json!({ "type": "object" }));
+    add("ReapReport", object(&[("removed", texts()), ("in_use", texts())]));
+    let base = [("disk", text()), ("tracking_id?", or_null("string")), ("size_bytes", integer())];
+    add("VmBase", wanted(&base));
+    add(
+        "NewVmFreeze",
+        wanted(&[
+            ("client_token", text()),
+            ("vm", text()),
+            ("job", text()),
+            ("lineage", text()),
+            ("consistency", json!({ "enum": ["app", "fs", "crash"] })),
+            ("allow_downgrade?", json!({ "type": "boolean" })),
+            ("bases?", list_of("VmBase")),
+            ("exclude?", texts()),
+            ("ttl_seconds?", or_null("integer")),
+        ]),
+    );
+    add(
+        "VmFreeze",
+        object(&[
+            ("id", text()),
+            ("client_token", text()),
+            ("vm", text()),
+            (
+                "state",
+                json!({ "enum": [
+                    "freezing", "frozen", "committing", "committed", "commit_failed", "aborting", "aborted",
+                    "abort_failed", "failed",
+                ] }),
+            ),
+            ("created_at", json!({ "type": "string", "format": "date-time" })),
+            ("expires_at?", json!({ "type": ["string", "null"], "format": "date-time" })),
+            ("ttl_seconds", integer()),
+            ("error?", json!({ "type": ["object", "null"] })),
+            ("notes", texts()),
+            ("moment?", json!({ "type": ["object", "null"] })),
+        ]),
+    );
+    add("VmFreezes", object(&[("freezes", list_of("VmFreeze"))]));
+    add("File", object(&[("name", text()), ("size_bytes", integer())]));
+    add(
+        "Directory",
+        object(&[
+            ("path", text()),
+            ("free_bytes?", or_null("integer")),
+            ("files", list_of("File")),
+        ]),
+    );
 }
 
 #[cfg(test)]

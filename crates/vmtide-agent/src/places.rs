@@ -15,17 +15,13 @@ use thiserror::Error;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum NoPlace {
     /// This client has as many as it may.
-    #[error(
-        "this key has {limit} lists of changes under way, as many as it may: wait for one to end"
-    )]
+    #[error("this key has {limit} such requests under way, as many as it may: wait for one to end")]
     Client {
         /// The limit.
         limit: usize,
     },
     /// All clients together have.
-    #[error(
-        "the agent has {limit} lists of changes under way, as many as it does: ask again later"
-    )]
+    #[error("the agent has {limit} such requests under way, as many as it does: ask again later")]
     Agent {
         /// The limit.
         limit: usize,

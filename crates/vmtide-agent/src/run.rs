@@ -11,6 +11,7 @@ use crate::server;
 use crate::state::{AppState, Shared};
 use crate::systemd;
 use crate::tls::{Fingerprint, TlsIdentity};
+use crate::vms::{VmPlatform, Vms};
 use crate::work::Work;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -46,6 +47,21 @@ pub struct Started {
     pub key_is_plain: bool,
 }
 
+/// What an agent serves of its host.
+#[derive(Clone)]
+pub struct Platform {
+    /// The disks.
+    pub disks: Arc<dyn DiskProvider>,
+    /// The VMs, where there are some.
+    pub vms: Option<VmPlatform>,
+}
+
+impl From<Arc<dyn DiskProvider>> for Platform {
+    fn from(disks: Arc<dyn DiskProvider>) -> Self {
+        Self { disks, vms: None }
+    }
+}
+
 /// Runs an agent until `stop` is cancelled; then lets running requests end. `started` is called once, when it
 /// answers.
 ///
@@ -53,11 +69,11 @@ pub struct Started {
 /// [`AgentError`] where it cannot start: options, files, the address.
 pub fn run(
     options: &AgentOptions,
-    provider: Arc<dyn DiskProvider>,
+    platform: impl Into<Platform>,
     stop: &CancelToken,
     started: impl FnOnce(&Started),
 ) -> Result<()> {
-    let state = prepare(options, provider)?;
+    let state = prepare(options, platform.into())?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .max_blocking_threads(BLOCKING_THREADS)
@@ -71,7 +87,7 @@ pub fn run(
 }
 
 /// Reads what the agent needs before it listens.
-fn prepare(options: &AgentOptions, provider: Arc<dyn DiskProvider>) -> Result<Shared> {
+fn prepare(options: &AgentOptions, platform: Platform) -> Result<Shared> {
     let roots = Roots::new(&options.roots)?;
     let keys = Arc::new(KeyStore::open(&options.auth_key_file)?);
     make_state_directory(&options.state_directory)?;
@@ -81,7 +97,12 @@ fn prepare(options: &AgentOptions, provider: Arc<dyn DiskProvider>) -> Result<Sh
     let limits = options.limits.clone();
     let work = Work::new(&limits);
     let metrics = Metrics::default();
-    Ok(Arc::new(AppState { provider, roots, keys, limits, metrics, audit, work }))
+    let Platform { disks: provider, vms } = platform;
+    let vms = vms.map(|platform| Arc::new(Vms::new(platform, &limits)));
+    if let Some(vms) = &vms {
+        vms.reap_in_background();
+    }
+    Ok(Arc::new(AppState { provider, vms, roots, keys, limits, metrics, audit, work }))
 }
 
 fn make_state_directory(path: &Path) -> Result<()> {

@@ -8,6 +8,7 @@ use crate::provider::{
     self, ChangePage, DiskProvider, FrozenDisks, NewDisk, ProviderError, TrackingState,
 };
 use crate::roots::{Located, Roots, Vacant};
+use crate::vms::Vms;
 use crate::work::Work;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,6 +21,8 @@ const MAX_PARENTS: usize = 64;
 pub struct AppState {
     /// The disks of this platform.
     pub provider: Arc<dyn DiskProvider>,
+    /// Its VMs; none where the host has no platform that has some.
+    pub vms: Option<Arc<Vms>>,
     /// Where disks may lie.
     pub roots: Roots,
     /// Who may do what.

@@ -1,7 +1,7 @@
 //! What is going on in an agent, beyond single requests: transfers, freezes, disks that are written.
 
 use crate::freezes::Freezes;
-use crate::limits::Limits;
+use crate::limits::{FILES_AT_ONCE, Limits};
 use crate::places::Places;
 use crate::stream::RangeMemory;
 use crate::transfers::Transfers;
@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use tokio::sync::Semaphore;
 
 /// What is going on; one per agent.
 #[derive(Debug)]
@@ -17,10 +18,14 @@ pub struct Work {
     pub transfers: Arc<Transfers>,
     /// Lists of changed ranges under way.
     pub changes: Arc<Places>,
+    /// Calls of management objects under way.
+    pub calls: Arc<Places>,
     /// Moments that are held.
     pub freezes: Arc<Freezes>,
     /// The memory of lists of ranges.
     pub range_memory: RangeMemory,
+    /// Files that are held whole.
+    pub files: Semaphore,
     writing: Arc<Mutex<HashSet<PathBuf>>>,
 }
 
@@ -30,8 +35,10 @@ impl Work {
         Self {
             transfers: Transfers::new(limits),
             changes: Places::new(limits),
+            calls: Places::new(limits),
             freezes: Freezes::new(limits),
             range_memory: RangeMemory::new(limits.range_memory_bytes),
+            files: Semaphore::new(FILES_AT_ONCE),
             writing: Arc::default(),
         }
     }

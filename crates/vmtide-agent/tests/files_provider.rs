@@ -21,6 +21,8 @@ fn new_disk(format: &str, fixed: bool) -> NewDisk {
         fixed,
         logical_sector_bytes: None,
         physical_sector_bytes: None,
+        block_size_bytes: None,
+        disk_id: None,
     }
 }
 

@@ -15,7 +15,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use support::agent::Agent;
-use support::client::{Answer, Client, escape};
+use support::client::{Client, escape};
+use support::openapi::check_answer;
 use support::provider::{PATTERN_DATA, PATTERN_UNIT, TestDisk, TestProvider, pattern_byte};
 use vmtide_agent::limits::Limits;
 use vmtide_agent::stream::frame::{self, Frame, FrameHeader, FrameKind, FrameReader};
@@ -705,47 +706,6 @@ fn a_write_that_breaks_off_gives_the_disk_back() {
     assert_eq!((states[0], *states.last().unwrap()), ("complete", "aborted"), "{jobs}");
 }
 
-/// What a schema promises, as far as the document says it: types, members that must be there, lists.
-fn fits(
-    document: &serde_json::Value,
-    schema: &serde_json::Value,
-    value: &serde_json::Value,
-) -> bool {
-    if let Some(name) = schema["$ref"].as_str().and_then(|name| name.rsplit('/').next()) {
-        return fits(document, &document["components"]["schemas"][name], value);
-    }
-    if let Some(values) = schema["enum"].as_array() {
-        return values.contains(value);
-    }
-    let is = |kind: &str| match kind {
-        "object" => value.is_object(),
-        "array" => value.is_array(),
-        "string" => value.is_string(),
-        "integer" => value.is_u64(),
-        "boolean" => value.is_boolean(),
-        "null" => value.is_null(),
-        other => panic!("{other}"),
-    };
-    let typed = match &schema["type"] {
-        serde_json::Value::Array(kinds) => kinds.iter().any(|kind| is(kind.as_str().unwrap())),
-        kind => is(kind.as_str().unwrap()),
-    };
-    let members = schema["required"].as_array().into_iter().flatten().all(|name| {
-        let name = name.as_str().unwrap();
-        value.get(name).is_some_and(|member| fits(document, &schema["properties"][name], member))
-    });
-    // Nothing is told that the document does not know.
-    let known = schema["properties"].as_object().is_none_or(|properties| {
-        value
-            .as_object()
-            .is_none_or(|members| members.keys().all(|name| properties.contains_key(name)))
-    });
-    let items = value
-        .as_array()
-        .is_none_or(|items| items.iter().all(|item| fits(document, &schema["items"], item)));
-    typed && members && known && items
-}
-
 #[test]
 fn every_route_of_the_document_answers_as_it_says() {
     let (disk, agent) = one_disk();
@@ -760,6 +720,10 @@ fn every_route_of_the_document_answers_as_it_says() {
     };
     let mut operations = 0;
     for (route, methods) in document["paths"].as_object().unwrap() {
+        // Those are in vms.rs.
+        if ["/v1/vms", "/v1/cim", "/v1/files"].iter().any(|start| route.starts_with(start)) {
+            continue;
+        }
         for (method, operation) in methods.as_object().unwrap() {
             let id = match route {
                 route if route.starts_with("/v1/freezes/{id}") => freeze(),
@@ -818,28 +782,6 @@ fn every_route_of_the_document_answers_as_it_says() {
         }
     }
     assert!(operations >= 20, "{operations}");
-}
-
-fn check_answer(
-    document: &serde_json::Value,
-    operation: &serde_json::Value,
-    answer: &Answer,
-    target: &str,
-) {
-    let status = answer.status.to_string();
-    let promised = &operation["responses"][&status];
-    assert!(promised.is_object(), "{target}: {status} {}", String::from_utf8_lossy(&answer.body));
-    assert!(answer.complete, "{target}");
-    let Some(kinds) = promised["content"].as_object() else {
-        assert!(answer.body.is_empty(), "{target}");
-        return;
-    };
-    let kind = answer.headers["content-type"].split(';').next().unwrap();
-    assert!(kinds.contains_key(kind), "{target}: {kind}");
-    if kind == "application/json" {
-        let schema = &kinds[kind]["schema"];
-        assert!(fits(document, schema, &answer.json()), "{target}: {}", answer.json());
-    }
 }
 
 #[test]

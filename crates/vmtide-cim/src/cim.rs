@@ -1,6 +1,7 @@
 //! What a transport can do.
 
 use crate::{CimInstance, CimValue, ObjectPath, Result};
+use serde::{Deserialize, Serialize};
 
 /// The namespace in which Hyper-V lives since Windows Server 2012.
 pub const VIRTUALIZATION_NAMESPACE: &str = r"root\virtualization\v2";
@@ -59,7 +60,7 @@ pub trait Cim: Send + Sync {
 }
 
 /// Which association to follow.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Association {
     /// The association's class, e.g. `Msvm_VirtualSystemSettingDataComponent`; none for any.
     pub class: Option<String>,
@@ -77,7 +78,7 @@ impl Association {
 }
 
 /// What a method answered.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct MethodOutput {
     /// The method's own code: 0 done, 4096 a job was started, others as its documentation says.
     pub return_value: u32,

@@ -1,10 +1,13 @@
 //! Errors of management calls.
 
+use serde::{Deserialize, Serialize};
+
 /// The result of a management call.
 pub type Result<T, E = CimError> = std::result::Result<T, E>;
 
 /// Why a management call failed. One line for a person; the variant for code that reacts.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum CimError {
     /// The host cannot be reached, or the connection broke.
     #[error("cannot reach {peer}: {detail}")]

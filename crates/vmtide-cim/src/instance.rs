@@ -1,9 +1,10 @@
 //! Instances and the checked reading of their properties.
 
 use crate::{CimError, CimValue, ObjectPath, Result};
+use serde::{Deserialize, Serialize};
 
 /// An instance of a class: its properties in the order they came, names without regard to case.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct CimInstance {
     /// The class, e.g. `Msvm_ComputerSystem`; empty for the out parameters of a method.
     pub class: String,

@@ -13,6 +13,7 @@ mod error;
 pub mod fuzzing;
 mod instance;
 mod path;
+pub mod remote;
 mod value;
 pub mod wql;
 pub mod xml;

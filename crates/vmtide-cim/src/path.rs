@@ -1,6 +1,7 @@
 //! Paths of objects: `\\HOST\root\virtualization\v2:Class.Key="value",Other="x"`.
 
 use crate::CimError;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
@@ -10,7 +11,8 @@ const MAX_PATH_BYTES: usize = 16 * 1024;
 
 /// The path of an object. Paths are compared by class and keys, names without regard to case; the host is
 /// only kept to be sent back.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct ObjectPath {
     /// The host, where it was named.
     pub host: Option<String>,
@@ -73,6 +75,20 @@ impl fmt::Display for ObjectPath {
             write!(f, "{separator}{name}=\"{value}\"")?;
         }
         Ok(())
+    }
+}
+
+impl From<ObjectPath> for String {
+    fn from(path: ObjectPath) -> Self {
+        path.to_string()
+    }
+}
+
+impl TryFrom<String> for ObjectPath {
+    type Error = CimError;
+
+    fn try_from(text: String) -> Result<Self, CimError> {
+        text.parse()
     }
 }
 

@@ -1,12 +1,14 @@
 //! Typed values.
 
 use crate::{CimInstance, ObjectPath};
+use serde::{Deserialize, Serialize};
 
 /// A value of a property or parameter.
 ///
 /// Over WS-Management every scalar arrives as [`String`](Self::String) and an array of one element looks
 /// like its element; [`CimInstance`]'s accessors take both. What is sent carries its true type.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum CimValue {
     /// No value.
     Null,
@@ -45,7 +47,8 @@ pub enum CimValue {
 }
 
 /// The types of CIM (DSP0004 §5.1.5), by their names in CIM-XML.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum CimType {
     /// `boolean`.
     Boolean,

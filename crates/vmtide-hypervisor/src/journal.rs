@@ -36,6 +36,17 @@ impl JobId {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// An id that another process made; none where the text is not one. It becomes a part of names of files, so
+    /// nothing else may stand in it.
+    pub fn parse(text: &str) -> Option<Self> {
+        is_sixteen_digits(text).then(|| Self(text.to_owned()))
+    }
+}
+
+/// Whether a text is 16 lower-case hexadecimal digits, as ids of jobs and lineages are.
+pub(crate) fn is_sixteen_digits(text: &str) -> bool {
+    text.len() == 16 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
 
 impl fmt::Display for JobId {

@@ -21,6 +21,8 @@ mod frozen;
 mod image_source;
 mod journal;
 mod lock;
+pub mod remote;
+mod report;
 mod restore;
 mod select;
 mod tracking;
@@ -37,6 +39,7 @@ pub use frozen::{
 pub use image_source::ImageSource;
 pub use journal::{JobId, Journal, JournalEntry};
 pub use lock::VmLock;
+pub use report::{ErrorCode, ErrorReport};
 pub use restore::{
     DiskContent, DiskToRestore, InPlaceRequest, NetworkPlan, NewVmRequest, RestoreRoute,
     RestoredVm, RestoringDisk, RestoringVm, VmIdentity, VmRestorer,

@@ -224,6 +224,8 @@ fn create_vhdx(path: &Path, disk: &NewDisk) -> vmtide_block::Result<()> {
     create.logical_sector_bytes = disk.logical_sector_bytes.unwrap_or(create.logical_sector_bytes);
     create.physical_sector_bytes =
         disk.physical_sector_bytes.unwrap_or(create.physical_sector_bytes);
+    create.block_size_bytes = disk.block_size_bytes;
+    create.disk_id.clone_from(&disk.disk_id);
     if disk.fixed {
         create.kind = VhdxKind::Fixed;
     }
@@ -244,6 +246,9 @@ fn create_other(path: &Path, format: Format, disk: &NewDisk) -> vmtide_block::Re
     let sectors = [disk.logical_sector_bytes, disk.physical_sector_bytes];
     if sectors.into_iter().flatten().any(|bytes| bytes != 512) {
         return refuse("only vhdx images have sectors of other than 512 bytes");
+    }
+    if disk.disk_id.is_some() || disk.block_size_bytes.is_some() {
+        return refuse("only vhdx images are given a disk id and a block size");
     }
     finish(path, create_image(path, &create)?)
 }

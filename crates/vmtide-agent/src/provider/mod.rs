@@ -173,4 +173,10 @@ pub struct NewDisk {
     pub logical_sector_bytes: Option<u32>,
     /// 512 or 4096; none for the format's own.
     pub physical_sector_bytes: Option<u32>,
+    /// The unit of allocation in bytes; none for the format's own.
+    #[serde(default)]
+    pub block_size_bytes: Option<u32>,
+    /// The disk's own id, a GUID: a disk that is restored keeps that of the one it was. None for a new one.
+    #[serde(default)]
+    pub disk_id: Option<String>,
 }

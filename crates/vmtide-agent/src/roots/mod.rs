@@ -141,6 +141,43 @@ impl Roots {
         Ok(Vacant { path: real.join(name), root: root.to_path_buf(), directory: real, pin })
     }
 
+    /// Finds the directory that a client named; a slash at its end does not count. Blocks.
+    ///
+    /// # Errors
+    /// [`Refusal`].
+    pub fn locate_directory(&self, requested: &str) -> std::result::Result<PathBuf, Refusal> {
+        let path = self.inside(requested.trim_end_matches(is_slash))?;
+        let real = plain(std::fs::canonicalize(path)?);
+        let root = self.root_of_real(&real).ok_or(Refusal::LeadsOutside)?;
+        if Pin::of(root, &real)?.is_directory() { Ok(real) } else { Err(Refusal::NoDirectory) }
+    }
+
+    /// Makes a directory that a client named, with its parents below the root; one that is there stays as it is.
+    /// Blocks.
+    ///
+    /// # Errors
+    /// [`Refusal`]; [`Refusal::LeadsOutside`] where a part that is there leads elsewhere.
+    pub fn create_directory(&self, requested: &str) -> std::result::Result<(), Refusal> {
+        let requested = requested.trim_end_matches(is_slash);
+        let path = self.inside(requested)?;
+        let is_there = |path: &&Path| std::fs::symlink_metadata(path).is_ok();
+        let there = path.ancestors().find(is_there).ok_or(Refusal::NoDirectory)?;
+        let missing = path.strip_prefix(there).map_err(|_| Refusal::Outside)?;
+        let mut real = plain(std::fs::canonicalize(there)?);
+        self.root_of_real(&real).ok_or(Refusal::LeadsOutside)?;
+        for part in missing.components() {
+            real.push(part);
+            match std::fs::create_dir(&real) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                    return Err(error.into());
+                }
+                _ => {}
+            }
+        }
+        // What was exchanged for a link meanwhile is noticed.
+        self.locate_directory(requested).map(drop)
+    }
+
     /// The path of a name that is good as text and names a place inside a root.
     fn inside(&self, requested: &str) -> std::result::Result<PathBuf, Refusal> {
         let path = parse(requested)?;
@@ -152,6 +189,11 @@ impl Roots {
     fn root_of_real(&self, real: &Path) -> Option<&Path> {
         self.directories().find(|root| is_below(real, root))
     }
+}
+
+/// What parts of a path are parted by.
+fn is_slash(c: char) -> bool {
+    c == '/' || cfg!(windows) && c == '\\'
 }
 
 impl Root {
@@ -316,6 +358,35 @@ mod tests {
         }
         let made = tree.roots.locate_new(&tree.at("disks/in-directory/new.vhdx")).unwrap();
         assert_eq!(made.path(), Path::new(&tree.at("disks/vm/new.vhdx")));
+    }
+
+    #[test]
+    fn directories_are_found_and_made_inside_only() {
+        let tree = Tree::new();
+        let find = |name: &str| tree.roots.locate_directory(&tree.at(name));
+        for (name, real) in [("disks/", "disks"), ("disks/in-directory", "disks/vm")] {
+            assert_eq!(find(name).unwrap(), Path::new(&tree.at(real)), "{name}");
+        }
+        for name in
+            ["disks/a.vhdx", "disks/out-directory", "other", "disks/none", "disks/everything"]
+        {
+            assert!(find(name).is_err(), "{name}");
+        }
+        let make = |name: &str| tree.roots.create_directory(&tree.at(name));
+        make("disks/new/deep/er").unwrap();
+        make("disks/new/deep/er/").unwrap();
+        make("disks/in-directory/made").unwrap();
+        assert!(Path::new(&tree.at("disks/vm/made")).is_dir());
+        for name in [
+            "other/new",
+            "disks/out-directory/new",
+            "disks/a.vhdx/new",
+            "disks/a.vhdx",
+            "disks/loop/x",
+        ] {
+            assert!(make(name).is_err(), "{name}");
+        }
+        assert!(!Path::new(&tree.at("other/new")).exists());
     }
 
     #[test]

@@ -37,5 +37,8 @@ pub use error::StreamError;
 pub use pipeline::StreamOptions;
 pub use ranges::{RangeError, RangeList, parse_range_list};
 pub use ranges_json::{JsonRangesError, RangesParser};
-pub use receive::{HeldMemory, RangeMemory, ReceiveError, receive_json, receive_ranges};
+pub use receive::{
+    HeldMemory, RangeMemory, ReceiveError, receive_bytes, receive_json, receive_json_of,
+    receive_ranges,
+};
 pub use write::{WriteError, WriteKind, WriteSummary, write_body};

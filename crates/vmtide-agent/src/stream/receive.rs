@@ -167,6 +167,23 @@ where
     Ok((parser.finish()?, held))
 }
 
+/// Reads a body of at most `most` bytes.
+///
+/// # Errors
+/// [`ReceiveError`].
+pub async fn receive_bytes<B>(body: B, most: u64, limits: &Limits) -> Result<Vec<u8>, ReceiveError>
+where
+    B: Body<Data = Bytes> + Unpin,
+{
+    let mut bytes = Vec::new();
+    for_each_part(body, most, limits, |part| {
+        bytes.extend_from_slice(part);
+        Ok(())
+    })
+    .await?;
+    Ok(bytes)
+}
+
 /// Reads a small body of JSON.
 ///
 /// # Errors
@@ -176,12 +193,19 @@ where
     B: Body<Data = Bytes> + Unpin,
     T: DeserializeOwned,
 {
-    let mut text = Vec::new();
-    for_each_part(body, limits.json_body_bytes, limits, |part| {
-        text.extend_from_slice(part);
-        Ok(())
-    })
-    .await?;
+    receive_json_of(body, limits.json_body_bytes, limits).await
+}
+
+/// Reads a body of JSON of at most `most` bytes.
+///
+/// # Errors
+/// [`ReceiveError`].
+pub async fn receive_json_of<B, T>(body: B, most: u64, limits: &Limits) -> Result<T, ReceiveError>
+where
+    B: Body<Data = Bytes> + Unpin,
+    T: DeserializeOwned,
+{
+    let text = receive_bytes(body, most, limits).await?;
     serde_json::from_slice(&text).map_err(|error| match error.is_data() {
         true => ReceiveError::WrongData(error.to_string()),
         false => ReceiveError::Malformed(error.to_string()),

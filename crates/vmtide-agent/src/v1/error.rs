@@ -5,6 +5,7 @@ use crate::places::NoPlace;
 use crate::provider::ProviderError;
 use crate::stream::{RangeError, ReceiveError, StreamError, WriteError};
 use crate::transfers::Refused;
+use crate::vms::BeginError;
 use axum::response::{IntoResponse, Response};
 use http::StatusCode;
 use http::header::{CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
@@ -14,7 +15,7 @@ use vmtide_block::BlockError;
 const RETRY_AFTER_SECONDS: &str = "5";
 
 /// The answer of a handler.
-pub(super) type Result<T> = std::result::Result<T, ApiError>;
+pub(super) type Result<T, E = ApiError> = std::result::Result<T, E>;
 
 /// A request that is not answered as asked: the status, a code for programs and a line for people.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,6 +41,9 @@ pub(super) const CODES: &[(&str, StatusCode)] = &[
     ("exists", StatusCode::CONFLICT),
     ("in_use", StatusCode::CONFLICT),
     ("cancelled", StatusCode::CONFLICT),
+    ("wrong_state", StatusCode::CONFLICT),
+    ("token_used", StatusCode::CONFLICT),
+    ("moment_lost", StatusCode::CONFLICT),
     ("tracking_disabled", StatusCode::CONFLICT),
     ("tracking_lost", StatusCode::CONFLICT),
     ("too_large", StatusCode::PAYLOAD_TOO_LARGE),
@@ -148,6 +152,18 @@ impl From<FreezeError> for ApiError {
     }
 }
 
+impl From<BeginError> for ApiError {
+    fn from(error: BeginError) -> Self {
+        let code = match error {
+            BeginError::Request(_) => "bad_request",
+            BeginError::TokenUsed => "token_used",
+            BeginError::Client { .. } => "too_many_freezes",
+            BeginError::Agent { .. } => "busy",
+        };
+        Self::new(code, error.to_string())
+    }
+}
+
 impl From<StreamError> for ApiError {
     fn from(error: StreamError) -> Self {
         let code = match &error {
@@ -218,6 +234,10 @@ mod tests {
             NoPlace::Client { limit: 1 }.into(),
             NoPlace::Agent { limit: 1 }.into(),
             FreezeError::Client { limit: 1 }.into(),
+            BeginError::TokenUsed.into(),
+            BeginError::Agent { limit: 1 }.into(),
+            ApiError::new("wrong_state", ""),
+            ApiError::new("moment_lost", ""),
             StreamError::Cancelled.into(),
             WriteError::Timeout.into(),
             WriteError::Disk(BlockError::Cancelled).into(),

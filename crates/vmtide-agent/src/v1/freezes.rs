@@ -189,7 +189,8 @@ fn use_disk(
     Ok(disk)
 }
 
-fn check_ttl(seconds: Option<u64>) -> Result<Option<u64>> {
+/// A time to live that may be asked for.
+pub(super) fn check_ttl(seconds: Option<u64>) -> Result<Option<u64>> {
     match seconds {
         Some(seconds) if !FREEZE_TTL_SECONDS.contains(&seconds) => {
             let (least, most) = (FREEZE_TTL_SECONDS.start(), FREEZE_TTL_SECONDS.end());

@@ -5,12 +5,15 @@
 //! [`stream`](crate::stream).
 
 mod agent;
+mod cim;
 mod content;
 mod disks;
 mod error;
+mod files;
 mod form;
 mod freezes;
 mod request;
+mod vms;
 
 pub(crate) use disks::pager;
 
@@ -35,6 +38,7 @@ pub(crate) fn router(state: &Shared) -> Router<Shared> {
         .route("/freezes/{id}", get(freezes::show).put(freezes::renew).delete(freezes::end))
         .route("/freezes/{id}/disks/{index}/content", get(freezes::read).post(freezes::read))
         .route("/freezes/{id}/disks/{index}/changes", get(freezes::changes))
+        .merge(vm_routes())
         .route("/jobs", get(agent::jobs))
         .route("/jobs/{id}", get(agent::job).delete(agent::cancel))
         .method_not_allowed_fallback(wrong_method)
@@ -44,6 +48,24 @@ pub(crate) fn router(state: &Shared) -> Router<Shared> {
         .layer(axum::extract::DefaultBodyLimit::disable());
     let open = Router::new().route("/health", get(agent::health));
     Router::new().nest("/v1", open.merge(with_key))
+}
+
+/// VMs, and what a restore of them needs beside disks.
+fn vm_routes() -> Router<Shared> {
+    Router::new()
+        .route("/vms", get(vms::list))
+        .route("/vms/config", get(vms::config))
+        .route("/vms/reap", post(vms::reap))
+        .route("/vms/freezes", get(vms::freezes).post(vms::freeze))
+        .route("/vms/freezes/{id}", get(vms::show).put(vms::renew).delete(vms::abort))
+        .route("/vms/freezes/{id}/commit", post(vms::commit))
+        .route("/vms/freezes/{id}/check", get(vms::check))
+        .route("/vms/freezes/{id}/disks/{index}/content", get(vms::read).post(vms::read))
+        .route("/vms/freezes/{id}/disks/{index}/changes", get(vms::changes))
+        .route("/cim", post(cim::call))
+        .route("/files", get(files::list).delete(files::remove))
+        .route("/files/content", get(files::read).post(files::write))
+        .route("/files/directories", post(files::make_directory).delete(files::remove_directory))
 }
 
 async fn unknown() -> ApiError {

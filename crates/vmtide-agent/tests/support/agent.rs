@@ -10,8 +10,8 @@ use std::thread::JoinHandle;
 use tempfile::TempDir;
 use vmtide_agent::auth::{Rights, keys};
 use vmtide_agent::limits::Limits;
-use vmtide_agent::provider::DiskProvider;
-use vmtide_agent::{AgentOptions, ConnectionLimits};
+use vmtide_agent::vms::VmPlatform;
+use vmtide_agent::{AgentOptions, ConnectionLimits, Platform};
 use vmtide_block::CancelToken;
 
 /// The secrets of its keys.
@@ -65,6 +65,15 @@ pub fn options(directory: &Path, limits: Limits) -> AgentOptions {
 
 impl Agent {
     pub fn start(provider: Arc<TestProvider>, limits: Limits) -> Self {
+        Self::start_with(provider, limits, None)
+    }
+
+    /// An agent whose host has VMs.
+    pub fn start_with(
+        provider: Arc<TestProvider>,
+        limits: Limits,
+        vms: Option<VmPlatform>,
+    ) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let names: Vec<String> = provider.disks.lock().keys().cloned().collect();
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
@@ -74,9 +83,9 @@ impl Agent {
         let (sender, started) = channel();
         let thread = std::thread::spawn({
             let stop = stop.clone();
-            let provider: Arc<dyn DiskProvider> = provider;
+            let platform = Platform { disks: provider, vms };
             move || {
-                vmtide_agent::run(&options, provider, &stop, |started| {
+                vmtide_agent::run(&options, platform, &stop, |started| {
                     sender.send((started.address, started.certificate.clone())).unwrap();
                 })
                 .unwrap();

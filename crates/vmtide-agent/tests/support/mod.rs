@@ -4,6 +4,8 @@
 
 pub mod agent;
 pub mod client;
+pub mod hypervisor;
+pub mod openapi;
 #[cfg(target_os = "linux")]
 pub mod process;
 pub mod provider;

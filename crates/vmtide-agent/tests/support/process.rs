@@ -12,6 +12,7 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use vmtide_agent::limits::Limits;
+use vmtide_agent::provider::DiskProvider;
 use vmtide_block::{ByteRange, CancelToken};
 
 /// Names the directory of the agent to the process.
@@ -47,6 +48,7 @@ pub fn serve() {
             stop.cancel();
         }
     });
+    let provider: std::sync::Arc<dyn DiskProvider> = provider;
     vmtide_agent::run(&options, provider, &stop, |started| {
         let mut output = std::io::stdout();
         writeln!(output, "\nlistening {}", started.address).unwrap();
