@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Runs the guest made by make-guest.sh in the foreground, until it powers off or QEMU is told to quit.
 #
-#   scripts/run-guest.sh DIR [--append KERNEL_WORDS] [--system FILE] [--data FILE]
+#   scripts/run-guest.sh DIR [--append KERNEL_WORDS] [--system FILE] [--data FILE | --data-nbd SOCKET]
 #
-# --system and --data boot other disks (raw or qcow2, by the file's content). In DIR/run are then:
+# --system and --data boot other disks (raw or qcow2, by the file's content); --data-nbd takes the data disk from an NBD
+# server at a Unix socket. In DIR/run are then:
 #   qmp.sock      for vmtide: vmtide backup qemu+unix://DIR/run/qmp.sock …
 #   inspect.sock  a second monitor, to look at QEMU independently
 #   agent.sock    the guest agent     control.sock  the guest's command port (tests/e2e/lab/control.py)
@@ -38,6 +39,7 @@ while [ $# -gt 0 ]; do
         --append) APPEND="${2:?}" && shift 2 ;;
         --system) SYSTEM="${2:?}" && shift 2 ;;
         --data) DATA="${2:?}" && shift 2 ;;
+        --data-nbd) DATA_NBD="${2:?}" && shift 2 ;;
         -*) usage ;;
         *) [ -z "$DIR" ] || usage; DIR="$1"; shift ;;
     esac
@@ -46,6 +48,11 @@ done
 DIR="$(cd "$DIR" && pwd)"
 SYSTEM="${SYSTEM:-$DIR/system.qcow2}"
 DATA="${DATA:-$DIR/data.raw}"
+if [ -n "${DATA_NBD:-}" ]; then
+    DATA_DISK="driver=nbd,node-name=data,discard=unmap,server.type=unix,server.path=$DATA_NBD"
+else
+    DATA_DISK="driver=$(format_of "$DATA"),node-name=data,discard=unmap,file.driver=file,file.filename=$DATA,file.discard=unmap"
+fi
 RUN="$DIR/run"
 # The kernel's limit for the path of a Unix socket is 107 bytes.
 [ "${#RUN}" -le 90 ] || die "$DIR: the path is too long for Unix sockets in it, choose a shorter one"
@@ -69,5 +76,5 @@ exec qemu-system-x86_64 \
     -device virtserialport,chardev=control,name=org.vmtide.control \
     -blockdev "driver=$(format_of "$SYSTEM"),node-name=system,discard=unmap,file.driver=file,file.filename=$SYSTEM,file.discard=unmap" \
     -device virtio-blk-pci,id=disk-system,drive=system \
-    -blockdev "driver=$(format_of "$DATA"),node-name=data,discard=unmap,file.driver=file,file.filename=$DATA,file.discard=unmap" \
+    -blockdev "$DATA_DISK" \
     -device virtio-blk-pci,id=disk-data,drive=data

@@ -201,6 +201,8 @@ part_e2e() {
     export VMTIDE_BIN
     counted "a Linux guest, backed up, restored, booted" \
         timeout --kill-after=30 "$LIMIT_E2E_S" python3 "$REPO_ROOT/tests/e2e/guest_test.py"
+    counted "a Linux guest on a disk whose changes vmtide tracks" \
+        timeout --kill-after=30 "$LIMIT_E2E_S" python3 "$REPO_ROOT/tests/e2e/track_test.py"
     for script in "$REPO_ROOT"/tests/interop/*.sh; do
         check "interoperation: $(basename "$script")" timeout --kill-after=30 "$LIMIT_E2E_S" bash "$script"
     done

@@ -20,7 +20,7 @@ def make_guest(directory, system_mib=1024, data_mib=128):
 class Guest:
     """A running guest. Use in a `with` block: at its end QEMU is gone, whatever happened."""
 
-    def __init__(self, directory, append="", system=None, data=None):
+    def __init__(self, directory, append="", system=None, data=None, data_nbd=None):
         self.directory = directory
         self.run_dir = directory / "run"
         argv = ["bash", REPO_ROOT / "scripts/run-guest.sh", directory]
@@ -30,6 +30,8 @@ class Guest:
             argv += ["--system", system]
         if data:
             argv += ["--data", data]
+        if data_nbd:
+            argv += ["--data-nbd", data_nbd]
         self.run_dir.mkdir(exist_ok=True)
         (self.run_dir / "console.log").unlink(missing_ok=True)
         self.log = open(self.run_dir / "qemu.log", "ab")
