@@ -4,7 +4,7 @@ use crate::model::codes;
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 use vmtide_block::CancelToken;
 use vmtide_cim::{
     Cim, CimError, CimInstance, CimValue, MethodOutput, ObjectPath, VIRTUALIZATION_NAMESPACE,
@@ -18,6 +18,12 @@ pub trait Clock: Send + Sync {
 
     /// Waits.
     fn sleep_ms(&self, ms: u64);
+
+    /// The time of day in seconds since 1970, to be held against times that the host tells.
+    fn unix_s(&self) -> i64 {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        now.map_or(0, |since| i64::try_from(since.as_secs()).unwrap_or(i64::MAX))
+    }
 }
 
 /// The clock of this machine.

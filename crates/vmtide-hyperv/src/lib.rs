@@ -7,14 +7,17 @@
 //! host of the tests.
 
 mod config;
+mod cycle;
 mod files;
 mod host;
 mod job;
 mod model;
+mod select;
 
 pub use config::{
     CapturedFiles, Configuration, capture_files, configuration_files, decode, native_settings,
 };
+pub use cycle::{DEFAULT_MERGE_WAIT_MS, HypervHypervisor, HypervOptions};
 pub use files::{ChangePage, ChangesError, FileEntry, FrozenFile, HostFiles, NewDisk};
 pub use host::{Clock, Host, HostOptions, SystemClock, from_cim};
 pub use job::JobOutcome;

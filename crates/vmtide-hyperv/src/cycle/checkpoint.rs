@@ -1,0 +1,214 @@
+//! The recovery checkpoint: making it, and finding it again.
+
+use crate::cycle::steps::{self, JobState, Step};
+use crate::cycle::undo::Fate;
+use crate::cycle::{HypervHypervisor, time};
+use crate::{BackupType, SnapshotKind, SnapshotRecord, SnapshotRequest, VmRecord};
+use vmtide_hypervisor::{Consistency, FreezeRequest, HypervisorError, JobId, Journal, Result};
+
+/// How much the clocks of the host and of this machine may differ, in seconds, when an unnamed checkpoint is held against
+/// the time at which a killed job asked for one.
+const CLOCK_TOLERANCE_S: i64 = 10 * 60;
+
+/// How old a checkpoint with our name must be, in seconds, for it to be a leftover although no journal here knows it:
+/// another installation may be working with it, whose lock cannot be seen from here. No backup takes three days.
+pub(crate) const ORPHAN_AGE_S: i64 = 3 * 24 * 3600;
+
+/// A checkpoint with the consistency it was made with.
+pub(crate) struct Made {
+    pub snapshot: SnapshotRecord,
+    pub consistency: Consistency,
+    pub downgrade: Option<String>,
+}
+
+/// Makes a recovery checkpoint, as consistent as is asked for, or less where that is allowed.
+///
+/// # Errors
+/// [`HypervisorError::ConsistencyNotReached`], or what the host says. What may have been made is in the journal.
+pub(crate) fn make(
+    hyperv: &HypervHypervisor,
+    vm: &VmRecord,
+    request: &FreezeRequest,
+    journal: &mut Journal,
+) -> Result<Made> {
+    if request.consistency == Consistency::Crash {
+        let snapshot = make_one(hyperv, vm, Consistency::Crash, request, journal)?;
+        return Ok(Made { snapshot, consistency: Consistency::Crash, downgrade: None });
+    }
+    // VSS (or the Linux daemon that answers for it) brings file systems to rest, too: there is nothing in between.
+    let reason = match make_one(hyperv, vm, request.consistency, request, journal) {
+        Ok(snapshot) => {
+            return Ok(Made { snapshot, consistency: Consistency::Application, downgrade: None });
+        }
+        Err(HypervisorError::ConsistencyNotReached { detail, .. }) if request.allow_downgrade => {
+            detail
+        }
+        Err(error) => return Err(error),
+    };
+    request.cancel.check()?;
+    tracing::info!(vm = %vm.name, reason, "trying a crash-consistent checkpoint");
+    let snapshot = make_one(hyperv, vm, Consistency::Crash, request, journal)?;
+    Ok(Made { snapshot, consistency: Consistency::Crash, downgrade: Some(reason) })
+}
+
+fn make_one(
+    hyperv: &HypervHypervisor,
+    vm: &VmRecord,
+    consistency: Consistency,
+    request: &FreezeRequest,
+    journal: &mut Journal,
+) -> Result<SnapshotRecord> {
+    let host = hyperv.host();
+    let before: Vec<String> =
+        host.snapshots(vm.id)?.into_iter().map(|snapshot| snapshot.settings.instance_id).collect();
+    let at = host.options().clock.unix_s();
+    steps::record(journal, &Step::Checkpointing { before: before.clone(), at })?;
+    let wanted = SnapshotRequest {
+        consistency,
+        backup_type: backup_type(hyperv, consistency),
+        // What cannot be held is left out by the host, and told by comparing the lists of disks.
+        ignore_non_snapshottable: true,
+    };
+    let snapshot = match host.create_recovery_snapshot(vm, &wanted, &request.cancel) {
+        Ok(snapshot) => snapshot,
+        Err(error) => {
+            if is_final(&error) {
+                steps::record(journal, &Step::Refused)?;
+            }
+            adopt(hyperv, vm, &before, error)?
+        }
+    };
+    let id = snapshot.settings.instance_id.clone();
+    steps::record(journal, &Step::Checkpointed { snapshot: id })?;
+    if let Err(error) =
+        host.rename(&snapshot.settings, &steps::checkpoint_name(request.job.as_str()))
+    {
+        // The journal knows it by its id. The name is for people.
+        tracing::warn!(%error, vm = %vm.name, "the checkpoint keeps the name that the host gave it");
+    }
+    Ok(snapshot)
+}
+
+fn backup_type(hyperv: &HypervHypervisor, consistency: Consistency) -> BackupType {
+    match consistency {
+        // Nobody in the guest is told anything.
+        Consistency::Crash => BackupType::Copy,
+        _ => hyperv.options().backup_type,
+    }
+}
+
+/// Whether the host has ended its work on the call with this error, so that no checkpoint will appear later.
+const fn is_final(error: &HypervisorError) -> bool {
+    matches!(
+        error,
+        HypervisorError::ConsistencyNotReached { .. }
+            | HypervisorError::Failed { .. }
+            | HypervisorError::Denied { .. }
+            | HypervisorError::Unsupported { .. }
+            | HypervisorError::NotFound { .. }
+    )
+}
+
+/// The checkpoint that the host made without its answer arriving; the error where it made none. The VM is locked and the
+/// host takes one checkpoint of a VM at a time, so the only new one is the one asked for.
+fn adopt(
+    hyperv: &HypervHypervisor,
+    vm: &VmRecord,
+    before: &[String],
+    error: HypervisorError,
+) -> Result<SnapshotRecord> {
+    if !matches!(error, HypervisorError::Unreachable { .. } | HypervisorError::Protocol { .. }) {
+        return Err(error);
+    }
+    let Ok(snapshots) = hyperv.host().snapshots(vm.id) else {
+        return Err(error);
+    };
+    let mut new = snapshots.into_iter().filter(|snapshot| is_new_recovery(snapshot, before));
+    match (new.next(), new.next()) {
+        (Some(snapshot), None) => {
+            tracing::warn!(%error, vm = %vm.name, "the host made the checkpoint, but its answer was lost");
+            Ok(snapshot)
+        }
+        _ => Err(error),
+    }
+}
+
+fn is_new_recovery(snapshot: &SnapshotRecord, before: &[String]) -> bool {
+    snapshot.kind == SnapshotKind::Recovery && !before.contains(&snapshot.settings.instance_id)
+}
+
+/// The checkpoints of a job.
+pub(crate) struct Found<'a> {
+    /// Surely made by it.
+    pub ours: Vec<&'a SnapshotRecord>,
+    /// Perhaps.
+    pub doubtful: Vec<String>,
+    /// Whether the host may still be making one.
+    pub unsettled: bool,
+}
+
+/// Finds the checkpoints of a job: by id, by name, or, where it was not there to learn either, as the only recovery
+/// checkpoint that was made when it asked for one.
+pub(crate) fn ours<'a>(
+    hyperv: &HypervHypervisor,
+    snapshots: &'a [SnapshotRecord],
+    job: &JobId,
+    state: &JobState,
+    fate: Fate,
+) -> Found<'a> {
+    let name = steps::checkpoint_name(job.as_str());
+    let is_known = |snapshot: &SnapshotRecord| {
+        state.snapshots.contains(&snapshot.settings.instance_id)
+            || (snapshot.settings.name == name && snapshot.kind == SnapshotKind::Recovery)
+    };
+    let ours: Vec<_> = snapshots.iter().filter(|snapshot| is_known(snapshot)).collect();
+    let mut found = Found { ours, doubtful: Vec::new(), unsettled: false };
+    let limit_s = limit_s(hyperv);
+    let now = hyperv.host().options().clock.unix_s();
+    for making in &state.making {
+        let new = snapshots.iter().filter(|snapshot| {
+            is_new_recovery(snapshot, &making.before)
+                && !is_known(snapshot)
+                && steps::job_of_name(&snapshot.settings.name).is_none()
+        });
+        let (mut likely, mut others): (Vec<_>, Vec<_>) =
+            new.partition(|snapshot| was_made(snapshot, making.at, limit_s, fate));
+        if likely.len() == 1 {
+            found.ours.append(&mut likely);
+        } else {
+            found.unsettled |=
+                likely.is_empty() && !making.settled && now < making.at.saturating_add(limit_s);
+            // Those that are known to be of another time are another program's.
+            others.retain(|snapshot| created_s(snapshot).is_none());
+            found.doubtful.extend(likely.into_iter().chain(others).map(|snapshot| {
+                format!(
+                    "checkpoint {:?} appeared when a killed job asked for one; it may be another program's",
+                    snapshot.settings.name
+                )
+            }));
+        }
+    }
+    found
+}
+
+/// Whether a checkpoint can be the one that was asked for at `at`.
+fn was_made(snapshot: &SnapshotRecord, at: i64, limit_s: i64, fate: Fate) -> bool {
+    let from = at.saturating_sub(CLOCK_TOLERANCE_S);
+    match created_s(snapshot) {
+        Some(created) => (from..=at.saturating_add(limit_s)).contains(&created),
+        // The job that asked for it looks at once: there was no time for another one.
+        None => fate == Fate::Told,
+    }
+}
+
+/// How long after it was asked for a checkpoint may appear, in seconds.
+fn limit_s(hyperv: &HypervHypervisor) -> i64 {
+    let timeout_s = hyperv.host().options().job_timeout_ms / 1000;
+    i64::try_from(timeout_s).unwrap_or(i64::MAX).saturating_add(CLOCK_TOLERANCE_S)
+}
+
+/// When a checkpoint was made, in seconds since 1970; none where the host does not tell.
+pub(crate) fn created_s(snapshot: &SnapshotRecord) -> Option<i64> {
+    let text = snapshot.settings.instance.optional_text("CreationTime").ok().flatten()?;
+    time::seconds_of(text)
+}

@@ -1,0 +1,245 @@
+//! Freezing a VM, from the lock to the opened disks.
+
+use crate::cycle::HypervHypervisor;
+use crate::cycle::checkpoint::{self, Made};
+use crate::cycle::disks::{self, Bases, OpenDisk};
+use crate::cycle::frozen::FrozenHyperv;
+use crate::cycle::gate::Gates;
+use crate::cycle::ledger::Ledger;
+use crate::cycle::steps::{self, JobState, Step};
+use crate::cycle::undo::{Fate, Undo, Undone};
+use crate::{DiskAttachment, VmRecord};
+use vmtide_block::CancelToken;
+use vmtide_hypervisor::{
+    DiskId, FreezeRequest, FrozenVm, HypervisorError, JobId, Journal, Result, VmConfig, VmLock,
+};
+
+/// A job on a VM: what it holds and what it wrote down.
+pub(crate) struct Session {
+    pub hyperv: HypervHypervisor,
+    pub vm: VmRecord,
+    pub job: JobId,
+    pub lineage: String,
+    pub journal: Journal,
+    pub ledger: Ledger,
+    _lock: VmLock,
+}
+
+impl Session {
+    /// Writes a step down, before it is taken.
+    pub fn record(&mut self, step: &Step) -> Result<()> {
+        steps::record(&mut self.journal, step)
+    }
+
+    /// Removes what the steps say is to be removed. A journal that is needed no longer is gone then.
+    pub fn undo(self, wait: bool) -> Result<Undone> {
+        let Self { hyperv, vm, job, journal, mut ledger, _lock, .. } = self;
+        let undo = Undo {
+            hyperv: &hyperv,
+            vm: vm.id,
+            job: &job,
+            state: &JobState::of(journal.entry()),
+            fate: Fate::Told,
+            ledger: &mut ledger,
+            wait,
+        };
+        // Also of a job that was cancelled: what it made has to go.
+        let done = undo.run(&CancelToken::new())?;
+        if done.is_complete() {
+            journal.finish()?;
+        }
+        Ok(done)
+    }
+}
+
+/// What a freeze made.
+struct Parts {
+    made: Made,
+    config: VmConfig,
+    disks: Vec<OpenDisk>,
+    /// Whether any of them can be tracked, so that a reference point is of use.
+    trackable: bool,
+}
+
+impl HypervHypervisor {
+    pub(super) fn freeze_vm(&self, request: &FreezeRequest) -> Result<Box<dyn FrozenVm>> {
+        request.cancel.check()?;
+        let vm = self.host().find(&request.vm)?;
+        let lock = self.lock(&vm.name, vm.id, &request.job)?;
+        let reaped = self.reap_vm(&vm, true, &request.cancel)?;
+        for what in &reaped.removed {
+            tracing::info!(what, vm = %vm.name, "removed what a killed job left");
+        }
+        if let Some(other) = reaped.in_use.into_iter().next() {
+            return Err(HypervisorError::Busy { vm: vm.name, detail: other });
+        }
+        let mut warnings = reaped.notes;
+        let bases = Bases::of(&request.bases);
+        let directory = &self.options().state_directory;
+        let mut ledger = Ledger::open(directory, vm.id)?;
+        warnings.extend(self.drop_useless_points(
+            &vm,
+            &request.lineage,
+            &bases,
+            &mut ledger,
+            &request.cancel,
+        )?);
+        // Merges that ended meanwhile have changed the paths of its disks.
+        let vm = self.host().vm(vm.id)?;
+        let attachments = self.host().disks(&vm.settings)?;
+        let gates = Gates::of(&vm);
+        warnings.extend(gates.warnings.iter().cloned());
+        check_any(&vm, &attachments, request)?;
+        let journal = Journal::begin(directory, request.job.clone(), &steps::target_of(vm.id))?;
+        let session = Session {
+            hyperv: self.clone(),
+            vm,
+            job: request.job.clone(),
+            lineage: request.lineage.clone(),
+            journal,
+            ledger,
+            _lock: lock,
+        };
+        self.make(session, request, &bases, &attachments, &gates, warnings)
+    }
+
+    /// Makes everything, or nothing.
+    fn make(
+        &self,
+        mut session: Session,
+        request: &FreezeRequest,
+        bases: &Bases<'_>,
+        attachments: &[DiskAttachment],
+        gates: &Gates,
+        mut warnings: Vec<String>,
+    ) -> Result<Box<dyn FrozenVm>> {
+        let parts = match make_all(&mut session, request, bases, attachments, gates, &mut warnings)
+        {
+            Ok(parts) => parts,
+            Err(error) => {
+                let vm = session.vm.name.clone();
+                match session.undo(!request.cancel.is_cancelled()) {
+                    Ok(done) if done.is_complete() => {}
+                    Ok(done) => {
+                        tracing::error!(vm, left = ?done.left(), "left for the next job to remove");
+                    }
+                    Err(undo) => tracing::error!(vm, %undo, "left for the next job to remove"),
+                }
+                return Err(error);
+            }
+        };
+        let older = bases.points(&request.lineage, session.vm.id);
+        Ok(Box::new(FrozenHyperv::new(
+            session,
+            parts.made,
+            parts.config,
+            parts.disks,
+            older,
+            parts.trackable,
+            warnings,
+            request.cancel.clone(),
+        )))
+    }
+
+    /// The files that the VM writes to now.
+    pub(super) fn live_paths(&self, vm: &VmRecord) -> Result<Vec<String>> {
+        let vm = self.host().vm(vm.id)?;
+        let disks = self.host().disks(&vm.settings)?;
+        Ok(disks
+            .into_iter()
+            .filter(|disk| !disk.pass_through)
+            .map(|disk| disk.host_resource)
+            .collect())
+    }
+}
+
+/// Refuses a VM of which nothing would be backed up, before anything is made.
+fn check_any(vm: &VmRecord, attachments: &[DiskAttachment], request: &FreezeRequest) -> Result<()> {
+    let any = attachments.iter().any(|disk| !disk.pass_through && !is_excluded(disk, request));
+    if any {
+        return Ok(());
+    }
+    Err(HypervisorError::NotFound {
+        what: format!("a disk of {} to back up", vm.name),
+        detail: "the VM has no virtual disk, or all are excluded".into(),
+    })
+}
+
+fn is_excluded(disk: &DiskAttachment, request: &FreezeRequest) -> bool {
+    request.exclude.contains(&disks::id_of(disk))
+}
+
+fn make_all(
+    session: &mut Session,
+    request: &FreezeRequest,
+    bases: &Bases<'_>,
+    attachments: &[DiskAttachment],
+    gates: &Gates,
+    warnings: &mut Vec<String>,
+) -> Result<Parts> {
+    let begun = Step::Begun { vm: session.vm.name.clone(), lineage: request.lineage.clone() };
+    session.record(&begun)?;
+    let made = checkpoint::make(&session.hyperv, &session.vm, request, &mut session.journal)?;
+    request.cancel.check()?;
+    let mut configuration = session.hyperv.capture(&session.vm, &made.snapshot)?;
+    warnings.append(&mut configuration.warnings);
+    warn_of_skipped(attachments, &configuration.disks, request, warnings);
+    let held = configuration.disks.iter();
+    let held = held.filter(|disk| !disk.pass_through && !is_excluded(disk, request));
+    let held: Vec<_> = held.cloned().collect();
+    if held.is_empty() {
+        return Err(HypervisorError::failed(
+            format!("back up {}", session.vm.name),
+            "the host's checkpoint holds none of its disks",
+        ));
+    }
+    let leaves = leaves(session, attachments, &held)?;
+    session.record(&Step::Frozen { leaves: leaves.clone(), tracking: Vec::new() })?;
+    let is_held = |id: &DiskId| held.iter().any(|disk| disks::id_of(disk) == *id);
+    configuration.config.disks.retain(|disk| is_held(&disk.id));
+    let opened =
+        disks::open(&session.hyperv, &session.vm, held, bases, gates, &mut configuration, request)?;
+    let tracking = opened.iter().filter_map(|disk| disk.file.most_recent.clone()).collect();
+    session.record(&Step::Frozen { leaves, tracking })?;
+    let trackable = opened.iter().any(|disk| disk.trackable);
+    Ok(Parts { made, config: configuration.config, disks: opened, trackable })
+}
+
+/// The files that the VM writes to since the checkpoint, of the disks that it holds.
+///
+/// # Errors
+/// Where it still writes to one that is said to be frozen.
+fn leaves(
+    session: &Session,
+    before: &[DiskAttachment],
+    held: &[DiskAttachment],
+) -> Result<Vec<String>> {
+    let live = session.hyperv.live_paths(&session.vm)?;
+    let frozen =
+        |path: &String| held.iter().any(|disk| disk.host_resource.eq_ignore_ascii_case(path));
+    if let Some(path) = live.iter().find(|path| frozen(path)) {
+        return Err(HypervisorError::failed(
+            format!("freeze {}", session.vm.name),
+            format!("the host reports a checkpoint, and the VM still writes to {path}"),
+        ));
+    }
+    // A disk that the checkpoint does not hold goes on in the file it was in before.
+    let is_old =
+        |path: &String| before.iter().any(|disk| disk.host_resource.eq_ignore_ascii_case(path));
+    Ok(live.into_iter().filter(|path| !is_old(path)).collect())
+}
+
+/// Tells which disks of the VM the checkpoint does not hold. The host leaves them out without a word.
+fn warn_of_skipped(
+    attachments: &[DiskAttachment],
+    held: &[DiskAttachment],
+    request: &FreezeRequest,
+    warnings: &mut Vec<String>,
+) {
+    let is_held = |disk: &DiskAttachment| held.iter().any(|other| other.location == disk.location);
+    for disk in attachments.iter().filter(|disk| !is_held(disk) && !is_excluded(disk, request)) {
+        let id = disks::id_of(disk);
+        let why = Gates::skipped(disk);
+        warnings.push(format!("disk {id} ({}) is not backed up: {why}", disk.host_resource));
+    }
+}

@@ -1,0 +1,156 @@
+//! The backup cycle of a VM on Hyper-V.
+//!
+//! ```text
+//! lock ─► reap ─► gates ─► recovery checkpoint ─► frozen disks ─► changes ─► (read) ─► check
+//!      ─► convert to a reference point ─► (commit the restore point) ─► destroy the older point ─► wait for the merge
+//! ```
+//!
+//! What must hold, and where it is kept:
+//! - Nothing is made that is not in the journal before, with what finds it again when its maker did not live to hear
+//!   the answer ([`steps`]); one procedure removes it, for an abort, a commit and a reaping alike ([`undo`]).
+//! - What is not surely ours is never touched: a checkpoint is ours by the journal or its name, a reference point by
+//!   the journal, the [`ledger`] or the ids that our own frozen files had.
+//! - Any doubt about changes is a reason to read that disk in full ([`disks`], [`changes`], [`token`], [`points`]).
+//! - The older reference point is destroyed only after the restore point that replaces it stands. Where a job was
+//!   killed between the two, both points are kept until a later restore point tells which one it was ([`undo`]).
+
+mod changes;
+mod checkpoint;
+mod describe;
+mod device;
+mod disks;
+mod freeze;
+mod frozen;
+mod gate;
+mod ledger;
+mod merge;
+mod points;
+mod reap;
+mod steps;
+mod time;
+mod token;
+mod undo;
+
+use crate::{BackupType, Host, HostFiles, VmRecord, select};
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use uuid::Uuid;
+use vmtide_block::CancelToken;
+use vmtide_hypervisor::{
+    FreezeRequest, FrozenVm, Hypervisor, JobId, ReapReport, Result, VmConfig, VmLock, VmSelector,
+    VmSummary,
+};
+
+/// How long a job waits for the merge of its own disks, in milliseconds. Whoever waits longer keeps others waiting for
+/// a place; a merge that lasts is looked after by the next job on the VM.
+pub const DEFAULT_MERGE_WAIT_MS: u64 = 5 * 60 * 1000;
+
+/// How backups of a host's VMs are made.
+#[derive(Clone, Debug)]
+pub struct HypervOptions {
+    /// Where locks, journals and the list of our reference points are kept. All jobs on a VM must share it, or they
+    /// know each other only by the names of checkpoints.
+    pub state_directory: PathBuf,
+    /// What VSS tells the applications in the guest.
+    pub backup_type: BackupType,
+    /// How long a job waits for its disks to be merged, in milliseconds.
+    pub merge_wait_ms: u64,
+}
+
+impl HypervOptions {
+    /// The defaults, with the state in this directory.
+    pub fn new(state_directory: impl Into<PathBuf>) -> Self {
+        Self {
+            state_directory: state_directory.into(),
+            backup_type: BackupType::default(),
+            merge_wait_ms: DEFAULT_MERGE_WAIT_MS,
+        }
+    }
+}
+
+/// The VMs of a Hyper-V host as a source of backups. Clones share the connections.
+#[derive(Clone)]
+pub struct HypervHypervisor {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    host: Host,
+    files: Arc<dyn HostFiles>,
+    options: HypervOptions,
+}
+
+impl fmt::Debug for HypervHypervisor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HypervHypervisor")
+            .field("host", self.host())
+            .field("options", self.options())
+            .finish_non_exhaustive()
+    }
+}
+
+impl HypervHypervisor {
+    /// A host by its two ways: control and files. Nothing is asked yet.
+    pub fn new(host: Host, files: Arc<dyn HostFiles>, options: HypervOptions) -> Self {
+        Self { inner: Arc::new(Inner { host, files, options }) }
+    }
+
+    /// The host.
+    pub fn host(&self) -> &Host {
+        &self.inner.host
+    }
+
+    /// Its files.
+    pub fn files(&self) -> &dyn HostFiles {
+        self.inner.files.as_ref()
+    }
+
+    /// How backups are made.
+    pub fn options(&self) -> &HypervOptions {
+        &self.inner.options
+    }
+
+    /// Takes the lock of a VM, which is the same on whatever host it runs.
+    fn lock(&self, name: &str, vm: Uuid, job: &JobId) -> Result<VmLock> {
+        VmLock::acquire(&self.options().state_directory, name, &steps::target_of(vm), job)
+    }
+
+    fn summary(&self, vm: &VmRecord) -> Result<VmSummary> {
+        let disks = self.host().disks(&vm.settings)?;
+        Ok(VmSummary {
+            name: vm.name.clone(),
+            id: Some(vm.id.to_string()),
+            state: describe::state_word(vm.state).into(),
+            disks: disks.iter().filter(|disk| !disk.pass_through).count(),
+        })
+    }
+}
+
+impl Hypervisor for HypervHypervisor {
+    fn list(&self) -> Result<Vec<VmSummary>> {
+        self.host().vms()?.iter().map(|vm| self.summary(vm)).collect()
+    }
+
+    fn describe(&self, vm: &str) -> Result<VmConfig> {
+        let vm = self.host().find(vm)?;
+        self.describe_vm(&vm)
+    }
+
+    fn freeze(&self, request: &FreezeRequest) -> Result<Box<dyn FrozenVm>> {
+        self.freeze_vm(request)
+    }
+
+    fn has_lasting_ids(&self) -> bool {
+        true
+    }
+
+    fn select(&self, selector: &VmSelector) -> Result<Vec<VmSummary>> {
+        let chosen = self.host().vms()?.into_iter().filter(|vm| select::matches(selector, vm));
+        chosen.map(|vm| self.summary(&vm)).collect()
+    }
+
+    fn reap(&self) -> Result<ReapReport> {
+        self.reap_host(&CancelToken::new())
+    }
+}

@@ -1,0 +1,218 @@
+//! Removing what a job made on the host, whether it ended well, failed or was killed.
+//!
+//! One procedure for all cases. It looks at what is there and holds it against the steps of the job, so it can be
+//! repeated and continued at any point.
+//!
+//! What becomes of a reference point that a job made, by how far the job got:
+//!
+//! | steps                          | the restore point | the new point         | the older points of the lineage |
+//! |--------------------------------|-------------------|-----------------------|---------------------------------|
+//! | `Converting`, no `Converted`   | is none           | found by ids: destroyed | kept                          |
+//! | `Converted`, the job failed    | is none           | destroyed             | kept                            |
+//! | `Converted`, the job was killed | may stand        | kept, in the ledger   | kept                            |
+//! | `Committed`                    | stands            | kept, in the ledger   | destroyed                       |
+//!
+//! In the third case the next job of the lineage learns from the base it is given which point is of use, and destroys
+//! the others.
+
+use crate::cycle::checkpoint;
+use crate::cycle::ledger::{Ledger, OwnPoint};
+use crate::cycle::steps::JobState;
+use crate::cycle::{HypervHypervisor, merge, points};
+use crate::{ReferencePointRecord, SnapshotRecord};
+use uuid::Uuid;
+use vmtide_block::CancelToken;
+use vmtide_hypervisor::{HypervisorError, JobId, Result};
+
+/// What is known of the restore point that the job was for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fate {
+    /// The job itself asks: there is none, unless its steps say `Committed`.
+    Told,
+    /// The job was killed: nobody knows, unless its steps say `Committed`.
+    Unknown,
+}
+
+/// What was done.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Undone {
+    /// What was removed.
+    pub removed: Vec<String>,
+    /// Checkpoints of ours that could not be removed.
+    pub stuck: Vec<String>,
+    /// Reference points of ours that could not be removed. They cost little and stand in nobody's way.
+    pub points_left: Vec<String>,
+    /// What may be ours or another program's.
+    pub doubtful: Vec<String>,
+    /// Files that the host has not merged yet.
+    pub merging: Vec<String>,
+    /// Whether the host may still be making what the job asked for.
+    pub unsettled: bool,
+}
+
+impl Undone {
+    /// Whether nothing is left that the journal is needed for.
+    pub fn is_complete(&self) -> bool {
+        self.stuck.is_empty()
+            && self.points_left.is_empty()
+            && self.merging.is_empty()
+            && !self.unsettled
+    }
+
+    /// What is left, one line each.
+    pub fn left(&self) -> Vec<String> {
+        let mut left = self.stuck.clone();
+        left.extend(self.points_left.iter().cloned());
+        if !self.merging.is_empty() {
+            left.push(merge::describe(&self.merging));
+        }
+        left
+    }
+}
+
+/// One removal.
+pub(crate) struct Undo<'a> {
+    pub hyperv: &'a HypervHypervisor,
+    pub vm: Uuid,
+    pub job: &'a JobId,
+    pub state: &'a JobState,
+    pub fate: Fate,
+    pub ledger: &'a mut Ledger,
+    /// Whether the merge is waited for, within its limit.
+    pub wait: bool,
+}
+
+impl Undo<'_> {
+    /// Removes it.
+    ///
+    /// # Errors
+    /// Only where the host cannot be asked what is there, or the ledger cannot be written; what it refuses to remove
+    /// is in the answer.
+    pub fn run(mut self, cancel: &CancelToken) -> Result<Undone> {
+        let mut done = Undone::default();
+        let snapshots = self.hyperv.host().snapshots(self.vm)?;
+        let found = checkpoint::ours(self.hyperv, &snapshots, self.job, self.state, self.fate);
+        done.doubtful = found.doubtful;
+        done.unsettled = found.unsettled;
+        let converted = found.ours.is_empty();
+        for snapshot in found.ours {
+            self.destroy_snapshot(snapshot, &mut done, cancel)?;
+        }
+        self.points(converted, &mut done, cancel)?;
+        done.merging = if self.wait {
+            merge::wait(self.hyperv, self.vm, &self.state.leaves, cancel)?
+        } else {
+            merge::left(self.hyperv, self.vm, &self.state.leaves)?
+        };
+        Ok(done)
+    }
+
+    fn destroy_snapshot(
+        &self,
+        snapshot: &SnapshotRecord,
+        done: &mut Undone,
+        cancel: &CancelToken,
+    ) -> Result<()> {
+        let what = format!("checkpoint {:?}", snapshot.settings.name);
+        let host = self.hyperv.host();
+        let Err(error) = host.destroy_snapshot(snapshot, cancel) else {
+            done.removed.push(what);
+            return Ok(());
+        };
+        // The answer may have been lost on its way, and not the call.
+        let id = &snapshot.settings.instance_id;
+        if host.snapshots(self.vm)?.iter().any(|other| other.settings.instance_id == *id) {
+            done.stuck.push(format!("{what}: {error}"));
+        } else {
+            done.removed.push(what);
+        }
+        Ok(())
+    }
+
+    fn points(&mut self, converted: bool, done: &mut Undone, cancel: &CancelToken) -> Result<()> {
+        let state = self.state;
+        if state.converting.is_none() && state.committed.is_none() {
+            return Ok(());
+        }
+        let points = self.hyperv.host().reference_points(self.vm)?;
+        let mut useless: Vec<String> = Vec::new();
+        match (&state.point, &state.converting, &state.committed) {
+            (point, _, Some((keep, destroy))) => {
+                useless.clone_from(destroy);
+                useless.extend(point.iter().filter(|point| keep.as_ref() != Some(point)).cloned());
+            }
+            (Some(point), _, None) if self.fate == Fate::Told => useless.push(point.clone()),
+            (Some(point), _, None) => self.keep(point)?,
+            (None, Some(before), None) => match points::made_of(&points, before, &state.tracking) {
+                Some(point) => useless.push(point.instance_id.clone()),
+                None if converted => done.doubtful.extend(unexplained(&points, before)),
+                None => {}
+            },
+            (None, None, None) => {}
+        }
+        for id in useless {
+            match points.iter().find(|point| point.instance_id == id) {
+                Some(point) => self.destroy_point(point, done, cancel)?,
+                None => self.ledger.remove(&id)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Keeps a point until it is known whether a restore point names it.
+    fn keep(&mut self, point: &str) -> Result<()> {
+        self.ledger.add(OwnPoint {
+            id: point.to_owned(),
+            lineage: self.state.lineage.clone(),
+            job: self.job.to_string(),
+        })
+    }
+
+    fn destroy_point(
+        &mut self,
+        point: &ReferencePointRecord,
+        done: &mut Undone,
+        cancel: &CancelToken,
+    ) -> Result<()> {
+        match destroy_point(self.hyperv, point, cancel)? {
+            None => {
+                done.removed.push(format!("reference point {}", point.instance_id));
+                self.ledger.remove(&point.instance_id)
+            }
+            Some(error) => {
+                done.points_left.push(format!("reference point {}: {error}", point.instance_id));
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Destroys a reference point of ours. Answers with why it is still there.
+///
+/// # Errors
+/// Where the host cannot be asked whether it is.
+pub(crate) fn destroy_point(
+    hyperv: &HypervHypervisor,
+    point: &ReferencePointRecord,
+    cancel: &CancelToken,
+) -> Result<Option<HypervisorError>> {
+    let host = hyperv.host();
+    let Err(error) = host.destroy_reference_point(point, cancel) else {
+        return Ok(None);
+    };
+    let points = host.reference_points(point.vm)?;
+    let is_there = points.iter().any(|other| other.instance_id == point.instance_id);
+    Ok(is_there.then_some(error))
+}
+
+/// Points that appeared since the conversion began, and that nothing proves to be ours.
+fn unexplained(points: &[ReferencePointRecord], before: &[String]) -> Vec<String> {
+    let new = points.iter().filter(|point| !before.contains(&point.instance_id));
+    new.map(|point| {
+        format!(
+            "reference point {} appeared while a killed job converted its checkpoint; it may be another program's",
+            point.instance_id
+        )
+    })
+    .collect()
+}

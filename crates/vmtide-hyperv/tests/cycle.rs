@@ -1,0 +1,403 @@
+//! The cycle of backups on a stand-in host: what it makes, leaves and says, fault by fault.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::type_complexity,
+    reason = "a test that panics has failed, and its disks are small"
+)]
+
+mod support;
+
+use support::driver::{Machine, point_of};
+use support::world::World;
+use vmtide_hyperv::ChangesError;
+use vmtide_hypervisor::{Consistency, DiskId, FullReason, Hypervisor, HypervisorError, VmSelector};
+
+const SIZE: usize = 64 * 1024;
+
+/// A host with one VM of two disks and a machine that backs it up.
+fn one_vm() -> (World, Machine) {
+    let world = World::new();
+    world.add_vm("web", &[SIZE, 2 * SIZE]);
+    world.write(0, 0, 1000, b"first");
+    let machine = Machine::new(&world);
+    (world, machine)
+}
+
+/// Nothing but the newest reference point is left.
+fn assert_clean(world: &World, machine: &Machine) {
+    assert_eq!(world.leftovers(), Vec::<String>::new());
+    assert_eq!(machine.state_files("journal"), Vec::<String>::new());
+    let newest = machine.points.last().unwrap();
+    let mut needed: Vec<_> =
+        newest.disks.values().filter_map(|disk| disk.tracking.as_ref()).map(point_of).collect();
+    needed.dedup();
+    assert_eq!(world.points(0), needed);
+}
+
+#[test]
+fn an_incremental_reads_what_changed_and_leaves_one_reference_point() {
+    let (world, mut machine) = one_vm();
+    let first = machine.backup("web").unwrap();
+    assert_eq!(first.full.get("scsi0:0"), Some(&FullReason::FirstBackup));
+    assert_eq!((first.warnings, first.left), (vec![], vec![]));
+    assert_clean(&world, &machine);
+    world.write(0, 1, 70_000, &[7; 512]);
+    let second = machine.backup("web").unwrap();
+    assert!(second.full.is_empty(), "{:?}", second.full);
+    assert_eq!(second.read_bytes, 512);
+    assert_clean(&world, &machine);
+    assert_eq!(world.0.lock().destroyed_points.len(), 1);
+    let point = machine.points.last().unwrap();
+    assert_eq!(point.consistency, Consistency::Application);
+    let config = machine.hypervisor().describe("web").unwrap();
+    assert_eq!((config.name.as_str(), config.disks.len()), ("web", 2));
+}
+
+#[test]
+fn what_the_guest_writes_while_frozen_is_in_the_next_backup() {
+    let (world, mut machine) = one_vm();
+    machine.backup("web").unwrap();
+    let mut at = 0;
+    world.0.lock().guest = Some(Box::new(move |vms| {
+        at += 1;
+        support::world::guest_write(&mut vms[0], at % 2, at * 64 % SIZE, &[at as u8; 32]);
+    }));
+    for _ in 0..5 {
+        let outcome = machine.backup("web").unwrap();
+        assert!(outcome.full.is_empty(), "{:?}", outcome.full);
+    }
+    world.0.lock().guest = None;
+    machine.backup("web").unwrap();
+    let state = world.0.lock();
+    let newest = machine.points.last().unwrap();
+    for (stored, disk) in newest.disks.values().zip(&state.vms[0].disks) {
+        assert!(stored.bytes == disk.data);
+    }
+}
+
+#[test]
+fn every_fault_of_tracking_is_a_full_read_with_the_reason_and_never_a_failure() {
+    let lost = ChangesError::UnknownId("0xC03A0029".into());
+    let cases: [(&str, Box<dyn Fn(&World)>); 5] = [
+        ("lost", Box::new(move |world| world.0.lock().faults.changes = Some(lost.clone()))),
+        (
+            "not tracked",
+            Box::new(|world| {
+                world.0.lock().faults.changes = Some(ChangesError::NotTracked("0xC03A002A".into()));
+            }),
+        ),
+        (
+            "failed",
+            Box::new(|world| {
+                world.0.lock().faults.changes = Some(ChangesError::Failed("0xC03A0030".into()));
+            }),
+        ),
+        ("no progress", Box::new(|world| world.0.lock().faults.no_progress = true)),
+        ("resized", Box::new(|world| world.0.lock().vms[0].disks[0].data.resize(2 * SIZE, 1))),
+    ];
+    for (name, fault) in cases {
+        let (world, mut machine) = one_vm();
+        machine.backup("web").unwrap();
+        world.write(0, 0, 0, b"second");
+        fault(&world);
+        let outcome = machine.backup("web").unwrap();
+        assert!(outcome.full["scsi0:0"].is_loss(), "{name}: {:?}", outcome.full);
+        assert_clean(&world, &machine);
+        world.0.lock().faults.changes = None;
+        world.0.lock().faults.no_progress = false;
+        let outcome = machine.backup("web").unwrap();
+        assert!(outcome.full.is_empty(), "{name}: {:?}", outcome.full);
+    }
+}
+
+#[test]
+fn pages_and_reports_of_too_much_are_no_reason_to_read_in_full() {
+    let (world, mut machine) = one_vm();
+    machine.backup("web").unwrap();
+    for at in 0..50 {
+        world.write(0, 1, at * 2048, b"page");
+    }
+    world.0.lock().faults.page_ranges = Some(7);
+    let outcome = machine.backup("web").unwrap();
+    assert_eq!((outcome.full.len(), outcome.read_bytes), (0, 200));
+    world.0.lock().faults.over_report = true;
+    world.write(0, 1, 0, b"more");
+    let outcome = machine.backup("web").unwrap();
+    assert_eq!((outcome.full.len(), outcome.read_bytes), (0, 65_536));
+}
+
+#[test]
+fn a_reference_point_that_cannot_be_a_base_means_no_base_and_a_warning() {
+    let faults: [(&str, fn(&mut support::world::Faults)); 4] = [
+        ("no ids", |faults| faults.no_ids = true),
+        ("fewer ids", |faults| faults.fewer_ids = true),
+        ("log-based", |faults| faults.point_kind = Some(1)),
+        ("refused", |faults| faults.convert_code = Some(32775)),
+    ];
+    for (name, fault) in faults {
+        let (world, mut machine) = one_vm();
+        machine.backup("web").unwrap();
+        fault(&mut world.0.lock().faults);
+        let outcome = machine.backup("web").unwrap();
+        assert!(outcome.full.is_empty(), "{name}: the base is still good");
+        assert!(outcome.warnings.iter().any(|text| text.contains("read everything")), "{name}");
+        assert_clean(&world, &machine);
+        assert_eq!(world.points(0).len(), 0, "{name}");
+        world.0.lock().faults = support::world::Faults { merge_ms: 1, ..Default::default() };
+        let outcome = machine.backup("web").unwrap();
+        assert_eq!(outcome.full["scsi0:0"], FullReason::NoTrackingId, "{name}");
+        let outcome = machine.backup("web").unwrap();
+        assert!(outcome.full.is_empty(), "{name}: {:?}", outcome.full);
+    }
+}
+
+#[test]
+fn hosts_that_name_nothing_warn_or_forget_their_jobs_are_understood() {
+    let faults: [(&str, fn(&mut support::world::Faults)); 5] = [
+        ("unnamed", |faults| faults.unnamed = true),
+        ("warnings", |faults| faults.job_warns = true),
+        ("short ids", |faults| faults.short_point_ids = true),
+        ("no most recent id", |faults| faults.no_most_recent = true),
+        ("nothing told", |faults| (faults.unnamed, faults.no_most_recent) = (true, true)),
+    ];
+    for (name, fault) in faults {
+        let (world, mut machine) = one_vm();
+        world.add_foreign(0);
+        let foreign = world.points(0);
+        fault(&mut world.0.lock().faults);
+        for round in 0..3 {
+            world.write(0, 0, round * 100, b"x");
+            let outcome = machine.backup("web").unwrap();
+            assert_eq!(outcome.full.is_empty(), round > 0, "{name}: {:?}", outcome.full);
+        }
+        assert_eq!(world.points(0).len(), 2, "{name}");
+        assert!(world.points(0).contains(&foreign[0]), "{name}");
+        assert_eq!(world.leftovers(), ["web - Backup"], "{name}");
+    }
+}
+
+#[test]
+fn less_consistency_is_had_only_where_it_is_allowed() {
+    let (world, mut machine) = one_vm();
+    world.0.lock().faults.vss_fails = true;
+    machine.allow_downgrade = false;
+    let error = machine.backup("web").unwrap_err();
+    assert!(matches!(error, HypervisorError::ConsistencyNotReached { .. }), "{error}");
+    assert!(error.to_string().contains("guest does not answer"), "{error}");
+    assert_eq!(world.leftovers(), Vec::<String>::new());
+    machine.allow_downgrade = true;
+    machine.backup("web").unwrap();
+    assert_eq!(machine.points.last().unwrap().consistency, Consistency::Crash);
+    assert_clean(&world, &machine);
+    // A host that tells only in the reference point that the guest took no part.
+    let (world, mut machine) = one_vm();
+    world.0.lock().faults.point_consistency = Some(2);
+    machine.allow_downgrade = false;
+    assert!(matches!(machine.backup("web"), Err(HypervisorError::ConsistencyNotReached { .. })));
+    assert_eq!((world.leftovers().len(), world.points(0).len()), (0, 0));
+    machine.allow_downgrade = true;
+    machine.backup("web").unwrap();
+    assert_eq!(machine.points.last().unwrap().consistency, Consistency::Crash);
+}
+
+#[test]
+fn a_failed_backup_keeps_the_old_base() {
+    let (world, mut machine) = one_vm();
+    machine.backup("web").unwrap();
+    let base = world.points(0);
+    machine.commit_fails = true;
+    machine.backup("web").unwrap_err();
+    assert_eq!(world.points(0), base);
+    world.0.lock().faults.sharing_violation = true;
+    let error = machine.backup("web").unwrap_err().to_string();
+    assert!(error.contains("disk0.vhdx") && error.contains("virus"), "{error}");
+    assert_eq!(world.points(0), base);
+    (machine.commit_fails, world.0.lock().faults.sharing_violation) = (false, false);
+    let outcome = machine.backup("web").unwrap();
+    assert!(outcome.full.is_empty(), "{:?}", outcome.full);
+    assert_clean(&world, &machine);
+}
+
+#[test]
+fn a_checkpoint_that_somebody_removes_while_it_is_read_fails_the_job() {
+    let (world, mut machine) = one_vm();
+    machine.backup("web").unwrap();
+    let mut frozen = machine.hypervisor().freeze(&machine.request("web")).unwrap();
+    frozen.check().unwrap();
+    world.remove_all_checkpoints(0);
+    let error = frozen.check().unwrap_err().to_string();
+    assert!(error.contains("removed by somebody else"), "{error}");
+    // Sealing it all the same makes no base of it.
+    assert!(frozen.seal().unwrap().tracking.is_empty());
+    frozen.abort().unwrap();
+    assert_clean(&world, &machine);
+    machine.backup("web").unwrap();
+}
+
+#[test]
+fn disks_are_followed_by_their_ids() {
+    let (world, mut machine) = one_vm();
+    machine.backup("web").unwrap();
+    // The second disk moves, a third comes.
+    world.0.lock().vms[0].disks[1].location = 9;
+    world.add_disk(0, 1, SIZE);
+    world.write(0, 1, 5, b"moved");
+    let outcome = machine.backup("web").unwrap();
+    assert_eq!(outcome.full.keys().collect::<Vec<_>>(), ["scsi0:1"]);
+    assert!(matches!(outcome.full["scsi0:1"], FullReason::DiskReplaced(_)), "{:?}", outcome.full);
+    assert_eq!(outcome.read_bytes, 5 + SIZE as u64);
+    // One goes; another is left out.
+    world.0.lock().vms[0].disks.remove(2);
+    machine.exclude = vec![DiskId("scsi0:0".into())];
+    let outcome = machine.backup("web").unwrap();
+    assert!(outcome.full.is_empty(), "{:?}", outcome.full);
+    assert_eq!(machine.points.last().unwrap().disks.len(), 1);
+    machine.exclude.push(DiskId("scsi0:9".into()));
+    let error = machine.backup("web").unwrap_err();
+    assert!(matches!(error, HypervisorError::NotFound { .. }), "{error}");
+    assert_clean(&world, &machine);
+}
+
+#[test]
+fn a_disk_that_the_host_leaves_out_is_named() {
+    let (world, mut machine) = one_vm();
+    world.0.lock().faults.skipped_disk = Some(1);
+    let outcome = machine.backup("web").unwrap();
+    assert!(outcome.warnings.iter().any(|text| text.contains("scsi0:1")), "{:?}", outcome.warnings);
+    assert_eq!(machine.points.last().unwrap().disks.len(), 1);
+}
+
+#[test]
+fn a_renamed_vm_keeps_its_line_and_old_configurations_have_none() {
+    let (world, mut machine) = one_vm();
+    machine.backup("web").unwrap();
+    world.0.lock().vms[0].name = "shop".into();
+    let outcome = machine.backup("shop").unwrap();
+    assert!(outcome.full.is_empty(), "{:?}", outcome.full);
+    assert_clean(&world, &machine);
+    world.0.lock().vms[0].version = "5.0".into();
+    let outcome = machine.backup("shop").unwrap();
+    assert!(matches!(outcome.full["scsi0:0"], FullReason::NoTracking(_)), "{:?}", outcome.full);
+    assert_clean(&world, &machine);
+    world.0.lock().vms[0].version = "7.1".into();
+    let outcome = machine.backup("shop").unwrap();
+    assert!(outcome.warnings.iter().any(|text| text.contains("7.1")), "{:?}", outcome.warnings);
+}
+
+#[test]
+fn two_repositories_keep_their_own_bases() {
+    let (world, mut nightly) = one_vm();
+    let mut weekly = Machine::new(&world);
+    weekly.state = tempfile::tempdir_in(nightly.state.path()).unwrap();
+    weekly.lineage = "fedcba9876543210".into();
+    nightly.backup("web").unwrap();
+    weekly.backup("web").unwrap();
+    for _ in 0..2 {
+        world.write(0, 0, 3, b"y");
+        assert!(nightly.backup("web").unwrap().full.is_empty());
+        assert!(weekly.backup("web").unwrap().full.is_empty());
+    }
+    assert_eq!(world.points(0).len(), 2);
+    // Of a full backup nobody names the base: it is known here which point it replaces.
+    nightly.full = true;
+    nightly.backup("web").unwrap();
+    assert_eq!(world.points(0).len(), 2);
+}
+
+#[test]
+fn a_second_job_on_a_vm_is_refused_and_the_first_goes_on() {
+    let (world, machine) = one_vm();
+    let mut frozen = machine.hypervisor().freeze(&machine.request("web")).unwrap();
+    let error = machine.hypervisor().freeze(&machine.request("web")).err().unwrap();
+    assert!(matches!(error, HypervisorError::Busy { .. }), "{error}");
+    let report = machine.hypervisor().reap().unwrap();
+    assert!(report.removed.is_empty() && report.in_use.len() == 1, "{report:?}");
+    frozen.check().unwrap();
+    frozen.seal().unwrap();
+    frozen.commit().unwrap();
+    assert_eq!((world.leftovers().len(), world.points(0).len()), (0, 1));
+}
+
+#[test]
+fn what_carries_our_name_is_left_to_another_installation_until_it_is_old() {
+    let (world, mut machine) = one_vm();
+    world.add_named(0, "vmtide 0123456789abcdef", 3600);
+    let error = machine.backup("web").unwrap_err();
+    assert!(matches!(error, HypervisorError::Busy { .. }), "{error}");
+    assert!(error.to_string().contains("Remove-VMSnapshot"), "{error}");
+    assert_eq!(machine.hypervisor().reap().unwrap().in_use.len(), 1);
+    world.pass(80 * 3600 * 1000);
+    machine.backup("web").unwrap();
+    assert_clean(&world, &machine);
+}
+
+#[test]
+fn a_merge_that_lasts_is_told_and_looked_after() {
+    let (world, mut machine) = one_vm();
+    world.0.lock().faults.merge_ms = 3600 * 1000;
+    let outcome = machine.backup("web").unwrap();
+    assert!(outcome.left.iter().any(|text| text.contains("merged")), "{:?}", outcome.left);
+    assert_eq!(machine.state_files("journal").len(), 1);
+    let error = machine.backup("web").unwrap_err().to_string();
+    assert!(error.contains("merging"), "{error}");
+    world.pass(3600 * 1000);
+    assert_eq!(machine.hypervisor().reap().unwrap().removed, Vec::<String>::new());
+    assert_eq!(machine.state_files("journal"), Vec::<String>::new());
+    assert!(machine.backup("web").unwrap().full.is_empty());
+}
+
+#[test]
+fn a_reference_point_that_sticks_is_told_and_tried_again() {
+    let (world, mut machine) = one_vm();
+    machine.backup("web").unwrap();
+    world.0.lock().faults.points_stick = true;
+    let outcome = machine.backup("web").unwrap();
+    assert!(outcome.left.iter().any(|text| text.contains("reference point")), "{:?}", outcome.left);
+    assert_eq!(world.points(0).len(), 2);
+    world.0.lock().faults.points_stick = false;
+    machine.hypervisor().reap().unwrap();
+    assert_clean(&world, &machine);
+}
+
+#[test]
+fn a_cancelled_job_leaves_nothing() {
+    let (world, machine) = one_vm();
+    let request = machine.request("web");
+    let mut frozen = machine.hypervisor().freeze(&request).unwrap();
+    request.cancel.cancel();
+    frozen.seal().unwrap_err();
+    frozen.abort().unwrap();
+    world.pass(10_000);
+    machine.hypervisor().reap().unwrap();
+    assert_eq!((world.leftovers().len(), world.points(0).len()), (0, 0));
+    assert_eq!(machine.state_files("journal"), Vec::<String>::new());
+    let error = machine.hypervisor().freeze(&request).err().unwrap();
+    assert!(matches!(error, HypervisorError::Block(_)), "{error}");
+}
+
+#[test]
+fn vms_are_selected_by_name_id_and_the_tags_in_their_notes() {
+    let world = World::new();
+    for name in ["web1", "web2", "db"] {
+        world.add_vm(name, &[4096]);
+    }
+    world.0.lock().vms[2].notes = "the shop's\nvmtide:tag=gold".into();
+    let id = world.0.lock().vms[0].id;
+    let hypervisor = Machine::new(&world).hypervisor();
+    let names = |text: &str| -> Vec<String> {
+        let selector: VmSelector = text.parse().unwrap();
+        hypervisor.select(&selector).unwrap().into_iter().map(|vm| vm.name).collect()
+    };
+    assert_eq!(names("web*"), ["web1", "web2"]);
+    assert_eq!(names("tag:Gold"), ["db"]);
+    assert_eq!(names(&id.to_string()), ["web1"]);
+    assert_eq!(names("all").len(), 3);
+    assert!(hypervisor.has_lasting_ids());
+    let listed = hypervisor.list().unwrap();
+    assert_eq!((listed.len(), listed[0].disks, listed[0].state.as_str()), (3, 1, "running"));
+}

@@ -1,0 +1,217 @@
+//! A stand-in for the engine with its repository: it asks for bases as the engine does, puts the restore point together
+//! from the base and what it was told changed, and compares it byte by byte with the frozen disks.
+
+use super::world::World;
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use tempfile::TempDir;
+use vmtide_block::{BlockDevice, CancelToken};
+use vmtide_hyperv::{Host, HostOptions, HypervHypervisor, HypervOptions};
+use vmtide_hypervisor::{
+    Base, Changes, Consistency, DiskId, FreezeRequest, FrozenVm, FullReason, Hypervisor,
+    HypervisorError, JobId, TrackingId,
+};
+
+/// A disk of a restore point.
+#[derive(Clone)]
+pub struct StoredDisk {
+    pub bytes: Vec<u8>,
+    pub tracking: Option<TrackingId>,
+}
+
+/// A restore point.
+#[derive(Clone)]
+pub struct StoredPoint {
+    pub disks: BTreeMap<DiskId, StoredDisk>,
+    pub consistency: Consistency,
+}
+
+/// What a backup did.
+#[derive(Clone, Debug, Default)]
+pub struct Outcome {
+    pub warnings: Vec<String>,
+    /// Why disks were read in full.
+    pub full: BTreeMap<String, FullReason>,
+    /// Bytes read of all disks.
+    pub read_bytes: u64,
+    pub left: Vec<String>,
+}
+
+/// One machine that backs up one VM into one repository.
+pub struct Machine {
+    pub world: World,
+    pub state: TempDir,
+    pub points: Vec<StoredPoint>,
+    pub lineage: String,
+    pub consistency: Consistency,
+    pub allow_downgrade: bool,
+    pub exclude: Vec<DiskId>,
+    /// The repository refuses the restore point.
+    pub commit_fails: bool,
+    /// The process is killed when the restore point is committed, and before the VM is told.
+    pub killed_after_commit: bool,
+    /// Asks for a full backup.
+    pub full: bool,
+}
+
+/// The hypervisor of a new process on this state directory.
+pub fn hypervisor(world: &World, state: &Path) -> HypervHypervisor {
+    let options = HostOptions { clock: Arc::new(world.clone()), ..HostOptions::default() };
+    let host = Host::new(Arc::new(world.clone()), options);
+    HypervHypervisor::new(host, Arc::new(world.clone()), HypervOptions::new(state))
+}
+
+impl Machine {
+    pub fn new(world: &World) -> Self {
+        Self {
+            world: world.clone(),
+            state: tempfile::tempdir().unwrap(),
+            points: Vec::new(),
+            lineage: "0123456789abcdef".into(),
+            consistency: Consistency::Application,
+            allow_downgrade: true,
+            exclude: Vec::new(),
+            commit_fails: false,
+            killed_after_commit: false,
+            full: false,
+        }
+    }
+
+    pub fn hypervisor(&self) -> HypervHypervisor {
+        hypervisor(&self.world, self.state.path())
+    }
+
+    pub fn request(&self, vm: &str) -> FreezeRequest {
+        let newest = self.points.last().filter(|_| !self.full);
+        let bases = newest.into_iter().flat_map(|point| &point.disks).map(|(id, disk)| {
+            let size_bytes = disk.bytes.len() as u64;
+            (id.clone(), Base { tracking: disk.tracking.clone(), size_bytes })
+        });
+        FreezeRequest {
+            vm: vm.into(),
+            job: JobId::random(),
+            lineage: self.lineage.clone(),
+            consistency: self.consistency,
+            allow_downgrade: self.allow_downgrade,
+            bases: bases.collect(),
+            exclude: self.exclude.clone(),
+            cancel: CancelToken::new(),
+        }
+    }
+
+    /// Backs a VM up, as the engine does.
+    pub fn backup(&mut self, vm: &str) -> Result<Outcome, HypervisorError> {
+        let request = self.request(vm);
+        let mut frozen = self.hypervisor().freeze(&request)?;
+        match self.store(frozen.as_mut()) {
+            Ok((point, mut outcome)) => {
+                self.points.push(point);
+                if self.killed_after_commit {
+                    self.world.cut(Some(super::world::Cut::DieBefore(1)));
+                    drop(frozen);
+                    return Err(HypervisorError::failed("go on", "killed"));
+                }
+                match frozen.commit() {
+                    Ok(left) => outcome.left = left,
+                    Err(error) => outcome.left = vec![error.to_string()],
+                }
+                Ok(outcome)
+            }
+            Err(error) => {
+                // As the engine does: the job's own error is the one that counts.
+                let _ = frozen.abort();
+                Err(error)
+            }
+        }
+    }
+
+    fn store(&self, frozen: &mut dyn FrozenVm) -> Result<(StoredPoint, Outcome), HypervisorError> {
+        let mut outcome = Outcome { warnings: frozen.warnings().to_vec(), ..Outcome::default() };
+        let mut disks = BTreeMap::new();
+        for disk in frozen.disks() {
+            let from = frozen.moved_from(&disk.id).unwrap_or(&disk.id);
+            let newest = self.points.last().filter(|_| !self.full);
+            let base = newest.and_then(|point| point.disks.get(from)).map(|disk| &disk.bytes);
+            let bytes = assemble(disk.device.as_ref(), &disk.changes, base, &mut outcome)?;
+            let mut truth = vec![0; bytes.len()];
+            disk.device.read_at(&mut truth, 0)?;
+            let missed =
+                bytes.iter().zip(&truth).position(|(stored, true_byte)| stored != true_byte);
+            assert_eq!(missed, None, "SILENTLY INCOMPLETE: disk {}, {:?}", disk.id, disk.changes);
+            if let Changes::Everything(reason) = &disk.changes {
+                outcome.full.insert(disk.id.to_string(), reason.clone());
+            }
+            disks.insert(disk.id.clone(), StoredDisk { bytes, tracking: None });
+        }
+        frozen.check()?;
+        let seal = frozen.seal()?;
+        outcome.warnings.extend(seal.warnings);
+        for (id, token) in seal.tracking {
+            disks.get_mut(&id).unwrap().tracking = Some(token);
+        }
+        if frozen.consistency() < self.consistency && !self.allow_downgrade {
+            return Err(HypervisorError::ConsistencyNotReached {
+                wanted: self.consistency,
+                detail: frozen.downgrade_reason().unwrap_or_default().into(),
+            });
+        }
+        if self.commit_fails {
+            return Err(HypervisorError::failed("commit", "the repository is full"));
+        }
+        Ok((StoredPoint { disks, consistency: frozen.consistency() }, outcome))
+    }
+
+    /// Whether the reference points that the newest restore point needs are there.
+    pub fn base_is_alive(&self, vm: usize) -> bool {
+        let Some(newest) = self.points.last() else { return true };
+        let there = self.world.points(vm);
+        let tokens = newest.disks.values().filter_map(|disk| disk.tracking.as_ref());
+        tokens.into_iter().all(|token| there.contains(&point_of(token)))
+    }
+
+    /// The journals and ledgers that are left.
+    pub fn state_files(&self, directory: &str) -> Vec<String> {
+        let found = std::fs::read_dir(self.state.path().join(directory));
+        let mut names: Vec<String> = found
+            .into_iter()
+            .flatten()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+}
+
+/// The reference point that a token names.
+pub fn point_of(token: &TrackingId) -> String {
+    let value: serde_json::Value = serde_json::from_str(&token.0).unwrap();
+    value["point"].as_str().unwrap().to_owned()
+}
+
+fn assemble(
+    device: &dyn BlockDevice,
+    changes: &Changes,
+    base: Option<&Vec<u8>>,
+    outcome: &mut Outcome,
+) -> Result<Vec<u8>, HypervisorError> {
+    let size = device.size_bytes() as usize;
+    match changes {
+        Changes::Everything(_) => {
+            let mut bytes = vec![0; size];
+            device.read_at(&mut bytes, 0)?;
+            outcome.read_bytes += size as u64;
+            Ok(bytes)
+        }
+        Changes::Ranges(ranges) => {
+            let mut bytes = base.expect("changes since a base that is there").clone();
+            assert_eq!(bytes.len(), size, "changes since a base of another size");
+            for range in ranges.iter() {
+                let (from, to) = (range.offset as usize, range.end() as usize);
+                device.read_at(&mut bytes[from..to], range.offset)?;
+                outcome.read_bytes += range.length;
+            }
+            Ok(bytes)
+        }
+    }
+}
