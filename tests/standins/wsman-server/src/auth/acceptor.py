@@ -14,6 +14,9 @@ try:
 except ImportError as error:
     sys.exit(f"Python's gssapi is missing ({error}): install the package python3-gssapi")
 
+# GSS_C_CHANNEL_BOUND_FLAG: the client sent bindings, and they were right.
+CHANNEL_BOUND = 0x800
+
 contexts = {}
 
 
@@ -37,7 +40,9 @@ def step(request):
     answer = {"done": context.complete, "token": encode(token) if token else None}
     if context.complete:
         answer["user"] = str(context.initiator_name)
-        answer["sealed"] = bool(context.actual_flags & gssapi.RequirementFlag.confidentiality)
+        flags = raw.inquire_context(context, flags=True).flags
+        answer["sealed"] = gssapi.RequirementFlag.confidentiality in flags
+        answer["bound"] = CHANNEL_BOUND & int(flags) != 0
     return answer
 
 

@@ -30,8 +30,12 @@ pub struct Context {
 pub struct Step {
     /// The answer to the client.
     pub token: Option<Vec<u8>>,
-    /// Who it is, once that is known, and whether messages can be sealed.
-    pub user: Option<(String, bool)>,
+    /// Who it is, once that is known.
+    pub user: Option<String>,
+    /// Whether messages can be sealed.
+    pub sealed: bool,
+    /// Whether the client sent the right binding.
+    pub bound: bool,
 }
 
 impl Acceptor {
@@ -107,9 +111,9 @@ impl Context {
             Some(text) => Some(decode(text)?),
             None => None,
         };
-        let sealed = answer.get("sealed").and_then(Value::as_bool).unwrap_or(false);
-        let user = answer.get("user").and_then(Value::as_str).map(|user| (user.to_owned(), sealed));
-        Ok(Step { token, user })
+        let truth = |name: &str| answer.get(name).and_then(Value::as_bool).unwrap_or(false);
+        let user = answer.get("user").and_then(Value::as_str).map(str::to_owned);
+        Ok(Step { token, user, sealed: truth("sealed"), bound: truth("bound") })
     }
 
     /// Seals a message: header, data, and by how many bytes the data is longer.

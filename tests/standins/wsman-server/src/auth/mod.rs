@@ -260,14 +260,20 @@ impl Login {
             Ok(step) => step,
             Err(why) => return Err(format!("Kerberos: {why}")),
         };
-        let Some((user, sealed)) = step.user else {
+        let Some(user) = step.user else {
             self.progress = Progress::Kerberos(context);
             return Ok((None, step.token));
         };
         let without =
             self.options.kerberos.as_ref().map_or(&[][..], |options| &options.without_rights);
         let allowed = !without.contains(&user);
-        if sealed {
+        if binding.is_some()
+            && !step.bound
+            && self.options.channel_binding == ChannelBinding::Strict
+        {
+            return Err("Kerberos: the login is not bound to its TLS connection".into());
+        }
+        if step.sealed {
             self.sealer = Some(Sealer::Kerberos(context));
         }
         Ok((Some(Who { user, how: "Kerberos", allowed }), step.token))

@@ -74,8 +74,11 @@ fn main() -> ExitCode {
 fn user(text: &str) -> Result<User, String> {
     let mut parts = text.splitn(3, ':');
     match (parts.next(), parts.next(), parts.next()) {
-        (Some(name), Some(password), None) => Ok(User::new(name, password)),
         (Some(name), Some(password), Some("none")) => Ok(User::without_rights(name, password)),
+        (Some(name), Some(password), None) => Ok(User::new(name, password)),
+        (Some(name), Some(password), Some(rest)) => {
+            Ok(User::new(name, &format!("{password}:{rest}")))
+        }
         _ => Err(format!("{text:?} is not NAME:PASSWORD[:none]")),
     }
 }
