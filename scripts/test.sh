@@ -2,13 +2,14 @@
 # Checks everything; installs what it needs and says so.
 #
 #   scripts/test.sh              all parts
-#   scripts/test.sh PART…        some: lint deny rust e2e bacula windows fuzz
+#   scripts/test.sh PART…        some: lint deny rust e2e wsman bacula windows fuzz
 #
 # lint   format of the code, clippy without warnings, shellcheck, Python that compiles
 # deny   licences, sources and known weaknesses of what vmtide depends on
 # rust   all tests of the workspace
 # e2e    real QEMU machines: a Linux guest backed up, restored and booted; cycles of writes, backups and kill -9;
 #        what vmtide stored, read by independent programs (tests/interop)
+# wsman  the stand-in for WinRM, tried by pywinrm and pypsrp, with Kerberos from a real KDC
 # bacula the plugin in a real Bacula: director, storage daemon and file daemon on loopback
 # windows vmtide.exe, built here and run under Wine (tests/wine), beside vmtide for Linux
 # fuzz   a minute over the fuzz targets
@@ -25,13 +26,14 @@ set -euo pipefail
 # shellcheck source=scripts/lib/rust.sh
 . "$REPO_ROOT/scripts/lib/rust.sh"
 
-ALL_PARTS="lint deny rust e2e bacula windows fuzz"
+ALL_PARTS="lint deny rust e2e wsman bacula windows fuzz"
 CYCLES="${VMTIDE_CYCLES:-8}"
 KILLS="${VMTIDE_KILLS:-20}"
 FUZZ_SECONDS="${VMTIDE_FUZZ_SECONDS:-60}"
 # Longer than everything in it takes on two slow cores; a hang ends as a failure, not as a machine blocked for ever.
 LIMIT_RUST_S=2700
 LIMIT_E2E_S=900
+LIMIT_WSMAN_S=300
 LIMIT_WINDOWS_S=2400
 LIMIT_FUZZ_BUILD_S=900
 # cargo's own needs come first; a fuzz target lives in less than half.
@@ -145,7 +147,7 @@ check_scripts() {
 }
 
 check_python() {
-    PYTHONPYCACHEPREFIX="$LOGS/pycache" python3 -m compileall -q "$REPO_ROOT/tests/e2e" "$REPO_ROOT/tests/agent" "$REPO_ROOT/tests/wine" "$REPO_ROOT/tests/bacula" "$REPO_ROOT/bench" "$REPO_ROOT/tools" \
+    PYTHONPYCACHEPREFIX="$LOGS/pycache" python3 -m compileall -q "$REPO_ROOT/tests/e2e" "$REPO_ROOT/tests/agent" "$REPO_ROOT/tests/wine" "$REPO_ROOT/tests/bacula" "$REPO_ROOT/tests/wsman" "$REPO_ROOT/bench" "$REPO_ROOT/tools" \
         "$REPO_ROOT/clients/python"
 }
 
@@ -210,6 +212,33 @@ part_e2e() {
         timeout --kill-after=30 $((LIMIT_E2E_S + CYCLES * 60)) python3 "$REPO_ROOT/tests/e2e/cycles.py" --cycles "$CYCLES"
     counted "$KILLS kills -9 of commands that run at the same time on one repository" \
         timeout --kill-after=30 $((LIMIT_E2E_S + KILLS * 20)) python3 "$REPO_ROOT/tests/e2e/kills.py" --kills "$KILLS"
+}
+
+part_wsman() {
+    ensure_wsman_clients
+    step "building the stand-in for WinRM"
+    if ! cargo build --quiet --locked -p vmtide-standin-wsman-server; then
+        failed 1 "the stand-in for WinRM does not build"
+        return
+    fi
+    VMTIDE_STANDIN_BIN="$(target_directory)/debug/standin-hyperv-host"
+    export VMTIDE_STANDIN_BIN
+    counted "independent clients of WS-Management and the stand-in for WinRM" \
+        timeout --kill-after=30 "$LIMIT_WSMAN_S" "$HOME/.cache/vmtide-tests/wsman/bin/python3" "$REPO_ROOT/tests/wsman/run.py"
+}
+
+# ensure_wsman_clients: pywinrm, pypsrp and pyspnego in an environment of the system's own Python, for which Debian has the
+# module gssapi; and the programs of a Kerberos realm, which the tests run in a directory of their own.
+ensure_wsman_clients() {
+    local venv="$HOME/.cache/vmtide-tests/wsman" wanted="$REPO_ROOT/tests/wsman/requirements.txt"
+    ensure_packages "the tests of WS-Management" krb5-kdc krb5-admin-server krb5-user python3-gssapi python3-venv
+    if ! cmp -s "$wanted" "$venv/requirements.txt"; then
+        say "    installing for the tests of WS-Management: pywinrm, pypsrp, pyspnego (Python), in $venv"
+        /usr/bin/python3 -m venv --system-site-packages "$venv" || die "could not make a Python environment in $venv"
+        "$venv/bin/pip" install --quiet --disable-pip-version-check -r "$wanted" ||
+            die "could not install pywinrm, pypsrp and pyspnego (needed for the tests of WS-Management)"
+        cp "$wanted" "$venv/requirements.txt"
+    fi
 }
 
 part_bacula() {

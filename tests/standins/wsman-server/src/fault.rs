@@ -209,19 +209,22 @@ impl Fault {
             );
         }
         let machine = escape(machine);
-        let open = format!(
-            "<f:WSManFault xmlns:f=\"{}\" Code=\"{}\" Machine=\"{machine}\"><f:Message>",
-            uri::WSMAN_FAULT,
-            self.code
-        );
+        let open = |code: u32| {
+            let namespace = uri::WSMAN_FAULT;
+            format!(
+                "<f:WSManFault xmlns:f=\"{namespace}\" Code=\"{code}\" Machine=\"{machine}\"><f:Message>"
+            )
+        };
         match self.provider {
             None => {
-                let _ = write!(out, "{open}{reason} </f:Message></f:WSManFault>");
+                let _ = write!(out, "{}{reason} </f:Message></f:WSManFault>", open(self.code));
             }
             Some(hresult) => {
                 let _ = write!(
                     out,
-                    "{open}<f:ProviderFault provider=\"WMI Provider\" path=\"%systemroot%\\system32\\WsmWmiPl.dll\">{open}{reason} HRESULT = 0x{hresult:08x} </f:Message></f:WSManFault></f:ProviderFault></f:Message></f:WSManFault>"
+                    "{}<f:ProviderFault provider=\"WMI Provider\" path=\"%systemroot%\\system32\\WsmWmiPl.dll\">{}{reason} HRESULT = 0x{hresult:08x} </f:Message></f:WSManFault></f:ProviderFault></f:Message></f:WSManFault>",
+                    open(self.code),
+                    open(hresult)
                 );
             }
         }

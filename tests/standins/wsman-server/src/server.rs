@@ -29,7 +29,7 @@ const MAX_LOG: usize = 100_000;
 /// How large an answer is that is too large.
 const OVERSIZED_BYTES: usize = 64 << 20;
 /// How deep an answer is that is too deep.
-const NESTED_DEPTH: usize = 100_000;
+const NESTED_DEPTH: usize = 20_000;
 /// The pieces of a slow answer and the pause after each.
 const SLOW_BYTES: usize = 16;
 const SLOW_PAUSE: Duration = Duration::from_millis(20);

@@ -47,7 +47,7 @@ pub enum Effect {
     Oversized,
     /// The operation is done; the answer is no XML.
     Garbage,
-    /// The operation is done; the answer is XML nested 100,000 deep.
+    /// The operation is done; the answer is XML nested 20,000 deep.
     Nested,
     /// The answer comes in pieces of 16 bytes with pauses of 20 ms between them.
     Slow,
