@@ -221,7 +221,7 @@ part_wsman() {
         failed 1 "the stand-in for WinRM does not build"
         return
     fi
-    VMTIDE_STANDIN_BIN="$(target_directory)/debug/standin-hyperv-host"
+    VMTIDE_STANDIN_BIN="$(target_directory)/debug/standin-wsman-server"
     export VMTIDE_STANDIN_BIN
     counted "independent clients of WS-Management and the stand-in for WinRM" \
         timeout --kill-after=30 "$LIMIT_WSMAN_S" "$HOME/.cache/vmtide-tests/wsman/bin/python3" "$REPO_ROOT/tests/wsman/run.py"

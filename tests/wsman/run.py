@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The WS-Management stand-in tried by independent clients: pywinrm and pypsrp, with pyspnego for NTLM and Kerberos.
 
-    VMTIDE_STANDIN_BIN=target/debug/standin-hyperv-host /usr/bin/python3 tests/wsman/run.py [WORD…]
+    VMTIDE_STANDIN_BIN=target/debug/standin-wsman-server /usr/bin/python3 tests/wsman/run.py [WORD…]
 
 What they see is what vmtide's own client is written against; that both were written from the same documents proves
 nothing, that a third one understands the server does. Kerberos has a real KDC in a temporary directory.

@@ -5,7 +5,7 @@ import os
 import subprocess
 from pathlib import Path
 
-BINARY = os.environ.get("VMTIDE_STANDIN_BIN", "target/debug/standin-hyperv-host")
+BINARY = os.environ.get("VMTIDE_STANDIN_BIN", "target/debug/standin-wsman-server")
 
 
 class Standin:

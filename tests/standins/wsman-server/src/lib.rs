@@ -16,6 +16,7 @@
 //! A connection has a thread of its own and blocks; nothing here is for production.
 
 mod auth;
+pub mod command_line;
 mod fault;
 mod http;
 mod operations;

@@ -1,18 +1,15 @@
-//! A stand-in host for tests from outside and for trying things by hand: a world behind a WS-Management server.
+//! The command line that the stand-ins' programs share: what a server is set up with, and orders while it runs.
 
-use clap::Parser;
+use crate::{ChannelBinding, Kerberos, Schema, Server, ServerOptions, Switch, User};
+use serde_json::{Value, json};
 use std::io::{BufRead, Write};
 use std::path::PathBuf;
-use std::process::ExitCode;
 use std::sync::Arc;
-use wsman_server::{ChannelBinding, Kerberos, Server, ServerOptions, Switch, User, sample};
+use vmtide_cim::Cim;
 
-/// Runs until its standard input ends. The first line it prints is a JSON object that says where it listens; each line
-/// of input is a fault to switch on (EFFECT[:OPERATION[:SKIP[:TIMES]]]), "clear", "log", "expire" or "cut", and is
-/// answered with one line of JSON.
-#[derive(Parser)]
-#[command(name = "standin-hyperv-host")]
-struct Arguments {
+/// How a server is set up. Everything is told in arguments, passwords too: nothing here is secret.
+#[derive(Debug, clap::Args)]
+pub struct ServerArguments {
     /// Where to listen.
     #[arg(long, default_value = "127.0.0.1:0")]
     listen: String,
@@ -52,23 +49,9 @@ struct Arguments {
     /// Do not insist on s:mustUnderstand, which pywinrm leaves out.
     #[arg(long)]
     lenient: bool,
-    /// How many disks the sample world has.
-    #[arg(long, default_value_t = 10)]
-    sample: usize,
     /// A fault to switch on from the beginning. May be repeated.
     #[arg(long)]
     fault: Vec<Switch>,
-}
-
-fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    match run(&arguments) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(why) => {
-            eprintln!("standin-hyperv-host: {why}");
-            ExitCode::FAILURE
-        }
-    }
 }
 
 fn user(text: &str) -> Result<User, String> {
@@ -83,7 +66,7 @@ fn user(text: &str) -> Result<User, String> {
     }
 }
 
-fn options(arguments: &Arguments) -> Result<ServerOptions, String> {
+fn options(arguments: &ServerArguments) -> Result<ServerOptions, String> {
     let channel_binding = match arguments.channel_binding.as_str() {
         "none" => ChannelBinding::None,
         "relaxed" => ChannelBinding::Relaxed,
@@ -111,12 +94,22 @@ fn options(arguments: &Arguments) -> Result<ServerOptions, String> {
     })
 }
 
-fn run(arguments: &Arguments) -> Result<(), String> {
+/// Serves a world until standard input ends. The first line printed is a JSON object that says where; each line of input
+/// is a fault to switch on (`EFFECT[:OPERATION[:SKIP[:TIMES]]]`), `clear`, `log`, `expire` or `cut`, or one of the
+/// world's own orders, and is answered with one line of JSON. `about` goes into the first line.
+///
+/// # Errors
+/// What is wrong with the arguments, or why the server does not start, in a line.
+pub fn serve(
+    arguments: &ServerArguments,
+    cim: Arc<dyn Cim>,
+    schema: Arc<dyn Schema>,
+    about: Value,
+    mut order: impl FnMut(&str) -> Option<Value>,
+) -> Result<(), String> {
     let options = options(arguments)?;
     let first = options.users.first().cloned().unwrap_or_else(|| User::new("", ""));
-    let world = sample::World::new(arguments.sample);
-    let server = Server::start(options, world, Arc::new(sample::schema()))
-        .map_err(|error| error.to_string())?;
+    let server = Server::start(options, cim, schema).map_err(|error| error.to_string())?;
     for switch in &arguments.fault {
         server.switches().add(switch.clone());
     }
@@ -126,22 +119,24 @@ fn run(arguments: &Arguments) -> Result<(), String> {
             std::fs::write(directory.join(name), text).map_err(|error| error.to_string())?;
         }
     }
-    print(&serde_json::json!({
+    print(&json!({
         "url": server.url(),
         "host": server.address().ip().to_string(),
         "port": server.address().port(),
         "user": first.name,
         "password": first.password,
         "authority": server.authority_pem(),
+        "world": about,
     }))?;
     for line in std::io::stdin().lock().lines() {
         let line = line.map_err(|error| error.to_string())?;
-        print(&command(&server, line.trim()))?;
+        let answer = order(line.trim());
+        print(&answer.unwrap_or_else(|| command(&server, line.trim())))?;
     }
     Ok(())
 }
 
-fn command(server: &Server, line: &str) -> serde_json::Value {
+fn command(server: &Server, line: &str) -> Value {
     match line {
         "clear" => server.switches().clear(),
         "expire" => server.expire_enumerations(),
@@ -151,7 +146,7 @@ fn command(server: &Server, line: &str) -> serde_json::Value {
                 .log()
                 .iter()
                 .map(|exchange| {
-                    serde_json::json!({
+                    json!({
                         "connection": exchange.connection,
                         "operation": exchange.operation.map(|operation| format!("{operation:?}")),
                         "action": exchange.action,
@@ -163,17 +158,17 @@ fn command(server: &Server, line: &str) -> serde_json::Value {
                     })
                 })
                 .collect();
-            return serde_json::Value::Array(log);
+            return Value::Array(log);
         }
         fault => match fault.parse() {
             Ok(switch) => server.switches().add(switch),
-            Err(why) => return serde_json::json!({ "error": why }),
+            Err(why) => return json!({ "error": why }),
         },
     }
-    serde_json::json!({})
+    json!({})
 }
 
-fn print(value: &serde_json::Value) -> Result<(), String> {
+fn print(value: &Value) -> Result<(), String> {
     let mut out = std::io::stdout().lock();
     writeln!(out, "{value}").and_then(|()| out.flush()).map_err(|error| error.to_string())
 }
