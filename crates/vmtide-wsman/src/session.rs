@@ -23,8 +23,11 @@ const CERTIFICATE_PROFILE: &str =
 /// What an answer may have on top of the envelope that was asked for: seals, headers of parts, faults.
 const ANSWER_SLACK_BYTES: usize = 64 << 10;
 
-/// How much longer than the host's own limit an answer is waited for.
-const GRACE: Duration = Duration::from_secs(15);
+/// How long an answer is waited for where the host may take `timeout`: long enough for its own word that it took too
+/// long, which says more than silence.
+fn patience(timeout: Duration) -> Duration {
+    timeout + (timeout / 4).max(Duration::from_secs(2))
+}
 
 /// The most steps that an authentication may take; NTLM and Kerberos need two.
 const MAX_STEPS: usize = 4;
@@ -74,17 +77,20 @@ impl Session {
         tls: Option<&Tls>,
         peer: &str,
     ) -> Result<Self, CimError> {
-        let mut why_not = String::new();
-        for mechanism in Mechanism::candidates(options) {
-            let connection = Connection::open(options, tls, peer).await?;
+        let mut why_not = None;
+        for (mechanism, bound) in Mechanism::attempts(options) {
+            let mut connection = Connection::open(options, tls, peer).await?;
+            if !bound {
+                connection.binding = None;
+            }
             match Self::authenticate(connection, mechanism, options, peer).await {
                 Ok(session) => return Ok(session),
                 Err(Refusal::Other(error)) => return Err(error),
-                Err(Refusal::NoAuthority(detail)) => why_not = detail,
+                Err(Refusal::NotThisWay(error)) => why_not = Some(error),
             }
         }
-        if !why_not.is_empty() {
-            return Err(CimError::Login { peer: peer.into(), detail: why_not });
+        if let Some(error) = why_not {
+            return Err(error);
         }
         let connection = Connection::open(options, tls, peer).await?;
         let proof = Proof::Header(proof_header(options));
@@ -101,7 +107,14 @@ impl Session {
         let Some(credentials) = &options.credentials else { return Err(login("no user".into())) };
         let failed = |error: AuthError| match error {
             AuthError::Refused(detail) => login(detail),
-            AuthError::NoAuthority(detail) => Refusal::NoAuthority(detail),
+            AuthError::UnknownHost(detail) => {
+                Refusal::NotThisWay(CimError::Login { peer: peer.into(), detail })
+            }
+            AuthError::NoAuthority(detail) => Refusal::NotThisWay(CimError::Unreachable {
+                peer: peer.into(),
+                detail,
+                before_request: true,
+            }),
             AuthError::Broken(detail) => Refusal::Other(CimError::protocol(peer, detail)),
         };
         let binding = connection.binding.as_deref();
@@ -123,7 +136,17 @@ impl Session {
                 (StatusCode::UNAUTHORIZED, Some(reply)) if !reply.is_empty() => {
                     token = context.step(Some(&reply)).map_err(failed)?;
                 }
-                (StatusCode::UNAUTHORIZED, _) => return Err(login(refused(&answer, mechanism))),
+                (StatusCode::UNAUTHORIZED, _) => {
+                    let error =
+                        CimError::Login { peer: peer.into(), detail: refused(&answer, mechanism) };
+                    let other_way =
+                        mechanism == Mechanism::Kerberos && connection.binding.is_some();
+                    return Err(if other_way {
+                        Refusal::NotThisWay(error)
+                    } else {
+                        Refusal::Other(error)
+                    });
+                }
                 (status, reply) if status.is_success() => {
                     // Kerberos proves the host, too; NTLM has no more to say.
                     match (mechanism, reply) {
@@ -171,7 +194,7 @@ impl Session {
         let (headers, body) = self.dress(envelope, peer).map_err(Failure::last)?;
         let limit =
             usize::try_from(options.max_envelope_bytes).unwrap_or(usize::MAX) + ANSWER_SLACK_BYTES;
-        let patience = options.operation_timeout + GRACE;
+        let patience = patience(options.operation_timeout);
         let answer =
             self.connection.post(&headers, body, limit, patience).await.map_err(|lost| {
                 let before = matches!(&lost, Lost::Broken { sent: false, .. });
@@ -274,15 +297,17 @@ impl Session {
 
 enum Refusal {
     /// This mechanism cannot be used; another may.
-    NoAuthority(String),
+    NotThisWay(CimError),
+    /// No other mechanism would help.
     Other(CimError),
 }
 
 fn auth_words(error: &AuthError) -> &str {
     match error {
-        AuthError::Refused(words) | AuthError::NoAuthority(words) | AuthError::Broken(words) => {
-            words
-        }
+        AuthError::Refused(words)
+        | AuthError::NoAuthority(words)
+        | AuthError::UnknownHost(words)
+        | AuthError::Broken(words) => words,
     }
 }
 

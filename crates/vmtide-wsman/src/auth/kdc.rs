@@ -1,12 +1,14 @@
 //! The servers of a Kerberos domain: where they are, and one question to one of them.
 
-use crate::options::WsmanOptions;
+use super::mit;
+use crate::options::{Credentials, WsmanOptions};
 use sspi::network_client::{NetworkClient, NetworkProtocol};
 use sspi::{Error, ErrorKind, NetworkRequest};
 use std::io::{Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
 use url::Url;
+use zeroize::Zeroizing;
 
 const KERBEROS_PORT: u16 = 88;
 
@@ -17,12 +19,14 @@ const MAX_ANSWER_BYTES: u32 = 256 << 10;
 pub(super) struct Kdc {
     server: Option<Url>,
     timeout: Duration,
+    password: Zeroizing<String>,
 }
 
 impl Kdc {
     /// The server that the options name, else the one of `krb5.conf`, else the domain's own name: all controllers of
     /// an Active Directory domain answer to that.
-    pub fn new(options: &WsmanOptions, domain: &str) -> Self {
+    pub fn new(options: &WsmanOptions, credentials: &Credentials) -> Self {
+        let (domain, _) = credentials.parts();
         let server = match &options.kdc {
             Some(named) => Url::parse(&format!("tcp://{named}")).ok(),
             None => {
@@ -33,7 +37,8 @@ impl Kdc {
                 known.or_else(|| Url::parse(&format!("tcp://{}", domain.to_lowercase())).ok())
             }
         };
-        Self { server, timeout: options.connect_timeout }
+        let password = Zeroizing::new(credentials.password().to_owned());
+        Self { server, timeout: options.connect_timeout, password }
     }
 
     pub fn url(&self) -> Option<Url> {
@@ -101,7 +106,9 @@ impl NetworkClient for Kdc {
         if request.protocol != NetworkProtocol::Tcp {
             return Err(failed("only TCP is spoken".into()));
         }
-        self.ask(&request.url, &request.data).map_err(|error| failed(error.to_string()))
+        let answer = self.ask(&request.url, &request.data);
+        let answer = answer.map_err(|error| failed(error.to_string()))?;
+        Ok(mit::with_right_tag(answer, &self.password))
     }
 }
 
@@ -109,6 +116,10 @@ impl NetworkClient for Kdc {
 mod tests {
     use super::*;
     use std::net::TcpListener;
+
+    fn user(domain: &str) -> Credentials {
+        Credentials::new(&format!("u@{domain}"), Zeroizing::new("p".into())).unwrap()
+    }
 
     /// A server that answers anybody with `answer`.
     fn served(answer: &'static [u8]) -> String {
@@ -126,7 +137,7 @@ mod tests {
     fn ask(answer: &'static [u8]) -> sspi::Result<Vec<u8>> {
         let kdc = Some(served(answer));
         let options = WsmanOptions { kdc, ..WsmanOptions::new("h") };
-        let kdc = Kdc::new(&options, "d.example");
+        let kdc = Kdc::new(&options, &user("d.example"));
         kdc.send(&NetworkRequest {
             protocol: NetworkProtocol::Tcp,
             url: kdc.url().unwrap(),
@@ -145,7 +156,7 @@ mod tests {
 
     #[test]
     fn domains_are_found_by_their_name() {
-        let kdc = Kdc::new(&WsmanOptions::new("h"), "Nowhere.Invalid");
+        let kdc = Kdc::new(&WsmanOptions::new("h"), &user("Nowhere.Invalid"));
         assert_eq!(kdc.url().unwrap().as_str(), "tcp://nowhere.invalid");
     }
 }

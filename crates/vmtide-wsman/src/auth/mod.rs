@@ -4,11 +4,13 @@
 //! it trusts lengths that a host chose, and it writes messages into its logs.
 
 mod kdc;
+mod mit;
 pub(crate) mod sealed;
 mod sspi_guard;
+mod wrap;
 
 use crate::der;
-use crate::options::{Authentication, Credentials, WsmanOptions};
+use crate::options::{Authentication, Credentials, Scheme, WsmanOptions};
 use kdc::Kdc;
 use sspi::{
     AuthIdentityBuffers, BufferType, ClientRequestFlags, CredentialsBuffers, DataRepresentation,
@@ -16,14 +18,11 @@ use sspi::{
 };
 use sspi_guard::guarded;
 use std::net::IpAddr;
+use wrap::Wrap;
+use zeroize::Zeroizing;
 
 /// The most of a token that is taken; real ones have some KB, Kerberos' up to 64 KB.
 const MAX_TOKEN_BYTES: usize = 96 << 10;
-
-/// Kerberos' tokens of confidentiality (RFC 4121 4.2.6.2): a header of 16 bytes, confounder, header again, checksum.
-const KERBEROS_HEADER_BYTES: usize = 16;
-const KERBEROS_ROTATION: usize = 28;
-const KERBEROS_SIGNATURE_BYTES: usize = 60;
 
 const NTLM_SIGNATURE_BYTES: usize = 16;
 
@@ -32,8 +31,10 @@ const NTLM_SIGNATURE_BYTES: usize = 16;
 pub(crate) enum AuthError {
     /// Wrong name or password, expired or locked: the text says it.
     Refused(String),
-    /// Nobody of the user's domain can be asked, or the domain does not know the host.
+    /// Nobody of the user's domain answers.
     NoAuthority(String),
+    /// The domain does not know the host.
+    UnknownHost(String),
     /// The host does not keep to the protocol.
     Broken(String),
 }
@@ -54,8 +55,22 @@ impl Mechanism {
         }
     }
 
-    /// What to try for these options, in this order.
-    pub fn candidates(options: &WsmanOptions) -> Vec<Self> {
+    /// Mechanisms to try for these options, in this order, and whether to bind each to the TLS connection.
+    ///
+    /// The library writes a binding into Kerberos' request in a way that MIT's acceptors refuse. So that hosts which
+    /// look at it strictly are served as well as those which do not care, it is tried with and then without. Nothing is
+    /// lost by that: we know by its certificate whom we talk to; bindings protect the host from others than us.
+    pub fn attempts(options: &WsmanOptions) -> Vec<(Self, bool)> {
+        let secured = options.scheme == Scheme::Https;
+        let ways = |mechanism| match mechanism {
+            Self::Kerberos if secured => vec![(mechanism, true), (mechanism, false)],
+            _ => vec![(mechanism, secured)],
+        };
+        Self::candidates(options).into_iter().flat_map(ways).collect()
+    }
+
+    /// What can be tried at all.
+    fn candidates(options: &WsmanOptions) -> Vec<Self> {
         let domain = options.credentials.as_ref().map_or("", |known| known.parts().0);
         let named = options.host.parse::<IpAddr>().is_err();
         match options.authentication {
@@ -83,8 +98,17 @@ pub(crate) struct Context {
 }
 
 enum Inner {
-    Ntlm { context: Box<Ntlm>, credentials: Option<AuthIdentityBuffers> },
-    Kerberos { context: Box<Kerberos>, credentials: Option<CredentialsBuffers>, kdc: Kdc },
+    Ntlm {
+        context: Box<Ntlm>,
+        credentials: Option<AuthIdentityBuffers>,
+    },
+    Kerberos {
+        context: Box<Kerberos>,
+        credentials: Option<CredentialsBuffers>,
+        kdc: Kdc,
+        /// Once the host has answered.
+        wrap: Option<Wrap>,
+    },
 }
 
 impl Context {
@@ -112,7 +136,7 @@ impl Context {
             }
             Mechanism::Kerberos => {
                 let identity = AuthIdentityBuffers::from_utf8(account, domain, password);
-                let kdc = Kdc::new(options, domain);
+                let kdc = Kdc::new(options, credentials);
                 let config =
                     KerberosConfig { kdc_url: kdc.url(), client_computer_name: "vmtide".into() };
                 let context =
@@ -121,6 +145,7 @@ impl Context {
                     context: Box::new(context),
                     credentials: Some(CredentialsBuffers::AuthIdentity(identity)),
                     kdc,
+                    wrap: None,
                 }
             }
         };
@@ -167,7 +192,7 @@ impl Context {
                 context.initialize_security_context_impl(&mut builder)?.resolve_to_result()
             })
             .map_err(broken)?,
-            Inner::Kerberos { context, credentials, kdc } => guarded(|| {
+            Inner::Kerberos { context, credentials, kdc, .. } => guarded(|| {
                 let mut builder = context
                     .initialize_security_context()
                     .with_credentials_handle(credentials)
@@ -180,6 +205,11 @@ impl Context {
             })
             .map_err(|error| kerberos_error(&error, target))?,
         };
+        if let Inner::Kerberos { context, wrap, .. } = &mut self.inner
+            && !token.is_empty()
+        {
+            *wrap = Some(wrap_of(context)?);
+        }
         Ok(output.pop().map(|buffer| buffer.buffer).unwrap_or_default())
     }
 
@@ -188,27 +218,24 @@ impl Context {
     /// # Errors
     /// [`AuthError::Broken`] where the context is not ready.
     pub fn seal(&mut self, plain: &[u8]) -> Result<(Vec<u8>, Vec<u8>), AuthError> {
-        let mut signature = match self.mechanism() {
-            Mechanism::Ntlm => vec![0; NTLM_SIGNATURE_BYTES],
-            Mechanism::Kerberos => vec![0; KERBEROS_SIGNATURE_BYTES],
-        };
-        let mut data = plain.to_vec();
-        guarded(|| {
-            let mut buffers = [
-                SecurityBufferRef::token_buf(&mut signature),
-                SecurityBufferRef::data_buf(&mut data),
-            ];
-            match &mut self.inner {
-                Inner::Ntlm { context, .. } => {
+        match &mut self.inner {
+            Inner::Ntlm { context, .. } => {
+                let (mut signature, mut data) = (vec![0; NTLM_SIGNATURE_BYTES], plain.to_vec());
+                guarded(|| {
+                    let mut buffers = [
+                        SecurityBufferRef::token_buf(&mut signature),
+                        SecurityBufferRef::data_buf(&mut data),
+                    ];
                     context.encrypt_message(sspi::EncryptionFlags::empty(), &mut buffers)
-                }
-                Inner::Kerberos { context, .. } => {
-                    context.encrypt_message(sspi::EncryptionFlags::empty(), &mut buffers)
-                }
+                })
+                .map_err(broken)?;
+                Ok((signature, data))
             }
-        })
-        .map_err(broken)?;
-        Ok((signature, data))
+            Inner::Kerberos { wrap, .. } => {
+                let sealed = wrap.as_mut().and_then(|wrap| wrap.seal(plain));
+                sealed.ok_or_else(|| AuthError::Broken("the connection has no key".into()))
+            }
+        }
     }
 
     /// Opens what the host sealed.
@@ -216,45 +243,43 @@ impl Context {
     /// # Errors
     /// [`AuthError::Broken`] where it was changed on the way, or is not the next message.
     pub fn unseal(&mut self, signature: &[u8], data: &[u8]) -> Result<Vec<u8>, AuthError> {
-        let sound = match self.mechanism() {
-            Mechanism::Ntlm => signature.len() == NTLM_SIGNATURE_BYTES,
-            Mechanism::Kerberos => kerberos_token_is_sound(signature, data.len()),
-        };
-        if !sound {
-            return Err(AuthError::Broken("a sealed message has the wrong form".into()));
+        let broken = |why: &str| AuthError::Broken(why.to_owned());
+        match &mut self.inner {
+            Inner::Ntlm { .. } if signature.len() != NTLM_SIGNATURE_BYTES => {
+                Err(broken("a sealed message has the wrong form"))
+            }
+            Inner::Ntlm { context, .. } => {
+                let (mut signature, mut data) = (signature.to_vec(), data.to_vec());
+                guarded(|| {
+                    let mut buffers = [
+                        SecurityBufferRef::token_buf(&mut signature),
+                        SecurityBufferRef::data_buf(&mut data),
+                    ];
+                    context.decrypt_message(&mut buffers)?;
+                    let [_, opened] = &buffers;
+                    Ok(opened.data().to_vec())
+                })
+                .map_err(|_| broken("a message was changed on the way, or is not the next one"))
+            }
+            Inner::Kerberos { wrap, .. } => {
+                let wrap = wrap.as_mut().ok_or_else(|| broken("the connection has no key"))?;
+                let opened = guarded(|| Ok(wrap.open(signature, data)));
+                opened.unwrap_or(Err("a sealed message cannot be read")).map_err(broken)
+            }
         }
-        let (mut signature, mut data) = (signature.to_vec(), data.to_vec());
-        guarded(|| {
-            let mut buffers = [
-                SecurityBufferRef::token_buf(&mut signature),
-                SecurityBufferRef::data_buf(&mut data),
-            ];
-            match &mut self.inner {
-                Inner::Ntlm { context, .. } => context.decrypt_message(&mut buffers)?,
-                Inner::Kerberos { context, .. } => context.decrypt_message(&mut buffers)?,
-            };
-            let [_, opened] = &buffers;
-            Ok(opened.data().to_vec())
-        })
-        .map_err(|_| {
-            AuthError::Broken("a message was changed on the way, or its keys do not fit".into())
-        })
     }
 }
 
-/// Whether a token of Kerberos has what the library takes for granted: a header that says "sealed", its rotation, and
-/// as many bytes as are rotated.
-fn kerberos_token_is_sound(signature: &[u8], data_bytes: usize) -> bool {
-    let Some(header) = signature.get(..KERBEROS_HEADER_BYTES) else { return false };
-    let field = |at: usize| {
-        header.get(at..at + 2).map_or(0, |bytes| {
-            bytes.iter().fold(0_usize, |value, byte| value << 8 | usize::from(*byte))
-        })
-    };
-    let sealed = header.get(2).is_some_and(|flags| flags & 0b10 != 0);
-    let (extra, rotation) = (field(4), field(6));
-    let rotated = (signature.len() - KERBEROS_HEADER_BYTES).saturating_add(data_bytes);
-    sealed && rotation == KERBEROS_ROTATION && rotated >= rotation + extra + KERBEROS_HEADER_BYTES
+/// What seals messages once both sides know each other. The library seals as well, but numbers our first message as
+/// if it were the second, which acceptors that count refuse, and does not count the host's at all.
+fn wrap_of(context: &mut Kerberos) -> Result<Wrap, AuthError> {
+    let keys = guarded(|| context.query_context_session_key()).map_err(broken)?;
+    let key = Zeroizing::new(keys.session_key.as_ref().clone());
+    // The number that the library would use is one past the one that it told the host.
+    let next = guarded(|| Ok(context.next_seq_number())).map_err(broken)?;
+    let first = u64::from(next).saturating_sub(1);
+    Wrap::new(key, first)
+        .ok_or_else(|| AuthError::Broken("the domain chose a cipher that is no AES".into()))
 }
 
 fn requirements() -> ClientRequestFlags {
@@ -291,7 +316,7 @@ fn kerberos_error(error: &sspi::Error, target: &str) -> AuthError {
         ),
         Kind::ContextExpired => AuthError::Refused("the Kerberos ticket has expired".into()),
         Kind::UnknownCredentials if lower.contains("server") && lower.contains("not found") => {
-            AuthError::NoAuthority(format!(
+            AuthError::UnknownHost(format!(
                 "the domain does not know {target}: use the host's full name, or NTLM"
             ))
         }
@@ -302,7 +327,7 @@ fn kerberos_error(error: &sspi::Error, target: &str) -> AuthError {
             AuthError::Refused("wrong password".into())
         }
         Kind::InvalidParameter if lower.contains("expired") => {
-            AuthError::Refused(format!("the password has to be changed: {words}"))
+            AuthError::Refused(format!("the account or its password has expired: {words}"))
         }
         _ => AuthError::Refused(format!("Kerberos: {words}")),
     }

@@ -1,0 +1,143 @@
+//! Kerberos with a real KDC (MIT), against the stand-in, whose acceptor is MIT's library.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "helpers of tests")]
+
+#[path = "support/realm.rs"]
+mod realm;
+mod support;
+
+use realm::{REALM, Realm};
+use support::{PASSWORD, options, server, tls_options, trusting};
+use vmtide_cim::{Cim, CimError, VIRTUALIZATION_NAMESPACE as NS};
+use vmtide_wsman::{Authentication, WsmanCim, WsmanOptions};
+use wsman_server::{Kerberos, Server, ServerOptions};
+
+const ALL: &str = "SELECT * FROM Sample_Disk";
+
+fn accepting(realm: &Realm, options: ServerOptions) -> ServerOptions {
+    ServerOptions {
+        kerberos: Some(Kerberos {
+            python: "/usr/bin/python3".into(),
+            keytab: realm.keytab(),
+            config: Some(realm.config()),
+            without_rights: vec![format!("guest@{REALM}")],
+        }),
+        ..options
+    }
+}
+
+/// As `user` of the realm.
+fn as_user(server: &Server, realm: &Realm, user: &str, password: &str) -> WsmanOptions {
+    WsmanOptions {
+        host: "localhost".into(),
+        authentication: Authentication::Kerberos,
+        kdc: Some(realm.address.clone()),
+        ..options(server, &format!("{user}@lab.example"), password)
+    }
+}
+
+fn ask(options: WsmanOptions) -> Result<usize, CimError> {
+    WsmanCim::new(options).unwrap().query(NS, ALL).map(|found| found.len())
+}
+
+#[test]
+fn messages_are_sealed_by_the_tickets_key() {
+    let realm = Realm::start();
+    realm.user("admin", PASSWORD, "");
+    let (server, world) =
+        server(accepting(&realm, ServerOptions { ntlm: false, ..ServerOptions::default() }), 60);
+    let client = WsmanCim::new(as_user(&server, &realm, "admin", PASSWORD)).unwrap();
+    for _ in 0..3 {
+        let found = client.query(NS, ALL).map(|found| found.len());
+        assert!(matches!(found, Ok(60)), "{found:?}: {:?}", server.log().last());
+    }
+    let service = vmtide_cim::ObjectPath::new(
+        "Sample_Service",
+        &[("CreationClassName", "Sample_Service"), ("Name", "sample")],
+    );
+    client.invoke(&service, "Count", &[]).unwrap();
+    assert_eq!(world.calls(), 1);
+    let log = server.log();
+    assert!(log.iter().all(|seen| seen.connection == 1));
+    let asked: Vec<_> = log
+        .iter()
+        .filter(|seen| {
+            seen.operation.is_some_and(|operation| operation != wsman_server::Operation::Login)
+        })
+        .collect();
+    assert!(!asked.is_empty() && asked.iter().all(|seen| seen.sealed), "{log:?}");
+    assert!(
+        asked.iter().all(|seen| seen
+            .user
+            .as_ref()
+            .is_some_and(|(user, _)| user == &format!("admin@{REALM}"))),
+        "{log:?}"
+    );
+}
+
+#[test]
+fn tickets_log_in_over_tls() {
+    let realm = Realm::start();
+    realm.user("admin", PASSWORD, "");
+    let (server, _) = server(accepting(&realm, ServerOptions { ntlm: false, ..tls_options() }), 30);
+    let (options, _file) = trusting(&server, as_user(&server, &realm, "admin", PASSWORD));
+    let outcome = ask(options);
+    assert!(matches!(outcome, Ok(30)), "{outcome:?}: {:?}", server.log());
+    assert!(server.log().iter().all(|seen| !seen.sealed));
+}
+
+#[test]
+fn the_domain_refuses_in_its_own_words() {
+    let realm = Realm::start();
+    realm.user("admin", PASSWORD, "");
+    realm.user("guest", PASSWORD, "");
+    realm.user("gone", PASSWORD, "-expire 2020-01-01");
+    realm.user("stale", PASSWORD, "-pwexpire 2020-01-01");
+    let (server, _) = server(accepting(&realm, ServerOptions::default()), 1);
+    let login = |user: &str, password: &str| match ask(as_user(&server, &realm, user, password)) {
+        Err(CimError::Login { detail, .. }) => detail,
+        other => panic!("{user}: {other:?}"),
+    };
+    assert_eq!(login("admin", "Guess-1"), "wrong password");
+    assert!(login("nobody", PASSWORD).contains("refused the user"));
+    assert!(login("gone", PASSWORD).contains("expired"));
+    assert!(login("stale", PASSWORD).contains("expired"));
+    let denied = ask(as_user(&server, &realm, "guest", PASSWORD)).unwrap_err();
+    assert!(matches!(denied, CimError::Denied { .. }), "{denied}");
+    realm.forget_service();
+    assert!(login("admin", PASSWORD).contains("does not know HTTP/localhost"));
+}
+
+#[test]
+fn without_the_domain_there_is_ntlm_or_nothing() {
+    let realm = Realm::start();
+    // NTLM hands a name with its domain on as it is.
+    let users = vec![wsman_server::User::new("admin@lab.example", PASSWORD)];
+    let (server, _) =
+        server(accepting(&realm, ServerOptions { users, ..ServerOptions::default() }), 1);
+    let dead =
+        std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let kerberos = WsmanOptions { kdc: Some(dead), ..as_user(&server, &realm, "admin", PASSWORD) };
+    let error = ask(kerberos.clone()).unwrap_err();
+    assert!(
+        matches!(&error, CimError::Unreachable { detail, .. } if detail.contains("VMTIDE_WINRM_KDC")),
+        "{error}"
+    );
+    let either = WsmanOptions { authentication: Authentication::Negotiate, ..kerberos };
+    assert_eq!(ask(either).unwrap(), 1);
+    let user = server.log().into_iter().find_map(|seen| seen.user);
+    assert!(user.is_some(), "{:?}", server.log());
+}
+
+#[test]
+fn tickets_that_expire_are_got_anew() {
+    let realm = Realm::start();
+    realm.user("admin", PASSWORD, "-maxlife 2sec");
+    let (server, _) = server(accepting(&realm, ServerOptions::default()), 1);
+    let client = WsmanCim::new(as_user(&server, &realm, "admin", PASSWORD)).unwrap();
+    assert_eq!(client.query(NS, ALL).unwrap().len(), 1);
+    // Longer than the ticket and the difference of clocks that is let pass.
+    std::thread::sleep(std::time::Duration::from_secs(8));
+    server.cut_connections();
+    assert_eq!(client.query(NS, ALL).unwrap().len(), 1);
+}
