@@ -103,6 +103,8 @@ install_tools() {
     ensure_dissect
     ensure_s3_servers
     ensure_packages "the tests of SMB" samba smbclient qemu-utils
+    # A Kerberos realm, which the tests run in a directory of their own, and MIT's library for the host's side of it.
+    ensure_packages "the tests of WS-Management" krb5-kdc krb5-admin-server krb5-user python3-gssapi
     ensure_packages "the tests of the C library" gcc g++ binutils valgrind
     ensure_packages "checking the scripts" shellcheck
 }
@@ -228,10 +230,9 @@ part_wsman() {
 }
 
 # ensure_wsman_clients: pywinrm, pypsrp and pyspnego in an environment of the system's own Python, for which Debian has the
-# module gssapi; and the programs of a Kerberos realm, which the tests run in a directory of their own.
+# module gssapi.
 ensure_wsman_clients() {
     local venv="$HOME/.cache/vmtide-tests/wsman" wanted="$REPO_ROOT/tests/wsman/requirements.txt"
-    ensure_packages "the tests of WS-Management" krb5-kdc krb5-admin-server krb5-user python3-gssapi python3-venv
     if ! cmp -s "$wanted" "$venv/requirements.txt"; then
         say "    installing for the tests of WS-Management: pywinrm, pypsrp, pyspnego (Python), in $venv"
         /usr/bin/python3 -m venv --system-site-packages "$venv" || die "could not make a Python environment in $venv"

@@ -27,11 +27,13 @@ sys.dont_write_bytecode = True
 warnings.simplefilter("ignore")
 
 from pypsrp.exceptions import AuthenticationError, WinRMTransportError, WSManFaultError  # noqa: E402
+from pypsrp.negotiate import HTTPNegotiateAuth  # noqa: E402
 from pypsrp.wsman import NAMESPACES, SelectorSet, WSMan  # noqa: E402
 from winrm.exceptions import InvalidCredentialsError, WinRMTransportError as PywinrmError  # noqa: E402
 from winrm.protocol import Protocol  # noqa: E402
 import spnego  # noqa: E402
-import spnego.channel_bindings  # noqa: E402
+from spnego._context import GSSMech  # noqa: E402
+from spnego._spnego import NegState, NegTokenInit, NegTokenResp, pack_mech_type_list, unpack_token  # noqa: E402
 import xmltodict  # noqa: E402
 
 import envelopes as soap  # noqa: E402
@@ -178,6 +180,50 @@ def check_spnego_ntlm_sealed(lab):
         want_disk(get(client, number), number)
     last = lab.server("http").last()
     want((last["how"], last["sealed"]) == ("NTLM", True), str(last))
+
+
+def check_spnego_turns_to_ntlm(lab):
+    """A client that would rather have Kerberos is turned to NTLM by a host that has none."""
+    connection = http.client.HTTPConnection("127.0.0.1", lab.server("http").port, timeout=20)
+
+    def send(token):
+        login = base64.b64encode(token.pack()).decode()
+        connection.request("POST", "/wsman", b"", {"Authorization": f"Negotiate {login}"})
+        answer = connection.getresponse()
+        answer.read()
+        scheme, text = answer.headers["WWW-Authenticate"].split(" ")
+        want(scheme == "Negotiate", scheme)
+        return answer.status, unpack_token(base64.b64decode(text))
+
+    mechanisms = [GSSMech.kerberos.value, GSSMech.ntlm.value]
+    client = spnego.client(USER, PASSWORD, protocol="ntlm", options=spnego.NegotiateOptions.use_ntlm)
+    status, answer = send(NegTokenInit(mechanisms, mech_token=b"a token of Kerberos"))
+    want((status, answer.neg_state, answer.supported_mech) == (401, NegState.request_mic, mechanisms[1]), str(answer))
+    status, answer = send(NegTokenResp(response_token=client.step()))
+    want(status == 401 and answer.response_token.startswith(b"NTLMSSP"), str(answer))
+    last = client.step(answer.response_token)
+    signed = pack_mech_type_list(mechanisms)
+    status, answer = send(NegTokenResp(response_token=last, mech_list_mic=client.sign(signed)))
+    want((status, answer.neg_state) == (200, NegState.accept_complete), f"{status} {answer}")
+    client.verify(signed, answer.mech_list_mic)
+
+
+def check_spnego_without_signature(lab):
+    """A list of mechanisms that nobody signed may have been changed on the way: no login."""
+    connection = http.client.HTTPConnection("127.0.0.1", lab.server("http").port, timeout=20)
+    client = spnego.client(USER, PASSWORD, protocol="ntlm", options=spnego.NegotiateOptions.use_ntlm)
+    token = NegTokenInit([GSSMech.ntlm.value], mech_token=client.step())
+    for status in (401, 401):
+        login = base64.b64encode(token.pack()).decode()
+        connection.request("POST", "/wsman", b"", {"Authorization": f"Negotiate {login}"})
+        answer = connection.getresponse()
+        answer.read()
+        want(answer.status == status, f"status {answer.status}")
+        text = answer.headers["WWW-Authenticate"]
+        if text != "Negotiate":
+            challenge = unpack_token(base64.b64decode(text.split(" ")[1]))
+            token = NegTokenResp(response_token=client.step(challenge.response_token))
+    want("has none over its mechanisms" in lab.server("http").last()["reason"], "another reason")
 
 
 def check_domain_and_case(lab):
@@ -340,6 +386,28 @@ def check_kerberos_in_spnego(lab):
     for number in range(1, 4):
         want_disk(get(client, number), number)
     want(lab.server("kerberos").last()["how"] == "Kerberos", "not Kerberos")
+
+
+def check_kerberos_scheme(lab):
+    """Kerberos by its own scheme, with the protocol that belongs to it."""
+    lab.realm.login("alice", "alice's Secret 1")
+    client = lab.client("kerberos", None, None, "kerberos", negotiate_hostname_override=HOST, negotiate_service="HTTP")
+    offered = HTTPNegotiateAuth._check_auth_supported
+    try:
+        # The host offers both schemes; pypsrp takes Kerberos only where there is no Negotiate.
+        HTTPNegotiateAuth._check_auth_supported = staticmethod(lambda response, providers: "Kerberos")
+        for number in range(1, 4):
+            want_disk(get(client, number), number)
+    finally:
+        HTTPNegotiateAuth._check_auth_supported = staticmethod(offered)
+    want(client.transport.encryption.protocol == client.transport.encryption.KERBEROS, "another protocol")
+    want(lab.server("kerberos").last()["sealed"], "not sealed")
+
+
+def check_slow(lab):
+    """An answer in small pieces with pauses is put together."""
+    lab.server("http").tell("slow:get:0:1")
+    want_disk(get(lab.client("http")))
 
 
 def check_kerberos_channel_binding(lab):
