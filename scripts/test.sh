@@ -227,6 +227,9 @@ part_wsman() {
     export VMTIDE_STANDIN_BIN
     counted "independent clients of WS-Management and the stand-in for WinRM" \
         timeout --kill-after=30 "$LIMIT_WSMAN_S" "$HOME/.cache/vmtide-tests/wsman/bin/python3" "$REPO_ROOT/tests/wsman/run.py"
+    counted "vmtide's client of WS-Management and NTLM of another hand (pyspnego)" \
+        env VMTIDE_WSMAN_PYTHON="$HOME/.cache/vmtide-tests/wsman/bin/python3" \
+        timeout --kill-after=30 "$LIMIT_WSMAN_S" cargo test --locked -p vmtide-wsman --test peer -- --ignored
 }
 
 # ensure_wsman_clients: pywinrm, pypsrp and pyspnego in an environment of the system's own Python, for which Debian has the
