@@ -5,7 +5,7 @@ use crate::{EngineError, Result};
 use serde::Serialize;
 use std::path::Path;
 use vmtide_block::files;
-use vmtide_hypervisor::VmConfig;
+use vmtide_hypervisor::{HealthCheck, HealthState, VmConfig};
 use vmtide_repo::{KeyList, Repository, RestorePoint};
 
 /// Below this a backup of an ordinary VM is likely to end for lack of space.
@@ -86,12 +86,26 @@ pub fn check_source(spec: &SourceSpec, options: &SourceOptions) -> Vec<Check> {
 }
 
 fn check_open_source(findings: &mut Findings, source: &OpenSource) {
-    match source.hypervisor.describe(&source.vm) {
-        Ok(config) => check_config(findings, &config),
-        Err(error) => {
-            let error = EngineError::from(error);
-            findings.fail("describe", error.to_string(), advice_for(&error));
-            return;
+    // Of a host without a VM, or with a pattern for several, only the platform's own findings tell.
+    let one_vm = !source.vm.is_empty() && !source.vm.contains(['*', '?']);
+    let examined = source.hypervisor.examine(one_vm.then_some(source.vm.as_str()));
+    let is_examined = !examined.is_empty();
+    for HealthCheck { name, state, detail, mend } in examined {
+        let status = match state {
+            HealthState::Ok => CheckStatus::Ok,
+            HealthState::Warn => CheckStatus::Warn,
+            HealthState::Fail => CheckStatus::Fail,
+        };
+        findings.0.push(Check { name, status, detail, advice: mend });
+    }
+    if one_vm || !is_examined {
+        match source.hypervisor.describe(&source.vm) {
+            Ok(config) => check_config(findings, &config),
+            Err(error) => {
+                let error = EngineError::from(error);
+                findings.fail("describe", error.to_string(), advice_for(&error));
+                return;
+            }
         }
     }
     match source.hypervisor.reap() {
@@ -144,7 +158,8 @@ fn check_config(findings: &mut Findings, config: &VmConfig) {
                     "{detail}: at rest, so all of it is read unless --changes says what changed"
                 ),
             );
-        } else {
+        } else if config.platform != "hyper-v" {
+            // Hyper-V is asked about every disk itself.
             findings.ok("tracking", format!("{detail}: changes can be tracked"));
         }
     }

@@ -8,7 +8,9 @@
 
 mod config;
 mod cycle;
+pub mod doctor;
 mod files;
+pub mod gates;
 mod host;
 mod job;
 mod model;

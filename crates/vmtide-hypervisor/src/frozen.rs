@@ -1,6 +1,8 @@
 //! The traits a platform implements.
 
-use crate::{Changes, Consistency, DiskId, JobId, Result, TrackingId, VmConfig, VmSelector};
+use crate::{
+    Changes, Consistency, DiskId, HealthCheck, JobId, Result, TrackingId, VmConfig, VmSelector,
+};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -53,6 +55,12 @@ pub trait Hypervisor: Send + Sync {
     /// # Errors
     /// Where something of ours is there but could not be removed.
     fn reap(&self) -> Result<ReapReport>;
+
+    /// Looks the platform over, and one VM of it or all of them: rights, versions, what backups need and
+    /// what stands in their way. Changes nothing. What cannot be looked at is among the answers.
+    fn examine(&self, _vm: Option<&str>) -> Vec<HealthCheck> {
+        Vec::new()
+    }
 }
 
 /// One line of a list of VMs.

@@ -18,6 +18,7 @@ mod config;
 mod consistency;
 mod error;
 mod frozen;
+mod health;
 mod image_source;
 mod journal;
 mod lock;
@@ -36,6 +37,7 @@ pub use error::{HypervisorError, Result};
 pub use frozen::{
     Base, FreezeRequest, FrozenDisk, FrozenVm, Hypervisor, ReapReport, Seal, VmSummary,
 };
+pub use health::{HealthCheck, HealthState};
 pub use image_source::ImageSource;
 pub use journal::{JobId, Journal, JournalEntry};
 pub use lock::VmLock;
