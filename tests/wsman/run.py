@@ -105,6 +105,7 @@ class Lab:
                 "lenient": [*user, "--lenient"],
                 "small": [*user, "--max-envelope-kib", "16", "--sample", "40"],
                 "https": [*user, *plain, *tls, "--basic", "--certificates", self.place],
+                "strict384": [*user, *tls, "--channel-binding", "strict", "--tls-sha384"],
                 "strict": [*user, *tls, "--channel-binding", "strict", "--lenient"],
             }
             if kind.startswith("kerberos"):
@@ -288,6 +289,7 @@ def check_pywinrm_channel_binding(lab):
 def check_pypsrp_channel_binding(lab):
     """pypsrp over HTTPS with bindings, and messages sealed within TLS too."""
     want_disk(get(lab.client("strict", auth="negotiate")))
+    want_disk(get(lab.client("strict384", auth="negotiate")))
     want_disk(get(lab.client("strict", encryption="always")))
     want(lab.server("strict").last()["sealed"], "not sealed")
     refused(AuthenticationError, lambda: get(lab.client("strict", negotiate_send_cbt=False)))

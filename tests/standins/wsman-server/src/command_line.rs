@@ -16,6 +16,9 @@ pub struct ServerArguments {
     /// Speak HTTPS with a certificate for these names.
     #[arg(long, value_delimiter = ',')]
     tls: Option<Vec<String>>,
+    /// Sign the server's certificate with SHA-384.
+    #[arg(long, requires = "tls")]
+    tls_sha384: bool,
     /// A user as NAME:PASSWORD; with ":none" after it one without rights. May be repeated.
     #[arg(long, default_value = "admin:P4ssw0rd!")]
     user: Vec<String>,
@@ -76,6 +79,7 @@ fn options(arguments: &ServerArguments) -> Result<ServerOptions, String> {
     Ok(ServerOptions {
         listen: arguments.listen.clone(),
         tls_names: arguments.tls.clone(),
+        tls_sha384: arguments.tls_sha384,
         basic: arguments.basic,
         ntlm: !arguments.no_ntlm,
         kerberos: arguments.keytab.clone().map(|keytab| Kerberos {

@@ -67,6 +67,9 @@ pub struct ServerOptions {
     pub listen: String,
     /// Names and addresses in the server's certificate; none speaks plain HTTP.
     pub tls_names: Option<Vec<String>>,
+    /// Whether the server's certificate is signed with SHA-384 instead of SHA-256, which changes how logins are bound to
+    /// it (RFC 5929 4.1).
+    pub tls_sha384: bool,
     /// Whether Basic is offered. It is taken over plain HTTP only with `allow_unencrypted`.
     pub basic: bool,
     /// Whether Negotiate with NTLM is offered.
@@ -97,6 +100,7 @@ impl Default for ServerOptions {
         Self {
             listen: "127.0.0.1:0".into(),
             tls_names: None,
+            tls_sha384: false,
             basic: false,
             ntlm: true,
             kerberos: None,

@@ -101,7 +101,8 @@ impl Server {
     ) -> Result<Self, StartError> {
         let identity = match &options.tls_names {
             Some(names) => Some(
-                Identity::make(names, options.certificates).map_err(StartError::Certificates)?,
+                Identity::make(names, options.certificates, options.tls_sha384)
+                    .map_err(StartError::Certificates)?,
             ),
             None => None,
         };
@@ -341,6 +342,8 @@ impl Shared {
             seen.effect = self.switches.hit(Operation::Login);
             match seen.effect {
                 Some(Effect::Unauthorized) => unauthorized(login),
+                Some(Effect::EmptyError) => Answer::empty(500),
+                Some(Effect::Unavailable) => Answer::empty(503),
                 Some(Effect::CutBefore | Effect::CutAfter | Effect::CutDuring) => return None,
                 _ => Answer::empty(200),
             }

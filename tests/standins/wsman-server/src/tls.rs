@@ -32,6 +32,8 @@ pub struct Identity {
     pub config: Arc<ServerConfig>,
     /// The server's certificate in DER.
     pub certificate: Vec<u8>,
+    /// Whether that is signed with SHA-384, not SHA-256.
+    sha384: bool,
 }
 
 impl Identity {
@@ -39,13 +41,16 @@ impl Identity {
     ///
     /// # Errors
     /// What the library does not take, in its words.
-    pub fn make(names: &[String], client_certificates: bool) -> Result<Self, String> {
+    pub fn make(names: &[String], client_certificates: bool, sha384: bool) -> Result<Self, String> {
         let refused = |error: rcgen::Error| error.to_string();
         let mut params = params(&[], "vmtide stand-in authority").map_err(refused)?;
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-        let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().map_err(refused)?)
-            .map_err(refused)?;
+        // The hash of a signature goes with the authority's curve.
+        let algorithm =
+            if sha384 { &rcgen::PKCS_ECDSA_P384_SHA384 } else { &rcgen::PKCS_ECDSA_P256_SHA256 };
+        let key = KeyPair::generate_for(algorithm).map_err(refused)?;
+        let authority = CertifiedIssuer::self_signed(params, key).map_err(refused)?;
         let key = KeyPair::generate().map_err(refused)?;
         let mut params = self::params(names, "vmtide stand-in WinRM").map_err(refused)?;
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
@@ -57,7 +62,12 @@ impl Identity {
                 PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der())),
             )
             .map_err(|error| error.to_string())?;
-        Ok(Self { authority, config: Arc::new(config), certificate: certificate.der().to_vec() })
+        Ok(Self {
+            authority,
+            config: Arc::new(config),
+            certificate: certificate.der().to_vec(),
+            sha384,
+        })
     }
 
     /// The authority's certificate in PEM.
@@ -82,7 +92,8 @@ impl Identity {
     /// The application data that binds a login to this server's TLS (RFC 5929 4.1).
     pub fn binding(&self) -> Vec<u8> {
         let mut data = b"tls-server-end-point:".to_vec();
-        data.extend_from_slice(&sha256(&self.certificate));
+        let hash = if self.sha384 { &ring::digest::SHA384 } else { &ring::digest::SHA256 };
+        data.extend_from_slice(ring::digest::digest(hash, &self.certificate).as_ref());
         data
     }
 }

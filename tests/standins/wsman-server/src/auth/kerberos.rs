@@ -46,7 +46,7 @@ impl Acceptor {
     pub fn start(options: &Kerberos) -> std::io::Result<Arc<Self>> {
         let mut command = Command::new(&options.python);
         command.arg("-u").arg("-c").arg(ACCEPTOR);
-        command.env("KRB5_KTNAME", &options.keytab).env("KRB5RCACHETYPE", "none");
+        command.env("KRB5_KTNAME", &options.keytab).env("KRB5RCACHENAME", "none:");
         if let Some(config) = &options.config {
             command.env("KRB5_CONFIG", config);
         }
