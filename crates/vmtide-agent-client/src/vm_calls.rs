@@ -12,7 +12,9 @@ use serde::Deserialize;
 use std::time::{Duration, Instant};
 use vmtide_block::CancelToken;
 use vmtide_hypervisor::remote::{FreezeDocument, FreezeState, FreezeView};
-use vmtide_hypervisor::{FreezeRequest, HypervisorError, ReapReport, VmConfig, VmSummary};
+use vmtide_hypervisor::{
+    FreezeRequest, HypervisorError, ReapReport, VmConfig, VmSelector, VmSummary,
+};
 
 /// The most of an answer that holds configurations: those of Hyper-V have files of some megabytes in them.
 const MAX_BYTES: usize = 64 << 20;
@@ -34,8 +36,12 @@ fn freeze_target(id: &str) -> String {
     format!("/v1/vms/freezes/{}", segment(id))
 }
 
-pub(crate) fn list(transport: &Transport) -> Result<Vec<VmSummary>> {
-    let request = Request::get("/v1/vms").at_most(MAX_BYTES);
+pub(crate) fn list(transport: &Transport, select: Option<&VmSelector>) -> Result<Vec<VmSummary>> {
+    let target = match select {
+        Some(selector) => format!("/v1/vms?select={}", segment(&selector.to_string())),
+        None => "/v1/vms".to_owned(),
+    };
+    let request = Request::get(target).at_most(MAX_BYTES);
     let list: VmList = json(&transport.agent, &transport.document(&request, &CancelToken::new())?)?;
     Ok(list.vms)
 }
@@ -118,16 +124,25 @@ fn wait(
     Ok(view)
 }
 
-/// Ends a freeze, one way or the other, and waits until it has.
-pub(crate) fn end(transport: &Transport, id: &str, commit: bool) -> Result<FreezeView> {
-    let request = match commit {
-        true => Request::new(Method::POST, format!("{}/commit", freeze_target(id))),
-        false => Request::new(Method::DELETE, freeze_target(id)),
+/// What is next for a freeze.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Step {
+    Seal,
+    Commit,
+    Abort,
+}
+
+/// Takes a step of a freeze and waits until it is done.
+pub(crate) fn take(transport: &Transport, id: &str, step: Step) -> Result<FreezeView> {
+    let request = match step {
+        Step::Seal => Request::new(Method::POST, format!("{}/seal", freeze_target(id))),
+        Step::Commit => Request::new(Method::POST, format!("{}/commit", freeze_target(id))),
+        Step::Abort => Request::new(Method::DELETE, freeze_target(id)),
     };
     // Whoever interrupts the job does not want a VM left frozen.
     let cancel = CancelToken::new();
     let began = json(&transport.agent, &transport.document(&request, &cancel)?)?;
-    wait(transport, began, FreezeState::is_final, &cancel)
+    wait(transport, began, |state| !state.is_passing(), &cancel)
 }
 
 /// Tells the agent once that a freeze is not wanted any more; it gives it up by itself otherwise.
@@ -142,7 +157,7 @@ pub(crate) fn renew_once(transport: &Transport, id: &str) -> Result<()> {
     let request = Request::new(Method::PUT, freeze_target(id)).body("application/json", body);
     let view: FreezeView = json(&transport.agent, &transport.once(&request)?)?;
     match view.state {
-        FreezeState::Frozen => Ok(()),
+        FreezeState::Frozen | FreezeState::Sealing | FreezeState::Sealed => Ok(()),
         state => Err(AgentError::NotFound {
             agent: transport.agent.clone(),
             code: "wrong_state".into(),

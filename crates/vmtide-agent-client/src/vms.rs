@@ -10,13 +10,15 @@ use crate::keeper::Keeper;
 use crate::resend::TIME_TO_LIVE;
 use crate::transport::words;
 use crate::v1::{self, Place};
+use crate::vm_calls::Step;
 use crate::{AgentError, vm_calls};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use vmtide_block::CancelToken;
 use vmtide_hypervisor::remote::{ChangesView, DiskView, FreezeState, FreezeView, MomentView};
 use vmtide_hypervisor::{
-    Changes, Consistency, ErrorReport, FreezeRequest, FrozenDisk, FrozenVm, FullReason, Hypervisor,
-    HypervisorError, ReapReport, Result, VmConfig, VmSummary,
+    Changes, Consistency, DiskId, ErrorReport, FreezeRequest, FrozenDisk, FrozenVm, FullReason,
+    Hypervisor, HypervisorError, ReapReport, Result, Seal, VmConfig, VmSelector, VmSummary,
 };
 
 /// The most lines that an agent's word of warning may have.
@@ -58,12 +60,14 @@ impl AgentHypervisor {
         let transport = &self.client.shared().transport;
         let broken = |detail: String| HypervisorError::protocol(&transport.agent, detail);
         let moment = view.moment.ok_or_else(|| broken("a frozen VM without a moment".into()))?;
+        let moved = |disk: &DiskView| Some((disk.id.clone(), disk.moved_from.clone()?));
         let mut frozen = FrozenAgentVm {
             client: self.client.clone(),
             id: view.id,
             vm: request.vm.clone(),
             keeper: Arc::new(Keeper::default()),
             disks: Vec::new(),
+            moved: moment.disks.iter().filter_map(moved).collect(),
             cancel: request.cancel.clone(),
             moment: MomentView { disks: Vec::new(), ..clean(moment.clone()) },
         };
@@ -94,7 +98,19 @@ fn clean(mut moment: MomentView) -> MomentView {
 impl Hypervisor for AgentHypervisor {
     fn list(&self) -> Result<Vec<VmSummary>> {
         self.need_vms(&CancelToken::new())?;
-        vm_calls::list(&self.client.shared().transport).map_err(|error| self.of_vm("*", error))
+        vm_calls::list(&self.client.shared().transport, None)
+            .map_err(|error| self.of_vm("*", error))
+    }
+
+    /// Hyper-V's ids outlive renaming and moves between hosts.
+    fn has_lasting_ids(&self) -> bool {
+        true
+    }
+
+    fn select(&self, selector: &VmSelector) -> Result<Vec<VmSummary>> {
+        self.need_vms(&CancelToken::new())?;
+        vm_calls::list(&self.client.shared().transport, Some(selector))
+            .map_err(|error| self.of_vm(&selector.to_string(), error))
     }
 
     fn describe(&self, vm: &str) -> Result<VmConfig> {
@@ -126,6 +142,7 @@ struct FrozenAgentVm {
     keeper: Arc<Keeper>,
     moment: MomentView,
     disks: Vec<FrozenDisk>,
+    moved: BTreeMap<DiskId, DiskId>,
     cancel: CancelToken,
 }
 
@@ -137,7 +154,9 @@ impl FrozenAgentVm {
         let changes = match &view.changes {
             ChangesView::Everything { reason } => Changes::Everything(reason.clone()),
             // Whoever asked for nothing is given everything; an agent that thinks otherwise is mistaken.
-            ChangesView::Ranges { .. } if !request.bases.contains_key(&view.id) => {
+            ChangesView::Ranges { .. }
+                if !request.bases.contains_key(view.moved_from.as_ref().unwrap_or(&view.id)) =>
+            {
                 Changes::Everything(FullReason::FirstBackup)
             }
             ChangesView::Ranges { count, total_bytes } => {
@@ -171,11 +190,14 @@ impl FrozenAgentVm {
         Ok(FrozenDisk { id, device: Arc::new(device), changes, tracking })
     }
 
-    /// Ends it and judges how that went.
-    fn end(&self, commit: bool) -> Result<Vec<String>> {
-        self.keeper.stop();
-        let what = if commit { "keeping the new tracking of" } else { "undoing the freeze of" };
-        let ended = vm_calls::end(&self.client.shared().transport, &self.id, commit);
+    /// Takes a step and judges how that went.
+    fn step(&self, step: Step) -> Result<FreezeView> {
+        let (what, wanted) = match step {
+            Step::Seal => ("sealing the moment of", FreezeState::Sealed),
+            Step::Commit => ("keeping the new tracking of", FreezeState::Committed),
+            Step::Abort => ("undoing the freeze of", FreezeState::Aborted),
+        };
+        let ended = vm_calls::take(&self.client.shared().transport, &self.id, step);
         let view = ended.map_err(|error| match error {
             AgentError::NotFound { detail, .. } => HypervisorError::failed(
                 format!("{what} {}", self.vm),
@@ -185,11 +207,8 @@ impl FrozenAgentVm {
             ),
             other => other.into(),
         })?;
-        let wanted = if commit { FreezeState::Committed } else { FreezeState::Aborted };
         if view.state == wanted {
-            let mut notes = view.notes;
-            notes.truncate(MAX_LINES);
-            return Ok(notes.iter().map(|note| words(note)).collect());
+            return Ok(view);
         }
         Err(view.error.map_or_else(
             || HypervisorError::failed(format!("{what} {}", self.vm), format!("{:?}", view.state)),
@@ -233,14 +252,34 @@ impl FrozenVm for FrozenAgentVm {
         }
     }
 
+    fn moved_from(&self, disk: &DiskId) -> Option<&DiskId> {
+        self.moved.get(disk)
+    }
+
+    fn seal(&mut self) -> Result<Seal> {
+        let seal = self.step(Step::Seal)?.seal.ok_or_else(|| {
+            HypervisorError::protocol(self.client.agent(), "a sealed moment without its names")
+        })?;
+        let mut warnings = seal.warnings;
+        warnings.truncate(MAX_LINES);
+        Ok(Seal {
+            tracking: seal.tracking,
+            warnings: warnings.iter().map(|line| words(line)).collect(),
+        })
+    }
+
     fn commit(mut self: Box<Self>) -> Result<Vec<String>> {
         self.disks.clear();
-        self.end(true)
+        self.keeper.stop();
+        let mut notes = self.step(Step::Commit)?.notes;
+        notes.truncate(MAX_LINES);
+        Ok(notes.iter().map(|note| words(note)).collect())
     }
 
     fn abort(mut self: Box<Self>) -> Result<()> {
         self.disks.clear();
-        self.end(false).map(drop)
+        self.keeper.stop();
+        self.step(Step::Abort).map(drop)
     }
 }
 

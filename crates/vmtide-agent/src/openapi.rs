@@ -158,7 +158,9 @@ const OPERATIONS: &[Operation] = &[
     )
     .query(&["!since", "cursor", "limit"])
     .gives(200, Answer::Json("Changes")),
-    operation("/v1/vms", "get", "listVms", "The VMs of this host").gives(200, Answer::Json("Vms")),
+    operation("/v1/vms", "get", "listVms", "The VMs of this host")
+        .query(&["select"])
+        .gives(200, Answer::Json("Vms")),
     operation("/v1/vms/config", "get", "showVm", "The configuration of a VM")
         .query(&["!vm"])
         .gives(200, Answer::Json("VmConfig")),
@@ -189,6 +191,13 @@ const OPERATIONS: &[Operation] = &[
         "delete",
         "abortVmFreeze",
         "Gives it up; 200 once it is over",
+    )
+    .gives(202, Answer::Json("VmFreeze")),
+    operation(
+        "/v1/vms/freezes/{id}/seal",
+        "post",
+        "sealVmFreeze",
+        "Names its moment for good; 200 once it has",
     )
     .gives(202, Answer::Json("VmFreeze")),
     operation(
@@ -565,7 +574,7 @@ fn add_vm_schemas(add: &mut impl FnMut(&str, Value) -> Option<Value>) {
             (
                 "state",
                 json!({ "enum": [
-                    "freezing", "frozen", "committing", "committed", "commit_failed", "aborting", "aborted",
+                    "freezing", "frozen", "sealing", "sealed", "seal_failed", "committing", "committed", "commit_failed", "aborting", "aborted",
                     "abort_failed", "failed",
                 ] }),
             ),
@@ -575,6 +584,7 @@ fn add_vm_schemas(add: &mut impl FnMut(&str, Value) -> Option<Value>) {
             ("error?", json!({ "type": ["object", "null"] })),
             ("notes", texts()),
             ("moment?", json!({ "type": ["object", "null"] })),
+            ("seal?", json!({ "type": ["object", "null"] })),
         ]),
     );
     add("VmFreezes", object(&[("freezes", list_of("VmFreeze"))]));

@@ -179,7 +179,7 @@ pub trait FrozenVm: Send {
 }
 
 /// What [`FrozenVm::seal`] answers.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Seal {
     /// The tracking id of each disk for the next backup. A disk that is not here has none: it will be read in full.
     pub tracking: BTreeMap<DiskId, TrackingId>,

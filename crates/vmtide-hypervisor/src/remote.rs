@@ -8,7 +8,7 @@
 use crate::journal::is_sixteen_digits;
 use crate::{
     Base, Changes, Consistency, DiskId, ErrorReport, FreezeRequest, FrozenVm, FullReason, JobId,
-    TrackingId, VmConfig,
+    Seal, TrackingId, VmConfig,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -141,6 +141,12 @@ pub enum FreezeState {
     Freezing,
     /// Its disks can be read.
     Frozen,
+    /// All is read, and the platform is naming the moment for good.
+    Sealing,
+    /// The moment has its names for good. Its disks cannot be read any more.
+    Sealed,
+    /// It could not be sealed: no restore point may come of it.
+    SealFailed,
     /// It was committed, and the platform is at it.
     Committing,
     /// It is over: tracking goes on from its moment.
@@ -160,7 +166,15 @@ pub enum FreezeState {
 impl FreezeState {
     /// Whether it stays as it is.
     pub const fn is_final(self) -> bool {
-        !matches!(self, Self::Freezing | Self::Frozen | Self::Committing | Self::Aborting)
+        matches!(
+            self,
+            Self::Committed | Self::CommitFailed | Self::Aborted | Self::AbortFailed | Self::Failed
+        )
+    }
+
+    /// Whether the platform is at something, so that it will be another one by itself.
+    pub const fn is_passing(self) -> bool {
+        matches!(self, Self::Freezing | Self::Sealing | Self::Committing | Self::Aborting)
     }
 }
 
@@ -187,6 +201,9 @@ pub struct FreezeView {
     pub notes: Vec<String>,
     /// The moment, while it is frozen.
     pub moment: Option<MomentView>,
+    /// The names of the moment, once it is sealed.
+    #[serde(default)]
+    pub seal: Option<Seal>,
 }
 
 /// A moment of a VM as it is told.
@@ -217,6 +234,9 @@ pub struct DiskView {
     pub tracking_id: Option<TrackingId>,
     /// What may differ from the base.
     pub changes: ChangesView,
+    /// The earlier disk that this one was, where it stood in another place at the base.
+    #[serde(default)]
+    pub moved_from: Option<DiskId>,
 }
 
 /// What may differ from the base, as it is told; the ranges themselves are asked for page by page.
@@ -245,6 +265,7 @@ impl MomentView {
             id: disk.id.clone(),
             size_bytes: disk.device.size_bytes(),
             tracking_id: disk.tracking.clone(),
+            moved_from: frozen.moved_from(&disk.id).cloned(),
             changes: match &disk.changes {
                 Changes::Everything(reason) => ChangesView::Everything { reason: reason.clone() },
                 Changes::Ranges(ranges) => ChangesView::Ranges {

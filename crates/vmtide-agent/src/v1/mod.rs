@@ -58,6 +58,7 @@ fn vm_routes() -> Router<Shared> {
         .route("/vms/reap", post(vms::reap))
         .route("/vms/freezes", get(vms::freezes).post(vms::freeze))
         .route("/vms/freezes/{id}", get(vms::show).put(vms::renew).delete(vms::abort))
+        .route("/vms/freezes/{id}/seal", post(vms::seal))
         .route("/vms/freezes/{id}/commit", post(vms::commit))
         .route("/vms/freezes/{id}/check", get(vms::check))
         .route("/vms/freezes/{id}/disks/{index}/content", get(vms::read).post(vms::read))

@@ -19,7 +19,7 @@ use serde::Deserialize;
 use std::sync::Arc;
 use vmtide_block::RangeSet;
 use vmtide_hypervisor::remote::{FreezeDocument, FreezeView};
-use vmtide_hypervisor::{Hypervisor, HypervisorError};
+use vmtide_hypervisor::{Hypervisor, HypervisorError, VmSelector};
 
 /// The body that renews a freeze.
 #[derive(Deserialize)]
@@ -46,8 +46,14 @@ async fn ask<T: Send + 'static>(
 
 /// `GET /v1/vms`
 pub(super) async fn list(State(state): State<Shared>, asked: Asked) -> Result<Response> {
-    asked.parameters.only(&[])?;
-    let vms = ask(&state, |hypervisor| hypervisor.list()).await?;
+    asked.parameters.only(&["select"])?;
+    let select = asked.parameters.get("select")?.map(str::parse::<VmSelector>).transpose();
+    let select = select.map_err(|wrong| ApiError::bad_request(format!("select: {wrong}")))?;
+    let vms = ask(&state, move |hypervisor| match &select {
+        Some(selector) => hypervisor.select(selector),
+        None => hypervisor.list(),
+    });
+    let vms = vms.await?;
     json(&serde_json::json!({ "vms": vms }))
 }
 
@@ -128,6 +134,15 @@ pub(super) async fn renew(
     json(&renewed.ok_or_else(|| ApiError::unknown_freeze(&id))?)
 }
 
+/// `POST /v1/vms/freezes/ID/seal`
+pub(super) async fn seal(
+    State(state): State<Shared>,
+    asked: Asked,
+    Path(id): Path<String>,
+) -> Response {
+    ended(&state, &asked, &id, |vms, client| vms.freezes.seal(client, &id))
+}
+
 /// `POST /v1/vms/freezes/ID/commit`
 pub(super) async fn commit(
     State(state): State<Shared>,
@@ -146,7 +161,7 @@ pub(super) async fn abort(
     ended(&state, &asked, &id, |vms, client| vms.freezes.abort(client, &id))
 }
 
-/// The answer to a request for an end: 202 while the platform is at it, 200 once it is over.
+/// The answer to a request for a step: 202 while the platform is at it, 200 once it is over.
 fn ended(
     state: &Shared,
     asked: &Asked,
@@ -162,7 +177,7 @@ fn ended(
         })?;
         note.vm = Some(view.vm.clone());
         note.freeze = Some(view.id.clone());
-        let status = if view.state.is_final() { StatusCode::OK } else { StatusCode::ACCEPTED };
+        let status = if view.state.is_passing() { StatusCode::ACCEPTED } else { StatusCode::OK };
         Ok((status, json(&view)?).into_response())
     };
     let answer: Result<Response> = answer();

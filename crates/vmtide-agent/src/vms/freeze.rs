@@ -2,34 +2,46 @@
 //!
 //! 1. *Freezing*: a thread of its own asks the platform, which may take minutes.
 //! 2. *Frozen*: disks are read; [`VmDiskUse`] counts who does.
-//! 3. *Committing* or *aborting*: reads fail from now on, so that every handle is closed before the platform is told;
-//!    a thread of its own waits for that and tells it.
-//! 4. Ended, one way or another: only the outcome is kept, for a client that lost the answer.
+//! 3. *Sealing*, where the platform names the moment for good only when all was read, and then *sealed*.
+//! 4. *Committing* or *aborting*. From step 3 on reads fail, so that every handle is closed before the platform is told;
+//!    a thread of its own closes them and tells it.
+//! 5. Ended, one way or another: only the outcome is kept, for a client that lost the answer.
 //!
 //! The state is behind one lock that is held for moments only; the platform's own object is behind another one, which
 //! is held while the platform is asked.
 
 use jiff::{SignedDuration, Timestamp};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
-use vmtide_block::{
-    BlockDevice, BlockError, ByteRange, CancelToken, Extent, RangeSet, StorageOrder,
-};
+use vmtide_block::{BlockDevice, BlockError, ByteRange, CancelToken, Extent, RangeSet};
 use vmtide_hypervisor::remote::{FreezeDocument, FreezeState, FreezeView, MomentView};
-use vmtide_hypervisor::{Changes, ErrorReport, FrozenVm, HypervisorError, Result};
+use vmtide_hypervisor::{Changes, ErrorReport, FrozenVm, HypervisorError, Result, Seal};
 
-/// How long the end of a freeze waits for its readers, whose next read fails. A reader that hangs in the host's file
-/// system for longer keeps its handle; the platform then says what it could not do.
-const READERS_END: Duration = Duration::from_secs(60);
-/// How often it is looked whether there are readers.
-const READERS_INTERVAL: Duration = Duration::from_millis(20);
+/// How long the end of a freeze waits for reads of one of its disks that are under way. One that hangs in the host's
+/// file system for longer keeps its handle; the platform then says what it could not do.
+const READS_END: Duration = Duration::from_secs(60);
+
+/// A disk that can be closed whoever still has it: a client that takes nothing of what was read for it must not keep
+/// its VM's files open.
+struct Slot(RwLock<Option<Arc<dyn BlockDevice>>>);
+
+impl Slot {
+    fn close(&self) {
+        match self.0.try_write_for(READS_END) {
+            Some(mut device) => drop(device.take()),
+            None => {
+                tracing::warn!("a disk of a frozen VM is read for longer than its end can wait")
+            }
+        }
+    }
+}
 
 /// A moment as it is served.
 pub struct Moment {
     view: MomentView,
-    devices: Vec<Arc<dyn BlockDevice>>,
+    disks: Vec<Arc<Slot>>,
     /// What may differ from the bases; none for everything.
     changes: Vec<Option<Arc<RangeSet>>>,
 }
@@ -42,7 +54,11 @@ impl Moment {
         });
         Self {
             view: MomentView::new(frozen),
-            devices: frozen.disks().iter().map(|disk| Arc::clone(&disk.device)).collect(),
+            disks: frozen
+                .disks()
+                .iter()
+                .map(|disk| Arc::new(Slot(RwLock::new(Some(Arc::clone(&disk.device))))))
+                .collect(),
             changes: changes.collect(),
         }
     }
@@ -52,6 +68,7 @@ struct Progress {
     state: FreezeState,
     /// There while it is frozen.
     moment: Option<Moment>,
+    seal: Option<Seal>,
     error: Option<ErrorReport>,
     notes: Vec<String>,
     ttl_seconds: u64,
@@ -68,12 +85,14 @@ pub struct VmFreeze {
     frozen: Mutex<Option<Box<dyn FrozenVm>>>,
     cancel: CancelToken,
     uses: AtomicUsize,
-    ending: AtomicBool,
+    /// What is closed before the platform is told.
+    closing: Mutex<Vec<Arc<Slot>>>,
 }
 
-/// How a freeze is to end.
+/// What is next for a freeze.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum End {
+pub enum Step {
+    Seal,
     Commit,
     Abort,
 }
@@ -89,6 +108,7 @@ impl VmFreeze {
         let progress = Progress {
             state: FreezeState::Freezing,
             moment: None,
+            seal: None,
             error: None,
             notes: Vec::new(),
             ttl_seconds,
@@ -103,7 +123,7 @@ impl VmFreeze {
             frozen: Mutex::new(None),
             cancel,
             uses: AtomicUsize::new(0),
-            ending: AtomicBool::new(false),
+            closing: Mutex::default(),
         }
     }
 
@@ -139,6 +159,7 @@ impl VmFreeze {
             ttl_seconds: progress.ttl_seconds,
             error: progress.error.clone(),
             notes: progress.notes.clone(),
+            seal: progress.seal.clone(),
             moment: progress
                 .moment
                 .as_ref()
@@ -150,7 +171,11 @@ impl VmFreeze {
     /// Whether nobody has asked for it for as long as it lives, and the platform is not at its end already.
     pub fn has_expired(&self, now: Instant) -> bool {
         let progress = self.progress.lock();
-        matches!(progress.state, FreezeState::Freezing | FreezeState::Frozen)
+        let is_at_end = progress.state.is_final()
+            || matches!(progress.state, FreezeState::Committing | FreezeState::Aborting);
+        // One that is being sealed is given up when that is over.
+        !is_at_end
+            && progress.state != FreezeState::Sealing
             && self.uses.load(Ordering::Acquire) == 0
             && left(&progress, now).is_none()
     }
@@ -177,7 +202,7 @@ impl VmFreeze {
         }
         // It was given up meanwhile. What reads it is closed first.
         drop((progress, slot, moment));
-        self.ended(End::Abort, frozen.abort().map(|()| Vec::new()));
+        self.ended(Step::Abort, frozen.abort().map(|()| Vec::new()));
     }
 
     fn not_made(&self, error: &HypervisorError) {
@@ -191,63 +216,99 @@ impl VmFreeze {
         tracing::info!(freeze = self.id, vm = self.document.vm, %error, "a VM was not frozen");
     }
 
-    /// Begins the end. Answers whether there is something to [`finish`](Self::finish) now.
+    /// Begins the next step. Answers whether there is something to [`finish`](Self::finish) now.
     ///
     /// # Errors
-    /// The state, where it is one that does not go with this end.
-    pub fn begin_end(&self, end: End) -> std::result::Result<bool, FreezeState> {
+    /// The state, where it is one that does not go with this step.
+    pub fn begin_step(&self, step: Step) -> std::result::Result<bool, FreezeState> {
         use FreezeState as State;
         let mut progress = self.progress.lock();
         progress.used_at = Instant::now();
-        let (next, is_now) = match (progress.state, end) {
-            (State::Frozen, End::Commit) => (State::Committing, true),
-            (State::Frozen, End::Abort) => (State::Aborting, true),
-            (State::Freezing, End::Abort) => {
+        let (next, is_now) = match (progress.state, step) {
+            (State::Frozen, Step::Seal) => (State::Sealing, true),
+            (State::Frozen | State::Sealed, Step::Commit) => (State::Committing, true),
+            (State::Frozen | State::Sealed | State::SealFailed, Step::Abort) => {
+                (State::Aborting, true)
+            }
+            (State::Freezing, Step::Abort) => {
                 self.cancel.cancel();
                 (State::Aborting, false)
             }
             // Asked for again.
-            (state @ (State::Committing | State::Committed | State::CommitFailed), End::Commit)
+            (state @ (State::Sealing | State::Sealed | State::SealFailed), Step::Seal)
+            | (
+                state @ (State::Committing | State::Committed | State::CommitFailed),
+                Step::Commit,
+            )
             | (
                 state @ (State::Aborting | State::Aborted | State::AbortFailed | State::Failed),
-                End::Abort,
+                Step::Abort,
             ) => (state, false),
             (state, _) => return Err(state),
         };
-        progress.state = next;
-        self.ending.store(true, Ordering::Release);
-        // Handles are closed before the platform is told.
-        progress.moment = None;
+        if next != progress.state {
+            progress.state = next;
+            if let Some(moment) = progress.moment.take() {
+                *self.closing.lock() = moment.disks;
+            }
+        }
         Ok(is_now)
     }
 
-    /// Ends it, once its readers have closed their handles. Blocks for as long as the platform needs.
-    pub fn finish(&self, end: End) {
-        let until = Instant::now() + READERS_END;
-        while self.uses.load(Ordering::Acquire) > 0 && Instant::now() < until {
-            std::thread::sleep(READERS_INTERVAL);
+    /// Does the step, once the handles of all disks are closed. Blocks for as long as the platform needs.
+    pub fn finish(&self, step: Step) {
+        for disk in std::mem::take(&mut *self.closing.lock()) {
+            disk.close();
         }
-        let frozen = self.frozen.lock().take();
-        let Some(frozen) = frozen else {
-            let error = HypervisorError::failed("end a freeze", "it was lost inside the agent");
-            return self.ended(end, Err(error));
+        let mut slot = self.frozen.lock();
+        if let (Step::Seal, Some(frozen)) = (step, &mut *slot) {
+            let sealed = frozen.seal();
+            drop(slot);
+            return self.sealed(sealed);
+        }
+        let frozen = slot.take();
+        drop(slot);
+        let Some(frozen) = frozen else { return self.failed(step, lost_inside()) };
+        let outcome = match step {
+            Step::Commit => frozen.commit(),
+            Step::Seal | Step::Abort => frozen.abort().map(|()| Vec::new()),
         };
-        let outcome = match end {
-            End::Commit => frozen.commit(),
-            End::Abort => frozen.abort().map(|()| Vec::new()),
-        };
-        self.ended(end, outcome);
+        self.ended(step, outcome);
     }
 
-    /// Notes how it ended; also for a thread that could not be had or that failed.
-    pub fn ended(&self, end: End, outcome: Result<Vec<String>>) {
+    fn sealed(&self, outcome: Result<Seal>) {
+        let mut progress = self.progress.lock();
+        progress.used_at = Instant::now();
+        match outcome {
+            Ok(seal) => {
+                progress.state = FreezeState::Sealed;
+                progress.seal = Some(seal);
+            }
+            Err(error) => {
+                tracing::warn!(freeze = self.id, vm = self.document.vm, %error, "a moment was not sealed");
+                progress.state = FreezeState::SealFailed;
+                progress.error = Some((&error).into());
+            }
+        }
+    }
+
+    /// Notes that a step could not be done at all: there is no thread for it, or it panicked.
+    pub fn failed(&self, step: Step, error: HypervisorError) {
+        match step {
+            Step::Seal => self.sealed(Err(error)),
+            Step::Commit | Step::Abort => self.ended(step, Err(error)),
+        }
+    }
+
+    /// Notes how it ended.
+    fn ended(&self, step: Step, outcome: Result<Vec<String>>) {
         let mut progress = self.progress.lock();
         progress.moment = None;
-        progress.state = match (end, &outcome) {
-            (End::Commit, Ok(_)) => FreezeState::Committed,
-            (End::Commit, Err(_)) => FreezeState::CommitFailed,
-            (End::Abort, Ok(_)) => FreezeState::Aborted,
-            (End::Abort, Err(_)) => FreezeState::AbortFailed,
+        progress.state = match (step, &outcome) {
+            (Step::Commit, Ok(_)) => FreezeState::Committed,
+            (Step::Commit, Err(_)) => FreezeState::CommitFailed,
+            (_, Ok(_)) => FreezeState::Aborted,
+            (_, Err(_)) => FreezeState::AbortFailed,
         };
         match outcome {
             Ok(left) => progress.notes.extend(left),
@@ -279,11 +340,17 @@ impl VmFreeze {
         let mut progress = self.progress.lock();
         progress.used_at = Instant::now();
         let moment = progress.moment.as_ref()?;
-        let device = Arc::clone(moment.devices.get(index)?);
-        let name = format!("{}/{}", self.document.vm, moment.view.disks.get(index)?.id);
-        // With the state locked: whoever ends it sees the use, or this sees the end.
+        let disk = Arc::clone(moment.disks.get(index)?);
+        let view = moment.view.disks.get(index)?;
+        let block_size_bytes = disk.0.read().as_ref()?.block_size_bytes();
         self.uses.fetch_add(1, Ordering::AcqRel);
-        Some(VmDiskUse { device, name, used: Used(Arc::clone(self)) })
+        Some(VmDiskUse {
+            disk,
+            name: format!("{}/{}", self.document.vm, view.id),
+            size_bytes: view.size_bytes,
+            block_size_bytes,
+            _used: Used(Arc::clone(self)),
+        })
     }
 }
 
@@ -297,6 +364,10 @@ impl Drop for VmFreeze {
             Err(_) => drop(frozen),
         }
     }
+}
+
+fn lost_inside() -> HypervisorError {
+    HypervisorError::failed("end a freeze", "it was lost inside the agent")
 }
 
 fn left(progress: &Progress, now: Instant) -> Option<Duration> {
@@ -317,19 +388,25 @@ impl Drop for Used {
 /// A disk of a frozen VM while something is done with it: its freeze does not expire meanwhile, and reading ends when
 /// the freeze does.
 pub struct VmDiskUse {
-    // Dropped first: the handle is closed before the use ends.
-    device: Arc<dyn BlockDevice>,
+    disk: Arc<Slot>,
     name: String,
-    used: Used,
+    size_bytes: u64,
+    block_size_bytes: u32,
+    _used: Used,
 }
 
 impl VmDiskUse {
-    fn check(&self) -> vmtide_block::Result<()> {
-        if self.used.0.ending.load(Ordering::Acquire) {
-            let error = std::io::Error::other("its freeze was ended");
-            return Err(BlockError::io(self.name.clone(), error));
+    fn with<T>(
+        &self,
+        read: impl FnOnce(&dyn BlockDevice) -> vmtide_block::Result<T>,
+    ) -> vmtide_block::Result<T> {
+        match &*self.disk.0.read() {
+            Some(device) => read(&**device),
+            None => {
+                let error = std::io::Error::other("its freeze was ended");
+                Err(BlockError::io(self.name.clone(), error))
+            }
         }
-        Ok(())
     }
 }
 
@@ -338,20 +415,15 @@ impl BlockDevice for VmDiskUse {
         self.name.clone()
     }
     fn size_bytes(&self) -> u64 {
-        self.device.size_bytes()
+        self.size_bytes
     }
     fn block_size_bytes(&self) -> u32 {
-        self.device.block_size_bytes()
+        self.block_size_bytes
     }
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> vmtide_block::Result<()> {
-        self.check()?;
-        self.device.read_at(buffer, offset)
+        self.with(|device| device.read_at(buffer, offset))
     }
     fn extents(&self, range: ByteRange) -> vmtide_block::Result<Vec<Extent>> {
-        self.check()?;
-        self.device.extents(range)
-    }
-    fn storage_order(&self) -> Option<&dyn StorageOrder> {
-        self.device.storage_order()
+        self.with(|device| device.extents(range))
     }
 }

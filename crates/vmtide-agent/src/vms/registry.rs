@@ -1,7 +1,7 @@
 //! All freezes of VMs of an agent: begun, found, ended, and given up when nobody asks for them any more.
 
 use super::Admission;
-use super::freeze::{End, VmDiskUse, VmFreeze};
+use super::freeze::{Step, VmDiskUse, VmFreeze};
 use crate::limits::Limits;
 use crate::transfers::random_id;
 use parking_lot::Mutex;
@@ -173,12 +173,21 @@ impl VmFreezes {
         Some(freeze.view(false))
     }
 
+    /// Has the platform name the moment of a freeze of a client for good: all was read. Again, it answers with how that
+    /// stands.
+    ///
+    /// # Errors
+    /// [`EndError`].
+    pub fn seal(&self, client: &str, id: &str) -> Result<FreezeView, EndError> {
+        self.step(client, id, Step::Seal)
+    }
+
     /// Commits a freeze of a client: its restore point is safe. Again, it answers with how that stands.
     ///
     /// # Errors
     /// [`EndError`].
     pub fn commit(&self, client: &str, id: &str) -> Result<FreezeView, EndError> {
-        self.end(client, id, End::Commit)
+        self.step(client, id, Step::Commit)
     }
 
     /// Gives up a freeze of a client, also one that is being made. Again, it answers with how that stands.
@@ -186,12 +195,12 @@ impl VmFreezes {
     /// # Errors
     /// [`EndError`].
     pub fn abort(&self, client: &str, id: &str) -> Result<FreezeView, EndError> {
-        self.end(client, id, End::Abort)
+        self.step(client, id, Step::Abort)
     }
 
-    fn end(&self, client: &str, id: &str, end: End) -> Result<FreezeView, EndError> {
+    fn step(&self, client: &str, id: &str, step: Step) -> Result<FreezeView, EndError> {
         let freeze = self.get(client, id).ok_or(EndError::Unknown)?;
-        end_freeze(&freeze, end).map_err(EndError::State)?;
+        take_step(&freeze, step).map_err(EndError::State)?;
         Ok(freeze.view(false))
     }
 
@@ -233,7 +242,7 @@ impl VmFreezes {
             freeze
                 .note("it was given up by the agent, because nobody asked for it any more".into());
             // Whoever was faster has ended it.
-            let _ = end_freeze(&freeze, End::Abort);
+            let _ = take_step(&freeze, Step::Abort);
         }
         held
     }
@@ -259,18 +268,18 @@ fn freeze_vm(
     }
 }
 
-fn end_freeze(freeze: &Arc<VmFreeze>, end: End) -> Result<(), FreezeState> {
-    if !freeze.begin_end(end)? {
+fn take_step(freeze: &Arc<VmFreeze>, step: Step) -> Result<(), FreezeState> {
+    if !freeze.begin_step(step)? {
         return Ok(());
     }
     let finished = Arc::clone(freeze);
     let work = move || {
-        if catch_unwind(AssertUnwindSafe(|| finished.finish(end))).is_err() {
-            finished.ended(end, Err(failed_inside()));
+        if catch_unwind(AssertUnwindSafe(|| finished.finish(step))).is_err() {
+            finished.failed(step, failed_inside());
         }
     };
     if let Err(error) = std::thread::Builder::new().name("vm-freeze-end".into()).spawn(work) {
-        freeze.ended(end, Err(HypervisorError::io("start a thread", error)));
+        freeze.failed(step, HypervisorError::io("start a thread", error));
     }
     Ok(())
 }

@@ -8,7 +8,7 @@ use vmtide_block::{BlockDevice, ByteRange, MemoryDevice, RangeSet};
 use vmtide_cim::{Association, Cim, CimError, CimInstance, CimValue, MethodOutput, ObjectPath};
 use vmtide_hypervisor::{
     Changes, Consistency, DiskBus, DiskConfig, DiskId, FreezeRequest, FrozenDisk, FrozenVm,
-    FullReason, Hypervisor, HypervisorError, JobId, ReapReport, Result, TrackingId, VmConfig,
+    FullReason, Hypervisor, HypervisorError, JobId, ReapReport, Result, Seal, TrackingId, VmConfig,
     VmSummary,
 };
 
@@ -19,6 +19,7 @@ pub const DISK: usize = 1 << 20;
 pub struct Script {
     pub freezes: AtomicUsize,
     pub commits: AtomicUsize,
+    pub seals: AtomicUsize,
     pub aborts: AtomicUsize,
     pub reaps: AtomicUsize,
     /// Handles of disks that are open now.
@@ -30,6 +31,7 @@ pub struct Script {
     /// Committing waits until this is false.
     pub hold_commit: AtomicBool,
     pub fail_freeze: AtomicBool,
+    pub fail_seal: AtomicBool,
     pub fail_commit: AtomicBool,
     pub lost: AtomicBool,
     pub request: Mutex<Option<FreezeRequest>>,
@@ -190,6 +192,17 @@ impl FrozenVm for Frozen {
         match self.script.lost.load(Ordering::SeqCst) {
             true => Err(HypervisorError::failed("reading the checkpoint", "somebody removed it")),
             false => Ok(()),
+        }
+    }
+    fn seal(&mut self) -> Result<Seal> {
+        self.end();
+        self.script.seals.fetch_add(1, Ordering::SeqCst);
+        match self.script.fail_seal.load(Ordering::SeqCst) {
+            true => Err(HypervisorError::failed("converting", "no reference point")),
+            false => Ok(Seal {
+                tracking: [(DiskId("scsi0:0".into()), TrackingId("rctX:sealed".into()))].into(),
+                warnings: vec!["disk 1 has no name".into()],
+            }),
         }
     }
     fn commit(mut self: Box<Self>) -> Result<Vec<String>> {
