@@ -87,7 +87,7 @@ impl HypervHypervisor {
         // Merges that ended meanwhile have changed the paths of its disks.
         let vm = self.host().vm(vm.id)?;
         let attachments = self.host().disks(&vm.settings)?;
-        let gates = Gates::of(&vm);
+        let gates = Gates::of(&vm, self.host().snapshots(vm.id)?);
         warnings.extend(gates.warnings.iter().cloned());
         check_any(&vm, &attachments, request)?;
         let journal = Journal::begin(directory, request.job.clone(), &steps::target_of(vm.id))?;

@@ -38,8 +38,8 @@ use std::sync::Arc;
 use uuid::Uuid;
 use vmtide_block::CancelToken;
 use vmtide_hypervisor::{
-    FreezeRequest, FrozenVm, Hypervisor, JobId, ReapReport, Result, VmConfig, VmLock, VmSelector,
-    VmSummary,
+    FreezeRequest, FrozenVm, HealthCheck, Hypervisor, JobId, ReapReport, Result, VmConfig, VmLock,
+    VmSelector, VmSummary,
 };
 
 /// How long a job waits for the merge of its own disks, in milliseconds. Whoever waits longer keeps others waiting for
@@ -152,5 +152,9 @@ impl Hypervisor for HypervHypervisor {
 
     fn reap(&self) -> Result<ReapReport> {
         self.reap_host(&CancelToken::new())
+    }
+
+    fn examine(&self, vm: Option<&str>) -> Vec<HealthCheck> {
+        crate::doctor::examine(self.host(), Some(self.files()), vm)
     }
 }
