@@ -12,8 +12,8 @@ use vmtide_cim::{
     Association, Cim, CimError, CimInstance, CimValue, MethodOutput, ObjectPath, Result,
 };
 
-/// How often a question is asked when connections break, and how long to wait in between.
-const QUESTION_TRIES: u32 = 3;
+/// How often a request is sent when connections break, where it may be at all, and how long to wait in between.
+const MAX_TRIES: u32 = 3;
 const PAUSE: Duration = Duration::from_millis(300);
 
 /// Batches without an instance and without an end, one after another, before an enumeration counts as stuck.
@@ -51,7 +51,11 @@ impl std::fmt::Debug for WsmanCim {
 /// Whether a request may be sent twice.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Repeat {
+    /// As often as it takes.
     Question,
+    /// Not by itself: the enumeration that it is a part of is begun anew.
+    Part,
+    /// Never, once it may have arrived.
     Once,
 }
 
@@ -123,14 +127,11 @@ impl WsmanCim {
             match self.pool.exchange(&envelope, action, once, tried > 1) {
                 Ok(bytes) => return self.read(&bytes, action, message_id),
                 Err(failure) => {
+                    // What certainly was not run may always be sent again: the connection at rest was closed, then the
+                    // host forgot who speaks.
                     let broke = matches!(failure.error, CimError::Unreachable { .. });
-                    let again = match repeat {
-                        // One more is enough to get past a connection that the host has closed or forgotten.
-                        Repeat::Once => failure.not_run && tried < 2,
-                        Repeat::Question => {
-                            (broke || failure.not_run && tried < 2) && tried < QUESTION_TRIES
-                        }
-                    };
+                    let may = failure.not_run || broke && repeat == Repeat::Question;
+                    let again = may && tried < MAX_TRIES;
                     if !again {
                         return Err(failure.error);
                     }
@@ -179,7 +180,8 @@ impl WsmanCim {
         loop {
             tried += 1;
             match self.enumerate_once(operation, namespace, class, action) {
-                Err(CimError::Unreachable { .. }) if tried < QUESTION_TRIES => {
+                // What did not even get there was tried again already.
+                Err(CimError::Unreachable { before_request: false, .. }) if tried < MAX_TRIES => {
                     tracing::debug!(peer = self.peer(), action, "begun anew");
                     std::thread::sleep(PAUSE);
                 }
@@ -201,7 +203,7 @@ impl WsmanCim {
         let mut next = operation.clone();
         loop {
             let element =
-                self.send(Repeat::Once, action, None, &mut |frame| next.envelope(frame))?;
+                self.send(Repeat::Part, action, None, &mut |frame| next.envelope(frame))?;
             let element = element.ok_or_else(|| self.unexpected("an empty body"))?;
             let batch =
                 answer::batch(&element, namespace, class).map_err(|why| self.unexpected(&why))?;
@@ -213,7 +215,7 @@ impl WsmanCim {
             if bytes > limit || stuck {
                 // The host forgets an enumeration by itself as well.
                 let release = operation.release(&context)?;
-                let _ = self.send(Repeat::Once, action, None, &mut |frame| release.envelope(frame));
+                let _ = self.send(Repeat::Part, action, None, &mut |frame| release.envelope(frame));
                 return Err(if stuck {
                     self.unexpected(&format!("{action} neither finds anything nor ends"))
                 } else {

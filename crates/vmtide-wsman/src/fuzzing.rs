@@ -1,7 +1,7 @@
 //! What the fuzz targets call: the parsers of what a host sends, which must neither panic nor take much memory,
 //! whatever comes. The tests run them over seeds and mutations of them.
 
-use crate::auth::{Context, Mechanism, sealed};
+use crate::auth::{Context, Mechanism, sealed, ticket_refusal};
 use crate::fault::{self, Asked};
 use crate::options::{Credentials, WsmanOptions};
 use crate::{answer, der, xml};
@@ -31,6 +31,7 @@ pub fn tokens(input: &[u8]) {
     }
     let _ = der::mechanism_token(input);
     let _ = der::binding_hash(input);
+    let _ = ticket_refusal(input);
     let Ok(credentials) = Credentials::new("u", Zeroizing::new("p".into())) else { return };
     let options = WsmanOptions::new("h");
     if let Ok(mut context) = Context::new(Mechanism::Ntlm, &options, &credentials, None)

@@ -1,7 +1,7 @@
 //! A session: a connection with its authentication, over which envelopes go one after another.
 
 use crate::answer::short;
-use crate::auth::{AuthError, Context, Mechanism, sealed};
+use crate::auth::{AuthError, Context, Mechanism, sealed, ticket_refusal};
 use crate::http::{Answer, Connection, Lost};
 use crate::options::{Authentication, Scheme, WsmanOptions};
 use crate::tls::Tls;
@@ -133,12 +133,16 @@ impl Session {
                 .map_err(|lost| Refusal::Other(unanswered(&lost, peer, options, true)))?;
             let reply = challenge(&answer);
             match (answer.status, reply) {
-                (StatusCode::UNAUTHORIZED, Some(reply)) if !reply.is_empty() => {
+                // Only NTLM takes a second step.
+                (StatusCode::UNAUTHORIZED, Some(reply))
+                    if !reply.is_empty() && mechanism == Mechanism::Ntlm =>
+                {
                     token = context.step(Some(&reply)).map_err(failed)?;
                 }
-                (StatusCode::UNAUTHORIZED, _) => {
-                    let error =
-                        CimError::Login { peer: peer.into(), detail: refused(&answer, mechanism) };
+                (StatusCode::UNAUTHORIZED, reply) => {
+                    let said = reply.as_deref().and_then(ticket_refusal).map(str::to_owned);
+                    let detail = said.unwrap_or_else(|| refused(&answer, mechanism));
+                    let error = CimError::Login { peer: peer.into(), detail };
                     let other_way =
                         mechanism == Mechanism::Kerberos && connection.binding.is_some();
                     return Err(if other_way {

@@ -12,6 +12,9 @@ use zeroize::Zeroizing;
 
 const KERBEROS_PORT: u16 = 88;
 
+/// Addresses of a domain's name that are tried. Large domains have dozens of servers, and each that is down takes its time.
+const MAX_ADDRESSES: usize = 4;
+
 /// The longest answer that is read; tickets of users in very many groups have 64 KB.
 const MAX_ANSWER_BYTES: u32 = 256 << 10;
 
@@ -83,7 +86,7 @@ impl Kdc {
 
 fn connect(host: &str, port: u16, timeout: Duration) -> std::io::Result<TcpStream> {
     let mut last = std::io::Error::new(std::io::ErrorKind::NotFound, "the name has no address");
-    for address in (host, port).to_socket_addrs()? {
+    for address in (host, port).to_socket_addrs()?.take(MAX_ADDRESSES) {
         match TcpStream::connect_timeout(&address, timeout) {
             Ok(stream) => return Ok(stream),
             Err(error) => last = error,

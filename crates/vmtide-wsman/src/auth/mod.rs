@@ -12,6 +12,7 @@ mod wrap;
 use crate::der;
 use crate::options::{Authentication, Credentials, Scheme, WsmanOptions};
 use kdc::Kdc;
+use picky_krb::messages::KrbError;
 use sspi::{
     AuthIdentityBuffers, BufferType, ClientRequestFlags, CredentialsBuffers, DataRepresentation,
     Kerberos, KerberosConfig, Ntlm, SecurityBuffer, SecurityBufferRef, Sspi, SspiImpl,
@@ -280,6 +281,30 @@ fn wrap_of(context: &mut Kerberos) -> Result<Wrap, AuthError> {
     let first = u64::from(next).saturating_sub(1);
     Wrap::new(key, first)
         .ok_or_else(|| AuthError::Broken("the domain chose a cipher that is no AES".into()))
+}
+
+/// What a host says with a token that refuses a ticket (`KRB-ERROR` within GSSAPI, RFC 4121 4.1); none where it says
+/// nothing that we know.
+pub(crate) fn ticket_refusal(token: &[u8]) -> Option<&'static str> {
+    const GSSAPI: u8 = 0x60;
+    const ERROR_TOKEN: [u8; 2] = [3, 0];
+    let frame = der::read(der::mechanism_token(token)).filter(|node| node.tag == GSSAPI)?;
+    let mechanism = der::read(frame.content)?;
+    let message = mechanism.rest.strip_prefix(&ERROR_TOKEN)?;
+    let error = guarded(|| Ok(picky_asn1_der::from_bytes::<KrbError>(message)?)).ok()?;
+    // RFC 4120 7.5.9.
+    match error.0.error_code.0 {
+        32 => Some("the Kerberos ticket has expired"),
+        33 => Some(
+            "the Kerberos ticket is not valid yet: the clocks of the domain and of the host differ",
+        ),
+        37 => Some("the clocks of this machine and of the host differ too much: set them by NTP"),
+        35 | 36 | 41 | 44 | 45 => Some(
+            "the Kerberos ticket is for another host of that name, or the host's password in the domain was changed: \
+             use its full name, or NTLM",
+        ),
+        _ => None,
+    }
 }
 
 fn requirements() -> ClientRequestFlags {
