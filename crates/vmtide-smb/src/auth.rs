@@ -32,6 +32,24 @@ pub enum Method {
     Ntlm,
     /// Kerberos only; a host that does not take the ticket is refused.
     Kerberos,
+    /// Kerberos where the host is called by its name, the user has a domain and that domain's centre answers; NTLM
+    /// otherwise.
+    Negotiate,
+}
+
+impl Method {
+    /// What to try for `user` at `host`, in this order.
+    pub(crate) fn ways(self, user: &str, host: &str) -> &'static [Self] {
+        let has_domain = user.rsplit_once('@').is_some_and(|(_, domain)| !domain.is_empty())
+            || user.split_once('\\').is_some_and(|(domain, _)| !matches!(domain, "" | "."));
+        match self {
+            Self::Negotiate if has_domain && host.parse::<std::net::IpAddr>().is_err() => {
+                &[Self::Kerberos, Self::Ntlm]
+            }
+            Self::Negotiate | Self::Ntlm => &[Self::Ntlm],
+            Self::Kerberos => &[Self::Kerberos],
+        }
+    }
 }
 
 /// Who logs in. Shows no secret in its `Debug`.
@@ -66,7 +84,7 @@ pub(crate) struct Authenticator {
 
 impl Authenticator {
     /// A login at `server`, which is called `host` in its own name for services.
-    pub(crate) fn new(login: &Login, host: &str, peer: &str) -> Result<Self> {
+    pub(crate) fn new(login: &Login, method: Method, host: &str, peer: &str) -> Result<Self> {
         if login.user.is_empty() || login.password.is_empty() {
             return Err(SmbError::Login {
                 peer: peer.to_owned(),
@@ -77,9 +95,10 @@ impl Authenticator {
         let failed = |error: sspi::Error| told(peer, &error);
         // The name that NTLM tells the server of this machine; nothing depends on it.
         let here = "vmtide".to_owned();
-        let (packages, protocol): (_, Box<dyn sspi::negotiate::ProtocolConfig>) = match login.method
-        {
-            Method::Ntlm => ("ntlm,!kerberos,!pku2u", Box::new(NtlmConfig::new(here.clone()))),
+        let (packages, protocol): (_, Box<dyn sspi::negotiate::ProtocolConfig>) = match method {
+            Method::Ntlm | Method::Negotiate => {
+                ("ntlm,!kerberos,!pku2u", Box::new(NtlmConfig::new(here.clone())))
+            }
             Method::Kerberos => {
                 let kdc_url = login
                     .kdc
@@ -122,10 +141,9 @@ impl Authenticator {
             .package
             .initialize_security_context()
             .with_credentials_handle(&mut self.credentials)
+            // Not USE_SESSION_KEY: with Kerberos it means a ticket from user to user, which servers do not take.
             .with_context_requirements(
-                ClientRequestFlags::MUTUAL_AUTH
-                    | ClientRequestFlags::INTEGRITY
-                    | ClientRequestFlags::USE_SESSION_KEY,
+                ClientRequestFlags::MUTUAL_AUTH | ClientRequestFlags::INTEGRITY,
             )
             .with_target_data_representation(DataRepresentation::Native)
             .with_target_name(&self.target)
@@ -174,8 +192,11 @@ fn kdc_url(text: &str) -> std::result::Result<url::Url, String> {
 fn told(peer: &str, error: &sspi::Error) -> SmbError {
     use sspi::ErrorKind as K;
     let line = error.description.split_whitespace().collect::<Vec<_>>().join(" ");
+    if error.error_type == K::NoAuthenticatingAuthority {
+        let peer = "a key distribution centre of the domain".to_owned();
+        return SmbError::Unreachable { peer, detail: line };
+    }
     let detail = match error.error_type {
-        K::NoAuthenticatingAuthority => format!("no key distribution centre answers: {line}"),
         K::TimeSkew => format!("this machine's clock and the domain's differ: {line}"),
         K::ContextExpired => format!("the ticket has expired: {line}"),
         K::LogonDenied | K::NoCredentials | K::UnknownCredentials | K::WrongCredentialHandle => {
@@ -249,7 +270,8 @@ mod tests {
     #[test]
     fn nobody_is_a_guest_and_no_secret_is_shown() {
         for (user, password) in [("", "x"), ("x", "")] {
-            let error = Authenticator::new(&login(user, password), "hv1", "hv1:445").err().unwrap();
+            let error = Authenticator::new(&login(user, password), Method::Ntlm, "hv1", "hv1:445");
+            let error = error.err().unwrap();
             assert!(matches!(error, SmbError::Login { .. }), "{error}");
         }
         let shown = format!("{:?}", login("admin", "s3cret"));
@@ -258,10 +280,32 @@ mod tests {
 
     #[test]
     fn a_login_begins_with_a_token_and_ends_at_nonsense() {
-        let mut login = Authenticator::new(&login(r"LAB\admin", "x"), "hv1", "hv1:445").unwrap();
+        let mut login =
+            Authenticator::new(&login(r"LAB\admin", "x"), Method::Ntlm, "hv1", "hv1:445").unwrap();
         let first = login.step(&[]).unwrap();
         assert!(!first.is_empty() && !login.is_complete() && login.key().is_err());
         assert!(login.step(b"nonsense").is_err());
+    }
+
+    #[test]
+    fn kerberos_is_tried_where_it_can_be() {
+        use Method::{Kerberos, Negotiate, Ntlm};
+        assert_eq!(Negotiate.ways("admin@lab.test", "hv1.lab.test"), [Kerberos, Ntlm]);
+        assert_eq!(Negotiate.ways(r"LAB\admin", "hv1"), [Kerberos, Ntlm]);
+        assert_eq!(Negotiate.ways(r".\admin", "hv1"), [Ntlm]);
+        assert_eq!(Negotiate.ways("admin", "hv1"), [Ntlm]);
+        assert_eq!(Negotiate.ways("admin@lab.test", "10.0.0.7"), [Ntlm]);
+        assert_eq!(Ntlm.ways("admin@lab.test", "hv1"), [Ntlm]);
+        assert_eq!(Kerberos.ways("admin", "10.0.0.7"), [Kerberos]);
+    }
+
+    /// Where nobody answers, that is what is said, and not that a password is wrong.
+    #[test]
+    fn a_centre_that_does_not_answer_is_told_from_a_wrong_password() {
+        let login = Login { kdc: Some("127.0.0.1:1".into()), ..login("admin@lab.test", "x") };
+        let mut login = Authenticator::new(&login, Method::Kerberos, "hv1", "hv1:445").unwrap();
+        let error = login.step(&[]).unwrap_err();
+        assert!(matches!(error, SmbError::Unreachable { .. }), "{error}");
     }
 
     #[test]

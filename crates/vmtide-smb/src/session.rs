@@ -1,6 +1,6 @@
 //! A login at one server: negotiation, session, shares.
 
-use crate::auth::{Authenticator, Login, MAX_STEPS};
+use crate::auth::{Authenticator, Login, MAX_STEPS, Method};
 use crate::crypto::{Cipher, PreauthHash, Signer};
 use crate::error::{Result, SmbError, login_reason, status};
 use crate::header::{Command, HEADER_BYTES};
@@ -77,6 +77,23 @@ impl Session {
     /// [`SmbError::Unreachable`], [`SmbError::Login`], [`SmbError::Unsupported`] for servers of old dialects and where
     /// encryption was insisted on.
     pub(crate) fn connect(options: &SmbOptions, server: &str) -> Result<Self> {
+        let login = &options.login;
+        let mut ways = login.method.ways(&login.user, server).iter().peekable();
+        loop {
+            let method = *ways.next().unwrap_or(&login.method);
+            match Self::connect_by(method, options, server) {
+                // No ticket is to be had; the host itself is another matter.
+                Err(SmbError::Unreachable { detail, .. })
+                    if method == Method::Kerberos && ways.peek().is_some() =>
+                {
+                    tracing::debug!(%server, %detail, "no Kerberos for SMB: NTLM is tried");
+                }
+                other => return other,
+            }
+        }
+    }
+
+    fn connect_by(method: Method, options: &SmbOptions, server: &str) -> Result<Self> {
         let peer = format!("{server}:{}", options.port);
         let link = Link::start(dial(options, server, &peer)?, peer.clone(), options.timeout)?;
         let mut preauth = PreauthHash::new();
@@ -86,7 +103,7 @@ impl Session {
                 "{peer} does not encrypt (AES-GCM), and encryption is insisted on"
             )));
         }
-        let security = log_in(&link, options, server, &peer, negotiated, preauth)?;
+        let security = log_in(&link, (options, method), server, &peer, negotiated, preauth)?;
         link.secure(security);
         tracing::debug!(%peer, ?negotiated, "logged in over SMB");
         Ok(Self { link, negotiated, trees: Mutex::default(), server: server.to_owned() })
@@ -195,14 +212,14 @@ fn negotiate(
 /// The login (MS-SMB2 3.2.5.3). Keys depend on all of its messages but the last.
 fn log_in(
     link: &Link,
-    options: &SmbOptions,
+    (options, method): (&SmbOptions, Method),
     server: &str,
     peer: &str,
     negotiated: Negotiated,
     mut preauth: PreauthHash,
 ) -> Result<Security> {
     let refused = |detail: String| SmbError::Login { peer: peer.to_owned(), detail };
-    let mut login = Authenticator::new(&options.login, server, peer)?;
+    let mut login = Authenticator::new(&options.login, method, server, peer)?;
     let mut session_id = 0;
     let mut answer = Vec::new();
     for _ in 0..MAX_STEPS {

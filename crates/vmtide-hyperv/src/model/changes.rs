@@ -45,6 +45,9 @@ impl Host {
         let output = match self.cim().invoke(&service, "GetVirtualDiskChanges", &parameters) {
             Ok(output) => output,
             Err(CimError::Fault { detail, code, .. }) => return Err(classify(code, detail)),
+            Err(error @ CimError::TooLarge { .. }) => {
+                return Err(ChangesError::TooLarge(error.to_string()));
+            }
             Err(error) => return Err(failed(from_cim(error))),
         };
         match output.return_value {
