@@ -4,14 +4,18 @@
 //! Whatever the way, it is two seams: [`Host`] says and changes what the host's VMs are, [`HostFiles`] reads and writes
 //! their disks.
 
+use crate::source::{OpenSource, SourceOptions};
 use crate::{EngineError, Result};
 use percent_encoding::{AsciiSet, CONTROLS, percent_decode_str, utf8_percent_encode};
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
-use vmtide_agent_client::{AgentCim, AgentClient, AgentFiles, AgentOptions, HypervUrl};
+pub use vmtide_agent_client::HypervUrl;
+use vmtide_agent_client::{AgentCim, AgentClient, AgentFiles, AgentHypervisor, AgentOptions};
 use vmtide_block::CancelToken;
-use vmtide_hyperv::{BackupType, Host, HostFiles, HostOptions};
+pub use vmtide_hyperv::BackupType;
+use vmtide_hyperv::{Host, HostFiles, HostOptions, HypervHypervisor, HypervOptions};
+use vmtide_hypervisor::Hypervisor;
 pub use vmtide_smb::{Login, Mapping, Method, Protection};
 use vmtide_smb::{PathMap, SmbClient, SmbFiles, SmbOptions};
 pub use vmtide_wsman::{Authentication, ClientCertificate, Fingerprint};
@@ -226,6 +230,62 @@ pub fn connect_agent(url: &HypervUrl, options: &AgentOptions) -> Result<HypervHo
     Ok(HypervHost { host, files: Arc::new(AgentFiles::new(client, CancelToken::new())) })
 }
 
+/// The VMs of a host by the agent there, or this machine's own.
+///
+/// # Errors
+/// Those of the options.
+pub(crate) fn open(url: &HypervUrl, options: &SourceOptions) -> Result<OpenSource> {
+    check_options(url, options)?;
+    if url.authority().is_none() {
+        return local(url, options);
+    }
+    let client = AgentClient::for_vms(url, &options.agent)?;
+    let hypervisor = Box::new(AgentHypervisor::new(client));
+    Ok(source(hypervisor, url.vm(), options, url.to_string()))
+}
+
+/// The VMs of a host by what every Windows host has.
+///
+/// # Errors
+/// Those of the options.
+pub(crate) fn open_winrm(url: &WinrmUrl, options: &SourceOptions) -> Result<OpenSource> {
+    check_options(url, options)?;
+    let HypervHost { host, files } = options.hyperv.connect(url)?;
+    let mut how = HypervOptions::new(&options.state_directory);
+    how.backup_type = options.hyperv.backup_type;
+    let hypervisor = Box::new(HypervHypervisor::new(host, files, how));
+    Ok(source(hypervisor, url.vm.as_deref(), options, url.to_string()))
+}
+
+/// This machine's own VMs.
+fn local(url: &HypervUrl, options: &SourceOptions) -> Result<OpenSource> {
+    tracing::debug!(%url, state = %options.state_directory.display(), "asked for this machine's VMs");
+    Err(not_here(url))
+}
+
+fn source(
+    hypervisor: Box<dyn Hypervisor>,
+    vm: Option<&str>,
+    options: &SourceOptions,
+    display: String,
+) -> OpenSource {
+    OpenSource {
+        hypervisor,
+        vm: vm.unwrap_or_default().to_owned(),
+        name: options.name.clone(),
+        display,
+    }
+}
+
+fn check_options(url: &dyn fmt::Display, options: &SourceOptions) -> Result<()> {
+    if options.changes.is_some() || options.format.is_some() || options.disk_id.is_some() {
+        return Err(EngineError::usage(format!(
+            "{url}: --changes, --format and --disk-id are for images; Hyper-V tells these itself"
+        )));
+    }
+    Ok(())
+}
+
 /// Why this machine's own VMs are not to be had.
 fn not_here(url: &HypervUrl) -> EngineError {
     EngineError::usage(format!(
@@ -238,5 +298,75 @@ fn of_options(error: OptionsError) -> EngineError {
     match error {
         OptionsError::Usage(text) => EngineError::Usage(text),
         other => EngineError::refused("connecting to the host", other.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn urls_of_hosts_and_vms() {
+        for (text, host, port, vm, shown) in [
+            ("hyperv+winrm://hv1/web", "hv1", None, Some("web"), "hyperv+winrm://hv1/web"),
+            (
+                "HYPERV+WINRM://hv1.lab:5986/a%2Fb c",
+                "hv1.lab",
+                Some(5986),
+                Some("a/b c"),
+                "hyperv+winrm://hv1.lab:5986/a%2Fb%20c",
+            ),
+            (
+                "hyperv+winrm://[fe80::1]:5985/web-*",
+                "fe80::1",
+                Some(5985),
+                Some("web-*"),
+                "hyperv+winrm://[fe80::1]:5985/web-*",
+            ),
+            ("hyperv+winrm://10.0.0.7", "10.0.0.7", None, None, "hyperv+winrm://10.0.0.7/"),
+        ] {
+            let url = WinrmUrl::parse(text).unwrap();
+            assert_eq!(
+                (url.host.as_str(), url.port, url.vm.as_deref()),
+                (host, port, vm),
+                "{text}"
+            );
+            assert_eq!(url.to_string(), shown);
+            assert_eq!(WinrmUrl::parse(shown).unwrap(), url);
+        }
+        for text in [
+            "hyperv+winrm://",
+            "hyperv+winrm:///web",
+            "hyperv+winrm://u:s3cret@hv1/web",
+            "hyperv+winrm://hv1:0/web",
+            "hyperv+winrm://hv1:/web",
+            "hyperv+winrm://hv1:x/web",
+            "hyperv+winrm://[hv1]/web",
+            "hyperv+winrm://h v/web",
+            "hyperv+winrm://hv1/a?b",
+            "hyperv+winrm://hv1/%00",
+        ] {
+            let error = WinrmUrl::parse(text).unwrap_err().to_string();
+            assert!(!error.contains("s3cret"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_login_is_needed_before_anybody_is_asked() {
+        let url = WinrmUrl::parse("hyperv+winrm://hv1/web").unwrap();
+        let error = HypervAccess::default().connect(&url).err().unwrap();
+        assert!(matches!(error, EngineError::Usage(_)), "{error}");
+        let login = Login {
+            user: r"LAB\backup".into(),
+            password: "s3cret".to_owned().into(),
+            method: Method::Ntlm,
+            kdc: None,
+        };
+        let access = HypervAccess { login: Some(login), ..HypervAccess::default() };
+        access.connect(&url).unwrap();
+        assert!(!format!("{access:?}").contains("s3cret"));
+        let basic = HypervAccess { authentication: Authentication::Basic, ..access };
+        let error = basic.connect(&url).err().unwrap();
+        assert!(error.to_string().contains("HTTPS"), "{error}");
     }
 }

@@ -21,6 +21,7 @@ pub mod delta;
 pub mod doctor;
 mod error;
 mod events;
+pub mod hyperv;
 mod identity;
 pub mod image;
 mod in_use;

@@ -1,5 +1,6 @@
 //! SOURCE: from what a user writes to a platform that can be backed up.
 
+use crate::hyperv::{self, HypervAccess, WinrmUrl};
 use crate::image::open::{OpenDiskOptions, hint, image_options};
 use crate::in_use::{Use, check_not_in_use};
 use crate::peer::NbdPeer;
@@ -8,7 +9,7 @@ use crate::{EngineError, Result};
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use vmtide_agent_client::{AgentClient, AgentOptions, AgentSource, AgentUrl};
+use vmtide_agent_client::{AgentClient, AgentOptions, AgentSource, AgentUrl, HypervUrl};
 use vmtide_block::{BlockDevice, RangeSet};
 use vmtide_hypervisor::{Hypervisor, ImageSource};
 use vmtide_image::{BackingPolicy, Format};
@@ -19,8 +20,6 @@ use vmtide_repo::Repository;
 const NOT_YET: &[(&str, &str)] = &[
     ("libvirt", "use the VM's QMP socket: qemu+unix:///PATH"),
     ("proxmox", "use the VM's QMP socket: qemu+unix:///var/run/qemu-server/ID.qmp"),
-    ("hyperv", "back up its disk images instead"),
-    ("hyperv+winrm", "back up its disk images instead"),
     ("vsphere", "back up its disk images instead"),
 ];
 
@@ -35,6 +34,10 @@ pub enum SourceSpec {
     Nbd(NbdUrl),
     /// Disks of an agent.
     Agent(AgentUrl),
+    /// VMs of a Hyper-V host, by the agent there or as this machine's own.
+    Hyperv(HypervUrl),
+    /// VMs of a Hyper-V host on which nothing was installed.
+    Winrm(WinrmUrl),
 }
 
 impl SourceSpec {
@@ -52,6 +55,12 @@ impl SourceSpec {
         }
         if AgentUrl::is_agent_url(text) {
             return Ok(Self::Agent(AgentUrl::parse(text)?));
+        }
+        if HypervUrl::is_hyperv_url(text) {
+            return Ok(Self::Hyperv(HypervUrl::parse(text)?));
+        }
+        if WinrmUrl::is_winrm_url(text) {
+            return Ok(Self::Winrm(WinrmUrl::parse(text)?));
         }
         let Some((scheme, rest)) = split_scheme(text) else {
             return Ok(Self::Image(text.into()));
@@ -73,6 +82,8 @@ impl SourceSpec {
             Self::Qemu(url) => url.clone(),
             Self::Nbd(url) => url.to_string(),
             Self::Agent(url) => url.to_string(),
+            Self::Hyperv(url) => url.to_string(),
+            Self::Winrm(url) => url.to_string(),
         }
     }
 
@@ -86,6 +97,8 @@ impl SourceSpec {
             Self::Nbd(url) => open_nbd(url, options),
             Self::Qemu(url) => open_qemu(url, options),
             Self::Agent(url) => open_agent(url, options),
+            Self::Hyperv(url) => hyperv::open(url, options),
+            Self::Winrm(url) => hyperv::open_winrm(url, options),
         }
     }
 }
@@ -97,8 +110,8 @@ fn unknown_scheme(scheme: &str) -> EngineError {
             format!("{name}:// sources are not in this build yet; {instead}")
         }
         None => format!(
-            "unknown source {scheme}://: give a disk image, qemu+unix://, nbd://, nbd+unix:// or \
-             agent+https://"
+            "unknown source {scheme}://: give a disk image, qemu+unix://, hyperv://, hyperv+winrm://, \
+             nbd://, nbd+unix:// or agent+https://"
         ),
     })
 }
@@ -164,6 +177,8 @@ pub struct SourceOptions {
     pub tracked: Vec<TrackedDisk>,
     /// How to get at agents.
     pub agent: AgentOptions,
+    /// How to get at Hyper-V hosts without agents.
+    pub hyperv: HypervAccess,
 }
 
 /// A disk with its tracking id, as the newest restore point has it.
@@ -364,6 +379,10 @@ pub fn untrack(
         SourceSpec::Nbd(url) => {
             Err(EngineError::usage(format!("{url}: nothing is tracked in an NBD export")))
         }
+        SourceSpec::Hyperv(_) | SourceSpec::Winrm(_) => Err(EngineError::usage(format!(
+            "{}: Hyper-V keeps its change tracking in files of its own, which cost nothing but their space",
+            source.display()
+        ))),
         SourceSpec::Agent(url) => Err(EngineError::usage(format!(
             "{url}: tracking on an agent's host may serve others, too; whoever knows that nobody needs it switches \
              it off with `vmtide-rct --disable-rct`"
@@ -404,8 +423,13 @@ mod tests {
         assert!(matches!(parse("nbd://host/x").unwrap(), SourceSpec::Nbd(_)));
         assert!(matches!(parse("nbd+unix:///?socket=s").unwrap(), SourceSpec::Nbd(_)));
         assert!(matches!(parse("agent+https://h/C:/a.vhdx").unwrap(), SourceSpec::Agent(_)));
+        assert!(matches!(parse("hyperv://h/web").unwrap(), SourceSpec::Hyperv(_)));
+        assert!(matches!(parse("hyperv+winrm://h/web*").unwrap(), SourceSpec::Winrm(_)));
         for (text, word) in [
-            ("hyperv://host/VM", "not in this build yet"),
+            ("vsphere://host/VM", "not in this build yet"),
+            ("hyperv+winrm://user@host/VM", "VMTIDE_WINRM_USER"),
+            ("hyperv+winrm://host/a/b", "%2F"),
+            ("hyperv://user@host/VM", "hyperv://"),
             ("libvirt:///web", "qemu+unix"),
             ("http://x/y", "unknown source http://"),
             ("file://host/a", "three slashes"),

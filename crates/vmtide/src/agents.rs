@@ -4,6 +4,7 @@ use clap::{Args, ValueHint};
 use std::io::Read;
 use std::path::PathBuf;
 use vmtide_engine::agent::{AgentError, AgentKey, AgentOptions, AgentUrl, Fingerprint};
+use vmtide_engine::hyperv::HypervUrl;
 use vmtide_engine::{EngineError, Result};
 use zeroize::Zeroizing;
 
@@ -16,7 +17,7 @@ const MAX_KEY_FILE_BYTES: u64 = 64 << 10;
 /// How to get at the disks of agents. The key comes from a file or the environment, never from the command line, which
 /// every user of the machine can read.
 #[derive(Clone, Debug, Default, Args)]
-#[command(next_help_heading = "Disks of agents (agent+https://)")]
+#[command(next_help_heading = "Agents (agent+https://, hyperv://)")]
 pub struct AgentAccessArgs {
     /// The file with the agent's key [default: the key in VMTIDE_AGENT_KEY]
     #[arg(long, global = true, value_name = "FILE", env = "VMTIDE_AGENT_KEY_FILE")]
@@ -45,7 +46,7 @@ impl AgentAccessArgs {
     /// # Errors
     /// Where the key cannot be read, or is none.
     pub fn options(&self, source: &str) -> Result<AgentOptions> {
-        if !AgentUrl::is_agent_url(source) {
+        if !AgentUrl::is_agent_url(source) && !HypervUrl::is_hyperv_url(source) {
             return Ok(AgentOptions::default());
         }
         Ok(AgentOptions {

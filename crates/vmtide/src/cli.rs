@@ -2,6 +2,7 @@
 
 use crate::agents::AgentAccessArgs;
 use crate::commands;
+use crate::hyperv::HypervAccessArgs;
 use crate::s3::S3Args;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
 use std::path::PathBuf;
@@ -81,6 +82,9 @@ pub struct GlobalArgs {
     /// How to get at agents.
     #[command(flatten)]
     pub agents: AgentAccessArgs,
+    /// How to get at Hyper-V hosts without agents.
+    #[command(flatten)]
+    pub hyperv: HypervAccessArgs,
 }
 
 /// Where the password of the repository comes from, beside `VMTIDE_PASSWORD` and the terminal.

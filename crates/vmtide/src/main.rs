@@ -9,6 +9,7 @@ mod app;
 mod cli;
 mod commands;
 mod exit;
+mod hyperv;
 mod logging;
 mod output;
 mod passwords;

@@ -38,6 +38,12 @@ impl DiskSpec {
                 "{url} is a virtual machine: give a disk image, a block device or an nbd:// or \
                  nbd+unix:// URL"
             ))),
+            spec @ (SourceSpec::Hyperv(_) | SourceSpec::Winrm(_)) => {
+                Err(EngineError::usage(format!(
+                    "{} is a virtual machine: give a disk image, a block device or an nbd:// or nbd+unix:// URL",
+                    spec.display()
+                )))
+            }
             SourceSpec::Agent(url) => Err(EngineError::usage(format!(
                 "{url} is a disk of an agent, which `vmtide backup`, `restore`, `vm` and `info` take: give a disk \
                  image, a block device or an nbd:// or nbd+unix:// URL"

@@ -21,6 +21,9 @@ SOURCE is one of
   disk.qcow2, /dev/vg/disk              a disk image or block device that nobody writes to
   qemu+unix:///run/vm.qmp               a running VM of QEMU, by its monitor socket; options:
                                         ?agent=PATH&scratch=DIR&name=NAME&method=auto|filter|job
+  hyperv+winrm://HOST/VM                a VM of a Hyper-V host on which nothing needs to be installed: asked by
+                                        WinRM, disks read over SMB; port 5986 means HTTPS
+  hyperv://HOST/VM                      a VM of a Hyper-V host where `vmtide agent` runs
   nbd://HOST/EXPORT                     an NBD export
   nbd+unix:///EXPORT?socket=PATH        an NBD export on a Unix socket
   agent+https://HOST/PATH               a disk of a host where `vmtide agent` runs; further disks of the same
@@ -33,6 +36,7 @@ Examples:
   vmtide backup overlay.qcow2 -r /backup --format qcow2 --backing same-directory
   vmtide backup disk.raw -r /backup --changes changes.json
   vmtide backup web.qcow2 -r /backup --track
+  vmtide backup hyperv+winrm://hv1.lab/web -r /backup --winrm-user 'LAB\\backup' --winrm-password-file pw
   vmtide backup agent+https://hv1/C:/VMs/web.vhdx -r /backup --agent-key-file key
 
 --changes takes [{\"offset\":0,\"length\":65536},…]: all that may differ from the previous restore point.
@@ -193,6 +197,7 @@ fn run_one(
         disk_id: args.disk_id.clone(),
         tracked,
         agent: app.global.agents.options(&display)?,
+        hyperv: app.global.hyperv.options(&display)?,
     })?;
     let defaults = BackupOptions::default();
     let backup_job = BackupJob {

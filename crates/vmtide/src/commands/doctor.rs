@@ -14,6 +14,7 @@ use vmtide_s3::S3Store;
 const EXAMPLES: &str = "\
 Examples:
   vmtide doctor qemu+unix:///run/web.qmp     a source: reachable, tracking, leftovers of killed jobs
+  vmtide doctor hyperv+winrm://hv1/web        a Hyper-V host: logins, rights, versions, leftovers, space
   vmtide doctor /backup                      a repository: opens, keys, restore points, rights, space
   vmtide doctor s3://backups/vm              also: which guarantees the server gives
 
@@ -63,6 +64,7 @@ fn check(app: &App, target: &str) -> Result<Vec<Check>> {
         let options = SourceOptions {
             state_directory: app.state_directory(),
             agent: app.global.agents.options(target)?,
+            hyperv: app.global.hyperv.options(target)?,
             ..SourceOptions::default()
         };
         return Ok(doctor::check_source(&spec, &options));

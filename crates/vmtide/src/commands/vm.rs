@@ -16,6 +16,8 @@ Examples:
   vmtide vm list qemu+unix:///run/web.qmp
   vmtide vm show qemu+unix:///run/web.qmp
   vmtide vm show disk.qcow2 --json
+  vmtide vm list hyperv+winrm://hv1
+  vmtide vm show hyperv://hv1/web
   vmtide vm changes agent+https://hv1/C:/VMs/web.vhdx
   vmtide vm changes agent+https://hv1/C:/VMs/web.vhdx --since rctX:… --json
   vmtide vm untrack qemu+unix:///run/web.qmp -r /backup";
@@ -148,6 +150,7 @@ fn end_tracking(app: &App, args: &UntrackArgs) -> Result<Exit> {
                 None => {
                     let options = SourceOptions {
                         agent: app.global.agents.options(&args.source)?,
+                        hyperv: app.global.hyperv.options(&args.source)?,
                         state_directory: state_directory.clone(),
                         ..SourceOptions::default()
                     };
@@ -172,6 +175,7 @@ fn open(app: &App, args: &SourceArgs) -> Result<OpenSource> {
         backing: args.backing.map(BackingArg::policy),
         state_directory: app.state_directory(),
         agent: app.global.agents.options(&args.source)?,
+        hyperv: app.global.hyperv.options(&args.source)?,
         ..SourceOptions::default()
     })
 }
