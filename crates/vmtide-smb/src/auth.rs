@@ -14,6 +14,7 @@ use sspi::{
 };
 use std::io::{Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 use zeroize::Zeroizing;
 
@@ -118,12 +119,14 @@ impl Authenticator {
         })?;
         let identity = AuthIdentity { username, password: login.password.to_string().into() };
         let credentials = Credentials::AuthIdentity(identity);
-        let acquired = package
-            .acquire_credentials_handle()
-            .with_credential_use(CredentialUse::Outbound)
-            .with_auth_data(&credentials)
-            .execute(&mut package)
-            .map_err(failed)?;
+        let acquired = guarded(|| {
+            package
+                .acquire_credentials_handle()
+                .with_credential_use(CredentialUse::Outbound)
+                .with_auth_data(&credentials)
+                .execute(&mut package)
+        });
+        let acquired = acquired.map_err(failed)?;
         Ok(Self {
             peer: peer.to_owned(),
             target: format!("cifs/{host}"),
@@ -149,10 +152,11 @@ impl Authenticator {
             .with_target_name(&self.target)
             .with_input(&mut input)
             .with_output(&mut output);
-        let result = self
-            .package
-            .initialize_security_context_impl(&mut builder)
-            .and_then(|mut generator| generator.resolve_with_client(&Kdc));
+        let package = &mut self.package;
+        let result = guarded(|| {
+            let mut generator = package.initialize_security_context_impl(&mut builder)?;
+            generator.resolve_with_client(&Kdc)
+        });
         let status = result.map_err(|error| told(&self.peer, &error))?.status;
         self.is_complete = status == SecurityStatus::Ok;
         if !matches!(status, SecurityStatus::Ok | SecurityStatus::ContinueNeeded) {
@@ -177,6 +181,17 @@ impl Authenticator {
         }
         Ok(key)
     }
+}
+
+/// Calls into the library. It logs tokens, which must stay out of our logs; and where it meets bytes that it did not
+/// think of it may panic, which must end the login and not the process.
+fn guarded<T>(call: impl FnOnce() -> sspi::Result<T>) -> sspi::Result<T> {
+    let silent = tracing::subscriber::NoSubscriber::default();
+    let result = tracing::subscriber::with_default(silent, || catch_unwind(AssertUnwindSafe(call)));
+    result.unwrap_or_else(|_| {
+        let text = "the authentication library cannot read what came".to_owned();
+        Err(sspi::Error::new(sspi::ErrorKind::InvalidToken, text))
+    })
 }
 
 fn kdc_url(text: &str) -> std::result::Result<url::Url, String> {
