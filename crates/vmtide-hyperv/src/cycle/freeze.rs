@@ -6,7 +6,7 @@ use crate::cycle::disks::{self, Bases, OpenDisk};
 use crate::cycle::frozen::FrozenHyperv;
 use crate::cycle::gate::Gates;
 use crate::cycle::ledger::Ledger;
-use crate::cycle::steps::{self, JobState, Step};
+use crate::cycle::steps::{self, Step};
 use crate::cycle::undo::{Fate, Undo, Undone};
 use crate::{DiskAttachment, VmRecord};
 use vmtide_block::CancelToken;
@@ -33,12 +33,11 @@ impl Session {
 
     /// Removes what the steps say is to be removed. A journal that is needed no longer is gone then.
     pub fn undo(self, wait: bool) -> Result<Undone> {
-        let Self { hyperv, vm, job, journal, mut ledger, _lock, .. } = self;
+        let Self { hyperv, vm, mut journal, mut ledger, _lock, .. } = self;
         let undo = Undo {
             hyperv: &hyperv,
             vm: vm.id,
-            job: &job,
-            state: &JobState::of(journal.entry()),
+            journal: &mut journal,
             fate: Fate::Told,
             ledger: &mut ledger,
             wait,

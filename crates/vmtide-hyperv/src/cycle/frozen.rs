@@ -7,7 +7,7 @@ use crate::cycle::ledger::OwnPoint;
 use crate::cycle::points::{self, SealedDisk};
 use crate::cycle::steps::{JobState, Step};
 use crate::cycle::token::{BaseToken, SealedBy};
-use crate::{ReferencePointRecord, SnapshotRecord};
+use crate::{Host, ReferencePointRecord, SnapshotRecord};
 use vmtide_block::CancelToken;
 use vmtide_hypervisor::{
     Consistency, DiskId, FrozenDisk, FrozenVm, HypervisorError, Result, Seal, TrackingId, VmConfig,
@@ -80,7 +80,7 @@ impl FrozenHyperv {
         let session = self.session()?;
         let host = session.hyperv.host().clone();
         let vm = session.vm.id;
-        let points = match host.reference_points(vm) {
+        let points = match again(&host, || host.reference_points(vm)) {
             Ok(points) => points,
             Err(HypervisorError::Unsupported { detail, .. }) => return Ok(Err(detail)),
             Err(error) => return Ok(Err(error.to_string())),
@@ -173,6 +173,28 @@ fn token_of(
     BaseToken::new(id, guid, &disk.file, by).encode().ok_or_else(|| "its record is too long".into())
 }
 
+/// How often a question is asked whose answer was lost. A restore point without a base costs a full read.
+const ATTEMPTS: u32 = 4;
+
+/// How long to wait before asking again, in milliseconds.
+const AGAIN_MS: u64 = 2000;
+
+/// Asks a question again whose answer did not come.
+fn again<T>(host: &Host, ask: impl Fn() -> Result<T>) -> Result<T> {
+    let mut attempt = 1;
+    loop {
+        match ask() {
+            Err(HypervisorError::Unreachable { .. } | HypervisorError::Timeout { .. })
+                if attempt < ATTEMPTS =>
+            {
+                attempt += 1;
+                host.options().clock.sleep_ms(AGAIN_MS);
+            }
+            other => return other,
+        }
+    }
+}
+
 /// Finds the reference point that a conversion made although its answer does not say so.
 fn find(
     session: &Session,
@@ -182,12 +204,13 @@ fn find(
 ) -> Result<ReferencePointRecord, String> {
     let host = session.hyperv.host();
     let failed = |error: HypervisorError| format!("{why}; then: {error}");
-    let points = host.reference_points(session.vm.id).map_err(failed)?;
+    let vm = session.vm.id;
+    let points = again(host, || host.reference_points(vm)).map_err(failed)?;
     let tracking = JobState::of(session.journal.entry()).tracking;
     if let Some(point) = points::made_of(&points, before, &tracking) {
         return Ok(point.clone());
     }
-    let snapshots = host.snapshots(session.vm.id).map_err(failed)?;
+    let snapshots = again(host, || host.snapshots(vm)).map_err(failed)?;
     let id = &snapshot.settings.instance_id;
     if snapshots.iter().any(|other| other.settings.instance_id == *id) {
         return Err(format!("no reference point was made: {why}"));

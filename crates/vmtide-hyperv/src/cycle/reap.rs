@@ -4,7 +4,7 @@ use crate::cycle::HypervHypervisor;
 use crate::cycle::checkpoint::{ORPHAN_AGE_S, created_s};
 use crate::cycle::disks::Bases;
 use crate::cycle::ledger::Ledger;
-use crate::cycle::steps::{self, JobState};
+use crate::cycle::steps;
 use crate::cycle::undo::{self, Fate, Undo};
 use crate::{SnapshotKind, SnapshotRecord, VmRecord};
 use vmtide_block::CancelToken;
@@ -65,13 +65,11 @@ impl HypervHypervisor {
         let directory = &self.options().state_directory;
         let journals = Journal::leftovers(directory, &steps::target_of(vm.id))?;
         let mut ledger = Ledger::open(directory, vm.id)?;
-        for journal in journals {
-            let entry = journal.entry();
+        for mut journal in journals {
             let undo = Undo {
                 hyperv: self,
                 vm: vm.id,
-                job: &entry.job,
-                state: &JobState::of(entry),
+                journal: &mut journal,
                 fate: Fate::Unknown,
                 ledger: &mut ledger,
                 wait,

@@ -17,12 +17,12 @@
 
 use crate::cycle::checkpoint;
 use crate::cycle::ledger::{Ledger, OwnPoint};
-use crate::cycle::steps::JobState;
+use crate::cycle::steps::{self, JobState, Step};
 use crate::cycle::{HypervHypervisor, merge, points};
-use crate::{ReferencePointRecord, SnapshotRecord};
+use crate::{DiskAttachment, ReferencePointRecord, SnapshotRecord};
 use uuid::Uuid;
 use vmtide_block::CancelToken;
-use vmtide_hypervisor::{HypervisorError, JobId, Result};
+use vmtide_hypervisor::{HypervisorError, Journal, Result};
 
 /// What is known of the restore point that the job was for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,8 +74,7 @@ impl Undone {
 pub(crate) struct Undo<'a> {
     pub hyperv: &'a HypervHypervisor,
     pub vm: Uuid,
-    pub job: &'a JobId,
-    pub state: &'a JobState,
+    pub journal: &'a mut Journal,
     pub fate: Fate,
     pub ledger: &'a mut Ledger,
     /// Whether the merge is waited for, within its limit.
@@ -90,21 +89,46 @@ impl Undo<'_> {
     /// is in the answer.
     pub fn run(mut self, cancel: &CancelToken) -> Result<Undone> {
         let mut done = Undone::default();
+        let job = self.journal.entry().job.clone();
+        let mut state = JobState::of(self.journal.entry());
         let snapshots = self.hyperv.host().snapshots(self.vm)?;
-        let found = checkpoint::ours(self.hyperv, &snapshots, self.job, self.state, self.fate);
+        let found = checkpoint::ours(self.hyperv, &snapshots, &job, &state, self.fate);
         done.doubtful = found.doubtful;
         done.unsettled = found.unsettled;
         let converted = found.ours.is_empty();
         for snapshot in found.ours {
+            self.note_leaves(snapshot, &mut state)?;
             self.destroy_snapshot(snapshot, &mut done, cancel)?;
         }
-        self.points(converted, &mut done, cancel)?;
+        self.points(&state, converted, &mut done, cancel)?;
         done.merging = if self.wait {
-            merge::wait(self.hyperv, self.vm, &self.state.leaves, cancel)?
+            merge::wait(self.hyperv, self.vm, &state.leaves, cancel)?
         } else {
-            merge::left(self.hyperv, self.vm, &self.state.leaves)?
+            merge::left(self.hyperv, self.vm, &state.leaves)?
         };
         Ok(done)
+    }
+
+    /// Writes down which files the VM writes to because of a checkpoint, where the job did not come to that: nobody can
+    /// tell when it is gone.
+    fn note_leaves(&mut self, snapshot: &SnapshotRecord, state: &mut JobState) -> Result<()> {
+        if !state.leaves.is_empty() {
+            return Ok(());
+        }
+        let held = self.hyperv.host().disks(&snapshot.settings)?;
+        let vm = self.hyperv.host().vm(self.vm)?;
+        let live = self.hyperv.host().disks(&vm.settings)?;
+        let of_checkpoint = |disk: &&DiskAttachment| {
+            held.iter().any(|other| {
+                other.location == disk.location
+                    && !other.host_resource.eq_ignore_ascii_case(&disk.host_resource)
+            })
+        };
+        let leaves = live.iter().filter(of_checkpoint).map(|disk| disk.host_resource.clone());
+        let step = Step::Frozen { leaves: leaves.collect(), tracking: state.tracking.clone() };
+        steps::record(self.journal, &step)?;
+        state.add(step);
+        Ok(())
     }
 
     fn destroy_snapshot(
@@ -129,20 +153,31 @@ impl Undo<'_> {
         Ok(())
     }
 
-    fn points(&mut self, converted: bool, done: &mut Undone, cancel: &CancelToken) -> Result<()> {
-        let state = self.state;
+    fn points(
+        &mut self,
+        state: &JobState,
+        converted: bool,
+        done: &mut Undone,
+        cancel: &CancelToken,
+    ) -> Result<()> {
         if state.converting.is_none() && state.committed.is_none() {
             return Ok(());
         }
         let points = self.hyperv.host().reference_points(self.vm)?;
         let mut useless: Vec<String> = Vec::new();
         match (&state.point, &state.converting, &state.committed) {
-            (point, _, Some((keep, destroy))) => {
+            (point, before, Some((keep, destroy))) => {
                 useless.clone_from(destroy);
-                useless.extend(point.iter().filter(|point| keep.as_ref() != Some(point)).cloned());
+                // One whose making was not heard of is in no restore point.
+                let unheard = before.as_ref().filter(|_| point.is_none());
+                let unheard = unheard
+                    .and_then(|before| points::made_of(&points, before, &state.tracking))
+                    .map(|point| &point.instance_id);
+                let made = point.iter().chain(unheard);
+                useless.extend(made.filter(|point| keep.as_ref() != Some(*point)).cloned());
             }
             (Some(point), _, None) if self.fate == Fate::Told => useless.push(point.clone()),
-            (Some(point), _, None) => self.keep(point)?,
+            (Some(point), _, None) => self.keep(state, point)?,
             (None, Some(before), None) => match points::made_of(&points, before, &state.tracking) {
                 Some(point) => useless.push(point.instance_id.clone()),
                 None if converted => done.doubtful.extend(unexplained(&points, before)),
@@ -160,11 +195,11 @@ impl Undo<'_> {
     }
 
     /// Keeps a point until it is known whether a restore point names it.
-    fn keep(&mut self, point: &str) -> Result<()> {
+    fn keep(&mut self, state: &JobState, point: &str) -> Result<()> {
         self.ledger.add(OwnPoint {
             id: point.to_owned(),
-            lineage: self.state.lineage.clone(),
-            job: self.job.to_string(),
+            lineage: state.lineage.clone(),
+            job: self.journal.entry().job.to_string(),
         })
     }
 

@@ -53,6 +53,8 @@ pub struct Machine {
     pub killed_after_commit: bool,
     /// Asks for a full backup.
     pub full: bool,
+    /// It is the host that goes away, and not the process: the repository goes on.
+    pub host_dies: bool,
 }
 
 /// The hypervisor of a new process on this state directory.
@@ -75,6 +77,7 @@ impl Machine {
             commit_fails: false,
             killed_after_commit: false,
             full: false,
+            host_dies: false,
         }
     }
 
@@ -106,6 +109,9 @@ impl Machine {
         let mut frozen = self.hypervisor().freeze(&request)?;
         match self.store(frozen.as_mut()) {
             Ok((point, mut outcome)) => {
+                if self.world.is_dead() && !self.host_dies {
+                    return Err(HypervisorError::failed("go on", "killed"));
+                }
                 self.points.push(point);
                 if self.killed_after_commit {
                     self.world.cut(Some(super::world::Cut::DieBefore(1)));

@@ -1,0 +1,163 @@
+//! A backup that is killed, or loses an answer, at every single call to the host: before the call took effect and after.
+//! The next backup removes what was left, and what it stores is whole.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::type_complexity,
+    reason = "a test that panics has failed, and its disks are small"
+)]
+
+mod support;
+
+use support::driver::{Machine, point_of};
+use support::world::{Cut, World};
+use vmtide_hypervisor::Hypervisor;
+
+const SIZE: usize = 16 * 1024;
+
+/// A host with one VM that has been backed up once and written to since, and things of another product.
+fn prepared() -> (World, Machine) {
+    let world = World::new();
+    world.add_vm("web", &[SIZE, 2 * SIZE]);
+    world.add_foreign(0);
+    world.write(0, 0, 0, b"before the first backup");
+    let mut machine = Machine::new(&world);
+    machine.backup("web").unwrap();
+    world.write(0, 1, 9000, b"since the first backup");
+    (world, machine)
+}
+
+/// What must hold after a backup that was cut short somehow, when time has passed and the next one has run.
+fn assert_recovers(world: &World, machine: &mut Machine, what: &str) {
+    let foreign = world.points(0).first().cloned().unwrap();
+    assert!(machine.base_is_alive(0), "{what}: the base was destroyed early");
+    world.cut(None);
+    world.pass(10_000);
+    world.write(0, 0, 512, b"after the cut");
+    machine.killed_after_commit = false;
+    let had_base =
+        machine.points.last().unwrap().disks.values().all(|disk| disk.tracking.is_some());
+    assert!(had_base || machine.host_dies, "{what}: the moment was not named");
+    let outcome = machine.backup("web").unwrap_or_else(|error| panic!("{what}: {error}"));
+    assert_eq!(outcome.full.is_empty(), had_base, "{what}: the base was lost: {:?}", outcome.full);
+    let last = machine.points.last().unwrap();
+    for (stored, disk) in last.disks.values().zip(&world.0.lock().vms[0].disks) {
+        assert!(stored.bytes == disk.data, "{what}: the restore point is not the disk");
+    }
+    let mut needed: Vec<_> =
+        last.disks.values().map(|disk| point_of(disk.tracking.as_ref().unwrap())).collect();
+    needed.dedup();
+    let mut points = world.points(0);
+    points.retain(|point| *point != foreign);
+    assert_eq!(points, needed, "{what}: reference points");
+    assert_eq!(world.leftovers(), ["web - Backup"], "{what}: left on the host");
+    // A journal stays only as long as the host could still be making something.
+    world.pass(3600 * 1000);
+    machine.hypervisor().reap().unwrap();
+    assert_eq!(machine.state_files("journal"), Vec::<String>::new(), "{what}");
+}
+
+#[test]
+fn a_backup_that_is_killed_at_any_call_leaves_nothing_after_the_next() {
+    let (world, mut machine) = prepared();
+    world.cut(None);
+    machine.backup("web").unwrap();
+    let calls = world.calls();
+    assert!(calls > 40, "{calls}");
+    for call in 1..=calls {
+        for cut in [Cut::DieBefore(call), Cut::DieAfter(call)] {
+            let (world, mut machine) = prepared();
+            world.cut(Some(cut));
+            // It may come to a committed restore point, and may not.
+            let _ = machine.backup("web");
+            assert!(world.is_dead(), "{cut:?}");
+            assert_recovers(&world, &mut machine, &format!("{cut:?} of {calls}"));
+        }
+    }
+}
+
+#[test]
+fn a_host_that_goes_away_at_any_call_leaves_nothing_after_the_next_backup() {
+    let (world, mut machine) = prepared();
+    world.cut(None);
+    machine.backup("web").unwrap();
+    for call in 1..=world.calls() {
+        let (world, mut machine) = prepared();
+        machine.host_dies = true;
+        world.cut(Some(Cut::DieAfter(call)));
+        let _ = machine.backup("web");
+        assert_recovers(&world, &mut machine, &format!("host lost after {call}"));
+    }
+}
+
+#[test]
+fn a_backup_that_loses_any_answer_leaves_nothing_after_the_next() {
+    let (world, mut machine) = prepared();
+    world.cut(None);
+    machine.backup("web").unwrap();
+    let calls = world.calls();
+    let mut done = 0;
+    for call in 1..=calls {
+        let (world, mut machine) = prepared();
+        world.cut(Some(Cut::LoseAnswer(call)));
+        done += usize::from(machine.backup("web").is_ok());
+        assert_recovers(&world, &mut machine, &format!("lost answer {call} of {calls}"));
+    }
+    // Answers about what was made or removed are not needed: it is looked for.
+    assert!(done > 10, "{done} of {calls}");
+}
+
+#[test]
+fn a_job_that_dies_between_its_commit_and_the_hosts_keeps_both_points_until_it_is_known() {
+    let (world, mut machine) = prepared();
+    machine.killed_after_commit = true;
+    machine.backup("web").unwrap_err();
+    assert_eq!(world.points(0).len(), 3, "the other product's, the old and the new");
+    // Nobody can tell yet which of the two a restore point names.
+    world.cut(None);
+    machine.hypervisor().reap().unwrap();
+    assert_eq!(world.points(0).len(), 3);
+    assert_recovers(&world, &mut machine, "killed after the commit");
+}
+
+#[test]
+fn a_job_whose_commit_failed_and_that_dies_while_it_undoes_is_undone() {
+    let (world, mut machine) = prepared();
+    world.cut(None);
+    machine.commit_fails = true;
+    machine.backup("web").unwrap_err();
+    let calls = world.calls();
+    for call in 1..=calls {
+        let (world, mut machine) = prepared();
+        machine.commit_fails = true;
+        world.cut(Some(Cut::DieAfter(call)));
+        machine.backup("web").unwrap_err();
+        machine.commit_fails = false;
+        assert_recovers(
+            &world,
+            &mut machine,
+            &format!("failed commit, killed after {call} of {calls}"),
+        );
+    }
+}
+
+#[test]
+fn the_reaping_itself_may_be_killed_at_any_call() {
+    let (world, mut machine) = prepared();
+    world.cut(None);
+    machine.backup("web").unwrap();
+    let calls = world.calls();
+    // In the middle of reading there is most to remove.
+    for call in 1..=calls / 2 {
+        let (world, mut machine) = prepared();
+        world.cut(Some(Cut::DieAfter(calls * 2 / 3)));
+        let _ = machine.backup("web");
+        world.cut(Some(Cut::DieAfter(call)));
+        let _ = machine.hypervisor().reap();
+        assert_recovers(&world, &mut machine, &format!("reaping killed after {call}"));
+    }
+}
