@@ -161,3 +161,29 @@ fn the_reaping_itself_may_be_killed_at_any_call() {
         assert_recovers(&world, &mut machine, &format!("reaping killed after {call}"));
     }
 }
+
+#[test]
+fn a_point_that_nothing_proves_to_be_ours_is_left_alone_and_named() {
+    // Over the network the files do not tell the ids that they were sealed under.
+    let (world, mut machine) = prepared();
+    world.0.lock().faults.no_most_recent = true;
+    world.cut(None);
+    machine.backup("web").unwrap();
+    let calls = world.calls();
+    let mut left = 0;
+    for call in 1..=calls {
+        let (world, mut machine) = prepared();
+        world.0.lock().faults.no_most_recent = true;
+        world.cut(Some(Cut::DieAfter(call)));
+        let _ = machine.backup("web");
+        world.cut(None);
+        world.pass(10_000);
+        let outcome = machine.backup("web").unwrap();
+        let named =
+            outcome.warnings.iter().filter(|text| text.contains("may be another program's"));
+        let (named, points) = (named.count(), world.points(0).len());
+        assert_eq!(points, 2 + named, "killed after {call} of {calls}: {:?}", outcome.warnings);
+        left += named;
+    }
+    assert!((1..10).contains(&left), "{left} of {calls}");
+}
