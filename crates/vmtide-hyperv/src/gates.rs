@@ -14,7 +14,7 @@ const FIRST_TRACKED: (u16, u16) = (6, 2);
 const FIRST_ORDINARY: (u16, u16) = (8, 0);
 
 /// What the name of a checkpoint of ours begins with; the job's id follows.
-const OUR_NAME: &str = "vmtide ";
+pub(crate) const OUR_NAME: &str = "vmtide ";
 
 /// Whether the version of a VM's configuration lets its changes be tracked.
 #[derive(Clone, Debug, PartialEq, Eq)]

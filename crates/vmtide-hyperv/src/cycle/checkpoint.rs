@@ -3,6 +3,7 @@
 use crate::cycle::steps::{self, JobState, Step};
 use crate::cycle::undo::Fate;
 use crate::cycle::{HypervHypervisor, time};
+use crate::gates::job_of_checkpoint;
 use crate::{BackupType, SnapshotKind, SnapshotRecord, SnapshotRequest, VmRecord};
 use vmtide_hypervisor::{Consistency, FreezeRequest, HypervisorError, JobId, Journal, Result};
 
@@ -169,7 +170,7 @@ pub(crate) fn ours<'a>(
         let new = snapshots.iter().filter(|snapshot| {
             is_new_recovery(snapshot, &making.before)
                 && !is_known(snapshot)
-                && steps::job_of_name(&snapshot.settings.name).is_none()
+                && job_of_checkpoint(&snapshot.settings.name).is_none()
         });
         let (mut likely, mut others): (Vec<_>, Vec<_>) =
             new.partition(|snapshot| was_made(snapshot, making.at, limit_s, fate));

@@ -73,6 +73,7 @@ impl HypervHypervisor {
             return Err(HypervisorError::Busy { vm: vm.name, detail: other });
         }
         let mut warnings = reaped.notes;
+        warnings.extend(reaped.others);
         let bases = Bases::of(&request.bases);
         let directory = &self.options().state_directory;
         let mut ledger = Ledger::open(directory, vm.id)?;
@@ -86,9 +87,9 @@ impl HypervHypervisor {
         // Merges that ended meanwhile have changed the paths of its disks.
         let vm = self.host().vm(vm.id)?;
         let attachments = self.host().disks(&vm.settings)?;
-        let gates = Gates::of(&vm, self.host().snapshots(vm.id)?);
-        warnings.extend(gates.warnings.iter().cloned());
-        check_any(&vm, &attachments, request)?;
+        let gates = Gates::of(&vm);
+        warnings.extend(gates.warning());
+        check_any(&vm, &attachments, &gates, request)?;
         let journal = Journal::begin(directory, request.job.clone(), &steps::target_of(vm.id))?;
         let session = Session {
             hyperv: self.clone(),
@@ -153,8 +154,13 @@ impl HypervHypervisor {
 }
 
 /// Refuses a VM of which nothing would be backed up, before anything is made.
-fn check_any(vm: &VmRecord, attachments: &[DiskAttachment], request: &FreezeRequest) -> Result<()> {
-    let any = attachments.iter().any(|disk| !disk.pass_through && !is_excluded(disk, request));
+fn check_any(
+    vm: &VmRecord,
+    attachments: &[DiskAttachment],
+    gates: &Gates,
+    request: &FreezeRequest,
+) -> Result<()> {
+    let any = attachments.iter().any(|disk| gates.is_held(disk) && !is_excluded(disk, request));
     if any {
         return Ok(());
     }
@@ -182,10 +188,10 @@ fn make_all(
     request.cancel.check()?;
     let mut configuration = session.hyperv.capture(&session.vm, &made.snapshot)?;
     warnings.append(&mut configuration.warnings);
-    warn_of_skipped(attachments, &configuration.disks, request, warnings);
-    let held = configuration.disks.iter();
-    let held = held.filter(|disk| !disk.pass_through && !is_excluded(disk, request));
+    let held = configuration.disks.iter().filter(|disk| gates.is_held(disk));
     let held: Vec<_> = held.cloned().collect();
+    warn_of_skipped(attachments, &held, gates, request, warnings);
+    let held: Vec<_> = held.into_iter().filter(|disk| !is_excluded(disk, request)).collect();
     if held.is_empty() {
         return Err(HypervisorError::failed(
             format!("back up {}", session.vm.name),
@@ -232,13 +238,14 @@ fn leaves(
 fn warn_of_skipped(
     attachments: &[DiskAttachment],
     held: &[DiskAttachment],
+    gates: &Gates,
     request: &FreezeRequest,
     warnings: &mut Vec<String>,
 ) {
     let is_held = |disk: &DiskAttachment| held.iter().any(|other| other.location == disk.location);
     for disk in attachments.iter().filter(|disk| !is_held(disk) && !is_excluded(disk, request)) {
         let id = disks::id_of(disk);
-        let why = Gates::skipped(disk);
+        let why = gates.skipped(disk);
         warnings.push(format!("disk {id} ({}) is not backed up: {why}", disk.host_resource));
     }
 }

@@ -6,7 +6,8 @@ use crate::cycle::disks::Bases;
 use crate::cycle::ledger::Ledger;
 use crate::cycle::steps;
 use crate::cycle::undo::{self, Fate, Undo};
-use crate::{SnapshotKind, SnapshotRecord, VmRecord};
+use crate::gates::Checkpoints;
+use crate::{SnapshotRecord, VmRecord};
 use vmtide_block::CancelToken;
 use vmtide_hypervisor::{HypervisorError, JobId, Journal, ReapReport, Result};
 
@@ -19,6 +20,8 @@ pub(crate) struct VmReap {
     pub in_use: Vec<String>,
     /// What the user should know.
     pub notes: Vec<String>,
+    /// What to tell of other products' checkpoints.
+    pub others: Option<String>,
 }
 
 impl HypervHypervisor {
@@ -95,12 +98,9 @@ impl HypervHypervisor {
 
     /// Checkpoints with our name that no journal here knows: of another installation, or of one whose state was lost.
     fn reap_names(&self, vm: &VmRecord, reap: &mut VmReap, cancel: &CancelToken) -> Result<()> {
-        let snapshots = self.host().snapshots(vm.id)?;
-        let named = snapshots.iter().filter(|snapshot| {
-            snapshot.kind == SnapshotKind::Recovery
-                && steps::job_of_name(&snapshot.settings.name).is_some()
-        });
-        for snapshot in named {
+        let checkpoints = Checkpoints::of(self.host().snapshots(vm.id)?);
+        reap.others = checkpoints.warning();
+        for snapshot in &checkpoints.ours {
             let name = &snapshot.settings.name;
             if self.is_orphan(snapshot) {
                 self.host().destroy_snapshot(snapshot, cancel)?;

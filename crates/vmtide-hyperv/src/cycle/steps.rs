@@ -1,6 +1,7 @@
 //! The steps of a job on Hyper-V, as the journal keeps them: each is written down before it is taken, with what is
 //! needed to find again what it made when nobody was there to hear the answer.
 
+use crate::gates::OUR_NAME;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 use vmtide_hypervisor::{Journal, JournalEntry, Result};
@@ -142,17 +143,8 @@ impl JobState {
 
 /// The name that a checkpoint of ours gets, so that an administrator recognises a leftover.
 pub(crate) fn checkpoint_name(job: &str) -> String {
-    format!("{PREFIX}{job}")
+    format!("{OUR_NAME}{job}")
 }
-
-/// The job of a checkpoint by its name; none where it is not one of ours.
-pub(crate) fn job_of_name(name: &str) -> Option<&str> {
-    let job = name.strip_prefix(PREFIX)?;
-    (job.len() == 16 && job.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b)))
-        .then_some(job)
-}
-
-const PREFIX: &str = "vmtide ";
 
 /// Names a VM to the journal and the lock, wherever it runs: the line of its jobs follows it from host to host.
 pub(crate) fn target_of(vm: Uuid) -> String {
@@ -162,6 +154,7 @@ pub(crate) fn target_of(vm: Uuid) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gates::job_of_checkpoint;
     use vmtide_hypervisor::JobId;
 
     #[test]
@@ -201,7 +194,7 @@ mod tests {
     #[test]
     fn only_our_names_are_ours() {
         let job = JobId::random();
-        assert_eq!(job_of_name(&checkpoint_name(job.as_str())), Some(job.as_str()));
+        assert_eq!(job_of_checkpoint(&checkpoint_name(job.as_str())), Some(job.as_str()));
         for name in [
             "vmtide",
             "vmtide x",
@@ -209,7 +202,7 @@ mod tests {
             "my vmtide 0123456789abcdef",
             "web - Backup",
         ] {
-            assert_eq!(job_of_name(name), None, "{name}");
+            assert_eq!(job_of_checkpoint(name), None, "{name}");
         }
     }
 }
