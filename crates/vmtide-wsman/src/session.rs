@@ -103,20 +103,11 @@ impl Session {
         options: &WsmanOptions,
         peer: &str,
     ) -> Result<Self, Refusal> {
-        let login = |detail: String| Refusal::Other(CimError::Login { peer: peer.into(), detail });
-        let Some(credentials) = &options.credentials else { return Err(login("no user".into())) };
-        let failed = |error: AuthError| match error {
-            AuthError::Refused(detail) => login(detail),
-            AuthError::UnknownHost(detail) => {
-                Refusal::NotThisWay(CimError::Login { peer: peer.into(), detail })
-            }
-            AuthError::NoAuthority(detail) => Refusal::NotThisWay(CimError::Unreachable {
-                peer: peer.into(),
-                detail,
-                before_request: true,
-            }),
-            AuthError::Broken(detail) => Refusal::Other(CimError::protocol(peer, detail)),
+        let Some(credentials) = &options.credentials else {
+            let detail = "no user".into();
+            return Err(Refusal::Other(CimError::Login { peer: peer.into(), detail }));
         };
+        let failed = |error| Refusal::of(error, peer);
         let binding = connection.binding.as_deref();
         let mut context = Context::new(mechanism, options, credentials, binding).map_err(failed)?;
         let mut token = context.step(None).map_err(failed)?;
@@ -143,27 +134,15 @@ impl Session {
                     let said = reply.as_deref().and_then(ticket_refusal).map(str::to_owned);
                     let detail = said.unwrap_or_else(|| refused(&answer, mechanism));
                     let error = CimError::Login { peer: peer.into(), detail };
-                    let other_way =
-                        mechanism == Mechanism::Kerberos && connection.binding.is_some();
-                    return Err(if other_way {
-                        Refusal::NotThisWay(error)
-                    } else {
-                        Refusal::Other(error)
+                    // Without the binding it may be taken.
+                    let bound = mechanism == Mechanism::Kerberos && connection.binding.is_some();
+                    return Err(match bound {
+                        true => Refusal::NotThisWay(error),
+                        false => Refusal::Other(error),
                     });
                 }
                 (status, reply) if status.is_success() => {
-                    // Kerberos proves the host, too; NTLM has no more to say.
-                    match (mechanism, reply) {
-                        (Mechanism::Kerberos, None) => {
-                            return Err(failed(AuthError::Broken(
-                                "it did not prove that it is the host".into(),
-                            )));
-                        }
-                        (Mechanism::Kerberos, Some(reply)) => {
-                            context.step(Some(&reply)).map_err(failed)?;
-                        }
-                        (Mechanism::Ntlm, _) => {}
-                    }
+                    prove_host(&mut context, reply).map_err(failed)?;
                     let seals = options.scheme == Scheme::Http;
                     let proof = Proof::Connection(Box::new(context));
                     return Ok(Self { connection, proof, seals, used: Instant::now() });
@@ -171,7 +150,7 @@ impl Session {
                 _ => return Err(Refusal::Other(no_service(&answer, peer))),
             }
         }
-        Err(login("the authentication does not come to an end".into()))
+        Err(Refusal::Other(CimError::protocol(peer, "the authentication does not come to an end")))
     }
 
     /// How long nothing was sent over it.
@@ -306,11 +285,38 @@ enum Refusal {
     Other(CimError),
 }
 
+impl Refusal {
+    fn of(error: AuthError, peer: &str) -> Self {
+        let login = |detail| CimError::Login { peer: peer.into(), detail };
+        match error {
+            AuthError::Refused(detail) => Self::Other(login(detail)),
+            AuthError::Unusable(detail) => Self::NotThisWay(login(detail)),
+            AuthError::NoAuthority(detail) => Self::NotThisWay(CimError::Unreachable {
+                peer: peer.into(),
+                detail,
+                before_request: true,
+            }),
+            AuthError::Broken(detail) => Self::Other(CimError::protocol(peer, detail)),
+        }
+    }
+}
+
+/// What the host adds once it knows the user: by Kerberos it proves itself, too; by NTLM it has no more to say.
+fn prove_host(context: &mut Context, reply: Option<Vec<u8>>) -> Result<(), AuthError> {
+    match (context.mechanism(), reply) {
+        (Mechanism::Ntlm, _) => Ok(()),
+        (Mechanism::Kerberos, Some(reply)) => context.step(Some(&reply)).map(|_| ()),
+        (Mechanism::Kerberos, None) => {
+            Err(AuthError::Broken("it did not prove that it is the host".into()))
+        }
+    }
+}
+
 fn auth_words(error: &AuthError) -> &str {
     match error {
         AuthError::Refused(words)
         | AuthError::NoAuthority(words)
-        | AuthError::UnknownHost(words)
+        | AuthError::Unusable(words)
         | AuthError::Broken(words) => words,
     }
 }

@@ -34,8 +34,8 @@ pub(crate) enum AuthError {
     Refused(String),
     /// Nobody of the user's domain answers.
     NoAuthority(String),
-    /// The domain does not know the host.
-    UnknownHost(String),
+    /// The domain does not know the host, or the mechanism cannot be used with it; another one may.
+    Unusable(String),
     /// The host does not keep to the protocol.
     Broken(String),
 }
@@ -341,7 +341,7 @@ fn kerberos_error(error: &sspi::Error, target: &str) -> AuthError {
         ),
         Kind::ContextExpired => AuthError::Refused("the Kerberos ticket has expired".into()),
         Kind::UnknownCredentials if lower.contains("server") && lower.contains("not found") => {
-            AuthError::UnknownHost(format!(
+            AuthError::Unusable(format!(
                 "the domain does not know {target}: use the host's full name, or NTLM"
             ))
         }
@@ -354,7 +354,7 @@ fn kerberos_error(error: &sspi::Error, target: &str) -> AuthError {
         Kind::InvalidParameter if lower.contains("expired") => {
             AuthError::Refused(format!("the account or its password has expired: {words}"))
         }
-        _ => AuthError::Refused(format!("Kerberos: {words}")),
+        _ => AuthError::Unusable(format!("Kerberos cannot be used: {words}")),
     }
 }
 
