@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use vmtide_block::CancelToken;
 use vmtide_hypervisor::remote::{FreezeDocument, FreezeState, FreezeView};
 use vmtide_hypervisor::{
-    FreezeRequest, HypervisorError, ReapReport, VmConfig, VmSelector, VmSummary,
+    FreezeRequest, HealthCheck, HypervisorError, ReapReport, VmConfig, VmSelector, VmSummary,
 };
 
 /// The most of an answer that holds configurations: those of Hyper-V have files of some megabytes in them.
@@ -31,6 +31,14 @@ const CANCEL_INTERVAL: Duration = Duration::from_millis(50);
 struct VmList {
     vms: Vec<VmSummary>,
 }
+
+#[derive(Deserialize)]
+struct CheckList {
+    checks: Vec<HealthCheck>,
+}
+
+/// The most checks that are shown; a host with 256 VMs of 8 disks has some 5000.
+const MAX_CHECKS: usize = 10_000;
 
 fn freeze_target(id: &str) -> String {
     format!("/v1/vms/freezes/{}", segment(id))
@@ -50,6 +58,24 @@ pub(crate) fn config(transport: &Transport, vm: &str) -> Result<VmConfig> {
     let target = format!("/v1/vms/config?vm={}", segment(vm));
     let request = Request::get(target).at_most(MAX_BYTES);
     json(&transport.agent, &transport.document(&request, &CancelToken::new())?)
+}
+
+/// What an agent finds on its host; an older one has nothing to say.
+pub(crate) fn health(transport: &Transport, vm: Option<&str>) -> Result<Vec<HealthCheck>> {
+    let target = match vm {
+        Some(vm) => format!("/v1/vms/health?vm={}", segment(vm)),
+        None => "/v1/vms/health".to_owned(),
+    };
+    let request = Request::get(target).at_most(MAX_BYTES);
+    let list: CheckList =
+        json(&transport.agent, &transport.document(&request, &CancelToken::new())?)?;
+    let clean = |check: HealthCheck| HealthCheck {
+        name: words(&check.name),
+        state: check.state,
+        detail: words(&check.detail),
+        mend: check.mend.as_deref().map(words),
+    };
+    Ok(list.checks.into_iter().take(MAX_CHECKS).map(clean).collect())
 }
 
 pub(crate) fn reap(transport: &Transport) -> Result<ReapReport> {

@@ -18,7 +18,8 @@ use vmtide_block::CancelToken;
 use vmtide_hypervisor::remote::{ChangesView, DiskView, FreezeState, FreezeView, MomentView};
 use vmtide_hypervisor::{
     Changes, Consistency, DiskId, ErrorReport, FreezeRequest, FrozenDisk, FrozenVm, FullReason,
-    Hypervisor, HypervisorError, ReapReport, Result, Seal, VmConfig, VmSelector, VmSummary,
+    HealthCheck, Hypervisor, HypervisorError, ReapReport, Result, Seal, VmConfig, VmSelector,
+    VmSummary,
 };
 
 /// The most lines that an agent's word of warning may have.
@@ -126,6 +127,17 @@ impl Hypervisor for AgentHypervisor {
             vm_calls::FreezeFailed::Platform(error) => error,
         })?;
         Ok(Box::new(self.frozen(view, request)?))
+    }
+
+    fn examine(&self, vm: Option<&str>) -> Vec<HealthCheck> {
+        match vm_calls::health(&self.client.shared().transport, vm) {
+            Ok(checks) => checks,
+            // An agent that cannot be asked for this is described by what fails next.
+            Err(error) => {
+                tracing::debug!(%error, "the agent does not look its host over");
+                Vec::new()
+            }
+        }
     }
 
     fn reap(&self) -> Result<ReapReport> {

@@ -164,6 +164,14 @@ const OPERATIONS: &[Operation] = &[
     operation("/v1/vms/config", "get", "showVm", "The configuration of a VM")
         .query(&["!vm"])
         .gives(200, Answer::Json("VmConfig")),
+    operation(
+        "/v1/vms/health",
+        "get",
+        "examineVms",
+        "What works on the host and its VMs, and what does not",
+    )
+    .query(&["vm"])
+    .gives(200, Answer::Json("HealthChecks")),
     operation("/v1/vms/reap", "post", "reap", "Removes what killed jobs left")
         .gives(200, Answer::Json("ReapReport")),
     operation("/v1/vms/freezes", "get", "listVmFreezes", "The freezes of VMs of this key")
@@ -548,6 +556,12 @@ fn add_vm_schemas(add: &mut impl FnMut(&str, Value) -> Option<Value>) {
     add("Vm", object(&summary));
     add("Vms", object(&[("vms", list_of("Vm"))]));
     add("VmConfig", json!({ "type": "object" }));
+    let state = json!({ "type": "string", "enum": ["ok", "warn", "fail"] });
+    let check =
+        [("name", text()), ("state", state), ("detail", text()), ("mend?", or_null("string"))];
+    // What to do is left out where there is nothing to do.
+    add("HealthCheck", wanted(&check));
+    add("HealthChecks", object(&[("checks", list_of("HealthCheck"))]));
     add("ReapReport", object(&[("removed", texts()), ("in_use", texts())]));
     let base = [("disk", text()), ("tracking_id?", or_null("string")), ("size_bytes", integer())];
     add("VmBase", wanted(&base));

@@ -89,6 +89,13 @@ fn a_vm_is_frozen_read_and_committed() {
     assert_eq!(reader.get("/v1/vms").json()["vms"][0]["name"], "web");
     assert_eq!(reader.get("/v1/vms/config?vm=6b17").json()["disks"][1]["id"], "scsi0:1");
     assert_eq!(reader.get("/v1/vms/config?vm=db").code(), "not_found");
+    let health = reader.get("/v1/vms/health").json();
+    assert_eq!(health["checks"][0], json!({"name": "host", "state": "ok", "detail": "answers"}));
+    let health = reader.get("/v1/vms/health?vm=web").json();
+    assert_eq!(
+        (&health["checks"][1]["detail"], &health["checks"][1]["mend"]),
+        (&json!("web"), &json!("raise it"))
+    );
     assert_eq!(post(&reader, "/v1/vms/reap").json()["removed"][0], "a checkpoint");
 
     let freeze = frozen(&reader, "firstfirst");

@@ -10,6 +10,8 @@ mod config;
 mod cycle;
 pub mod doctor;
 mod files;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod gates;
 mod host;
 mod job;

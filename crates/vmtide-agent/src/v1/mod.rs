@@ -55,6 +55,7 @@ fn vm_routes() -> Router<Shared> {
     Router::new()
         .route("/vms", get(vms::list))
         .route("/vms/config", get(vms::config))
+        .route("/vms/health", get(vms::health))
         .route("/vms/reap", post(vms::reap))
         .route("/vms/freezes", get(vms::freezes).post(vms::freeze))
         .route("/vms/freezes/{id}", get(vms::show).put(vms::renew).delete(vms::abort))

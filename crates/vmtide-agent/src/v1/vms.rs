@@ -70,6 +70,14 @@ pub(super) async fn config(State(state): State<Shared>, asked: Asked) -> Respons
     noted(answer.into_response(), note)
 }
 
+/// `GET /v1/vms/health[?vm=]`
+pub(super) async fn health(State(state): State<Shared>, asked: Asked) -> Result<Response> {
+    asked.parameters.only(&["vm"])?;
+    let vm = asked.parameters.get("vm")?.map(str::to_owned);
+    let checks = ask(&state, move |hypervisor| Ok(hypervisor.examine(vm.as_deref()))).await?;
+    json(&serde_json::json!({ "checks": checks }))
+}
+
 /// `POST /v1/vms/reap`
 pub(super) async fn reap(State(state): State<Shared>, asked: Asked) -> Result<Response> {
     asked.parameters.only(&[])?;

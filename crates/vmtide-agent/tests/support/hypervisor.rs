@@ -8,8 +8,8 @@ use vmtide_block::{BlockDevice, ByteRange, MemoryDevice, RangeSet};
 use vmtide_cim::{Association, Cim, CimError, CimInstance, CimValue, MethodOutput, ObjectPath};
 use vmtide_hypervisor::{
     Changes, Consistency, DiskBus, DiskConfig, DiskId, FreezeRequest, FrozenDisk, FrozenVm,
-    FullReason, Hypervisor, HypervisorError, JobId, ReapReport, Result, Seal, TrackingId, VmConfig,
-    VmSummary,
+    FullReason, HealthCheck, Hypervisor, HypervisorError, JobId, ReapReport, Result, Seal,
+    TrackingId, VmConfig, VmSummary,
 };
 
 pub const DISK: usize = 1 << 20;
@@ -130,6 +130,12 @@ impl Hypervisor for TestHypervisor {
             script: Arc::clone(&self.script),
             committed: false,
         }))
+    }
+
+    fn examine(&self, vm: Option<&str>) -> Vec<HealthCheck> {
+        let first = HealthCheck::ok("host", "answers");
+        let second = HealthCheck::warn("version", vm.unwrap_or("all"), "raise it");
+        vec![first, second]
     }
 
     fn reap(&self) -> Result<ReapReport> {

@@ -9,4 +9,5 @@ mod portable;
 
 pub use files::{CapturedFiles, capture_files, configuration_files, decode};
 pub use native::native_settings;
+pub(crate) use native::{read_settings, settings_file};
 pub use portable::Configuration;

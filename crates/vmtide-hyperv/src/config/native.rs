@@ -199,6 +199,37 @@ mod tests {
         assert_eq!(native_settings(&VmConfig::default()).unwrap(), None);
     }
 
+    /// What the fuzz target runs, over the seed and mutations of it.
+    #[test]
+    fn mutations_never_panic_and_are_stable() {
+        let system = CimInstance::new("Msvm_VirtualSystemSettingData")
+            .with("InstanceID", "Microsoft:A")
+            .with("BootOrder", CimValue::Array(CimType::Uint16, vec![CimValue::Uint16(1)]))
+            .with("SecureBootEnabled", true);
+        let resource = CimInstance::new("Msvm_MemorySettingData")
+            .with("Limit", CimValue::Uint64(u64::MAX))
+            .with("Parent", r#"Msvm_X.InstanceID="A\\B""#);
+        let seed = settings_file(&system, &[resource]).unwrap().content;
+        if std::env::var_os("VMTIDE_WRITE_SEEDS").is_some() {
+            let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/../../fuzz/seeds/hyperv_settings");
+            std::fs::create_dir_all(directory).unwrap();
+            std::fs::write(format!("{directory}/settings.json"), &seed).unwrap();
+        }
+        let mut state = 1_u64;
+        let mut random = |below: usize| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            usize::try_from((state >> 33) % u64::try_from(below).unwrap()).unwrap()
+        };
+        for _ in 0..2_000 {
+            let mut bytes = seed.clone().into_bytes();
+            for _ in 0..=random(3) {
+                let at = random(bytes.len());
+                bytes[at] = b"\"{}[]:,1a "[random(10)];
+            }
+            crate::fuzzing::settings(&bytes);
+        }
+    }
+
     #[test]
     fn broken_settings_are_refused() {
         let property = |text: &str| {
