@@ -64,8 +64,12 @@ pub enum Phase {
     Release,
     /// No restore point came of it; everything made on the platform is undone.
     Abort,
+    /// A place for what is restored is made ready.
+    Prepare,
     /// Disks are written from a restore point.
     Restore,
+    /// A VM is made of restored disks.
+    Register,
     /// The repository is checked.
     Verify,
     /// What no restore point needs is removed.

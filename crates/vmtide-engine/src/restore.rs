@@ -139,7 +139,7 @@ pub struct RestoredDisk {
 pub fn restore(job: &RestoreJob<'_>, context: JobContext<'_>) -> Result<RestoreSummary> {
     let begun = Instant::now();
     let _lease = job.repository.lease(Purpose::Read)?;
-    let disks = choose_disks(job)?;
+    let disks = choose_disks(job.point, job.disk.as_deref())?;
     let plan = restore_target::plan(job, &disks)?;
     for disk in &disks {
         context.progress.add_total(disk.size_bytes);
@@ -167,9 +167,12 @@ pub fn restore(job: &RestoreJob<'_>, context: JobContext<'_>) -> Result<RestoreS
     })
 }
 
-fn choose_disks<'a>(job: &RestoreJob<'a>) -> Result<Vec<&'a DiskRecord>> {
-    let point = job.point;
-    let Some(wanted) = &job.disk else {
+/// The disks of a restore point, or the one that `wanted` names by id or number.
+pub(crate) fn choose_disks<'a>(
+    point: &'a RestorePoint,
+    wanted: Option<&str>,
+) -> Result<Vec<&'a DiskRecord>> {
+    let Some(wanted) = wanted else {
         return Ok(point.disks.iter().collect());
     };
     let ids = || {

@@ -16,6 +16,7 @@ pub mod gates;
 mod host;
 mod job;
 mod model;
+mod restore;
 mod select;
 
 pub use config::{
@@ -30,3 +31,4 @@ pub use model::types::{
     SnapshotKind, SnapshotRecord, VmRecord, VmSettings, VmState,
 };
 pub use model::{SnapshotRequest, VirtualHardDisk};
+pub use restore::HypervRestorer;

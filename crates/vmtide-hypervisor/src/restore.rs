@@ -78,6 +78,9 @@ pub struct InPlaceRequest {
     pub job: JobId,
     /// The disks to be written.
     pub disks: Vec<DiskToRestore>,
+    /// The tracking ids of all restore points of this VM. What they name becomes untrue by writing behind
+    /// the platform's back, and must not be built on by the next backup.
+    pub known_tracking: Vec<TrackingId>,
     /// Ends the work early.
     pub cancel: CancelToken,
 }

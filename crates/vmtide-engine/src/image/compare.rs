@@ -58,26 +58,42 @@ pub fn compare(
         });
     }
     context.phase(Phase::Compare, format!("{} with {}", left.name, right.name));
-    context.progress.add_total(longer);
+    let (left, right) = (left.device.as_ref(), right.device.as_ref());
+    let first = first_difference(left, right, longer, workers, context)?;
+    Ok(Comparison {
+        identical: first.is_none(),
+        first_difference: first,
+        size_bytes,
+        strict,
+        compared_bytes: context.progress.snapshot().done_bytes,
+    })
+}
+
+/// The first of `size_bytes` bytes at which two devices differ; past the end of either there are zeros.
+///
+/// # Errors
+/// As [`compare`].
+pub(crate) fn first_difference(
+    left: &dyn BlockDevice,
+    right: &dyn BlockDevice,
+    size_bytes: u64,
+    workers: Option<usize>,
+    context: JobContext<'_>,
+) -> Result<Option<u64>> {
+    context.progress.add_total(size_bytes);
     let comparer = Comparer {
-        left: left.device.as_ref(),
-        right: right.device.as_ref(),
+        left,
+        right,
         progress: context.progress,
         cancel: context.cancel,
-        size_bytes: longer,
+        size_bytes,
         next: AtomicU64::new(0),
         first: AtomicU64::new(u64::MAX),
     };
     let default = std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 16);
     comparer.run(workers.unwrap_or(default))?;
     let first = comparer.first.into_inner();
-    Ok(Comparison {
-        identical: first == u64::MAX,
-        first_difference: (first != u64::MAX).then_some(first),
-        size_bytes,
-        strict,
-        compared_bytes: context.progress.snapshot().done_bytes,
-    })
+    Ok((first != u64::MAX).then_some(first))
 }
 
 struct Comparer<'a> {

@@ -65,6 +65,13 @@ impl HypervHypervisor {
         request.cancel.check()?;
         let vm = self.host().find(&request.vm)?;
         let lock = self.lock(&vm.name, vm.id, &request.job)?;
+        if crate::restore::is_incomplete(&vm.name) {
+            return Err(HypervisorError::failed(
+                format!("back up {}", vm.name),
+                "a restore of it was not finished, so its disks are neither what they were nor what they \
+                 are to be: run the restore again first",
+            ));
+        }
         let reaped = self.reap_vm(&vm, true, &request.cancel)?;
         for what in &reaped.removed {
             tracing::info!(what, vm = %vm.name, "removed what a killed job left");
@@ -74,7 +81,8 @@ impl HypervHypervisor {
         }
         let mut warnings = reaped.notes;
         warnings.extend(reaped.others);
-        let bases = Bases::of(&request.bases);
+        let mut bases = Bases::of(&request.bases);
+        bases.require_points(&self.host().reference_points(vm.id)?);
         let directory = &self.options().state_directory;
         let mut ledger = Ledger::open(directory, vm.id)?;
         warnings.extend(self.drop_useless_points(

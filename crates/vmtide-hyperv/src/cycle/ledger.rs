@@ -61,6 +61,11 @@ impl Ledger {
         Ok(Self { path, points: content.points })
     }
 
+    /// The points of all lineages.
+    pub fn all(&self) -> impl Iterator<Item = &OwnPoint> {
+        self.points.iter()
+    }
+
     /// The points of a lineage.
     pub fn of<'a>(&'a self, lineage: &'a str) -> impl Iterator<Item = &'a OwnPoint> {
         self.points.iter().filter(move |point| point.lineage == lineage)

@@ -31,7 +31,12 @@ mod time;
 mod token;
 mod undo;
 
-use crate::{BackupType, Host, HostFiles, VmRecord, select};
+pub(crate) use changes::changed_since;
+pub(crate) use ledger::Ledger;
+pub(crate) use steps::target_of as lock_key;
+pub(crate) use token::{BaseToken, FileFacts};
+
+use crate::{BackupType, Host, HostFiles, HypervRestorer, VmRecord, select};
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -39,7 +44,7 @@ use uuid::Uuid;
 use vmtide_block::CancelToken;
 use vmtide_hypervisor::{
     FreezeRequest, FrozenVm, HealthCheck, Hypervisor, JobId, ReapReport, Result, VmConfig, VmLock,
-    VmSelector, VmSummary,
+    VmRestorer, VmSelector, VmSummary,
 };
 
 /// How long a job waits for the merge of its own disks, in milliseconds. Whoever waits longer keeps others waiting for
@@ -151,7 +156,15 @@ impl Hypervisor for HypervHypervisor {
     }
 
     fn reap(&self) -> Result<ReapReport> {
-        self.reap_host(&CancelToken::new())
+        let inner = &self.inner;
+        let state = &inner.options.state_directory;
+        let restorer = HypervRestorer::new(inner.host.clone(), inner.files.clone(), state);
+        let restores = restorer.reap_restores();
+        let mut report = self.reap_host(&CancelToken::new())?;
+        let restores = restores?;
+        report.removed.extend(restores.removed);
+        report.in_use.extend(restores.in_use);
+        Ok(report)
     }
 
     fn examine(&self, vm: Option<&str>) -> Vec<HealthCheck> {

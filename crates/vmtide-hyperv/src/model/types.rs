@@ -119,6 +119,21 @@ impl fmt::Display for DiskLocation {
     }
 }
 
+impl std::str::FromStr for DiskLocation {
+    type Err = ();
+
+    /// Reads what [`Display`](fmt::Display) writes.
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let (controller, rest) = match text.strip_prefix("ide") {
+            Some(rest) => (ControllerKind::Ide, rest),
+            None => (ControllerKind::Scsi, text.strip_prefix("scsi").ok_or(())?),
+        };
+        let (number, location) = rest.split_once(':').ok_or(())?;
+        let parse = |text: &str| text.parse::<u32>().map_err(|_| ());
+        Ok(Self { controller, controller_number: parse(number)?, location: parse(location)? })
+    }
+}
+
 /// The kinds of controllers of Hyper-V.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -1,0 +1,381 @@
+//! A VM whose disks go back to a restore point, in their files.
+//!
+//! Only what differs is written: where the host can tell what changed since the restore point, only that is
+//! looked at, else all is compared. It cannot be undone. So the VM gets a name that says that it is not
+//! complete, and a file beside its disks says so too, before the first byte is written; the same restore,
+//! started again, goes on. Its settings stay as they are.
+
+use super::host_path::{directory_of, extension_of, file_name_of, join};
+use super::journal::{RestoreJournal, Step, leftovers};
+use super::management::Management;
+use super::{HypervRestorer, refused, tracking};
+use crate::Host;
+use crate::cycle::{BaseToken, FileFacts, changed_since, lock_key};
+use crate::model::types::{DiskAttachment, VmRecord, VmState};
+use std::collections::BTreeSet;
+use vmtide_block::CancelToken;
+use vmtide_hypervisor::{
+    DiskContent, DiskToRestore, FullReason, HypervisorError, InPlaceRequest, RestoredVm,
+    RestoringDisk, RestoringVm, Result, VmLock,
+};
+
+/// What the name of a VM ends in while it is not complete.
+pub(super) const SUFFIX: &str = " (restore incomplete)";
+
+/// The most characters of a VM's name.
+const MAX_NAME_CHARACTERS: usize = 100;
+
+/// A VM that is changed in place.
+pub(super) struct InPlaceVm {
+    restorer: HypervRestorer,
+    vm: VmRecord,
+    /// The name it had and is to have again.
+    name: String,
+    marks: Vec<String>,
+    disks: Vec<RestoringDisk>,
+    warnings: Vec<String>,
+    /// None when it has ended.
+    journal: Option<RestoreJournal>,
+}
+
+/// A disk of the request with the one of the VM.
+struct Pair<'a> {
+    wanted: &'a DiskToRestore,
+    attachment: DiskAttachment,
+    content: DiskContent,
+}
+
+/// Begins a restore in place.
+pub(super) fn begin(restorer: &HypervRestorer, request: &InPlaceRequest) -> Result<InPlaceVm> {
+    let host = restorer.host();
+    let found = find(host, &request.vm)?;
+    let state = &restorer.inner.state_directory;
+    let lock = VmLock::acquire(state, &found.name, &lock_key(found.id), &request.job)?;
+    // What was found before the lock may be another's work by now.
+    let vm = host.vm(found.id)?;
+    let name = vm.name.strip_suffix(SUFFIX).unwrap_or(&vm.name).to_owned();
+    let was_marked = vm.name != name;
+    check_at_rest(host, &vm)?;
+    let mut pairs = pairs_of(restorer, &vm, request)?;
+    for pair in &mut pairs {
+        if let Some(content) = tracked_content(restorer, &vm, pair, request)? {
+            pair.content = content;
+        }
+        if was_marked {
+            let why = "an earlier restore of this VM was interrupted";
+            pair.content = DiskContent::Unknown(FullReason::TrackingLost(why.into()));
+        }
+    }
+    let mut journal = RestoreJournal::begin(state, &request.job, host.peer(), &name, lock)?;
+    journal.record(&Step::InPlace { id: vm.id })?;
+    let mut in_place = InPlaceVm {
+        restorer: restorer.clone(),
+        name,
+        marks: Vec::new(),
+        disks: Vec::new(),
+        warnings: Vec::new(),
+        journal: Some(journal),
+        vm,
+    };
+    let opened = in_place.mark(request, &pairs).and_then(|()| in_place.open(request, pairs));
+    match opened {
+        Ok(()) => Ok(in_place),
+        // Nothing was written: a VM that was whole is so.
+        Err(error) => {
+            if !was_marked && let Err(failed) = in_place.unmark() {
+                tracing::warn!(%failed, "a VM is still marked as incomplete");
+            } else if !was_marked {
+                in_place.end();
+            }
+            Err(error)
+        }
+    }
+}
+
+/// The VM, also where an earlier try has marked it.
+fn find(host: &Host, name: &str) -> Result<VmRecord> {
+    match host.find(name) {
+        Err(HypervisorError::NotFound { what, detail }) => {
+            let marked = host.find(&format!("{name}{SUFFIX}"));
+            marked.map_err(|_| HypervisorError::NotFound { what, detail })
+        }
+        found => found,
+    }
+}
+
+/// Whether the VM has nothing in memory and nothing between its disks and the files.
+fn check_at_rest(host: &Host, vm: &VmRecord) -> Result<()> {
+    let what = || format!("restore {} in place", vm.name);
+    match vm.state {
+        VmState::Off => {}
+        VmState::Saved => {
+            return Err(refused(
+                what(),
+                "it is saved: what it has in memory does not fit older disks; discard the saved state \
+                 (Remove-VMSavedState) if you mean it",
+            ));
+        }
+        _ => return Err(refused(what(), "it is not off: shut it down first")),
+    }
+    if let Some(checkpoint) = host.snapshots(vm.id)?.first() {
+        return Err(refused(
+            what(),
+            format!(
+                "it has checkpoints ({}): remove them first, or restore to a new VM",
+                checkpoint.settings.name
+            ),
+        ));
+    }
+    Ok(())
+}
+
+fn pairs_of<'a>(
+    restorer: &HypervRestorer,
+    vm: &VmRecord,
+    request: &'a InPlaceRequest,
+) -> Result<Vec<Pair<'a>>> {
+    let attached = restorer.host().disks(&vm.settings)?;
+    let what = || format!("restore {} in place", vm.name);
+    let mut pairs = Vec::with_capacity(request.disks.len());
+    for wanted in &request.disks {
+        let is_it = |disk: &&DiskAttachment| disk.location.to_string() == wanted.id.0;
+        let Some(attachment) = attached.iter().find(is_it) else {
+            let there: Vec<_> = attached.iter().map(|disk| disk.location.to_string()).collect();
+            return Err(refused(
+                what(),
+                format!("it has no disk {} now (it has {})", wanted.id, there.join(", ")),
+            ));
+        };
+        if attachment.pass_through || attachment.shared {
+            return Err(HypervisorError::Unsupported {
+                what: what(),
+                detail: format!("disk {} is handed through or shared", wanted.id),
+            });
+        }
+        let extension = extension_of(file_name_of(&attachment.host_resource)).to_lowercase();
+        if extension == "avhdx" || extension == "avhd" {
+            return Err(refused(
+                what(),
+                format!("disk {} is still being merged into its base: wait for it", wanted.id),
+            ));
+        }
+        pairs.push(Pair {
+            wanted,
+            attachment: attachment.clone(),
+            content: DiskContent::Unknown(FullReason::NoTrackingId),
+        });
+    }
+    Ok(pairs)
+}
+
+/// What the disk holds, by the host's change tracking since the restore point; none where its tracking id
+/// says nothing. Checks the size on the way.
+fn tracked_content(
+    restorer: &HypervRestorer,
+    vm: &VmRecord,
+    pair: &Pair<'_>,
+    request: &InPlaceRequest,
+) -> Result<Option<DiskContent>> {
+    let path = &pair.attachment.host_resource;
+    let file = restorer.files().open_disk(path)?;
+    let size_bytes = file.device.size_bytes();
+    if size_bytes < pair.wanted.size_bytes {
+        return Err(refused(
+            format!("restore {} in place", vm.name),
+            format!(
+                "disk {} has {size_bytes} bytes, and {} in the restore point: restore to a new VM",
+                pair.wanted.id, pair.wanted.size_bytes
+            ),
+        ));
+    }
+    let Some(tracking) = &pair.wanted.tracking else { return Ok(None) };
+    let token = match BaseToken::parse(tracking) {
+        Ok(token) => token,
+        Err(why) => return Ok(Some(DiskContent::Unknown(FullReason::TrackingLost(why)))),
+    };
+    if let Some(doubt) = token.doubt(vm.id, &FileFacts::from(&file)) {
+        return Ok(Some(DiskContent::Unknown(doubt)));
+    }
+    drop(file);
+    let answer = changed_since(restorer.files(), path, &token.rct, size_bytes, &request.cancel)?;
+    Ok(Some(match answer {
+        Ok(ranges) => DiskContent::DiffersWithin(ranges),
+        Err(reason) => DiskContent::Unknown(reason),
+    }))
+}
+
+/// Whether steps of a killed job are those of a VM that is still marked as incomplete.
+pub(super) fn is_unfinished(host: &Host, steps: &[Step]) -> Result<bool> {
+    let id = steps.iter().find_map(|step| match step {
+        Step::InPlace { id } => Some(*id),
+        _ => None,
+    });
+    let Some(id) = id else { return Ok(false) };
+    match host.vm(id) {
+        Ok(vm) => Ok(vm.name.ends_with(SUFFIX)),
+        Err(HypervisorError::NotFound { .. }) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+impl InPlaceVm {
+    /// Says to everybody that the VM is not complete, and has the host forget its tracking.
+    fn mark(&mut self, request: &InPlaceRequest, pairs: &[Pair<'_>]) -> Result<()> {
+        let restorer = self.restorer.clone();
+        let (host, files) = (restorer.host(), restorer.files());
+        let directories: BTreeSet<_> =
+            pairs.iter().map(|pair| directory_of(&pair.attachment.host_resource)).collect();
+        let name = mark_name(self.vm.id);
+        let text = format!(
+            "vmtide is restoring disks of the VM {} to the restore point {} (job {}).\r\n\
+             As long as this file is here, they are neither what they were nor what they are to be:\r\n\
+             do not start the VM. Run the same restore again to go on.\r\n",
+            self.name, request.point, request.job
+        );
+        for directory in directories {
+            let present = files.list(directory)?.unwrap_or_default();
+            let path = join(directory, &name);
+            if !present.iter().any(|entry| entry.name.eq_ignore_ascii_case(&name)) {
+                files.write_file(&path, text.as_bytes())?;
+            }
+            self.marks.push(path);
+        }
+        let marked = format!("{}{SUFFIX}", self.name);
+        if marked.chars().count() <= MAX_NAME_CHARACTERS {
+            if self.vm.name != marked {
+                host.rename(&self.vm.settings, &marked)?;
+            }
+        } else {
+            self.warnings.push("the VM's name is too long to be marked".into());
+        }
+        let state = &restorer.inner.state_directory;
+        tracking::destroy_points(
+            host,
+            state,
+            self.vm.id,
+            &request.known_tracking,
+            &request.cancel,
+        )?;
+        for pair in pairs {
+            tracking::remove_files(files, &pair.attachment.host_resource)?;
+        }
+        Ok(())
+    }
+
+    fn open(&mut self, request: &InPlaceRequest, pairs: Vec<Pair<'_>>) -> Result<()> {
+        for pair in pairs {
+            request.cancel.check()?;
+            let path = pair.attachment.host_resource;
+            let device = self.restorer.files().open_disk_writable(&path)?;
+            self.disks.push(RestoringDisk {
+                id: pair.wanted.id.clone(),
+                format: extension_of(file_name_of(&path)).to_lowercase(),
+                path,
+                device,
+                content: pair.content,
+            });
+        }
+        Ok(())
+    }
+
+    /// All is written: the marks go, the name last.
+    fn unmark(&mut self) -> Result<()> {
+        for mark in &self.marks {
+            self.restorer.files().remove_file(mark)?;
+        }
+        let vm = self.restorer.host().vm(self.vm.id)?;
+        if vm.name == self.name {
+            return Ok(());
+        }
+        if let Err(error) = self.restorer.host().rename(&vm.settings, &self.name) {
+            match self.restorer.host().vm(self.vm.id) {
+                Ok(now) if now.name == self.name => {}
+                _ => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Journals of earlier tries on this VM have no more to say, and neither has this one.
+    fn end(&mut self) {
+        let peer = self.restorer.host().peer().to_owned();
+        if let Some(journal) = self.journal.take()
+            && let Err(error) = journal.finish()
+        {
+            tracing::warn!(%error, "a journal of a restore that has ended was left");
+        }
+        let Ok(found) = leftovers(&self.restorer.inner.state_directory, &peer, None) else {
+            return;
+        };
+        for leftover in found.jobs {
+            if leftover.steps.contains(&Step::InPlace { id: self.vm.id })
+                && let Err(error) = leftover.journal.finish()
+            {
+                tracing::warn!(%error, "a journal of an earlier try was left");
+            }
+        }
+    }
+}
+
+/// The file that says that a VM is not complete.
+fn mark_name(vm: uuid::Uuid) -> String {
+    format!("INCOMPLETE - vmtide is restoring VM {}.txt", crate::model::read::guid(vm))
+}
+
+impl RestoringVm for InPlaceVm {
+    fn disks(&self) -> &[RestoringDisk] {
+        &self.disks
+    }
+
+    fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    fn finish(mut self: Box<Self>, power_on: bool) -> Result<RestoredVm> {
+        let directory = self.disks.first().map(|disk| directory_of(&disk.path).to_owned());
+        // The files are closed before the host opens them.
+        self.disks.clear();
+        self.unmark()?;
+        self.end();
+        let mut powered_on = false;
+        if power_on {
+            let cancel = CancelToken::new();
+            let started = Management::of(self.restorer.host(), &cancel)
+                .and_then(|management| management.start(&self.vm.path, &self.name));
+            match started {
+                Ok(()) => powered_on = true,
+                Err(error) => {
+                    self.warnings.push(format!("the VM is complete and was not started: {error}"));
+                }
+            }
+        }
+        Ok(RestoredVm {
+            name: std::mem::take(&mut self.name),
+            id: self.vm.id.to_string(),
+            directory: directory.unwrap_or_default(),
+            route: None,
+            same_id: true,
+            powered_on,
+            warnings: std::mem::take(&mut self.warnings),
+        })
+    }
+
+    fn abort(mut self: Box<Self>) -> Result<()> {
+        self.disks.clear();
+        // The journal stays: it says with the marks that the VM is not complete.
+        self.journal = None;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_mark_names_the_vm_by_its_id() {
+        let name = mark_name(uuid::Uuid::from_u128(0xab));
+        assert!(name.contains("00000000-0000-0000-0000-0000000000AB"), "{name}");
+        assert!(!name.contains(['\\', '/', ':']));
+    }
+}

@@ -1,0 +1,134 @@
+//! Restoring VMs to Hyper-V.
+//!
+//! ```text
+//! new VM:    lock name ─► reap ─► checks ─► journal ─► directory, mark, disks ─► (write) ─►
+//!            import and adapt (exact) or define and equip (portable) ─► name it ─► tidy up ─► start
+//! in place:  lock VM ─► checks ─► changes ─► journal, mark, rename ─► forget tracking ─► (write) ─►
+//!            unmark ─► start
+//! ```
+//!
+//! What must hold, and where it is kept:
+//! - A VM has its own name only when it is complete ([`journal`]); before, its directory holds a file that
+//!   says so to people. Everything is written down before it is made, and one procedure undoes it, for a
+//!   failure, an abort and a reaping alike ([`undo`]).
+//! - Nothing that exists is replaced: the name, the id and the directory of a new VM must be free
+//!   ([`new_vm`]).
+//! - A VM that comes back is off and disconnected, unless asked otherwise ([`network`]).
+//! - What was written into a disk without the host's knowledge is in no tracking of the host. So tracking
+//!   that began before is destroyed before the first byte is written, and the next backup reads the disk in
+//!   full ([`in_place`]); a new disk has no tracking yet, and the same follows. What is read is known to
+//!   the repository by content and is not stored again.
+
+mod boot;
+mod exact;
+mod hardware;
+mod host_path;
+mod in_place;
+mod journal;
+mod layout;
+mod management;
+mod native;
+mod network;
+mod new_vm;
+mod portable;
+mod tracking;
+mod typed;
+mod undo;
+
+use crate::{Host, HostFiles};
+use management::Management;
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use vmtide_block::CancelToken;
+use vmtide_hypervisor::{
+    HypervisorError, InPlaceRequest, NewVmRequest, ReapReport, RestoringVm, Result, VmRestorer,
+};
+
+/// A Hyper-V host as a place to restore VMs to. Clones share the connections.
+#[derive(Clone)]
+pub struct HypervRestorer {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    host: Host,
+    files: Arc<dyn HostFiles>,
+    state_directory: PathBuf,
+}
+
+impl fmt::Debug for HypervRestorer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HypervRestorer").field("host", &self.inner.host).finish_non_exhaustive()
+    }
+}
+
+impl HypervRestorer {
+    /// A host by its two ways, control and files, with the directory of locks and journals, which is that
+    /// of backups. Nothing is asked yet.
+    pub fn new(host: Host, files: Arc<dyn HostFiles>, state_directory: impl Into<PathBuf>) -> Self {
+        Self { inner: Arc::new(Inner { host, files, state_directory: state_directory.into() }) }
+    }
+
+    /// The host.
+    pub fn host(&self) -> &Host {
+        &self.inner.host
+    }
+
+    fn files(&self) -> &dyn HostFiles {
+        self.inner.files.as_ref()
+    }
+
+    /// Undoes what killed restores left, but for the VM whose lock the caller holds as `held`, which is
+    /// undone without locking it again.
+    fn reap_all(&self, held: Option<&str>) -> Result<ReapReport> {
+        let state = &self.inner.state_directory;
+        let leftovers = journal::leftovers(state, self.host().peer(), held)?;
+        let mut report = ReapReport { removed: Vec::new(), in_use: leftovers.in_use };
+        let mut failed = None;
+        // A cancelled job must not keep what it left from being removed.
+        let cancel = CancelToken::new();
+        for leftover in leftovers.jobs {
+            let management = Management::of(self.host(), &cancel)?;
+            if in_place::is_unfinished(self.host(), &leftover.steps)? {
+                // Only the same restore, run again, makes that VM whole.
+                report.in_use.push(format!("{} (restored in place, not finished)", leftover.name));
+                continue;
+            }
+            let job = leftover.journal.entry().job.clone();
+            match undo::undo(&management, self.files(), &job, &leftover.steps) {
+                Ok(undone) => {
+                    report.removed.extend(undone.removed);
+                    report.removed.extend(undone.left);
+                    leftover.journal.finish()?;
+                }
+                Err(error) => failed = failed.or(Some(error)),
+            }
+        }
+        failed.map_or(Ok(report), Err)
+    }
+}
+
+impl VmRestorer for HypervRestorer {
+    fn begin(&self, request: &NewVmRequest) -> Result<Box<dyn RestoringVm>> {
+        Ok(Box::new(new_vm::begin(self, request)?))
+    }
+
+    fn begin_in_place(&self, request: &InPlaceRequest) -> Result<Box<dyn RestoringVm>> {
+        Ok(Box::new(in_place::begin(self, request)?))
+    }
+
+    fn reap_restores(&self) -> Result<ReapReport> {
+        self.reap_all(None)
+    }
+}
+
+/// Whether a VM's name says that a restore of it was not finished.
+pub(crate) fn is_incomplete(name: &str) -> bool {
+    journal::is_temporary_name(name) || name.ends_with(in_place::SUFFIX)
+}
+
+/// An error that says what cannot be and what to do instead.
+fn refused(what: impl Into<String>, detail: impl Into<String>) -> HypervisorError {
+    HypervisorError::failed(what, detail)
+}

@@ -1,0 +1,177 @@
+//! Undoing a restore that did not come to its end: at once, or after its process was killed.
+//!
+//! One procedure for both, that works from the steps of the journal and from what the host says now, and
+//! can be repeated. A VM that has its name is complete and stays; then only what was temporary goes.
+//!
+//! | stopped | what is there | what is done |
+//! |---|---|---|
+//! | before a VM was registered | files | removed |
+//! | within an import | perhaps a planned VM under its old name | told by its id, or by its disks and origin, and removed; then the files |
+//! | after it | a VM or planned VM under the job's name, or by its id | removed; then the files |
+//! | at the commit | the VM under its name, or still under the job's | kept; or removed with its files |
+
+use super::host_path::{join, same};
+use super::journal::{Step, temporary_name};
+use super::management::{Management, PlannedVm};
+use crate::files::HostFiles;
+use crate::model::types::VmRecord;
+use vmtide_hypervisor::{JobId, Result};
+
+/// What was undone.
+#[derive(Debug, Default)]
+pub(super) struct Undone {
+    /// What was removed, one line each.
+    pub removed: Vec<String>,
+    /// What was left because somebody uses it, one line each.
+    pub left: Vec<String>,
+}
+
+/// Undoes the steps of `job`.
+///
+/// # Errors
+/// The first thing that could not be undone; all else has been tried.
+pub(super) fn undo(
+    management: &Management<'_>,
+    files: &dyn HostFiles,
+    job: &JobId,
+    steps: &[Step],
+) -> Result<Undone> {
+    let mut undone = Undone::default();
+    let complete = complete(management, job, steps)?;
+    if complete.is_none() {
+        undone.removed = remove_systems(management, job, steps)?;
+    }
+    remove_files(management, files, steps, complete.as_ref(), &mut undone)?;
+    Ok(undone)
+}
+
+/// The VM, where it has got its name.
+fn complete(management: &Management<'_>, job: &JobId, steps: &[Step]) -> Result<Option<VmRecord>> {
+    let committed = steps.iter().find_map(|step| match step {
+        Step::Commit { id } => Some(*id),
+        _ => None,
+    });
+    let Some(id) = committed else { return Ok(None) };
+    let name = temporary_name(job);
+    Ok(management.host.vms()?.into_iter().find(|vm| vm.id == id && vm.name != name))
+}
+
+/// Removes the VM and planned VMs of `job`, by its name and by its steps. Answers with what was removed.
+///
+/// # Errors
+/// Where one is there and cannot be removed.
+pub(super) fn remove_systems(
+    management: &Management<'_>,
+    job: &JobId,
+    steps: &[Step],
+) -> Result<Vec<String>> {
+    let mut removed = Vec::new();
+    let name = temporary_name(job);
+    for vm in management.host.vms()? {
+        if vm.name == name {
+            management.destroy(&vm.path, &format!("the incomplete VM {name}"))?;
+            removed.push(format!("the incomplete VM {name}"));
+        }
+    }
+    // After an import the disks are those of the original, until they are changed.
+    for planned in management.planned()? {
+        if planned.settings.name == name
+            || is_known(&planned, steps)
+            || is_import(management, &planned, steps)?
+        {
+            management
+                .destroy(&planned.system(), &format!("the planned VM {}", planned.settings.name))?;
+            removed.push(format!("the planned VM {}", planned.settings.name));
+        }
+    }
+    Ok(removed)
+}
+
+/// Whether its id was written down as ours.
+fn is_known(planned: &PlannedVm, steps: &[Step]) -> bool {
+    steps.iter().any(|step| matches!(step, Step::System { id } if *id == planned.settings.vm))
+}
+
+/// Whether it came of our import and was not renamed yet: it was not there before, and has the id we kept,
+/// or comes from our directory, or has the very disks that our configuration names.
+fn is_import(management: &Management<'_>, planned: &PlannedVm, steps: &[Step]) -> Result<bool> {
+    for step in steps {
+        let Step::Import { before, keeps_id, disks, directory } = step else { continue };
+        if before.contains(&planned.settings.vm) {
+            continue;
+        }
+        if *keeps_id == Some(planned.settings.vm) || planned.comes_from(directory) {
+            return Ok(true);
+        }
+        let own = management.host.disks(&planned.settings)?;
+        let is_named = |file: &str| disks.iter().any(|disk| same(disk, file));
+        if !own.is_empty() && own.iter().all(|disk| is_named(&disk.host_resource)) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Removes the files and then the directories, the last first. A file that a VM uses by now is left: it
+/// has become somebody's.
+fn remove_files(
+    management: &Management<'_>,
+    files: &dyn HostFiles,
+    steps: &[Step],
+    complete: Option<&VmRecord>,
+    undone: &mut Undone,
+) -> Result<()> {
+    let in_use = used_files(management)?;
+    let own = complete.map(configuration_stems).unwrap_or_default();
+    let is_configuration = |path: &str| {
+        own.iter().any(|stem| same(stem, path.rsplit_once('.').map_or(path, |(stem, _)| stem)))
+    };
+    let mut failed = None;
+    for step in steps.iter().rev() {
+        let Step::File { path, temporary } = step else { continue };
+        if complete.is_some() && !temporary {
+            continue;
+        }
+        if is_configuration(path) || in_use.iter().any(|used| same(used, path)) {
+            undone.left.push(format!("{path} is used by a VM and was left"));
+            continue;
+        }
+        match files.remove_file(path) {
+            Ok(()) => undone.removed.push(path.clone()),
+            Err(error) => failed = failed.or(Some(error)),
+        }
+    }
+    for step in steps.iter().rev() {
+        let Step::Directory { path, temporary } = step else { continue };
+        if complete.is_some() && !temporary {
+            continue;
+        }
+        if let Err(error) = files.remove_directory(path) {
+            failed = failed.or(Some(error));
+        }
+    }
+    failed.map_or(Ok(()), Err)
+}
+
+/// The files a VM's configuration lies in, without their extensions: a host that took no notice of where
+/// the planned VM was to go has them where they were imported from.
+fn configuration_stems(vm: &VmRecord) -> Vec<String> {
+    let settings = &vm.settings;
+    let definition = settings.configuration_file.as_ref();
+    let definition = definition.map(|file| join(&settings.configuration_root, file));
+    let state = settings.guest_state.as_ref().map(|(root, file)| join(root, file));
+    let stem =
+        |path: String| path.rsplit_once('.').map_or(path.clone(), |(stem, _)| stem.to_owned());
+    definition.into_iter().chain(state).map(stem).collect()
+}
+
+/// The files that VMs and checkpoints of the host use.
+fn used_files(management: &Management<'_>) -> Result<Vec<String>> {
+    let text = "SELECT * FROM Msvm_StorageAllocationSettingData";
+    let all = management.host.query(text)?;
+    Ok(all
+        .iter()
+        .flat_map(|one| one.texts("HostResource").unwrap_or_default())
+        .map(str::to_owned)
+        .collect())
+}
