@@ -82,17 +82,18 @@ impl Wrap {
         if self.expected.is_some_and(|expected| expected != number) {
             return Err("a message is not the next one");
         }
-        let mut sealed = [rest, data].concat();
-        let turn = turn.checked_rem(sealed.len()).ok_or("a sealed message is empty")?;
-        sealed.rotate_left(turn);
+        let sealed = [rest, data].concat();
         // Shorter than a confounder and a checksum, and the library would have nothing to split.
         if sealed.len() < usize::from(ROTATION) {
             return Err("a sealed message is too short");
         }
-        let mut plain = self
-            .cipher
-            .decrypt(&self.key, ACCEPTOR_SEAL, &sealed)
-            .map_err(|_| "a message was changed on the way")?;
+        // Windows turns what has filler by the filler, too (MS-KILE 3.4.5.4.1). The checksum tells which it was.
+        let with_filler = (extra > 0).then(|| turn + usize::from(extra));
+        let mut plain = [Some(turn), with_filler]
+            .into_iter()
+            .flatten()
+            .find_map(|turn| self.decrypt(&sealed, turn))
+            .ok_or("a message was changed on the way")?;
         let tail = HEADER_BYTES + usize::from(extra);
         let length = plain.len().checked_sub(tail).ok_or("a sealed message is too short")?;
         let own = header(flags, extra, 0, number);
@@ -102,6 +103,14 @@ impl Wrap {
         plain.truncate(length);
         self.expected = Some(number.wrapping_add(1));
         Ok(plain)
+    }
+
+    /// What is sealed, if it was turned by `turn`.
+    fn decrypt(&self, sealed: &[u8], turn: usize) -> Option<Vec<u8>> {
+        let mut sealed = sealed.to_vec();
+        let turn = turn.checked_rem(sealed.len())?;
+        sealed.rotate_left(turn);
+        self.cipher.decrypt(&self.key, ACCEPTOR_SEAL, &sealed).ok()
     }
 }
 
@@ -131,6 +140,17 @@ mod tests {
 
     /// A message as the host seals it: turned by `turn`, with `extra` bytes of filler.
     fn from_host(plain: &[u8], number: u64, turn: usize, extra: u16) -> (Vec<u8>, Vec<u8>) {
+        turned(plain, number, turn, extra, turn)
+    }
+
+    /// The same, if it says that it is turned by `said`.
+    fn turned(
+        plain: &[u8],
+        number: u64,
+        turn: usize,
+        extra: u16,
+        said: usize,
+    ) -> (Vec<u8>, Vec<u8>) {
         let flags = SEALED | ACCEPTORS_KEY | FROM_ACCEPTOR;
         let cipher = CipherSuite::Aes256CtsHmacSha196.cipher();
         let filler = vec![0; extra.into()];
@@ -138,8 +158,8 @@ mod tests {
         let mut sealed = cipher.encrypt(&[7; 32], ACCEPTOR_SEAL, &payload).unwrap();
         let length = sealed.len();
         sealed.rotate_right(turn % length);
-        let turn = u16::try_from(turn).unwrap();
-        let mut token = header(flags, extra, turn, number).to_vec();
+        let said = u16::try_from(said).unwrap();
+        let mut token = header(flags, extra, said, number).to_vec();
         token.extend(sealed);
         let data = token.split_off(SIGNATURE_BYTES);
         (token, data)
@@ -166,7 +186,9 @@ mod tests {
             assert_eq!(wrap.open(&signature, &data).unwrap(), b"<answer/>", "{number}");
             assert!(wrap.open(&signature, &data).is_err(), "a replay was read");
         }
-        let (signature, data) = from_host(b"later", 9, 28, 0);
+        let (signature, data) = turned(b"<windows/>", 8, 44, 16, 28);
+        assert_eq!(wrap.open(&signature, &data).unwrap(), b"<windows/>");
+        let (signature, data) = from_host(b"later", 10, 28, 0);
         assert!(wrap.open(&signature, &data).is_err(), "a message was left out");
     }
 
