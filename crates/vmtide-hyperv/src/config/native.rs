@@ -211,7 +211,8 @@ mod tests {
             .with("Parent", r#"Msvm_X.InstanceID="A\\B""#);
         let seed = settings_file(&system, &[resource]).unwrap().content;
         if std::env::var_os("VMTIDE_WRITE_SEEDS").is_some() {
-            let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/../../fuzz/seeds/hyperv_settings");
+            let directory =
+                concat!(env!("CARGO_MANIFEST_DIR"), "/../../fuzz/seeds/hyperv_settings");
             std::fs::create_dir_all(directory).unwrap();
             std::fs::write(format!("{directory}/settings.json"), &seed).unwrap();
         }

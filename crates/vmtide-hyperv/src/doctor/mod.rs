@@ -29,7 +29,8 @@ pub fn examine(host: &Host, files: Option<&dyn HostFiles>, vm: Option<&str>) -> 
         }
     };
     checks.push(HealthCheck::ok("host", reached(host, vm, &vms)));
-    checks.extend(system::examine(host));
+    let (of_system, exclusions) = system::examine(host);
+    checks.extend(of_system);
     if vms.len() > MAX_VMS {
         checks.push(HealthCheck::warn(
             "VMs",
@@ -38,7 +39,7 @@ pub fn examine(host: &Host, files: Option<&dyn HostFiles>, vm: Option<&str>) -> 
         ));
     }
     for vm in vms.iter().take(MAX_VMS) {
-        checks.extend(vm::examine(host, files, vm));
+        checks.extend(vm::examine(host, files, vm, exclusions.as_ref()));
     }
     checks
 }

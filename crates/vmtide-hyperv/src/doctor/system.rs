@@ -22,13 +22,34 @@ const SERVICES: [(&str, &str); 4] = [
     ("Msvm_ImageManagementService", "virtual disks"),
 ];
 
-/// All of it.
-pub(super) fn examine(host: &Host) -> Vec<HealthCheck> {
+/// What Microsoft Defender does not leave out of what it should, where it is told by hand what to leave out.
+pub(super) struct Exclusions {
+    /// The extensions of files that it scans.
+    pub(super) scanned: Vec<&'static str>,
+    /// The directories that it leaves out, in lower case, each with a backslash at its end.
+    directories: Vec<String>,
+}
+
+impl Exclusions {
+    /// Whether a directory is left out, by itself or with one above it.
+    pub(super) fn cover(&self, directory: &str) -> bool {
+        let directory = format!("{}\\", directory.to_lowercase().trim_end_matches('\\'));
+        self.directories.iter().any(|one| directory.starts_with(one))
+    }
+}
+
+/// All of it, and what is to be looked at for each VM.
+pub(super) fn examine(host: &Host) -> (Vec<HealthCheck>, Option<Exclusions>) {
     let mut checks = vec![rights(host)];
     let system = windows(host);
     checks.extend(system.as_ref().and_then(version));
-    checks.push(scanner(host, system.as_ref().is_none_or(is_server)));
-    checks
+    match scanner(host, system.as_ref().is_none_or(is_server)) {
+        Ok(check) => {
+            checks.push(check);
+            (checks, None)
+        }
+        Err(exclusions) => (checks, Some(exclusions)),
+    }
 }
 
 /// Whether the management service runs; none where that cannot be seen, or all is well.
@@ -93,35 +114,45 @@ fn version(system: &CimInstance) -> Option<HealthCheck> {
     })
 }
 
-/// Scanners that look into the files of VMs and their tracking slow backups and have kept merges from ending.
-fn scanner(host: &Host, is_server: bool) -> HealthCheck {
-    const NAME: &str = "virus scanner";
-    let advice = format!(
+/// What is checked of the scanner.
+pub(super) const SCANNER: &str = "virus scanner";
+
+/// What to tell a scanner.
+pub(super) fn scanner_advice() -> String {
+    format!(
         "exclude the files *.{} and the processes vmms.exe and vmwp.exe from scanning",
         EXCLUDED.join(", *.")
-    );
+    )
+}
+
+/// Scanners that look into the files of VMs and their tracking slow backups and have kept merges from ending.
+/// Where Microsoft Defender leaves out directories and not all such files, the answer depends on the VM.
+fn scanner(host: &Host, is_server: bool) -> Result<HealthCheck, Exclusions> {
     let found = host.cim().query(DEFENDER, "SELECT * FROM MSFT_MpPreference");
     let Some(preference) = found.ok().and_then(|found| found.into_iter().next()) else {
-        return HealthCheck::ok(NAME, format!("its settings cannot be seen; {advice}"));
+        let detail = format!("its settings cannot be seen; {}", scanner_advice());
+        return Ok(HealthCheck::ok(SCANNER, detail));
     };
     let truth = |name| preference.optional_bool(name).ok().flatten() == Some(true);
     if truth("DisableRealtimeMonitoring") {
-        return HealthCheck::ok(NAME, "Microsoft Defender does not scan in real time");
+        return Ok(HealthCheck::ok(SCANNER, "Microsoft Defender does not scan in real time"));
     }
     // On servers Defender leaves out what a role says, unless that is switched off.
     if is_server && !truth("DisableAutoExclusions") {
-        return HealthCheck::ok(
-            NAME,
+        return Ok(HealthCheck::ok(
+            SCANNER,
             "Microsoft Defender leaves Hyper-V's files out by itself; other scanners must be told",
-        );
+        ));
     }
     let listed = preference.texts("ExclusionExtension").unwrap_or_default();
     let is_listed = |extension: &&str| {
         listed.iter().any(|one| one.trim_start_matches(['*', '.']).eq_ignore_ascii_case(extension))
     };
-    let missing: Vec<_> = EXCLUDED.iter().copied().filter(|one| !is_listed(one)).collect();
-    if missing.is_empty() {
-        return HealthCheck::ok(NAME, "Microsoft Defender leaves the files of VMs out");
+    let scanned: Vec<_> = EXCLUDED.iter().copied().filter(|one| !is_listed(one)).collect();
+    if scanned.is_empty() {
+        return Ok(HealthCheck::ok(SCANNER, "Microsoft Defender leaves the files of VMs out"));
     }
-    HealthCheck::warn(NAME, format!("Microsoft Defender scans *.{}", missing.join(", *.")), advice)
+    let directories = preference.texts("ExclusionPath").unwrap_or_default();
+    let with_end = |one: &&str| format!("{}\\", one.to_lowercase().trim_end_matches('\\'));
+    Err(Exclusions { scanned, directories: directories.iter().map(with_end).collect() })
 }

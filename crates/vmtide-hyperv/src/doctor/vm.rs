@@ -1,5 +1,6 @@
 //! One VM: its version, its guest's answer to VSS, what backups have left, its disks, the room they have.
 
+use super::system::{Exclusions, SCANNER, scanner_advice};
 use crate::gates::{Checkpoints, DiskGate, VersionGate, is_leaf};
 use crate::host::CIMV2;
 use crate::model::read::guid;
@@ -17,6 +18,7 @@ pub(super) fn examine(
     host: &Host,
     files: Option<&dyn HostFiles>,
     vm: &VmRecord,
+    exclusions: Option<&Exclusions>,
 ) -> Vec<HealthCheck> {
     let version = VersionGate::of(&vm.settings);
     let mut checks = vec![configuration(vm, &version)];
@@ -39,6 +41,7 @@ pub(super) fn examine(
             if !users_checkpoints {
                 checks.extend(merges(vm, &disks));
             }
+            checks.extend(exclusions.map(|exclusions| scanned(vm, &disks, exclusions)));
             checks.extend(space(host, files, vm, &disks));
         }
         Err(error) => checks.push(cannot_see("disks", vm, &error)),
@@ -232,6 +235,35 @@ fn merges(vm: &VmRecord, disks: &[DiskAttachment]) -> Option<HealthCheck> {
     })
 }
 
+/// The directories of the disks that are files.
+fn directories(disks: &[DiskAttachment]) -> BTreeSet<String> {
+    disks
+        .iter()
+        .filter(|disk| !disk.pass_through)
+        .filter_map(|disk| Some(disk.host_resource.rsplit_once(['\\', '/'])?.0.to_owned()))
+        .collect()
+}
+
+/// Whether the virus scanner looks into the files of the VM.
+fn scanned(vm: &VmRecord, disks: &[DiskAttachment], exclusions: &Exclusions) -> HealthCheck {
+    let open: Vec<_> =
+        directories(disks).into_iter().filter(|one| !exclusions.cover(one)).collect();
+    if open.is_empty() {
+        let detail = format!("Microsoft Defender leaves the directories of {} out", vm.name);
+        return HealthCheck::ok(SCANNER, detail);
+    }
+    HealthCheck::warn(
+        SCANNER,
+        format!(
+            "{}: Microsoft Defender scans *.{} in {}",
+            vm.name,
+            exclusions.scanned.join(", *."),
+            open.join(", ")
+        ),
+        scanner_advice(),
+    )
+}
+
 /// The room on the volumes of the disks.
 fn space(
     host: &Host,
@@ -239,13 +271,8 @@ fn space(
     vm: &VmRecord,
     disks: &[DiskAttachment],
 ) -> Vec<HealthCheck> {
-    let directories: BTreeSet<String> = disks
-        .iter()
-        .filter(|disk| !disk.pass_through)
-        .filter_map(|disk| Some(disk.host_resource.rsplit_once(['\\', '/'])?.0.to_owned()))
-        .collect();
     let mut checks = Vec::new();
-    for directory in directories {
+    for directory in directories(disks) {
         let free = match files {
             Some(files) => files.free_bytes(&directory).ok().flatten(),
             None => free_on_drive(host, &directory),

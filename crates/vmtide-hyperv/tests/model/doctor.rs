@@ -52,6 +52,23 @@ fn one_vm_is_looked_over_alone_with_the_way_to_its_files() {
 }
 
 #[test]
+fn directories_that_are_left_out_of_scanning_count() {
+    for (directory, state) in
+        [(r"D:\", HealthState::Ok), (r"d:\vms\WEB", HealthState::Ok), (r"D:\VM", HealthState::Warn)]
+    {
+        let fake = Fake::new(Shape::Texts);
+        let defender = r"root\Microsoft\Windows\Defender";
+        fake.forget(defender, "MSFT_MpPreference");
+        let preference = CimInstance::new("MSFT_MpPreference")
+            .with("DisableAutoExclusions", true)
+            .with("ExclusionPath", CimValue::strings([r"C:\VMs", directory]));
+        fake.add_at(defender, preference, None);
+        let checks = examine(&fake.host(), None, Some("web"));
+        assert_eq!(find(&checks, "virus scanner", "web").state, state, "{directory}");
+    }
+}
+
+#[test]
 fn checkpoints_are_told_by_whose_they_are() {
     let fake = Fake::new(Shape::Typed);
     fake.add(world::settings(SNAPSHOT, WEB, "Snapshot:Recovery", "vmtide 0123456789abcdef"));
