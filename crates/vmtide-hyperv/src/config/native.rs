@@ -1,13 +1,13 @@
 //! All settings of a VM as its host told them, kept as a document of ours in the restore point.
 //!
 //! The document is JSON that people can read and compare: an object for the VM and one for every resource,
-//! each with its class and its properties in order, every value with its type. From it a restore makes the VM
+//! each with its class and its properties in order, every value with its type. Properties without a value
+//! are left out, and so are the paths, which follow from the ids. From it a restore makes the VM
 //! again on another host or another version of Windows.
 
-use crate::host::from_cim;
 use crate::model::schema::typed;
 use serde::{Deserialize, Serialize};
-use vmtide_cim::{CimError, CimInstance, CimType, CimValue, ObjectPath};
+use vmtide_cim::{CimError, CimInstance, CimType, CimValue};
 use vmtide_hypervisor::{HypervisorError, NativeFile, Result, VmConfig};
 
 /// The name of the document.
@@ -29,8 +29,6 @@ struct Document {
 #[derive(Serialize, Deserialize)]
 struct Instance {
     class: String,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    path: Option<String>,
     properties: Vec<Property>,
 }
 
@@ -117,6 +115,9 @@ fn write(instance: &CimInstance, nesting: usize) -> Result<Instance> {
     };
     let mut properties = Vec::with_capacity(instance.properties.len());
     for (name, value) in &instance.properties {
+        if *value == CimValue::Null {
+            continue;
+        }
         let (value_of, values) = match value {
             CimValue::Array(_, items) => {
                 (None, Some(items.iter().map(scalar).collect::<Result<Vec<_>>>()?))
@@ -126,15 +127,12 @@ fn write(instance: &CimInstance, nesting: usize) -> Result<Instance> {
         let kind = value.cim_type().map(|kind| kind.as_str().to_owned());
         properties.push(Property { name: name.clone(), kind, value: value_of, values });
     }
-    let path = instance.path.as_ref().map(ToString::to_string);
-    Ok(Instance { class: instance.class.clone(), path, properties })
+    Ok(Instance { class: instance.class.clone(), properties })
 }
 
 fn read(instance: &Instance, nesting: usize) -> Result<CimInstance> {
     check_nesting(nesting)?;
-    let path = instance.path.as_deref().map(str::parse::<ObjectPath>).transpose();
     let mut read = CimInstance::new(instance.class.as_str());
-    read.path = path.map_err(from_cim)?;
     for property in &instance.properties {
         let value = read_property(property, nesting)?;
         read.properties.push((property.name.clone(), value));
@@ -174,6 +172,7 @@ fn read_property(property: &Property, nesting: usize) -> Result<CimValue> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vmtide_cim::ObjectPath;
 
     #[test]
     fn settings_are_read_as_they_were_written() {
@@ -181,7 +180,6 @@ mod tests {
         let inner = CimInstance::new("Msvm_Inner").with("A", CimValue::Uint64(u64::MAX));
         let mut system = CimInstance::new("Msvm_VirtualSystemSettingData")
             .with("InstanceID", "Microsoft:A")
-            .with("Nothing", CimValue::Null)
             .with("Truth", false)
             .with("Real", CimValue::Real64(0.1))
             .with("Path", &path)
@@ -189,10 +187,13 @@ mod tests {
             .with("BootOrder", CimValue::Array(CimType::Uint16, vec![CimValue::Uint16(1)]))
             .with("Holes", CimValue::Array(CimType::String, vec![CimValue::Null, "a".into()]));
         system.path = Some(path);
+        system.set("Nothing", CimValue::Null);
         let resource = CimInstance::new("Msvm_MemorySettingData").with("Limit", "1048576");
         let file = settings_file(&system, std::slice::from_ref(&resource)).unwrap();
         let config = VmConfig { native: vec![file], ..VmConfig::default() };
         let (read, resources) = native_settings(&config).unwrap().unwrap();
+        system.path = None;
+        system.properties.retain(|(name, _)| name != "Nothing");
         assert_eq!(read, system);
         // What came as text has its type.
         assert_eq!(resources[0].value("Limit"), Some(&CimValue::Uint64(1_048_576)));
