@@ -186,7 +186,8 @@ impl World {
         for adapter in &spec.adapters {
             state.add_adapter(adapter, &switches, &mut resources);
         }
-        let configuration = Configuration { settings: settings_of(spec, id), resources };
+        let configuration =
+            Configuration { settings: settings_of(spec, id, state.unix_s()), resources };
         let vm = Vm {
             id,
             planned: false,
@@ -218,7 +219,7 @@ impl World {
     }
 }
 
-fn settings_of(spec: &VmSpec, id: Uuid) -> CimInstance {
+fn settings_of(spec: &VmSpec, id: Uuid, unix_s: u64) -> CimInstance {
     let file = format!(r"Virtual Machines\{}", guid(id));
     let mut settings = CimInstance::new("Msvm_VirtualSystemSettingData")
         .with("Caption", "Virtual Machine Settings")
@@ -228,6 +229,7 @@ fn settings_of(spec: &VmSpec, id: Uuid) -> CimInstance {
         .with("VirtualSystemSubType", format!("Microsoft:Hyper-V:SubType:{}", spec.generation))
         .with("Version", spec.version.as_str())
         .with("Notes", crate::services::system::strings(spec.notes.clone()))
+        .with("CreationTime", crate::instances::timestamp(unix_s))
         .with("ConfigurationID", guid(id))
         .with("ConfigurationDataRoot", spec.directory.as_str())
         .with("ConfigurationFile", format!("{file}.vmcx"))

@@ -196,6 +196,7 @@ fn as_text(value: &CimValue) -> CimValue {
     match value {
         CimValue::Null | CimValue::Reference(_) | CimValue::Instance(_) => value.clone(),
         CimValue::Boolean(truth) => truth.to_string().into(),
+        CimValue::DateTime(text) => crate::instances::iso(text).into(),
         CimValue::Array(_, items) => match items.as_slice() {
             [] => CimValue::Null,
             [one] => as_text(one),

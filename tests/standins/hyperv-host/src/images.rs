@@ -3,11 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use uuid::Uuid;
-use vmtide_block::{CancelToken, Progress, Result};
+use vmtide_block::{
+    BlockError, ByteRange, CancelToken, ExtentKind, OpenMode, Progress, RawDevice, Result,
+};
 use vmtide_image::vhdx::{VhdxCreateOptions, VhdxKind, VhdxWriter};
 use vmtide_image::{
-    BackingPolicy, CommitOptions, CreateOptions, CreateParent, Format, ImageWriter, NewParent,
-    OpenOptions, RebaseOptions, commit_image, create_image, image_info, open_read_only,
+    BackingPolicy, CreateOptions, CreateParent, DiskImage, Format, ImageWriter, Layer, NewParent,
+    OpenOptions, RebaseOptions, create_image, image_info, open_chain, open_read_only,
     open_writable, rebase_image,
 };
 
@@ -77,9 +79,8 @@ pub(crate) fn create(path: &Path, new: &NewImage) -> Result<Arc<dyn ImageWriter>
 
 fn make_directory(path: &Path) -> Result<()> {
     let directory = path.parent().unwrap_or(path);
-    std::fs::create_dir_all(directory).map_err(|error| {
-        vmtide_block::BlockError::io(format!("make {}", directory.display()), error)
-    })
+    std::fs::create_dir_all(directory)
+        .map_err(|error| BlockError::io(format!("make {}", directory.display()), error))
 }
 
 /// Makes a differencing file over `parent`, which lies beside it.
@@ -115,16 +116,48 @@ pub(crate) fn open(path: &Path) -> Result<Arc<dyn vmtide_block::BlockDevice>> {
     open_read_only(path, &trusting())
 }
 
-/// Opens a disk file for writing.
+/// Opens a disk file for writing. Nothing is flushed: the host's disks live as long as its test.
 pub(crate) fn write(path: &Path) -> Result<Arc<dyn ImageWriter>> {
-    open_writable(path, &trusting())
+    let info = image_info(path, None)?;
+    if info.format != Format::Vhdx {
+        return open_writable(path, &trusting());
+    }
+    let parent = match info.backing {
+        // A child lies beside its parent, whatever the spelling of its name.
+        Some(parent) => {
+            let name = parent.name.rsplit(['\\', '/']).next().unwrap_or_default();
+            Some(open(&path.with_file_name(name))?)
+        }
+        None => None,
+    };
+    let file = RawDevice::open(path, OpenMode::ReadWrite)?.without_flushes();
+    Ok(Arc::new(VhdxWriter::open_device(Arc::new(file), parent)?))
 }
 
 /// Merges a differencing file into its parent, gives its children that parent, and removes it.
 pub(crate) fn merge(child: &Path, parent: &Path, grandchildren: &[PathBuf]) -> Result<()> {
-    let (progress, cancel) = (Progress::new(), CancelToken::new());
-    let options = CommitOptions { open: trusting(), force: true };
-    commit_image(child, &options, &progress, &cancel)?;
+    let layers = open_chain(child, &trusting())?;
+    let Some(Layer { image, .. }) = layers.into_iter().next() else {
+        return Err(BlockError::damaged(child.display().to_string(), "it has no layers"));
+    };
+    let writer = write(parent)?;
+    let size_bytes = image.size_bytes();
+    if writer.size_bytes() < size_bytes {
+        writer.resize(size_bytes)?;
+    }
+    let mut at = 0;
+    while at < size_bytes {
+        for place in image.layout(ByteRange::from_bounds(at, size_bytes))? {
+            at = place.range.end();
+            match place.kind {
+                ExtentKind::Unallocated => {}
+                ExtentKind::Zero => writer.write_zeroes(place.range)?,
+                ExtentKind::Data => copy(&*image, &*writer, place.range)?,
+            }
+        }
+    }
+    writer.finish()?;
+    drop((writer, image));
     for grandchild in grandchildren {
         let options = RebaseOptions {
             open: trusting(),
@@ -136,15 +169,29 @@ pub(crate) fn merge(child: &Path, parent: &Path, grandchildren: &[PathBuf]) -> R
             relink_only: true,
             force: true,
         };
-        rebase_image(grandchild, &options, &progress, &cancel)?;
+        rebase_image(grandchild, &options, &Progress::new(), &CancelToken::new())?;
     }
     remove(child)
+}
+
+/// Copies what a file holds itself.
+fn copy(from: &dyn DiskImage, to: &dyn ImageWriter, range: ByteRange) -> Result<()> {
+    let mut at = range.offset;
+    let mut buffer = vec![0; 1 << 20];
+    while at < range.end() {
+        let length = usize::try_from(range.end() - at).unwrap_or(usize::MAX).min(buffer.len());
+        let piece = &mut buffer[..length];
+        from.read_at(piece, at)?;
+        to.write_at(piece, at)?;
+        at += length as u64;
+    }
+    Ok(())
 }
 
 /// Removes a file.
 pub(crate) fn remove(path: &Path) -> Result<()> {
     std::fs::remove_file(path)
-        .map_err(|error| vmtide_block::BlockError::io(format!("remove {}", path.display()), error))
+        .map_err(|error| BlockError::io(format!("remove {}", path.display()), error))
 }
 
 #[cfg(test)]

@@ -305,3 +305,68 @@ pub(crate) fn interval(ms: u64) -> CimValue {
         ms % 1000 * 1000
     ))
 }
+
+/// A point in time in the form of DSP0004, in UTC.
+pub(crate) fn timestamp(unix_s: u64) -> CimValue {
+    let [year, month, day, hour, minute, second] = civil(unix_s);
+    CimValue::DateTime(format!(
+        "{year:04}{month:02}{day:02}{hour:02}{minute:02}{second:02}.000000+000"
+    ))
+}
+
+/// Year, month, day, hour, minute and second of a time in seconds since 1970.
+fn civil(unix_s: u64) -> [u64; 6] {
+    let (days, rest) = (unix_s / 86_400, unix_s % 86_400);
+    let leap = |year: u64| {
+        year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400))
+    };
+    let (mut year, mut day) = (1970, days);
+    while day >= 365 + u64::from(leap(year)) {
+        day -= 365 + u64::from(leap(year));
+        year += 1;
+    }
+    let lengths = [31, 28 + u64::from(leap(year)), 31, 30, 31, 30, 31, 31, 30, 31, 30, 31];
+    let mut month = 1;
+    for length in lengths {
+        if day < length {
+            break;
+        }
+        day -= length;
+        month += 1;
+    }
+    [year, month, day + 1, rest / 3600, rest / 60 % 60, rest % 60]
+}
+
+/// A datetime of DSP0004 as WS-Management writes it: `2026-11-21T11:30:00Z`, or `P0DT0H5M0S` for an interval.
+pub(crate) fn iso(text: &str) -> String {
+    let part = |from: usize, to: usize| text.get(from..to).unwrap_or_default();
+    if text.get(21..22) == Some(":") {
+        let number = |from, to| part(from, to).trim_start_matches('0').parse().unwrap_or(0_u64);
+        let (days, hours) = (number(0, 8), number(8, 10));
+        return format!("P{days}DT{hours}H{}M{}S", number(10, 12), number(12, 14));
+    }
+    format!(
+        "{}-{}-{}T{}:{}:{}Z",
+        part(0, 4),
+        part(4, 6),
+        part(6, 8),
+        part(8, 10),
+        part(10, 12),
+        part(12, 14)
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_written_in_both_forms() {
+        let text = |value: CimValue| value.as_str().unwrap().to_owned();
+        let moment = text(timestamp(1_795_260_600));
+        assert_eq!(moment, "20261121113000.000000+000");
+        assert_eq!(iso(&moment), "2026-11-21T11:30:00Z");
+        assert_eq!(text(timestamp(951_782_400)), "20000229000000.000000+000");
+        assert_eq!(iso(&text(interval(5 * 60 * 1000))), "P0DT0H5M0S");
+    }
+}

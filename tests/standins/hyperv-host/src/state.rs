@@ -22,6 +22,8 @@ pub(crate) struct State {
     pub(crate) root: PathBuf,
     /// Simulated milliseconds since the host was started.
     pub(crate) now_ms: u64,
+    /// When the host was started, in seconds since 1970.
+    pub(crate) begun_unix_s: u64,
     pub(crate) random: Random,
     pub(crate) vms: BTreeMap<Uuid, Vm>,
     pub(crate) snapshots: BTreeMap<Uuid, Snapshot>,
@@ -228,6 +230,11 @@ impl State {
     pub(crate) fn number(&mut self) -> u64 {
         self.next += 1;
         self.next
+    }
+
+    /// The time on the host, in seconds since 1970.
+    pub(crate) const fn unix_s(&self) -> u64 {
+        self.begun_unix_s + self.now_ms / 1000
     }
 
     /// Notes what happened.

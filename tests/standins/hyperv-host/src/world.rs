@@ -10,6 +10,7 @@ use parking_lot::{Mutex, MutexGuard};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::SystemTime;
 use uuid::Uuid;
 use vmtide_cim::{Cim, CimValue};
 use vmtide_hyperv::HostFiles;
@@ -102,10 +103,13 @@ impl World {
         let root = directory.as_ref().to_path_buf();
         std::fs::create_dir_all(root.join("C")).expect("the directory of the host");
         let random = Random::new(options.seed);
+        // Of this machine, so that clients which look at their own clock find it right.
+        let begun = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
         let state = State {
             options,
             root,
             now_ms: 0,
+            begun_unix_s: begun.map_or(0, |begun| begun.as_secs()),
             random,
             vms: BTreeMap::new(),
             snapshots: BTreeMap::new(),
@@ -156,6 +160,11 @@ impl World {
     /// Simulated milliseconds since the host was started.
     pub fn now_ms(&self) -> u64 {
         self.lock().now_ms
+    }
+
+    /// The time on the host, in seconds since 1970. It begins with that of this machine.
+    pub fn unix_s(&self) -> u64 {
+        self.lock().unix_s()
     }
 
     /// Lets time go on until no job runs and no merge can go on.

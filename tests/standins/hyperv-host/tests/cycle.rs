@@ -31,6 +31,9 @@ impl Clock for WorldClock {
     fn sleep_ms(&self, ms: u64) {
         self.0.advance(ms);
     }
+    fn unix_s(&self) -> i64 {
+        i64::try_from(self.0.unix_s()).unwrap()
+    }
 }
 
 struct Bench {

@@ -48,9 +48,10 @@ impl State {
             return Answer::code(super::NOT_SUPPORTED);
         }
         let id = self.random.guid();
-        let Some(configuration) = new_configuration(id, settings.as_ref()) else {
+        let Some(mut configuration) = new_configuration(id, settings.as_ref()) else {
             return Answer::code(INVALID_PARAMETER);
         };
+        configuration.settings.set("CreationTime", crate::instances::timestamp(self.unix_s()));
         let vm = self.new_vm(id, false, configuration);
         self.vms.insert(id, vm);
         for wanted in &resources {

@@ -205,7 +205,7 @@ impl State {
     }
 
     fn describe_snapshot(
-        &mut self,
+        &self,
         configuration: &mut crate::state::Configuration,
         id: Uuid,
         recovery: bool,
@@ -215,6 +215,7 @@ impl State {
         let kind = if recovery { "Recovery" } else { "Realized" };
         settings.set("VirtualSystemType", format!("Microsoft:Hyper-V:Snapshot:{kind}"));
         settings.set("ElementName", format!("{name} - ({} ms)", self.now_ms));
+        settings.set("CreationTime", crate::instances::timestamp(self.unix_s()));
         settings.set("ConfigurationID", guid(id));
         settings.set("ConfigurationFile", format!(r"Snapshots\{}.vmcx", guid(id)));
         if settings.value("GuestStateFile").is_some() {
@@ -260,9 +261,16 @@ impl State {
         let frozen: Vec<FrozenDisk> = snapshot.disks.values().cloned().collect();
         let live = self.vms.get(&vm).ok_or_else(|| gone("the virtual machine"))?;
         // What names the VM itself stays.
-        for name in ["VirtualSystemType", "ElementName", "ConfigurationID", "ConfigurationFile"] {
-            let text = live.configuration.text(name).to_owned();
-            configuration.settings.set(name, text);
+        let own = [
+            "VirtualSystemType",
+            "ElementName",
+            "ConfigurationID",
+            "ConfigurationFile",
+            "CreationTime",
+        ];
+        for name in own {
+            let value = live.configuration.settings.value(name).cloned();
+            configuration.settings.set(name, value.unwrap_or(CimValue::Null));
         }
         if let Some(value) = live.configuration.settings.value("GuestStateFile").cloned() {
             configuration.settings.set("GuestStateFile", value);
