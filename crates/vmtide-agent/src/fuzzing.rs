@@ -6,6 +6,9 @@ use crate::contract;
 use crate::roots::{unix_names, windows_names};
 use crate::stream::RangesParser;
 use crate::stream::frame::{Frame, FrameReader};
+use vmtide_block::CancelToken;
+use vmtide_cim::remote::Call;
+use vmtide_hypervisor::remote::FreezeDocument;
 
 /// The path of a request with its query, and the name of a disk.
 ///
@@ -24,6 +27,28 @@ pub fn agent_request(input: &[u8]) {
             assert_eq!(unix_names::check(&plain).as_deref(), Ok(plain.as_str()), "{name:?}");
             assert!(!plain.split('/').any(|part| part == ".."), "{name:?}");
         }
+    }
+}
+
+/// The bodies about VMs.
+///
+/// # Panics
+/// Where what was found good is not what it promises: names that become parts of files, namespaces that are served.
+pub fn agent_vm_calls(input: &[u8]) {
+    if let Ok(document) = serde_json::from_slice::<FreezeDocument>(input)
+        && let Ok(request) = document.request(CancelToken::new())
+    {
+        let is_plain = |text: &str| text.len() == 16 && text.bytes().all(|b| b.is_ascii_hexdigit());
+        assert!(is_plain(request.job.as_str()) && is_plain(&request.lineage));
+        assert_eq!(request.bases.len(), document.bases.len());
+    }
+    if let Ok(call) = serde_json::from_slice::<Call>(input)
+        && call.check().is_ok()
+    {
+        // What is sent on says the same.
+        let text = serde_json::to_string(&call).unwrap_or_default();
+        assert!(serde_json::from_str::<Call>(&text).is_ok_and(|again| again.check().is_ok()));
+        assert!(!call.changes() || text.to_ascii_lowercase().contains("virtualization"));
     }
 }
 

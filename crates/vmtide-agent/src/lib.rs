@@ -17,6 +17,8 @@ mod contract;
 mod drain;
 mod error;
 pub mod freezes;
+#[cfg(windows)]
+mod hyperv;
 pub mod limits;
 pub mod metrics;
 pub mod openapi;
@@ -38,6 +40,10 @@ pub mod work;
 
 pub use config::{AgentOptions, CertificateFiles, ConnectionLimits};
 pub use error::{AgentError, Result};
+#[cfg(windows)]
+pub use hyperv::platform_of_this_host;
+#[cfg(not(windows))]
+pub use run::platform_of_this_host;
 pub use run::{Platform, Started, run};
 pub use state::{AppState, Shared};
 pub use tls::{Fingerprint, TlsIdentity};

@@ -62,6 +62,12 @@ impl From<Arc<dyn DiskProvider>> for Platform {
     }
 }
 
+/// The disks of this host; it has no Hyper-V.
+#[cfg(not(windows))]
+pub fn platform_of_this_host(_options: &AgentOptions) -> Platform {
+    Platform::from(crate::provider::of_this_host())
+}
+
 /// Runs an agent until `stop` is cancelled; then lets running requests end. `started` is called once, when it
 /// answers.
 ///

@@ -56,6 +56,11 @@ proptest! {
     }
 
     #[test]
+    fn vm_calls(input in mutated("agent_vm_calls")) {
+        vmtide_agent::fuzzing::agent_vm_calls(&input);
+    }
+
+    #[test]
     fn keys(input in mutated("agent_keys")) {
         vmtide_agent::fuzzing::agent_keys(&input);
     }

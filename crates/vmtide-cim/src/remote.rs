@@ -163,6 +163,9 @@ fn is_sound(value: &CimValue, depth: usize) -> bool {
     };
     match value {
         _ if depth > MAX_DEPTH => false,
+        // JSON has no others.
+        CimValue::Real32(value) => value.is_finite(),
+        CimValue::Real64(value) => value.is_finite(),
         CimValue::Array(kind, items) => {
             items.iter().all(|item| fits(*kind, item) && is_sound(item, depth + 1))
         }

@@ -220,11 +220,14 @@ impl HypervAccess {
     }
 }
 
-/// The ways to a host by the agent on it: its management objects and its files.
+/// The ways to a host by the agent on it: its management objects and its files; for this host, its own.
 ///
 /// # Errors
-/// Those of the options of the agent; [`EngineError::Usage`] where the URL means this host.
+/// Those of the options of the agent; [`EngineError::Usage`] where the URL means this host and it has no Hyper-V.
 pub fn connect_agent(url: &HypervUrl, options: &AgentOptions) -> Result<HypervHost> {
+    if url.authority().is_none() {
+        return connect_local(url);
+    }
     let client = AgentClient::for_vms(url, options)?;
     let host = Host::new(Arc::new(AgentCim::new(client.clone())), HostOptions::default());
     Ok(HypervHost { host, files: Arc::new(AgentFiles::new(client, CancelToken::new())) })
@@ -259,7 +262,25 @@ pub(crate) fn open_winrm(url: &WinrmUrl, options: &SourceOptions) -> Result<Open
 
 /// This machine's own VMs.
 fn local(url: &HypervUrl, options: &SourceOptions) -> Result<OpenSource> {
-    tracing::debug!(%url, state = %options.state_directory.display(), "asked for this machine's VMs");
+    let HypervHost { host, files } = connect_local(url)?;
+    let mut how = HypervOptions::new(&options.state_directory);
+    how.backup_type = options.hyperv.backup_type;
+    let hypervisor = Box::new(HypervHypervisor::new(host, files, how));
+    Ok(source(hypervisor, url.vm(), options, url.to_string()))
+}
+
+/// The management objects of this machine over COM, and its files.
+#[cfg(windows)]
+#[allow(clippy::unnecessary_wraps, reason = "elsewhere there is nothing to connect to")]
+fn connect_local(_url: &HypervUrl) -> Result<HypervHost> {
+    let cim = Arc::new(vmtide_wmi_ffi::ComCim::new());
+    let host = Host::new(cim, HostOptions::default());
+    Ok(HypervHost { host, files: Arc::new(vmtide_hyperv::LocalFiles::new()) })
+}
+
+/// There is Hyper-V on Windows only.
+#[cfg(not(windows))]
+fn connect_local(url: &HypervUrl) -> Result<HypervHost> {
     Err(not_here(url))
 }
 
@@ -287,6 +308,7 @@ fn check_options(url: &dyn fmt::Display, options: &SourceOptions) -> Result<()> 
 }
 
 /// Why this machine's own VMs are not to be had.
+#[cfg(not(windows))]
 fn not_here(url: &HypervUrl) -> EngineError {
     EngineError::usage(format!(
         "{url}: the VMs of this machine are to be had where vmtide for Windows runs on a Hyper-V host; of another \

@@ -15,6 +15,8 @@ pub mod fuzzing;
 pub mod gates;
 mod host;
 mod job;
+#[cfg(windows)]
+mod local;
 mod model;
 mod restore;
 mod select;
@@ -26,6 +28,8 @@ pub use cycle::{DEFAULT_MERGE_WAIT_MS, HypervHypervisor, HypervOptions};
 pub use files::{ChangePage, ChangesError, FileEntry, FrozenFile, HostFiles, NewDisk};
 pub use host::{Clock, Host, HostOptions, SystemClock, from_cim};
 pub use job::JobOutcome;
+#[cfg(windows)]
+pub use local::LocalFiles;
 pub use model::types::{
     BackupType, ControllerKind, DiskAttachment, DiskLocation, Generation, ReferencePointRecord,
     SnapshotKind, SnapshotRecord, VmRecord, VmSettings, VmState,

@@ -36,6 +36,8 @@ enum Stop {
     Unset,
     Do(OnStop),
     Asked,
+    /// The last state was reported. One more report may end the process (remarks of `SetServiceStatus`).
+    Ended,
 }
 
 struct Shared {
@@ -52,7 +54,7 @@ impl RunningService {
     /// was asked already.
     pub fn on_stop(&self, action: impl FnOnce() + Send + 'static) {
         let mut stop = self.0.stop.lock().unwrap_or_else(PoisonError::into_inner);
-        if matches!(*stop, Stop::Asked) {
+        if matches!(*stop, Stop::Asked | Stop::Ended) {
             drop(stop);
             action();
         } else {
@@ -63,7 +65,7 @@ impl RunningService {
     /// Tells the manager that the service does its work now; nothing where it is to stop already.
     pub fn started(&self) {
         let stop = self.0.stop.lock().unwrap_or_else(PoisonError::into_inner);
-        if !matches!(*stop, Stop::Asked) {
+        if !matches!(*stop, Stop::Asked | Stop::Ended) {
             self.0.report(scm::SERVICE_RUNNING, 0);
         }
     }
@@ -93,6 +95,9 @@ impl Shared {
 
     fn stop(&self) {
         let mut stop = self.stop.lock().unwrap_or_else(PoisonError::into_inner);
+        if matches!(*stop, Stop::Ended) {
+            return;
+        }
         let before = std::mem::replace(&mut *stop, Stop::Asked);
         self.report(scm::SERVICE_STOP_PENDING, 0);
         drop(stop);
@@ -149,6 +154,9 @@ unsafe extern "system" fn service_main(_: u32, _: *mut PWSTR) {
     let main = AssertUnwindSafe(|| (job.main)(service));
     // Nothing may unwind into the caller, which is not Rust.
     let code = std::panic::catch_unwind(main).unwrap_or(PANICKED);
+    // With the lock: a request to stop reports before this or not at all.
+    let mut stop = shared.stop.lock().unwrap_or_else(PoisonError::into_inner);
+    *stop = Stop::Ended;
     shared.report(scm::SERVICE_STOPPED, code);
 }
 

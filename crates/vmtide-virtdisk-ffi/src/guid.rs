@@ -27,6 +27,25 @@ impl Guid {
         }
     }
 
+    /// From text as [`Display`](fmt::Display) has it, in any case, with braces or without; none for any other text.
+    pub fn parse(text: &str) -> Option<Self> {
+        let bare = text.strip_prefix('{').and_then(|text| text.strip_suffix('}')).unwrap_or(text);
+        let lengths = [8, 4, 4, 4, 12];
+        let parts: Vec<&str> = bare.split('-').collect();
+        let fits = parts.len() == lengths.len()
+            && parts.iter().zip(lengths).all(|(part, length)| {
+                part.len() == length && part.bytes().all(|byte| byte.is_ascii_hexdigit())
+            });
+        let [a, b, c, d, e] = parts.as_slice() else { return None };
+        let tail = u64::from_str_radix(&format!("{d}{e}"), 16).ok().filter(|_| fits)?;
+        Some(Self {
+            data1: u32::from_str_radix(a, 16).ok()?,
+            data2: u16::from_str_radix(b, 16).ok()?,
+            data3: u16::from_str_radix(c, 16).ok()?,
+            data4: tail.to_be_bytes(),
+        })
+    }
+
     /// Whether all bits are zero, which stands for "none".
     pub fn is_nil(&self) -> bool {
         *self == Self::default()
@@ -46,6 +65,23 @@ mod tests {
     use super::*;
 
     /// `VIRTUAL_STORAGE_TYPE_VENDOR_MICROSOFT` of virtdisk.h.
+    #[test]
+    fn text_is_read_as_it_is_written() {
+        let text = "ec984aec-a0f9-47e9-901f-71415a66345b";
+        let id = Guid::parse(text).unwrap();
+        assert_eq!(id.to_string(), text);
+        assert_eq!(Guid::parse(&format!("{{{}}}", text.to_uppercase())), Some(id));
+        for bad in [
+            "",
+            "x",
+            &text[1..],
+            "ec984aec-a0f9-47e9-901f-71415a66345g",
+            "+c984aec-a0f9-47e9-901f-71415a66345b",
+        ] {
+            assert_eq!(Guid::parse(bad), None, "{bad}");
+        }
+    }
+
     #[test]
     fn fields_are_little_endian_and_the_rest_is_not() {
         let bytes = [

@@ -24,6 +24,7 @@ pub mod info;
 pub mod sectors;
 pub mod tracking_id;
 pub mod wide;
+pub mod zeros;
 
 #[cfg(windows)]
 mod windows;

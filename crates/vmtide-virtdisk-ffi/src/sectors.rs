@@ -3,9 +3,9 @@
 //! A virtual disk read through its handle, or through its physical drive, takes offsets, lengths and, depending
 //! on the storage below, addresses in memory that are multiples of the sector. A request that has all three
 //! right goes to the medium as it is. Others go through an aligned buffer: reads are rounded outward; writes
-//! read the sectors that they only touch, one request at a time, so that two of them in one sector keep both.
+//! read the sectors that they only touch, alone, so that what others write into these sectors meanwhile is kept.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{PoisonError, RwLock};
 use vmtide_block::{AlignedBuffer, BlockError, ByteRange, Result};
 
 /// The most that goes through an aligned buffer at once, in bytes: bounds memory per request.
@@ -32,8 +32,8 @@ pub struct SectorDevice<T> {
     io: T,
     sector_bytes: u32,
     size_bytes: u64,
-    /// Held by writes that begin or end inside a sector, from its reading to its writing.
-    partial_writes: Mutex<()>,
+    /// Held alone by writes that begin or end inside a sector, from its reading to its writing; together by all others.
+    writes: RwLock<()>,
 }
 
 impl<T: SectorIo> SectorDevice<T> {
@@ -48,7 +48,7 @@ impl<T: SectorIo> SectorDevice<T> {
             let detail = format!("{size_bytes} bytes in sectors of {sector_bytes}");
             return Err(BlockError::unsupported(name, detail));
         }
-        Ok(Self { io, sector_bytes, size_bytes, partial_writes: Mutex::new(()) })
+        Ok(Self { io, sector_bytes, size_bytes, writes: RwLock::new(()) })
     }
 
     /// The medium.
@@ -107,12 +107,14 @@ impl<T: SectorIo> SectorDevice<T> {
         if data.is_empty() {
             return Ok(());
         }
+        let partial = !(offset | data.len() as u64).is_multiple_of(self.sector());
+        let (_alone, _together) = match partial {
+            true => (Some(self.writes.write().unwrap_or_else(PoisonError::into_inner)), None),
+            false => (None, Some(self.writes.read().unwrap_or_else(PoisonError::into_inner))),
+        };
         if self.is_aligned(data, offset) {
             return self.io.write_sectors(data, offset);
         }
-        let partial = !(offset | data.len() as u64).is_multiple_of(self.sector());
-        let _guard =
-            partial.then(|| self.partial_writes.lock().unwrap_or_else(PoisonError::into_inner));
         let window = self.window(offset, data.len());
         let mut bounce = AlignedBuffer::new(as_length(window.length.min(BOUNCE_BYTES)));
         for piece in pieces(window) {
@@ -181,6 +183,45 @@ fn overlap(
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::sync::Mutex;
+    use std::sync::mpsc::{Receiver, Sender, channel};
+    use std::time::Duration;
+
+    /// One sector whose first reader says so and gives others time to write.
+    struct Slow {
+        bytes: Mutex<Vec<u8>>,
+        reading: Mutex<Option<Sender<()>>>,
+    }
+
+    impl SectorIo for Slow {
+        fn read_sectors(&self, buffer: &mut [u8], _: u64) -> Result<()> {
+            buffer.copy_from_slice(&self.bytes.lock().unwrap());
+            if let Some(reading) = self.reading.lock().unwrap().take() {
+                reading.send(()).unwrap();
+                std::thread::sleep(Duration::from_millis(200));
+            }
+            Ok(())
+        }
+
+        fn write_sectors(&self, data: &[u8], _: u64) -> Result<()> {
+            self.bytes.lock().unwrap().copy_from_slice(data);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_part_of_a_sector_does_not_undo_a_whole_one() {
+        let (sender, reading): (Sender<()>, Receiver<()>) = channel();
+        let io = Slow { bytes: Mutex::new(vec![0; 512]), reading: Mutex::new(Some(sender)) };
+        let device = SectorDevice::new(io, "slow", 512, 512).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| device.write(&[1; 16], 0).unwrap());
+            reading.recv().unwrap();
+            device.write(&[2; 512], 0).unwrap();
+        });
+        // The part came first or last; what it does not cover is the whole one's in any case.
+        assert!(device.io().bytes.lock().unwrap()[16..].iter().all(|byte| *byte == 2));
+    }
 
     /// Bytes in memory that refuse what is not whole, aligned sectors.
     struct Strict {

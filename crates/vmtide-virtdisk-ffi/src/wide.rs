@@ -3,6 +3,10 @@
 /// The longest path that functions without support of long paths take, with its terminator (`MAX_PATH`).
 const MAX_PATH_UNITS: usize = 260;
 
+const VERBATIM: [u16; 4] = [b'\\' as u16, b'\\' as u16, b'?' as u16, b'\\' as u16];
+const UNC: [u16; 4] = [b'U' as u16, b'N' as u16, b'C' as u16, b'\\' as u16];
+const SHARE: [u16; 2] = [b'\\' as u16, b'\\' as u16];
+
 /// With a terminator. `None` where the string has a zero inside: Windows would see another, shorter one.
 pub fn terminated(units: impl IntoIterator<Item = u16>) -> Option<Vec<u16>> {
     let mut out: Vec<u16> = units.into_iter().collect();
@@ -30,12 +34,23 @@ pub fn string_list(units: &[u16], limit: usize) -> Vec<String> {
         .collect()
 }
 
+/// The path as the interface takes it: [plain](plain_path), and with the prefix `\\?\` where it is too long for that.
+/// A plain one of more than `MAX_PATH` is "not found", whatever is there.
+pub fn path_for_calls(units: &[u16]) -> Vec<u16> {
+    let plain = plain_path(units);
+    let is_verbatim = plain.starts_with(&VERBATIM);
+    if plain.len() < MAX_PATH_UNITS || is_verbatim {
+        return plain;
+    }
+    match plain.strip_prefix(&SHARE) {
+        Some(share) => [&VERBATIM[..], &UNC, share].concat(),
+        None => [&VERBATIM[..], &plain].concat(),
+    }
+}
+
 /// The path without the prefix `\\?\` that resolving a path puts there: virtdisk.dll is documented with plain
 /// paths only. Kept where the rest would be too long for a plain path, or is no drive or share.
 pub fn plain_path(units: &[u16]) -> Vec<u16> {
-    const VERBATIM: [u16; 4] = [b'\\' as u16, b'\\' as u16, b'?' as u16, b'\\' as u16];
-    const UNC: [u16; 4] = [b'U' as u16, b'N' as u16, b'C' as u16, b'\\' as u16];
-    const SHARE: [u16; 2] = [b'\\' as u16, b'\\' as u16];
     let Some(rest) = units.strip_prefix(&VERBATIM) else {
         return units.to_vec();
     };
@@ -53,6 +68,21 @@ mod tests {
 
     fn wide(text: &str) -> Vec<u16> {
         text.encode_utf16().collect()
+    }
+
+    #[test]
+    fn long_paths_get_the_prefix_that_they_need() {
+        let long = format!(r"C:\{}\a.vhdx", "x".repeat(300));
+        let share = format!(r"\\srv\vms\{}\a.vhdx", "x".repeat(300));
+        for (path, expected) in [
+            (r"C:\a.vhdx".to_owned(), r"C:\a.vhdx".to_owned()),
+            (r"\\?\C:\a.vhdx".to_owned(), r"C:\a.vhdx".to_owned()),
+            (long.clone(), format!(r"\\?\{long}")),
+            (format!(r"\\?\{long}"), format!(r"\\?\{long}")),
+            (share.clone(), format!(r"\\?\UNC{}", &share[1..])),
+        ] {
+            assert_eq!(path_for_calls(&wide(&path)), wide(&expected), "{path}");
+        }
     }
 
     #[test]

@@ -75,7 +75,8 @@ pub fn allocated_bytes(path: &Path) -> Result<u64> {
 /// # Errors
 /// What the file system says.
 pub fn free_bytes(directory: &Path) -> Result<u64> {
-    let path = wide(directory)?;
+    // The root of a share is only taken with a separator at its end; any other directory may have one.
+    let path = wide(&directory.join(""))?;
     let mut free = 0_u64;
     let none = std::ptr::null_mut();
     // SAFETY: the path ends in a zero and lives through the call; one pointer is to a live number, the

@@ -19,8 +19,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use vmtide_block::{BlockDevice, ByteRange, WritableBlockDevice};
 use vmtide_virtdisk_ffi::{
-    AttachedDisk, DiskAccess, ErrorKind, NewVirtualDisk, TrackingId, VirtdiskError, VirtualDisk,
-    read_page,
+    AttachedDisk, DiskAccess, ErrorKind, Guid, NewVirtualDisk, TrackingId, VirtdiskError,
+    VirtualDisk, read_page,
 };
 
 /// How long a disk stays attached after it was last asked for. Requests of one client follow within
@@ -198,12 +198,25 @@ impl DiskProvider for WindowsProvider {
                 });
             }
         };
+        let unsupported = |reason: String| ProviderError::Unsupported {
+            path: path.display().to_string(),
+            reason,
+        };
+        let disk_id = disk.disk_id.as_deref().map(|id| {
+            Guid::parse(id).ok_or_else(|| unsupported(format!("the disk id {id:?} is no GUID")))
+        });
+        let disk_id = disk_id.transpose()?;
+        if disk_id.is_some() && !vhdx {
+            return Err(unsupported("only vhdx has a disk id".to_owned()));
+        }
         let new = NewVirtualDisk {
             vhdx,
             virtual_bytes: disk.virtual_size_bytes,
             fixed: disk.fixed,
             sector_bytes: disk.logical_sector_bytes.unwrap_or(0),
             physical_sector_bytes: disk.physical_sector_bytes.unwrap_or(0),
+            block_bytes: disk.block_size_bytes.unwrap_or(0),
+            disk_id,
         };
         VirtualDisk::create(path, &new).map_err(|error| failed(path, &error))
     }

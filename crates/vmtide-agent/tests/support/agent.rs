@@ -52,7 +52,11 @@ pub fn prepare(directory: &Path, disks: &[&str]) -> Keys {
 pub fn options(directory: &Path, limits: Limits) -> AgentOptions {
     AgentOptions {
         listen: "127.0.0.1:0".into(),
-        roots: vec![directory.join("disks")],
+        roots: ["disks", "C"]
+            .map(|name| directory.join(name))
+            .into_iter()
+            .filter(|root| root.is_dir())
+            .collect(),
         auth_key_file: directory.join("keys"),
         certificate: None,
         state_directory: directory.join("state"),
@@ -74,7 +78,16 @@ impl Agent {
         limits: Limits,
         vms: Option<VmPlatform>,
     ) -> Self {
-        let directory = tempfile::tempdir().unwrap();
+        Self::start_in(tempfile::tempdir().unwrap(), provider, limits, vms)
+    }
+
+    /// An agent that serves all of a directory, which is its own from now on.
+    pub fn start_in(
+        directory: TempDir,
+        provider: Arc<TestProvider>,
+        limits: Limits,
+        vms: Option<VmPlatform>,
+    ) -> Self {
         let names: Vec<String> = provider.disks.lock().keys().cloned().collect();
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
         let keys = prepare(directory.path(), &names);

@@ -16,9 +16,6 @@ use vmtide_block::{AlignedBuffer, BlockDevice, BlockError, ByteRange, WritableBl
 use windows_sys::Win32::Foundation::{ERROR_INVALID_FUNCTION, ERROR_NOT_SUPPORTED};
 use windows_sys::Win32::Storage::Vhd;
 
-/// How many zeros are written at once, in bytes.
-const ZEROS_BYTES: usize = 1 << 20;
-
 /// How the content of an attached disk is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReadRoute {
@@ -186,17 +183,14 @@ impl WritableBlockDevice for AttachedDisk {
         self.device.write(data, offset)
     }
 
-    /// Writes zeros: the interface has no request for it that works through the handle.
+    /// Writes zeros where there are none yet: see [`zeros`](crate::zeros).
     fn write_zeroes(&self, range: ByteRange) -> vmtide_block::Result<()> {
         self.check_range(range)?;
-        let zeros = AlignedBuffer::new(ZEROS_BYTES);
-        let mut at = range.offset;
-        while at < range.end() {
-            let length = usize::try_from(range.end() - at).unwrap_or(usize::MAX).min(zeros.len());
-            self.write_at(zeros.get(..length).unwrap_or_default(), at)?;
-            at += length as u64;
-        }
-        Ok(())
+        crate::zeros::write_zeroes(
+            range,
+            |buffer, offset| self.device.read(buffer, offset),
+            |data, offset| self.write_at(data, offset),
+        )
     }
 
     /// A handle that does not take the request is written through already: virtual disks are opened without

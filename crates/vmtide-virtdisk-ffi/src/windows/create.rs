@@ -1,7 +1,7 @@
 //! New disks.
 
-use super::disk::{VirtualDisk, check, native_path};
-use crate::Result;
+use super::disk::{DiskAccess, VirtualDisk, check, native_path};
+use crate::{Guid, Result};
 use std::os::windows::io::{FromRawHandle, OwnedHandle};
 use std::path::Path;
 use std::ptr;
@@ -21,6 +21,10 @@ pub struct NewVirtualDisk {
     pub sector_bytes: u32,
     /// 512 or 4096; 0 for the format's own.
     pub physical_sector_bytes: u32,
+    /// The unit of allocation; 0 for the format's own.
+    pub block_bytes: u32,
+    /// The disk's own id; none for a new one. VHDX only.
+    pub disk_id: Option<Guid>,
 }
 
 impl VirtualDisk {
@@ -41,9 +45,10 @@ impl VirtualDisk {
         let parameters = Vhd::CREATE_VIRTUAL_DISK_PARAMETERS {
             Version: Vhd::CREATE_VIRTUAL_DISK_VERSION_2,
             Anonymous: Vhd::CREATE_VIRTUAL_DISK_PARAMETERS_0 {
-                // A new id, the format's own block size, no parent, no source.
+                // No parent, no source. The id of the content is always a new one.
                 Version2: Vhd::CREATE_VIRTUAL_DISK_PARAMETERS_0_1 {
                     MaximumSize: disk.virtual_bytes,
+                    BlockSizeInBytes: disk.block_bytes,
                     SectorSizeInBytes: disk.sector_bytes,
                     PhysicalSectorSizeInBytes: disk.physical_sector_bytes,
                     ..Default::default()
@@ -74,6 +79,11 @@ impl VirtualDisk {
         check("create", &path.display().to_string(), code)?;
         // SAFETY: the call succeeded, so the handle is open and belongs to nobody else.
         drop(unsafe { OwnedHandle::from_raw_handle(handle) });
-        Ok(())
+        let Some(id) = disk.disk_id else { return Ok(()) };
+        let given = Self::open(path, DiskAccess::ReadWrite).and_then(|made| made.set_disk_id(id));
+        given.inspect_err(|_| {
+            // One with another id must not be taken for what was asked for. The first error is the one to tell.
+            let _ = std::fs::remove_file(path);
+        })
     }
 }

@@ -234,6 +234,27 @@ impl VirtualDisk {
         }))
     }
 
+    /// Gives the disk an id of its own, by which change tracking and its chain know it. Needs
+    /// [`DiskAccess::ReadWrite`]; for a disk that was just made.
+    ///
+    /// # Errors
+    /// What Windows says.
+    pub fn set_disk_id(&self, id: Guid) -> Result<()> {
+        let id = windows_sys::core::GUID {
+            data1: id.data1,
+            data2: id.data2,
+            data3: id.data3,
+            data4: id.data4,
+        };
+        let info = Vhd::SET_VIRTUAL_DISK_INFO {
+            Version: Vhd::SET_VIRTUAL_DISK_INFO_VIRTUAL_DISK_ID,
+            Anonymous: Vhd::SET_VIRTUAL_DISK_INFO_0 { VirtualDiskId: id },
+        };
+        // SAFETY: the handle is open and the structure lives through the call.
+        let code = unsafe { Vhd::SetVirtualDiskInformation(self.raw(), &raw const info) };
+        check("give an id to", &self.path, code)
+    }
+
     /// Switches change tracking on or off. Needs [`DiskAccess::ReadWrite`]. Not for the disk of a running
     /// machine, whose tracking belongs to Hyper-V.
     ///
@@ -310,6 +331,6 @@ pub(super) fn native_path(path: &Path) -> Result<Vec<u16>> {
     };
     let full = std::path::absolute(path).map_err(|error| wrong(error.to_string()))?;
     let units: Vec<u16> = full.as_os_str().encode_wide().collect();
-    wide::terminated(wide::plain_path(&units))
+    wide::terminated(wide::path_for_calls(&units))
         .ok_or_else(|| wrong("the path has a zero character".to_owned()))
 }

@@ -167,8 +167,8 @@ pub fn run(app: &App, args: &AgentArgs) -> Result<Exit> {
 fn serve(app: &App, args: &ServeAgentArgs) -> Result<Exit> {
     let options = args.options(app)?;
     let cancel = signals::cancel_on_signals()?;
-    let provider = vmtide_agent::provider::of_this_host();
-    vmtide_agent::run(&options, provider, &cancel, |started| tell(app, started))
+    let platform = vmtide_agent::platform_of_this_host(&options);
+    vmtide_agent::run(&options, platform, &cancel, |started| tell(app, started))
         .map_err(engine_error)?;
     app.output.summary(&serde_json::json!({}));
     Ok(Exit::Done)

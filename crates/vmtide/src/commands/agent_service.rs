@@ -16,8 +16,8 @@ fails. What it writes goes to agent.log in the state directory, which is %Progra
 does not say otherwise, and which only administrators can read then. On Linux see packaging/systemd.
 
 Examples:
-  vmtide agent key add backup --auth-key-file C:\\ProgramData\\vmtide\\keys
-  vmtide agent service install --root D:\\VHDS --auth-key-file C:\\ProgramData\\vmtide\\keys
+  vmtide agent key add backup --auth-key-file \"C:\\Program Files\\vmtide\\keys\"
+  vmtide agent service install --root D:\\VHDS --auth-key-file \"C:\\Program Files\\vmtide\\keys\"
   vmtide agent service start
   vmtide agent service stop
   vmtide agent service remove";
@@ -216,8 +216,8 @@ mod windows {
             let cancel = CancelToken::new();
             let stop = cancel.clone();
             running.on_stop(move || stop.cancel());
-            let provider = vmtide_agent::provider::of_this_host();
-            let ended = vmtide_agent::run(&options, provider, &cancel, |started| {
+            let platform = vmtide_agent::platform_of_this_host(&options);
+            let ended = vmtide_agent::run(&options, platform, &cancel, |started| {
                 tell(&app, started);
                 running.started();
             });

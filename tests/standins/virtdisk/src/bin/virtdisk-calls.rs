@@ -51,6 +51,8 @@ mod calls {
             VirtualDisk::create(
                 &path,
                 &NewVirtualDisk {
+                    block_bytes: 0,
+                    disk_id: None,
                     vhdx,
                     virtual_bytes: SIZE,
                     fixed: false,
