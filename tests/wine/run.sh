@@ -5,7 +5,7 @@
 #
 # VMTIDE_BIN names the vmtide for Linux that reads what the one for Windows wrote, and the other way round; otherwise
 # it is target/debug/vmtide. What the tests get in their environment: VMTIDE_EXE, the program for Windows;
-# VMTIDE_EXE_STANDIN, the same with the stand-in for virtdisk.dll beside it; VMTIDE_BIN, WINEPREFIX.
+# VMTIDE_EXE_STANDIN, the same with the stand-in for virtdisk.dll beside it; VMTIDE_DLL, the C library; VMTIDE_BIN, WINEPREFIX.
 set -euo pipefail
 
 # shellcheck source=scripts/lib/common.sh
@@ -24,7 +24,7 @@ have qemu-img || die "qemu-img is missing: install qemu-utils (scripts/test.sh d
 tests=("$@")
 [ "${#tests[@]}" -gt 0 ] || mapfile -t tests < <(cd "$REPO_ROOT/tests/wine" && ls -- *_test.py)
 
-mapfile -t built < <("$REPO_ROOT/scripts/build-windows.sh" -p vmtide -p vmtide-standin-virtdisk)
+mapfile -t built < <("$REPO_ROOT/scripts/build-windows.sh" -p vmtide -p vmtide-standin-virtdisk -p vmtide-capi)
 mapfile -t units < <("$REPO_ROOT/scripts/build-windows.sh" -p vmtide-windows-ffi -p vmtide-wmi-ffi -p vmtide-hyperv --tests)
 [ "${#units[@]}" -gt 0 ] || die "the tests of the libraries were not built"
 
@@ -46,6 +46,8 @@ trap end_wine EXIT
 ensure_wine
 place "$REPO_ROOT/target/wine/program" vmtide.exe
 place "$REPO_ROOT/target/wine/standin" vmtide.exe virtdisk.dll virtdisk-calls.exe
+place "$REPO_ROOT/target/wine/library" vmtide.dll
+export VMTIDE_DLL="$REPO_ROOT/target/wine/library/vmtide.dll"
 export VMTIDE_EXE="$REPO_ROOT/target/wine/program/vmtide.exe"
 export VMTIDE_EXE_STANDIN="$REPO_ROOT/target/wine/standin/vmtide.exe"
 status=0

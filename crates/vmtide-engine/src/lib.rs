@@ -27,6 +27,7 @@ mod identity;
 pub mod image;
 mod in_use;
 mod lock;
+mod many;
 pub mod partitions;
 mod peer;
 mod places;
@@ -51,6 +52,7 @@ pub use convert::{ConvertJob, ConvertSummary, convert};
 pub use copy::{CopiedDisk, CopiedPoint, CopyJob, CopySummary, PresentPoint, UncopiedPoint, copy};
 pub use error::{EngineError, Result};
 pub use events::{Event, JobContext, Observer, Phase, Silent};
+pub use many::{Limits, run_limited};
 pub use places::state_directory;
 pub use points::{
     DiskChange, DiskDifference, PartitionBytes, damaged_bytes, diff, forget, partitions_touched,

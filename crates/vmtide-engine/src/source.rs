@@ -87,6 +87,16 @@ impl SourceSpec {
         }
     }
 
+    /// The same source with one of its VMs in place of a selection of them.
+    #[must_use]
+    pub fn of_vm(&self, vm: &str) -> Self {
+        match self {
+            Self::Hyperv(url) => Self::Hyperv(url.with_vm(vm)),
+            Self::Winrm(url) => Self::Winrm(url.with_vm(vm)),
+            one => one.clone(),
+        }
+    }
+
     /// Opens it.
     ///
     /// # Errors

@@ -161,6 +161,34 @@ impl Output {
     }
 }
 
+/// The events of one of several VMs that are worked on at the same time: each says of which.
+pub struct OfVm<'a> {
+    /// Where they go.
+    pub output: &'a Output,
+    /// The VM.
+    pub vm: &'a str,
+}
+
+#[derive(Serialize)]
+struct EventOfVm<'a> {
+    #[serde(flatten)]
+    event: &'a Event,
+    vm: &'a str,
+}
+
+impl Observer for OfVm<'_> {
+    fn event(&self, event: Event) {
+        if self.output.json {
+            self.output.write_json(&EventOfVm { event: &event, vm: self.vm });
+            return;
+        }
+        match event {
+            Event::Warning { message } => self.output.warning(&format!("{}: {message}", self.vm)),
+            other => Observer::event(self.output, other),
+        }
+    }
+}
+
 impl Observer for Output {
     fn event(&self, event: Event) {
         if self.json {

@@ -1,6 +1,7 @@
 //! `vmtide backup`: back up virtual machines or disk images.
 
 use crate::app::{App, Job};
+use crate::commands::backup_many::{self, Many, ManyArgs};
 use crate::commands::vm::BackingArg;
 use crate::exit::Exit;
 use crate::output::Output;
@@ -10,9 +11,11 @@ use clap::{Args, ValueEnum};
 use jiff::SignedDuration;
 use std::io::Read;
 use vmtide_block::RangeSet;
-use vmtide_engine::source::{SourceOptions, SourceSpec, image_name, parse_changes, tracked_disks};
+use vmtide_engine::source::{
+    OpenSource, SourceOptions, SourceSpec, image_name, parse_changes, tracked_disks,
+};
 use vmtide_engine::{BackupJob, BackupSummary, EngineError, LevelChoice, Result, backup};
-use vmtide_hypervisor::{Consistency, DiskId};
+use vmtide_hypervisor::{Consistency, DiskId, Hypervisor};
 use vmtide_image::Format;
 use vmtide_repo::{BackupOptions, Immutability, Repository, RetentionMode};
 
@@ -38,9 +41,16 @@ Examples:
   vmtide backup web.qcow2 -r /backup --track
   vmtide backup hyperv+winrm://hv1.lab/web -r /backup --winrm-user 'LAB\\backup' --winrm-password-file pw
   vmtide backup agent+https://hv1/C:/VMs/web.vhdx -r /backup --agent-key-file key
+  vmtide backup 'hyperv://hv1/web*' -r /backup --parallel 4 --exclude-vm web-test
+  vmtide backup hyperv+winrm://hv1/tag:nightly -r /backup --winrm-user 'LAB\\backup'
 
 --changes takes [{\"offset\":0,\"length\":65536},…]: all that may differ from the previous restore point.
-With several sources each has its summary event, and a failed one does not stop the others.";
+With several sources each has its summary event, and a failed one does not stop the others.
+
+VM of a Hyper-V host is a name, an id, a pattern (web*), tag:NAME (a line vmtide:tag=NAME in the VM's notes), all, or
+several of these with commas. Where it can mean several VMs, so many as --parallel says are backed up at a time, each
+under its own name; a last summary event counts them. A VM that is renamed or moves to another host goes on in its
+line of restore points.";
 
 /// The most bytes of a list of changed ranges: some ten million ranges.
 const MAX_CHANGES_BYTES: u64 = 512 << 20;
@@ -63,7 +73,7 @@ pub struct BackupArgs {
     allow_downgrade: bool,
     /// The VM's name in the repository [default: the VM's own, or the image's without extension]
     #[arg(long, value_name = "VM")]
-    name: Option<String>,
+    pub(super) name: Option<String>,
     /// Record a tag with the restore point; may be repeated
     #[arg(long, value_name = "K=V", value_parser = units::parse_tag)]
     pub(crate) tag: Vec<(String, String)>,
@@ -111,7 +121,9 @@ pub struct BackupArgs {
     pub(crate) compression: i32,
     /// Threads that read, hash and compress [default: two more than there are processors]
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u16).range(1..=256))]
-    workers: Option<u16>,
+    pub(super) workers: Option<u16>,
+    #[command(flatten)]
+    pub(super) many: ManyArgs,
 }
 
 /// The level.
@@ -139,12 +151,8 @@ pub fn run(app: &App, args: &BackupArgs) -> Result<Exit> {
     let job = app.begin_job()?;
     let mut exit = Exit::Done;
     for (number, source) in sources.iter().enumerate() {
-        let ended = match run_one(app, args, &repository, source, changes.as_ref(), &job) {
-            Ok(summary) => {
-                show(app, &summary);
-                app.output.summary(&summary);
-                Exit::with_warnings(!summary.warnings.is_empty())
-            }
+        let ended = match run_source(app, args, &repository, source, changes.as_ref(), &job) {
+            Ok(ended) => ended,
             Err(error) => app.failed(&error),
         };
         exit = exit.worse(ended);
@@ -154,6 +162,31 @@ pub fn run(app: &App, args: &BackupArgs) -> Result<Exit> {
         }
     }
     Ok(exit)
+}
+
+/// Backs up the VM of a source, or all that it selects.
+fn run_source(
+    app: &App,
+    args: &BackupArgs,
+    repository: &Repository,
+    spec: &SourceSpec,
+    changes: Option<&RangeSet>,
+    job: &Job,
+) -> Result<Exit> {
+    let open = open_source(app, args, repository, spec, changes)?;
+    if let Some(vms) = backup_many::select(&args.many, &open)? {
+        let many = Many { args, repository, spec, open: &open, vms };
+        return backup_many::run(app, &many, job);
+    }
+    let mut backup_job = backup_job(args, repository, open.hypervisor.as_ref())?;
+    backup_job.vm = open.vm;
+    backup_job.name = open.name;
+    backup_job.source = open.display;
+    backup_job.outside_changes = changes.is_some();
+    let summary = job.run(app, |context| backup(&backup_job, context))?;
+    show(app, &summary);
+    app.output.summary(&summary);
+    Ok(Exit::with_warnings(!summary.warnings.is_empty()))
 }
 
 /// How an interrupted run ends that began no backup of its last `left` sources. The source that the
@@ -169,14 +202,13 @@ fn interrupted(output: &Output, ended: Exit, left: usize) -> Exit {
     Exit::Interrupted
 }
 
-fn run_one(
+fn open_source(
     app: &App,
     args: &BackupArgs,
     repository: &Repository,
     source: &SourceSpec,
     changes: Option<&RangeSet>,
-    job: &Job,
-) -> Result<BackupSummary> {
+) -> Result<OpenSource> {
     let tracked = match source {
         SourceSpec::Image(path) => {
             let name = args.name.clone().map_or_else(|| image_name(path), Ok)?;
@@ -185,7 +217,7 @@ fn run_one(
         _ => Vec::new(),
     };
     let display = source.display();
-    let source = source.open(&SourceOptions {
+    source.open(&SourceOptions {
         name: args.name.clone(),
         format: args.format,
         backing: args.backing.map(BackingArg::policy),
@@ -198,21 +230,29 @@ fn run_one(
         tracked,
         agent: app.global.agents.options(&display)?,
         hyperv: app.global.hyperv.options(&display)?,
-    })?;
+    })
+}
+
+/// The backup that the options ask for, of a VM that is not named yet.
+pub(super) fn backup_job<'a>(
+    args: &BackupArgs,
+    repository: &'a Repository,
+    hypervisor: &'a dyn Hypervisor,
+) -> Result<BackupJob<'a>> {
     let defaults = BackupOptions::default();
-    let backup_job = BackupJob {
+    Ok(BackupJob {
         repository,
-        hypervisor: source.hypervisor.as_ref(),
-        vm: source.vm,
-        name: source.name,
-        source: source.display,
+        hypervisor,
+        vm: String::new(),
+        name: None,
+        source: String::new(),
         level: match args.level {
             LevelArg::Auto => LevelChoice::Auto,
             LevelArg::Full => LevelChoice::Full,
             LevelArg::Incremental => LevelChoice::Incremental,
             LevelArg::Differential => LevelChoice::Differential,
         },
-        outside_changes: changes.is_some(),
+        outside_changes: false,
         consistency: args.consistency,
         allow_downgrade: args.allow_downgrade,
         tags: args.tag.iter().cloned().collect(),
@@ -228,8 +268,7 @@ fn run_one(
                 .transpose()?,
             ..defaults
         },
-    };
-    job.run(app, |context| backup(&backup_job, context))
+    })
 }
 
 /// A time such as `30d` or `6months`, from now on.
@@ -260,7 +299,7 @@ pub fn read_changes(path: &str) -> Result<RangeSet> {
     parse_changes(path, &json)
 }
 
-fn show(app: &App, summary: &BackupSummary) {
+pub(super) fn show(app: &App, summary: &BackupSummary) {
     let output = &app.output;
     output.line(format!(
         "{} backup of {} is restore point {}, {} consistent, after {}",

@@ -3,6 +3,7 @@
 pub mod agent;
 pub mod agent_service;
 pub mod backup;
+mod backup_many;
 pub mod bacula;
 pub mod bench;
 pub mod chain;
