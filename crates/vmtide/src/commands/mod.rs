@@ -30,6 +30,7 @@ pub mod points;
 pub mod prune;
 pub mod repair;
 pub mod restore;
+pub mod restore_vm;
 pub mod serve;
 pub mod show;
 pub mod stats;
