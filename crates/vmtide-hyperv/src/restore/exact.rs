@@ -101,10 +101,18 @@ impl Exact<'_> {
         let mut change = CimInstance::new("Msvm_VirtualSystemSettingData")
             .with("InstanceID", planned.settings.instance_id.as_str())
             .with("ElementName", self.name);
+        let name_only = change.clone();
         for root in ROOTS {
             change.set(root, self.directory);
         }
-        self.management.modify_system(&change, "give the planned VM its place")
+        match self.management.modify_system(&change, "give the planned VM its place") {
+            // The pages call these places read-only. A host that keeps to that has them from where the
+            // files lie, which is in the VM's directory too.
+            Err(HypervisorError::Failed { .. }) => {
+                self.management.modify_system(&name_only, "mark the planned VM as incomplete")
+            }
+            done => done,
+        }
     }
 
     /// Disks, media and network connections.

@@ -8,8 +8,9 @@ use vmtide_hypervisor::{DiskId, VmConfig};
 /// The directory of the disks, within that of the VM.
 const DISKS: &str = "Virtual Hard Disks";
 
-/// The directory of configuration files that are imported, within that of the VM. Gone at the end.
-const IMPORT: &str = "vmtide-import";
+/// The directory of configuration files that are imported, within that of the VM: the one in which Hyper-V
+/// looks for them, so that what lies above it is the place of the VM.
+const IMPORT: &str = "Virtual Machines";
 
 /// The file that says that a VM is not complete, within its directory. Its name is for people.
 const MARK: &str = "INCOMPLETE - vmtide is restoring this VM.txt";
