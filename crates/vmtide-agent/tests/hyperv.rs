@@ -1,9 +1,5 @@
 //! Whole VMs of a Hyper-V host through an agent: client, HTTPS, agent, the backup cycle, and a stand-in for the host.
-#![allow(
-    clippy::unwrap_used,
-    clippy::panic,
-    reason = "tests: a failed unwrap is a failed test"
-)]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests: a failed unwrap is a failed test")]
 
 mod support;
 
@@ -20,7 +16,8 @@ use vmtide_agent_client::{AgentClient, AgentHypervisor, AgentKey, AgentOptions, 
 use vmtide_block::CancelToken;
 use vmtide_hyperv::{Clock, Host, HostOptions, HypervHypervisor, HypervOptions};
 use vmtide_hypervisor::{
-    Base, Changes, Consistency, DiskId, FreezeRequest, FrozenVm, Hypervisor, JobId, Seal, TrackingId,
+    Base, Changes, Consistency, DiskId, FreezeRequest, FrozenVm, Hypervisor, JobId, Seal,
+    TrackingId,
 };
 use vmtide_standin_hyperv_host::{VmSpec, World, WorldOptions};
 
@@ -58,16 +55,14 @@ fn bench() -> Bench {
     let vm = world.add_vm(&VmSpec::new("web", &SIZES));
     let clock = Arc::new(WorldClock(world.clone()));
     let host = Host::new(world.cim(), HostOptions { clock, ..HostOptions::default() });
-    let hypervisor =
-        HypervHypervisor::new(host, world.files(), HypervOptions::new(state.path()));
+    let hypervisor = HypervHypervisor::new(host, world.files(), HypervOptions::new(state.path()));
     let root = volumes.path().to_path_buf();
     let platform = VmPlatform {
         hypervisor: Arc::new(hypervisor),
         cim: Some(world.cim()),
         host_path: Some(Arc::new(move |path| below(&root, path))),
     };
-    let agent =
-        Agent::start_in(volumes, provider, Limits::default(), Some(platform));
+    let agent = Agent::start_in(volumes, provider, Limits::default(), Some(platform));
     let url = HypervUrl::parse(&format!("hyperv://{}/web", agent.address)).unwrap();
     let options = AgentOptions {
         key: Some(AgentKey::new(&agent.keys.reader).unwrap()),
@@ -140,7 +135,10 @@ fn a_chain_of_backups_of_a_vm_through_its_hosts_agent() {
         let mut frozen = bench.freeze(&bases(&seal));
         let changed = bench.read(&*frozen);
         // What the guest wrote, and what it wrote while the last one was read.
-        assert!(changed.iter().all(|bytes| bytes.is_some_and(|bytes| bytes <= 64 << 10)), "{changed:?}");
+        assert!(
+            changed.iter().all(|bytes| bytes.is_some_and(|bytes| bytes <= 64 << 10)),
+            "{changed:?}"
+        );
         seal = frozen.seal().unwrap();
         frozen.commit().unwrap();
     }
