@@ -1,166 +1,160 @@
-//! `hyperv+winrm://` from the URL to the restore point: the stand-in host behind the stand-in for WinRM, its disks on a
-//! real Samba.
+//! The engine with Hyper-V's cycle and a real repository, against the stand-in host of the cycle's own tests.
 
-#![cfg(unix)]
-#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
-
-#[path = "../../vmtide-smb/tests/support/mod.rs"]
-mod samba;
-#[allow(
-    dead_code,
+#![allow(
     clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
     clippy::cast_possible_truncation,
-    reason = "shared by test programs that each use a part of it; a failed unwrap is a failed test"
+    clippy::cast_possible_wrap,
+    clippy::type_complexity,
+    reason = "a test that panics has failed, and its disks are small"
 )]
+
+#[allow(dead_code, reason = "shared by test programs that each use a part of it")]
 mod support;
+#[path = "../../vmtide-hyperv/tests/support/world.rs"]
+#[allow(dead_code, reason = "shared with the tests of the cycle, which use all of it")]
+mod world;
 
-use samba::{PASSWORD, Samba, pattern};
-use std::path::PathBuf;
+use std::collections::BTreeMap;
 use std::sync::Arc;
-use support::{TestRepository, job, run};
-use uuid::Uuid;
-use vmtide_engine::doctor::{CheckStatus, check_source};
-use vmtide_engine::hyperv::{Authentication, HypervAccess};
-use vmtide_engine::source::{OpenSource, SourceOptions, SourceSpec};
-use vmtide_engine::{BackupSummary, EngineError};
-use vmtide_hypervisor::HypervisorError;
-use vmtide_repo::Level;
-use vmtide_standin_hyperv_host::{VmSpec, World, WorldOptions};
-use wsman_server::{Server, ServerOptions, User};
-use zeroize::Zeroizing;
+use support::TestRepository;
+use vmtide_block::{CancelToken, Progress};
+use vmtide_engine::{
+    BackupJob, BackupSummary, JobContext, LevelChoice, Limits, Result, Silent, backup, run_limited,
+};
+use vmtide_hyperv::{Host, HostOptions, HypervHypervisor, HypervOptions};
+use vmtide_hypervisor::{Hypervisor, VmSelector};
+use vmtide_repo::{BackupOptions, Level};
+use world::World;
 
-const MIB: u64 = 1 << 20;
+const SIZE: usize = 256 * 1024;
 
-struct Lab {
-    samba: Samba,
-    world: World,
-    vm: Uuid,
-    server: Server,
-    target: TestRepository,
+fn hypervisor(world: &World, state: &std::path::Path) -> HypervHypervisor {
+    let options = HostOptions { clock: Arc::new(world.clone()), ..HostOptions::default() };
+    let host = Host::new(Arc::new(world.clone()), options);
+    HypervHypervisor::new(host, Arc::new(world.clone()), HypervOptions::new(state))
 }
 
-impl Lab {
-    fn new() -> Self {
-        let samba = Samba::start();
-        // Nobody lets its time go on but those who ask it.
-        let options = WorldOptions { tick_ms: 1000, ..WorldOptions::default() };
-        let world = World::new(samba.path("vms"), options);
-        let vm = world.add_vm(&VmSpec::new("Büro & Co", &[24 * MIB, 40 * MIB]));
-        world.write(vm, 0, 0, &pattern(1, 9 << 20));
-        world.write(vm, 1, 11 * MIB, &pattern(2, 13 << 20));
-        let user = samba.login().user;
-        let users = vec![User::new(&user, PASSWORD), User::without_rights("nobody", "P4ssw0rd!")];
-        let options = ServerOptions { users, ..ServerOptions::default() };
-        let server =
-            Server::start(options, world.cim(), Arc::new(hyperv_winrm::HostSchema)).unwrap();
-        Self { samba, world, vm, server, target: TestRepository::new() }
-    }
+fn run(
+    repository: &TestRepository,
+    hypervisor: &dyn Hypervisor,
+    vm: &str,
+    level: LevelChoice,
+) -> Result<BackupSummary> {
+    let job = BackupJob {
+        repository: &repository.repository,
+        hypervisor,
+        vm: vm.into(),
+        name: None,
+        source: "hyperv://hv1/".into(),
+        level,
+        outside_changes: false,
+        consistency: None,
+        allow_downgrade: false,
+        tags: BTreeMap::new(),
+        exclude: Vec::new(),
+        check_unchanged: 0,
+        options: BackupOptions { workers: 2, ..BackupOptions::default() },
+    };
+    let (progress, cancel) = (Progress::new(), CancelToken::new());
+    let observer = Silent;
+    backup(&job, JobContext { progress: &progress, cancel: &cancel, observer: &observer })
+}
 
-    fn url(&self, vm: &str) -> String {
-        format!("hyperv+winrm://127.0.0.1:{}/{vm}", self.server.address().port())
-    }
-
-    fn options(&self) -> SourceOptions {
-        SourceOptions {
-            state_directory: self.state_directory(),
-            hyperv: HypervAccess {
-                login: Some(self.samba.login()),
-                authentication: Authentication::Ntlm,
-                smb_port: Some(self.samba.port),
-                smb_mappings: vec![r"C:=\\127.0.0.1\vms\C".parse().unwrap()],
-                ..HypervAccess::default()
-            },
-            ..SourceOptions::default()
-        }
-    }
-
-    fn state_directory(&self) -> PathBuf {
-        self.target.path("state")
-    }
-
-    fn open(&self) -> OpenSource {
-        let spec = SourceSpec::parse(&self.url("B%C3%BCro & Co")).unwrap();
-        assert!(!spec.display().contains(PASSWORD));
-        spec.open(&self.options()).unwrap()
-    }
-
-    fn backup(&self) -> BackupSummary {
-        let source = self.open();
-        let mut job = job(&self.target.repository, source.hypervisor.as_ref());
-        job.vm.clone_from(&source.vm);
-        job.source.clone_from(&source.display);
-        run(&job).unwrap()
-    }
-
-    /// Holds the disks of a restore point against what the guest had written.
-    fn compare(&self, summary: &BackupSummary) {
-        let repository = &self.target.repository;
-        let point = repository.resolve(&summary.point.to_string()).unwrap();
-        for (number, disk) in point.disks.iter().enumerate() {
-            let restored = repository.open_disk(&point, &disk.id).unwrap();
-            self.world.content(self.vm, number).compare(restored.as_ref()).unwrap();
-        }
+/// The newest restore point of a name is what the disks of the VM hold.
+fn assert_restores(repository: &TestRepository, world: &World, vm: usize) {
+    let state = world.0.lock();
+    let vm = &state.vms[vm];
+    let point = repository.repository.latest(&vm.name).unwrap().unwrap();
+    assert_eq!(point.disks.len(), vm.disks.len());
+    for disk in &vm.disks {
+        let id = format!("scsi0:{}", disk.location);
+        let device = repository.repository.open_disk(&point, &id).unwrap();
+        let mut bytes = vec![0; disk.data.len()];
+        device.read_at(&mut bytes, 0).unwrap();
+        assert!(bytes == disk.data, "{} {id}", vm.name);
     }
 }
 
 #[test]
-fn a_vm_of_a_host_without_anything_installed_is_backed_up() {
-    let lab = Lab::new();
-    let listed = SourceSpec::parse(&lab.url("")).unwrap().open(&lab.options()).unwrap();
-    let vms = listed.hypervisor.list().unwrap();
-    assert_eq!((vms.len(), vms[0].name.as_str(), vms[0].disks), (1, "Büro & Co", 2));
-    let config = lab.open().hypervisor.describe("Büro & Co").unwrap();
-    assert_eq!(config.disks.len(), 2);
-
-    let first = lab.backup();
-    assert_eq!((first.level, first.vm.as_str()), (Level::Full, "Büro & Co"));
-    assert_eq!(first.consistency, "app");
-    lab.compare(&first);
-
-    lab.world.write(lab.vm, 1, 30 * MIB, &pattern(3, 300_000));
-    let second = lab.backup();
-    assert_eq!(second.level, Level::Incremental);
+fn a_line_of_restore_points_goes_by_the_vm_and_its_disks() {
+    let (repository, world) = (TestRepository::new(), World::new());
+    let state = tempfile::tempdir().unwrap();
+    let id = world.add_vm("web", &[SIZE, 2 * SIZE]).to_string();
+    world.write(0, 0, 1000, &[1; 50_000]);
+    let hypervisor = hypervisor(&world, state.path());
+    let first = run(&repository, &hypervisor, "web", LevelChoice::Auto).unwrap();
+    assert_eq!((first.level, first.consistency.as_str()), (Level::Full, "app"));
+    assert_eq!(first.warnings, Vec::<String>::new());
+    // The restore point has the id of the reference point, which came after all was read.
+    assert!(first.disks[0].tracking.id.as_ref().unwrap().contains(&world.points(0)[0].replace('\\', r"\\")));
+    assert_restores(&repository, &world, 0);
+    // It is renamed, and its disks trade places.
+    {
+        let mut state = world.0.lock();
+        state.vms[0].name = "shop".into();
+        state.vms[0].disks[0].location = 1;
+        state.vms[0].disks[1].location = 0;
+    }
+    world.write(0, 1, 300_000, &[2; 100]);
+    let second = run(&repository, &hypervisor, &id, LevelChoice::Auto).unwrap();
+    assert_eq!((second.level, second.vm.as_str()), (Level::Incremental, "shop"));
+    assert!(second.warnings.iter().any(|text| text.contains("is web")), "{:?}", second.warnings);
     assert!(second.disks.iter().all(|disk| disk.tracking.used), "{:?}", second.disks);
-    assert_eq!(second.disks[0].counts.read_bytes, 0);
-    let read = second.disks[1].counts.read_bytes;
-    assert!((300_000..=(300_000 + 2 * 65536)).contains(&read), "{read}");
-    lab.compare(&second);
-    lab.world.settle();
-    let left = lab.world.leftovers();
-    assert!(left.recovery_snapshots.is_empty() && left.unmerged_files.is_empty(), "{left:?}");
+    let read: u64 = second.disks.iter().map(|disk| disk.counts.read_bytes).sum();
+    // One block of what changed, and one at the end of each disk that is looked at always.
+    assert!(read <= 3 * 65_536, "{read}");
+    assert_restores(&repository, &world, 0);
+    // Another VM gets the old name: it has no base, and leaves the first one's alone.
+    world.add_vm("web", &[SIZE]);
+    let third = run(&repository, &hypervisor, "web", LevelChoice::Auto).unwrap();
+    assert_eq!(third.level, Level::Full);
+    assert_restores(&repository, &world, 1);
+    let fourth = run(&repository, &hypervisor, "shop", LevelChoice::Auto).unwrap();
+    assert!(fourth.level == Level::Incremental && fourth.disks.iter().all(|disk| disk.tracking.used));
+    assert_eq!((world.points(0).len(), world.points(1).len()), (1, 1));
+    assert_eq!(world.leftovers(), Vec::<String>::new());
 }
 
 #[test]
-fn what_is_wrong_at_a_host_is_told_apart() {
-    let lab = Lab::new();
-    let asked = |url: &str, options: &SourceOptions| {
-        let source = SourceSpec::parse(url).unwrap().open(options)?;
-        source.hypervisor.describe("Büro & Co").map(drop).map_err(EngineError::from)
-    };
-    let with = |user: &str, password: &str| {
-        let mut options = lab.options();
-        let mut login = lab.samba.login();
-        login.user = user.into();
-        login.password = Zeroizing::new(password.into());
-        options.hyperv.login = Some(login);
-        options
-    };
-    let user = lab.samba.login().user;
-    for options in [with(&user, "wrong"), with("nobody", "P4ssw0rd!")] {
-        let error = asked(&lab.url("web"), &options).unwrap_err();
-        let is_denied = matches!(error, EngineError::Hypervisor(HypervisorError::Denied { .. }));
-        assert!(is_denied, "{error:?}");
-        assert!(!error.to_string().contains("P4ssw0rd!"), "{error}");
+fn fifty_vms_four_at_a_time_stay_in_their_memory() {
+    const VMS: usize = 50;
+    let (repository, world) = (TestRepository::new(), World::new());
+    let state = tempfile::tempdir().unwrap();
+    for n in 0..VMS {
+        world.add_vm(&format!("vm{n:02}"), &[SIZE, SIZE]);
+        world.write(n, 0, n * 100, &vec![n as u8 + 1; 60_000]);
     }
-    let error = asked("hyperv+winrm://127.0.0.1:1/web", &lab.options()).unwrap_err();
-    let is_down = matches!(error, EngineError::Hypervisor(HypervisorError::Unreachable { .. }));
-    assert!(is_down, "{error:?}");
-
-    let spec = SourceSpec::parse(&lab.url("B%C3%BCro & Co")).unwrap();
-    let checks = check_source(&spec, &lab.options());
-    let failed: Vec<_> = checks.iter().filter(|check| check.status == CheckStatus::Fail).collect();
-    assert!(failed.is_empty(), "{failed:?}");
-    assert!(checks.iter().any(|check| check.name == "host"), "{checks:?}");
-    let checks = check_source(&spec, &with(&user, "wrong"));
-    assert!(checks.iter().any(|check| check.status == CheckStatus::Fail), "{checks:?}");
+    world.0.lock().vms[7].notes = "vmtide:tag=gold".into();
+    let hypervisor = hypervisor(&world, state.path());
+    let selector: VmSelector = "vm*".parse().unwrap();
+    for (round, level) in [Level::Full, Level::Incremental].into_iter().enumerate() {
+        let vms = hypervisor.select(&selector).unwrap();
+        assert_eq!(vms.len(), VMS);
+        let done = run_limited(
+            &vms,
+            |_| vec!["c:".into()],
+            Limits { parallel: 4, per_volume: None },
+            &CancelToken::new(),
+            |vm| run(&repository, &hypervisor, vm.id.as_deref().unwrap(), LevelChoice::Auto),
+        );
+        for (n, summary) in done.into_iter().enumerate() {
+            let summary = summary.unwrap().unwrap();
+            assert_eq!((summary.level, summary.warnings.len()), (level, 0), "{round} {n}");
+            assert_restores(&repository, &world, n);
+            world.write(n, 1, 5000, b"between");
+        }
+    }
+    assert_eq!(world.leftovers(), Vec::<String>::new());
+    assert!((0..VMS).all(|n| world.points(n).len() == 1));
+    #[cfg(target_os = "linux")]
+    {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+        let kib: u64 = peak.trim().trim_end_matches(" kB").parse().unwrap();
+        // With the stand-in's own disks, 25 MiB and their frozen copies.
+        assert!(kib <= 512 * 1024, "{kib} KiB");
+        println!("peak {kib} KiB");
+    }
 }
