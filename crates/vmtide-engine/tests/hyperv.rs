@@ -19,7 +19,7 @@ mod world;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use support::TestRepository;
-use vmtide_block::{CancelToken, Progress};
+use vmtide_block::{BlockDevice, CancelToken, Progress};
 use vmtide_engine::{
     BackupJob, BackupSummary, JobContext, LevelChoice, Limits, Result, Silent, backup, run_limited,
 };
