@@ -88,7 +88,14 @@ fn a_line_of_restore_points_goes_by_the_vm_and_its_disks() {
     assert_eq!((first.level, first.consistency.as_str()), (Level::Full, "app"));
     assert_eq!(first.warnings, Vec::<String>::new());
     // The restore point has the id of the reference point, which came after all was read.
-    assert!(first.disks[0].tracking.id.as_ref().unwrap().contains(&world.points(0)[0].replace('\\', r"\\")));
+    assert!(
+        first.disks[0]
+            .tracking
+            .id
+            .as_ref()
+            .unwrap()
+            .contains(&world.points(0)[0].replace('\\', r"\\"))
+    );
     assert_restores(&repository, &world, 0);
     // It is renamed, and its disks trade places.
     {
@@ -112,7 +119,9 @@ fn a_line_of_restore_points_goes_by_the_vm_and_its_disks() {
     assert_eq!(third.level, Level::Full);
     assert_restores(&repository, &world, 1);
     let fourth = run(&repository, &hypervisor, "shop", LevelChoice::Auto).unwrap();
-    assert!(fourth.level == Level::Incremental && fourth.disks.iter().all(|disk| disk.tracking.used));
+    assert!(
+        fourth.level == Level::Incremental && fourth.disks.iter().all(|disk| disk.tracking.used)
+    );
     assert_eq!((world.points(0).len(), world.points(1).len()), (1, 1));
     assert_eq!(world.leftovers(), Vec::<String>::new());
 }

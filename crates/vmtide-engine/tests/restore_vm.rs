@@ -227,10 +227,9 @@ fn in_place_only_what_may_differ_is_read_and_what_differs_written() {
     before[1][4096..8192].fill(0xEE);
     let ranges: RangeSet =
         [ByteRange::new(4096, 4096), ByteRange::new(98_304, 8192)].into_iter().collect();
-    for content in [
-        DiskContent::DiffersWithin(ranges.clone()),
-        DiskContent::Unknown(FullReason::NoTrackingId),
-    ] {
+    for content in
+        [DiskContent::DiffersWithin(ranges.clone()), DiskContent::Unknown(FullReason::NoTrackingId)]
+    {
         let platform = Platform::default();
         *platform.before.lock() = before.clone();
         *platform.content.lock() = Some(content.clone());
