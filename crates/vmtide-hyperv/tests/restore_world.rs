@@ -14,8 +14,8 @@ use uuid::Uuid;
 use vmtide_block::{BlockDevice, CancelToken, CopyOptions, Progress, copy_device};
 use vmtide_hyperv::{Clock, Host, HostOptions, HypervHypervisor, HypervOptions, HypervRestorer};
 use vmtide_hypervisor::{
-    Consistency, DiskToRestore, FreezeRequest, FrozenVm, Hypervisor, JobId, NetworkPlan,
-    NewVmRequest, RestoreRoute, RestoredVm, VmIdentity, VmRestorer,
+    Consistency, DiskToRestore, FreezeRequest, FrozenVm, Hypervisor, InPlaceRequest, JobId,
+    NetworkPlan, NewVmRequest, RestoreRoute, RestoredVm, Result, VmIdentity, VmRestorer,
 };
 use vmtide_standin_hyperv_host::{AnswerForm, Content, VmSpec, World, WorldOptions};
 
@@ -55,13 +55,17 @@ fn source(directory: &Path) -> (World, Uuid, Vec<Content>) {
 }
 
 fn freeze(world: &World, state: &Path) -> Box<dyn FrozenVm> {
+    try_freeze(world, state, "web").unwrap()
+}
+
+fn try_freeze(world: &World, state: &Path, vm: &str) -> Result<Box<dyn FrozenVm>> {
     let hypervisor = HypervHypervisor::new(
         host(world, AnswerForm::Typed),
         world.files(),
         HypervOptions::new(state),
     );
     let request = FreezeRequest {
-        vm: "web".into(),
+        vm: vm.into(),
         job: JobId::random(),
         lineage: "0123456789abcdef".into(),
         consistency: Consistency::Crash,
@@ -70,7 +74,7 @@ fn freeze(world: &World, state: &Path) -> Box<dyn FrozenVm> {
         exclude: Vec::new(),
         cancel: CancelToken::new(),
     };
-    hypervisor.freeze(&request).unwrap()
+    hypervisor.freeze(&request)
 }
 
 fn restore(
@@ -179,4 +183,45 @@ fn a_copy_lives_beside_its_original() {
     assert!(before.iter().filter(|name| name.contains("VMs")).all(|name| {
         name.contains("avhdx") || name.contains("Snapshots") || world.all_files().contains(name)
     }));
+}
+
+#[test]
+fn disks_between_two_moments_are_never_backed_up_whatever_the_vm_is_called() {
+    for name in ["x".repeat(90), "web".to_owned()] {
+        let directory = tempfile::tempdir().unwrap();
+        let world = World::new(directory.path().join("host"), WorldOptions::default());
+        let mut spec = VmSpec::new(&name, &[1 << 20]);
+        spec.running = false;
+        let vm = world.add_vm(&spec);
+        let state = directory.path().join("state");
+        let there = host(&world, AnswerForm::Typed);
+        let frozen = try_freeze(&world, &state, &name).unwrap();
+        let config = frozen.config().clone();
+        let request = InPlaceRequest {
+            vm: name.clone(),
+            point: "3fa9c1d2".into(),
+            job: JobId::random(),
+            disks: vec![DiskToRestore {
+                id: config.disks[0].id.clone(),
+                size_bytes: 1 << 20,
+                data_bytes: None,
+                tracking: None,
+            }],
+            config,
+            known_tracking: Vec::new(),
+            cancel: CancelToken::new(),
+        };
+        frozen.abort().unwrap();
+        world.settle();
+        let restorer = HypervRestorer::new(there.clone(), world.files(), &state);
+        restorer.begin_in_place(&request).unwrap().abort().unwrap();
+        let marked = there.vm(vm).unwrap();
+        if marked.name != name {
+            there.rename(&marked.settings, &name).unwrap();
+        }
+        let error = try_freeze(&world, &state, &name).map(drop).unwrap_err();
+        assert!(error.to_string().contains("was not finished"), "{error}");
+        restorer.begin_in_place(&request).unwrap().finish(false).unwrap();
+        try_freeze(&world, &state, &name).unwrap().abort().unwrap();
+    }
 }

@@ -4,6 +4,7 @@ use crate::cycle::HypervHypervisor;
 use crate::cycle::changes::changed_since;
 use crate::cycle::device::FrozenDevice;
 use crate::cycle::gate::Gates;
+use crate::cycle::points::same_point;
 use crate::cycle::token::{BaseToken, FileFacts};
 use crate::{Configuration, DiskAttachment, FrozenFile, ReferencePointRecord, VmRecord};
 use std::collections::BTreeMap;
@@ -52,11 +53,9 @@ impl<'a> Bases<'a> {
     /// Believes only bases whose reference point is among those of the host. One that is gone was removed by
     /// somebody who had a reason, such as a restore that wrote into the disks behind the host's back.
     pub fn require_points(&mut self, points: &[ReferencePointRecord]) {
-        // `Microsoft:VM\POINT` becomes `Microsoft:POINT` when the host is upgraded.
-        let own = |id: &str| id.rsplit(['\\', ':']).next().unwrap_or(id).to_lowercase();
         for token in self.tokens.values_mut() {
             if let Ok(known) = token
-                && !points.iter().any(|point| own(&point.instance_id) == own(&known.point))
+                && !points.iter().any(|point| same_point(&point.instance_id, &known.point))
             {
                 *token = Err("its reference point is gone from the host".into());
             }

@@ -65,7 +65,7 @@ impl HypervHypervisor {
         request.cancel.check()?;
         let vm = self.host().find(&request.vm)?;
         let lock = self.lock(&vm.name, vm.id, &request.job)?;
-        if crate::restore::is_incomplete(&vm.name) {
+        if crate::restore::is_incomplete(self.host(), self.files(), &vm)? {
             return Err(HypervisorError::failed(
                 format!("back up {}", vm.name),
                 "a restore of it was not finished, so its disks are neither what they were nor what they \
@@ -82,7 +82,11 @@ impl HypervHypervisor {
         let mut warnings = reaped.notes;
         warnings.extend(reaped.others);
         let mut bases = Bases::of(&request.bases);
-        bases.require_points(&self.host().reference_points(vm.id)?);
+        bases.require_points(&match self.host().reference_points(vm.id) {
+            // A host before Windows Server 2016 has none, and its VMs are read in full.
+            Err(HypervisorError::Unsupported { .. }) => Vec::new(),
+            points => points?,
+        });
         let directory = &self.options().state_directory;
         let mut ledger = Ledger::open(directory, vm.id)?;
         warnings.extend(self.drop_useless_points(

@@ -33,6 +33,7 @@ mod undo;
 
 pub(crate) use changes::changed_since;
 pub(crate) use ledger::Ledger;
+pub(crate) use points::same_point;
 pub(crate) use steps::target_of as lock_key;
 pub(crate) use token::{BaseToken, FileFacts};
 

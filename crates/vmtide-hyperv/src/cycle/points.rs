@@ -8,6 +8,13 @@ use uuid::Uuid;
 /// is why that method is not used.)
 const RESILIENT: u16 = 2;
 
+/// Whether two `InstanceID`s name one reference point: `Microsoft:VM\POINT` becomes `Microsoft:POINT` when the host is
+/// upgraded.
+pub(crate) fn same_point(one: &str, other: &str) -> bool {
+    let own = |id: &str| id.rsplit(['\\', ':']).next().unwrap_or(id).to_lowercase();
+    one.eq_ignore_ascii_case(other) || (!own(one).is_empty() && own(one) == own(other))
+}
+
 /// A disk that was frozen, as far as its tracking id is to be found.
 pub(crate) struct SealedDisk<'a> {
     /// The attachment that the checkpoint held.

@@ -8,15 +8,16 @@
 use super::host_path::{directory_of, extension_of, file_name_of, join};
 use super::journal::{RestoreJournal, Step, leftovers};
 use super::management::Management;
+use super::pairing::{self, Pair};
 use super::{HypervRestorer, refused, tracking};
-use crate::Host;
-use crate::cycle::{BaseToken, FileFacts, changed_since, lock_key};
-use crate::model::types::{DiskAttachment, VmRecord, VmState};
+use crate::cycle::lock_key;
+use crate::model::types::{VmRecord, VmState};
+use crate::{Host, HostFiles};
 use std::collections::BTreeSet;
 use vmtide_block::CancelToken;
 use vmtide_hypervisor::{
-    DiskContent, DiskToRestore, FullReason, HypervisorError, InPlaceRequest, RestoredVm,
-    RestoringDisk, RestoringVm, Result, VmLock,
+    DiskContent, FullReason, HypervisorError, InPlaceRequest, RestoredVm, RestoringDisk,
+    RestoringVm, Result, VmLock,
 };
 
 /// What the name of a VM ends in while it is not complete.
@@ -38,13 +39,6 @@ pub(super) struct InPlaceVm {
     journal: Option<RestoreJournal>,
 }
 
-/// A disk of the request with the one of the VM.
-struct Pair<'a> {
-    wanted: &'a DiskToRestore,
-    attachment: DiskAttachment,
-    content: DiskContent,
-}
-
 /// Begins a restore in place.
 pub(super) fn begin(restorer: &HypervRestorer, request: &InPlaceRequest) -> Result<InPlaceVm> {
     let host = restorer.host();
@@ -54,14 +48,12 @@ pub(super) fn begin(restorer: &HypervRestorer, request: &InPlaceRequest) -> Resu
     // What was found before the lock may be another's work by now.
     let vm = host.vm(found.id)?;
     let name = vm.name.strip_suffix(SUFFIX).unwrap_or(&vm.name).to_owned();
-    let was_marked = vm.name != name;
     check_at_rest(host, &vm)?;
-    let mut pairs = pairs_of(restorer, &vm, request)?;
-    for pair in &mut pairs {
-        if let Some(content) = tracked_content(restorer, &vm, pair, request)? {
-            pair.content = content;
-        }
-        if was_marked {
+    // Also of a VM that somebody has given its old name again, or whose name has no room for the mark.
+    let was_marked = vm.name != name || has_mark(host, restorer.files(), &vm)?;
+    let mut pairs = pairing::pairs_of(restorer, &vm, request)?;
+    if was_marked {
+        for pair in &mut pairs {
             let why = "an earlier restore of this VM was interrupted";
             pair.content = DiskContent::Unknown(FullReason::TrackingLost(why.into()));
         }
@@ -73,7 +65,7 @@ pub(super) fn begin(restorer: &HypervRestorer, request: &InPlaceRequest) -> Resu
         name,
         marks: Vec::new(),
         disks: Vec::new(),
-        warnings: Vec::new(),
+        warnings: pairs.iter().filter_map(Pair::warning).collect(),
         journal: Some(journal),
         vm,
     };
@@ -129,93 +121,43 @@ fn check_at_rest(host: &Host, vm: &VmRecord) -> Result<()> {
     Ok(())
 }
 
-fn pairs_of<'a>(
-    restorer: &HypervRestorer,
-    vm: &VmRecord,
-    request: &'a InPlaceRequest,
-) -> Result<Vec<Pair<'a>>> {
-    let attached = restorer.host().disks(&vm.settings)?;
-    let what = || format!("restore {} in place", vm.name);
-    let mut pairs = Vec::with_capacity(request.disks.len());
-    for wanted in &request.disks {
-        let is_it = |disk: &&DiskAttachment| disk.location.to_string() == wanted.id.0;
-        let Some(attachment) = attached.iter().find(is_it) else {
-            let there: Vec<_> = attached.iter().map(|disk| disk.location.to_string()).collect();
-            return Err(refused(
-                what(),
-                format!("it has no disk {} now (it has {})", wanted.id, there.join(", ")),
-            ));
-        };
-        if attachment.pass_through || attachment.shared {
-            return Err(HypervisorError::Unsupported {
-                what: what(),
-                detail: format!("disk {} is handed through or shared", wanted.id),
-            });
-        }
-        let extension = extension_of(file_name_of(&attachment.host_resource)).to_lowercase();
-        if extension == "avhdx" || extension == "avhd" {
-            return Err(refused(
-                what(),
-                format!("disk {} is still being merged into its base: wait for it", wanted.id),
-            ));
-        }
-        pairs.push(Pair {
-            wanted,
-            attachment: attachment.clone(),
-            content: DiskContent::Unknown(FullReason::NoTrackingId),
-        });
-    }
-    Ok(pairs)
-}
-
-/// What the disk holds, by the host's change tracking since the restore point; none where its tracking id
-/// says nothing. Checks the size on the way.
-fn tracked_content(
-    restorer: &HypervRestorer,
-    vm: &VmRecord,
-    pair: &Pair<'_>,
-    request: &InPlaceRequest,
-) -> Result<Option<DiskContent>> {
-    let path = &pair.attachment.host_resource;
-    let file = restorer.files().open_disk(path)?;
-    let size_bytes = file.device.size_bytes();
-    if size_bytes < pair.wanted.size_bytes {
-        return Err(refused(
-            format!("restore {} in place", vm.name),
-            format!(
-                "disk {} has {size_bytes} bytes, and {} in the restore point: restore to a new VM",
-                pair.wanted.id, pair.wanted.size_bytes
-            ),
-        ));
-    }
-    let Some(tracking) = &pair.wanted.tracking else { return Ok(None) };
-    let token = match BaseToken::parse(tracking) {
-        Ok(token) => token,
-        Err(why) => return Ok(Some(DiskContent::Unknown(FullReason::TrackingLost(why)))),
-    };
-    if let Some(doubt) = token.doubt(vm.id, &FileFacts::from(&file)) {
-        return Ok(Some(DiskContent::Unknown(doubt)));
-    }
-    drop(file);
-    let answer = changed_since(restorer.files(), path, &token.rct, size_bytes, &request.cancel)?;
-    Ok(Some(match answer {
-        Ok(ranges) => DiskContent::DiffersWithin(ranges),
-        Err(reason) => DiskContent::Unknown(reason),
-    }))
-}
-
 /// Whether steps of a killed job are those of a VM that is still marked as incomplete.
-pub(super) fn is_unfinished(host: &Host, steps: &[Step]) -> Result<bool> {
+pub(super) fn is_unfinished(host: &Host, files: &dyn HostFiles, steps: &[Step]) -> Result<bool> {
     let id = steps.iter().find_map(|step| match step {
         Step::InPlace { id } => Some(*id),
         _ => None,
     });
     let Some(id) = id else { return Ok(false) };
     match host.vm(id) {
-        Ok(vm) => Ok(vm.name.ends_with(SUFFIX)),
+        Ok(vm) => Ok(vm.name.ends_with(SUFFIX) || has_mark(host, files, &vm)?),
         Err(HypervisorError::NotFound { .. }) => Ok(false),
         Err(error) => Err(error),
     }
+}
+
+/// Whether a file beside the disks of `vm` says that it is not complete.
+///
+/// # Errors
+/// Where the disks or their directories cannot be listed; a directory that must not be is passed over.
+pub(super) fn has_mark(host: &Host, files: &dyn HostFiles, vm: &VmRecord) -> Result<bool> {
+    let name = mark_name(vm.id);
+    let disks = host.disks(&vm.settings)?;
+    let directories: BTreeSet<_> = disks
+        .iter()
+        .filter(|disk| !disk.pass_through)
+        .map(|disk| directory_of(&disk.host_resource))
+        .collect();
+    for directory in directories {
+        let present = match files.list(directory) {
+            // Who may read the disks need not be allowed to list what lies beside them.
+            Err(HypervisorError::Denied { .. }) => continue,
+            present => present?.unwrap_or_default(),
+        };
+        if present.iter().any(|entry| entry.name.eq_ignore_ascii_case(&name)) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 impl InPlaceVm {
@@ -225,28 +167,35 @@ impl InPlaceVm {
         let (host, files) = (restorer.host(), restorer.files());
         let directories: BTreeSet<_> =
             pairs.iter().map(|pair| directory_of(&pair.attachment.host_resource)).collect();
-        let name = mark_name(self.vm.id);
-        let text = format!(
-            "vmtide is restoring disks of the VM {} to the restore point {} (job {}).\r\n\
-             As long as this file is here, they are neither what they were nor what they are to be:\r\n\
-             do not start the VM. Run the same restore again to go on.\r\n",
-            self.name, request.point, request.job
-        );
-        for directory in directories {
-            let present = files.list(directory)?.unwrap_or_default();
-            let path = join(directory, &name);
-            if !present.iter().any(|entry| entry.name.eq_ignore_ascii_case(&name)) {
-                files.write_file(&path, text.as_bytes())?;
-            }
-            self.marks.push(path);
-        }
+        // The name first: a file that says so beside a VM of the old name then means that somebody renamed it.
         let marked = format!("{}{SUFFIX}", self.name);
         if marked.chars().count() <= MAX_NAME_CHARACTERS {
             if self.vm.name != marked {
                 host.rename(&self.vm.settings, &marked)?;
             }
         } else {
-            self.warnings.push("the VM's name is too long to be marked".into());
+            self.warnings.push(
+                "the VM's name is too long to be marked: only a file beside its disks says that it is \
+                 incomplete"
+                    .into(),
+            );
+        }
+        let name = mark_name(self.vm.id);
+        let text = format!(
+            "vmtide is restoring disks of the VM {} to the restore point {} (job {}).\r\n\
+             As long as this file is here, they are neither what they were nor what they are to be:\r\n\
+             do not start the VM; it is not backed up. Run the same restore again to go on.\r\n",
+            self.name, request.point, request.job
+        );
+        for directory in directories {
+            let present = files.list(directory)?.unwrap_or_default();
+            let path = join(directory, &name);
+            let is_there = present.iter().any(|entry| entry.name.eq_ignore_ascii_case(&name));
+            // Before it is written: the answer may be lost, and not the file.
+            self.marks.push(path.clone());
+            if !is_there {
+                files.write_file(&path, text.as_bytes())?;
+            }
         }
         let state = &restorer.inner.state_directory;
         tracking::destroy_points(

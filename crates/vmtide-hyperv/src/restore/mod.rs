@@ -30,12 +30,13 @@ mod management;
 mod native;
 mod network;
 mod new_vm;
+mod pairing;
 mod portable;
 mod tracking;
 mod typed;
 mod undo;
 
-use crate::{Host, HostFiles};
+use crate::{Host, HostFiles, VmRecord};
 use management::Management;
 use std::fmt;
 use std::path::PathBuf;
@@ -90,7 +91,7 @@ impl HypervRestorer {
         let cancel = CancelToken::new();
         for leftover in leftovers.jobs {
             let management = Management::of(self.host(), &cancel)?;
-            if in_place::is_unfinished(self.host(), &leftover.steps)? {
+            if in_place::is_unfinished(self.host(), self.files(), &leftover.steps)? {
                 // Only the same restore, run again, makes that VM whole.
                 report.in_use.push(format!("{} (restored in place, not finished)", leftover.name));
                 continue;
@@ -123,9 +124,15 @@ impl VmRestorer for HypervRestorer {
     }
 }
 
-/// Whether a VM's name says that a restore of it was not finished.
-pub(crate) fn is_incomplete(name: &str) -> bool {
-    journal::is_temporary_name(name) || name.ends_with(in_place::SUFFIX)
+/// Whether a VM's name, or a file beside its disks, says that a restore of it was not finished.
+///
+/// # Errors
+/// Where the host cannot be asked for its disks, or their directories cannot be listed.
+pub(crate) fn is_incomplete(host: &Host, files: &dyn HostFiles, vm: &VmRecord) -> Result<bool> {
+    if journal::is_temporary_name(&vm.name) || vm.name.ends_with(in_place::SUFFIX) {
+        return Ok(true);
+    }
+    in_place::has_mark(host, files, vm)
 }
 
 /// An error that says what cannot be and what to do instead.

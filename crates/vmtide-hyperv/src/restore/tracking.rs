@@ -8,12 +8,13 @@
 //! refuses their ids too.
 
 use super::host_path::{directory_of, file_name_of, join, stem_of};
-use crate::cycle::{BaseToken, Ledger};
+use crate::cycle::{BaseToken, Ledger, same_point};
+use crate::model::types::ReferencePointRecord;
 use crate::{Host, HostFiles};
 use std::path::Path;
 use uuid::Uuid;
 use vmtide_block::CancelToken;
-use vmtide_hypervisor::{Result, TrackingId};
+use vmtide_hypervisor::{HypervisorError, Result, TrackingId};
 
 /// The extensions of the files in which the host keeps its tracking.
 const TRACKING_EXTENSIONS: [&str; 2] = ["rct", "mrt"];
@@ -39,6 +40,17 @@ pub(super) fn remove_files(files: &dyn HostFiles, path: &str) -> Result<()> {
     Ok(())
 }
 
+/// The reference points of a VM; none on a host that does not know what that is.
+///
+/// # Errors
+/// Where it cannot be asked.
+pub(super) fn points_of(host: &Host, vm: Uuid) -> Result<Vec<ReferencePointRecord>> {
+    match host.reference_points(vm) {
+        Err(HypervisorError::Unsupported { .. }) => Ok(Vec::new()),
+        points => points,
+    }
+}
+
 /// Destroys the reference points of ours on a VM: those written down on this machine, and those that restore
 /// points name.
 ///
@@ -55,8 +67,8 @@ pub(super) fn destroy_points(
     let mut ours: Vec<String> = ledger.all().map(|point| point.id.clone()).collect();
     let tokens = named.iter().filter_map(|id| BaseToken::parse(id).ok());
     ours.extend(tokens.filter(|token| token.vm == vm).map(|token| token.point));
-    for point in host.reference_points(vm)? {
-        if ours.iter().any(|id| id.eq_ignore_ascii_case(&point.instance_id)) {
+    for point in points_of(host, vm)? {
+        if ours.iter().any(|id| same_point(id, &point.instance_id)) {
             host.destroy_reference_point(&point, cancel)?;
         }
         ledger.remove(&point.instance_id)?;

@@ -1,26 +1,25 @@
 //! VMs whose disks go back to a restore point.
 
-use crate::fake::{Content, FakeHost, Fault, File, SystemBuilder, guid};
+use crate::fake::{Content, FakeHost, Fault, File, System, SystemBuilder, guid};
 use crate::support::restorer;
 use uuid::Uuid;
 use vmtide_block::{BlockDevice, ByteRange, CancelToken};
 use vmtide_cim::{CimInstance, CimValue};
 use vmtide_hypervisor::{
-    DiskContent, DiskId, DiskToRestore, InPlaceRequest, JobId, TrackingId, VmConfig, VmRestorer,
+    DiskContent, DiskId, DiskToRestore, FullReason, InPlaceRequest, JobId, TrackingId, VmConfig,
+    VmRestorer,
 };
 
 const VM: Uuid = Uuid::from_u128(0x1234);
 const DISK: Uuid = Uuid::from_u128(0xD1);
 const FILE: &str = r"D:\VMs\db.vhdx";
+const OTHER: &str = r"D:\VMs\other.vhdx";
 const SIZE: usize = 1 << 20;
 
 /// A VM that is off, with one disk, a reference point of ours and one of another product.
 fn world() -> FakeHost {
     let fake = FakeHost::new();
-    let system = SystemBuilder::new(VM, "db", 2)
-        .scsi(0xC1)
-        .drive(&format!(r"{}\0", guid(0xC1)), 0, 17, Some(FILE))
-        .build();
+    let system = attached(&[(0, FILE)]);
     crate::support::put_disk(&fake, FILE, vec![7; SIZE], Some(DISK));
     fake.change(|state| {
         state.systems.push(system);
@@ -61,6 +60,26 @@ fn request(name: &str) -> InPlaceRequest {
         known_tracking: vec![tracking()],
         cancel: CancelToken::new(),
     }
+}
+
+fn is_theirs(point: &CimInstance) -> bool {
+    point.text("InstanceID").unwrap().ends_with("theirs")
+}
+
+/// The VM with disks at these places of its controller.
+fn attached(disks: &[(u32, &str)]) -> System {
+    let mut builder = SystemBuilder::new(VM, "db", 2).scsi(0xC1);
+    for (place, path) in disks {
+        builder = builder.drive(&format!(r"{}\0", guid(0xC1)), *place, 17, Some(path));
+    }
+    builder.build()
+}
+
+/// Puts a second disk at `place`.
+fn attach(fake: &FakeHost, place: u32, path: &str, id: Uuid) {
+    crate::support::put_disk(fake, path, vec![9; SIZE], Some(id));
+    let system = attached(&[(0, FILE), (place, path)]);
+    fake.change(|state| state.systems[0] = system);
 }
 
 fn names(fake: &FakeHost) -> Vec<String> {
@@ -114,22 +133,96 @@ fn only_what_changed_is_looked_at_and_tracking_is_forgotten_before_the_first_wri
 
 #[test]
 fn every_doubt_means_that_all_is_compared() {
-    for doubt in ["no answer", "another disk", "no token"] {
+    for doubt in ["no answer", "another VM", "no token", "no point", "a twin"] {
         let (fake, state) = (world(), tempfile::tempdir().unwrap());
         let mut wanted = request("db");
+        if doubt != "no answer" {
+            fake.change(|state| state.changes = Some(vmtide_block::RangeSet::new()));
+        }
         match doubt {
             "no answer" => {}
-            "another disk" => {
-                fake.change(|state| state.changes = Some(vmtide_block::RangeSet::new()));
-                let other =
-                    tracking().0.replace(&DISK.to_string(), &Uuid::from_u128(9).to_string());
+            "another VM" => {
+                let other = tracking().0.replace(&VM.to_string(), &Uuid::from_u128(9).to_string());
                 wanted.disks[0].tracking = Some(TrackingId(other));
             }
+            // The host may still answer for the id of a point that is gone.
+            "no point" => fake.change(|state| state.points.retain(is_theirs)),
+            "a twin" => attach(&fake, 1, OTHER, DISK),
             _ => wanted.disks[0].tracking = Some(TrackingId("bitmap1".into())),
         }
         let vm = restorer(&fake, state.path()).begin_in_place(&wanted).unwrap();
         assert!(matches!(vm.disks()[0].content, DiskContent::Unknown(_)), "{doubt}");
         vm.finish(false).unwrap();
+    }
+}
+
+#[test]
+fn a_disk_is_never_written_over_another() {
+    // Swapped: each has the other's place, and is told by its id.
+    let (fake, state) = (world(), tempfile::tempdir().unwrap());
+    crate::support::put_disk(&fake, OTHER, vec![9; SIZE], Some(Uuid::from_u128(9)));
+    let system = attached(&[(0, OTHER), (1, FILE)]);
+    fake.change(|state| state.systems[0] = system);
+    let vm = restorer(&fake, state.path()).begin_in_place(&request("db")).unwrap();
+    assert_eq!(vm.disks()[0].path, FILE);
+    assert!(vm.warnings().iter().any(|one| one.contains("scsi0:1 now")), "{:?}", vm.warnings());
+    vm.finish(false).unwrap();
+    // It is gone, and another stands in its place: by the id of change tracking, or by the configuration.
+    for known_by in ["tracking", "configuration"] {
+        let (fake, state) = (world(), tempfile::tempdir().unwrap());
+        crate::support::put_disk(&fake, FILE, vec![9; SIZE], Some(Uuid::from_u128(9)));
+        let mut wanted = request("db");
+        if known_by == "configuration" {
+            wanted.disks[0].tracking = None;
+            let disks = format!(
+                r#"[{{"id":"scsi0:0","size_bytes":{SIZE},"bus":"scsi","image_id":"{DISK}"}}]"#
+            );
+            wanted.config.disks = serde_json::from_str(&disks).unwrap();
+        }
+        let before = (fake.inventory(), names(&fake));
+        let error = restorer(&fake, state.path()).begin_in_place(&wanted).map(drop).unwrap_err();
+        assert!(error.to_string().contains("another disk"), "{known_by}: {error}");
+        assert_eq!((fake.inventory(), names(&fake)), before, "{known_by}");
+        assert_eq!(fake.0.lock().points.len(), 2);
+    }
+}
+
+#[test]
+fn a_reference_point_is_the_same_after_the_host_was_upgraded() {
+    let (fake, state) = (world(), tempfile::tempdir().unwrap());
+    fake.change(|state| state.changes = Some(vmtide_block::RangeSet::new()));
+    let mut wanted = request("db");
+    let older = tracking().0.replace("Microsoft:ours", &format!(r"Microsoft:{VM}\\ours"));
+    wanted.disks[0].tracking = Some(TrackingId(older.clone()));
+    wanted.known_tracking = vec![TrackingId(older)];
+    let vm = restorer(&fake, state.path()).begin_in_place(&wanted).unwrap();
+    assert!(matches!(vm.disks()[0].content, DiskContent::DiffersWithin(_)));
+    assert!(fake.0.lock().points.iter().all(is_theirs), "ours would vouch for what was written");
+    vm.finish(false).unwrap();
+}
+
+#[test]
+fn a_vm_of_a_long_or_restored_name_is_known_by_the_file_beside_its_disks() {
+    for name in ["x".repeat(90), "db".to_owned()] {
+        let (fake, state) = (world(), tempfile::tempdir().unwrap());
+        let rename =
+            || fake.change(|state| state.systems[0].settings.set("ElementName", name.as_str()));
+        rename();
+        fake.change(|state| state.changes = Some(vmtide_block::RangeSet::new()));
+        let vm = restorer(&fake, state.path()).begin_in_place(&request(&name)).unwrap();
+        vm.abort().unwrap();
+        // Where it was renamed, somebody gives it its name back.
+        rename();
+        let restorer = restorer(&fake, state.path());
+        assert_eq!(restorer.reap_restores().unwrap().in_use.len(), 1, "{name}");
+        let vm = restorer.begin_in_place(&request(&name)).unwrap();
+        let DiskContent::Unknown(FullReason::TrackingLost(why)) = &vm.disks()[0].content else {
+            panic!("{:?}", vm.disks()[0].content)
+        };
+        assert!(why.contains("interrupted"), "{why}");
+        vm.finish(false).unwrap();
+        assert_eq!((names(&fake), marks(&fake)), (vec![name.clone()], 0));
+        assert_eq!(restorer.reap_restores().unwrap(), vmtide_hypervisor::ReapReport::default());
     }
 }
 
