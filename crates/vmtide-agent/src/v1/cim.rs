@@ -1,9 +1,10 @@
 //! The management objects of the host's VMs, for clients that restore or examine them.
 //!
-//! Reading needs a key that may read; calling a method, whatever it does, one that may write. A key that may write
+//! Reading needs a key that may read, and sees no more than VMs need ([`cim_scope`]); calling a method, whatever it does, one that may write. A key that may write
 //! can so make, change and remove VMs of this host, with disks wherever the host's own service can reach them: it is
 //! the key of a Hyper-V administrator.
 
+use super::cim_scope;
 use super::error::{ApiError, Result};
 use super::request::{Asked, json};
 use crate::limits::VM_JSON_BODY_BYTES;
@@ -28,7 +29,7 @@ pub(super) async fn call(
     })?;
     let place = state.work.calls.take(&asked.caller.name)?;
     let call: Call = receive_json_of(body, VM_JSON_BODY_BYTES, &state.limits).await?;
-    call.check().map_err(ApiError::bad_request)?;
+    call.check().and_then(|()| cim_scope::check(&call)).map_err(ApiError::bad_request)?;
     if call.changes() {
         asked.may_write()?;
     }

@@ -6,6 +6,7 @@
 
 mod agent;
 mod cim;
+mod cim_scope;
 mod content;
 mod disks;
 mod error;
