@@ -19,7 +19,7 @@ use crate::cycle::checkpoint;
 use crate::cycle::ledger::{Ledger, OwnPoint};
 use crate::cycle::steps::{self, JobState, Step};
 use crate::cycle::{HypervHypervisor, merge, points};
-use crate::{DiskAttachment, ReferencePointRecord, SnapshotRecord};
+use crate::{DiskAttachment, ReferencePointRecord, SnapshotKind, SnapshotRecord};
 use uuid::Uuid;
 use vmtide_block::CancelToken;
 use vmtide_hypervisor::{HypervisorError, Journal, Result};
@@ -97,7 +97,7 @@ impl Undo<'_> {
         done.unsettled = found.unsettled;
         let converted = found.ours.is_empty();
         for snapshot in found.ours {
-            self.note_leaves(snapshot, &mut state)?;
+            self.note_leaves(snapshot, &snapshots, &mut state)?;
             self.destroy_snapshot(snapshot, &mut done, cancel)?;
         }
         self.points(&state, converted, &mut done, cancel)?;
@@ -111,8 +111,20 @@ impl Undo<'_> {
 
     /// Writes down which files the VM writes to because of a checkpoint, where the job did not come to that: nobody can
     /// tell when it is gone.
-    fn note_leaves(&mut self, snapshot: &SnapshotRecord, state: &mut JobState) -> Result<()> {
-        if !state.leaves.is_empty() {
+    ///
+    /// Where a user has made a checkpoint since, the VM writes to that one's files and ours are held by it: those are
+    /// the user's now, and nothing is waited for.
+    fn note_leaves(
+        &mut self,
+        snapshot: &SnapshotRecord,
+        all: &[SnapshotRecord],
+        state: &mut JobState,
+    ) -> Result<()> {
+        let made = checkpoint::created_s(snapshot);
+        let is_later = |other: &SnapshotRecord| {
+            other.kind != SnapshotKind::Recovery && checkpoint::created_s(other) >= made
+        };
+        if !state.leaves.is_empty() || all.iter().any(is_later) {
             return Ok(());
         }
         let held = self.hyperv.host().disks(&snapshot.settings)?;
