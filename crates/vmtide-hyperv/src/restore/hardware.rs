@@ -30,7 +30,7 @@ const SCSI_LOCATIONS: u32 = 64;
 const MAX_ADAPTERS: usize = 68;
 
 /// The platform whose disks are named by their places.
-const PLATFORM: &str = "hyper-v";
+pub(super) const PLATFORM: &str = "hyper-v";
 
 /// `OperationMode` of an untagged port in one VLAN.
 const VLAN_ACCESS: u32 = 1;

@@ -5,7 +5,7 @@
 //! complete, and a file beside its disks says so too, before the first byte is written; the same restore,
 //! started again, goes on. Its settings stay as they are.
 
-use super::host_path::{directory_of, extension_of, file_name_of, join};
+use super::host_path::{directory_of, extension_of, file_name_of, join, same};
 use super::journal::{RestoreJournal, Step, leftovers};
 use super::management::Management;
 use super::pairing::{self, Pair};
@@ -16,7 +16,7 @@ use crate::{Host, HostFiles};
 use std::collections::BTreeSet;
 use vmtide_block::CancelToken;
 use vmtide_hypervisor::{
-    DiskContent, FullReason, HypervisorError, InPlaceRequest, RestoredVm, RestoringDisk,
+    DiskContent, DiskId, FullReason, HypervisorError, InPlaceRequest, RestoredVm, RestoringDisk,
     RestoringVm, Result, VmLock,
 };
 
@@ -53,13 +53,15 @@ pub(super) fn begin(restorer: &HypervRestorer, request: &InPlaceRequest) -> Resu
     let was_marked = vm.name != name || has_mark(host, restorer.files(), &vm)?;
     let mut pairs = pairing::pairs_of(restorer, &vm, request)?;
     if was_marked {
+        check_covers(restorer, &vm, &name, &pairs, request)?;
         for pair in &mut pairs {
             let why = "an earlier restore of this VM was interrupted";
             pair.content = DiskContent::Unknown(FullReason::TrackingLost(why.into()));
         }
     }
     let mut journal = RestoreJournal::begin(state, &request.job, host.peer(), &name, lock)?;
-    journal.record(&Step::InPlace { id: vm.id })?;
+    let files = pairs.iter().map(|pair| pair.attachment.host_resource.clone()).collect();
+    journal.record(&Step::InPlace { id: vm.id, files })?;
     let mut in_place = InPlaceVm {
         restorer: restorer.clone(),
         name,
@@ -95,6 +97,58 @@ fn find(host: &Host, name: &str) -> Result<VmRecord> {
     }
 }
 
+/// The files of disks of the VM `id` that the job of these steps may have written; none where it did not
+/// restore it in place.
+fn files_written(steps: &[Step], id: uuid::Uuid) -> Option<&[String]> {
+    steps.iter().find_map(|step| match step {
+        Step::InPlace { id: of, files } if *of == id => Some(files.as_slice()),
+        _ => None,
+    })
+}
+
+/// Whether a VM that earlier tries left incomplete is complete after this one: it must write all the disks
+/// that they may have written.
+fn check_covers(
+    restorer: &HypervRestorer,
+    vm: &VmRecord,
+    name: &str,
+    pairs: &[Pair<'_>],
+    request: &InPlaceRequest,
+) -> Result<()> {
+    let host = restorer.host();
+    let earlier = leftovers(&restorer.inner.state_directory, host.peer(), None)?;
+    let tries: Vec<_> =
+        earlier.jobs.iter().filter_map(|job| files_written(&job.steps, vm.id)).collect();
+    let is_known = !tries.is_empty() && tries.iter().all(|files| !files.is_empty());
+    let is_asked = |id: &DiskId| request.disks.iter().any(|disk| disk.id == *id);
+    let missing: Vec<String> = if is_known {
+        let is_written =
+            |path: &str| tries.iter().any(|files| files.iter().any(|file| same(file, path)));
+        let is_covered =
+            |path: &str| pairs.iter().any(|pair| same(&pair.attachment.host_resource, path));
+        let attached = host.disks(&vm.settings)?;
+        attached
+            .iter()
+            .filter(|disk| is_written(&disk.host_resource) && !is_covered(&disk.host_resource))
+            .map(|disk| disk.location.to_string())
+            .collect()
+    } else {
+        // Another machine began it, or the journal is lost.
+        let all = request.config.disks.iter().map(|disk| &disk.id);
+        all.filter(|id| !is_asked(id)).map(DiskId::to_string).collect()
+    };
+    if missing.is_empty() {
+        return Ok(());
+    }
+    Err(refused(
+        format!("restore {name} in place"),
+        format!(
+            "an earlier restore of it was interrupted and may have written {} too: restore all disks",
+            missing.join(", ")
+        ),
+    ))
+}
+
 /// Whether the VM has nothing in memory and nothing between its disks and the files.
 fn check_at_rest(host: &Host, vm: &VmRecord) -> Result<()> {
     let what = || format!("restore {} in place", vm.name);
@@ -124,7 +178,7 @@ fn check_at_rest(host: &Host, vm: &VmRecord) -> Result<()> {
 /// Whether steps of a killed job are those of a VM that is still marked as incomplete.
 pub(super) fn is_unfinished(host: &Host, files: &dyn HostFiles, steps: &[Step]) -> Result<bool> {
     let id = steps.iter().find_map(|step| match step {
-        Step::InPlace { id } => Some(*id),
+        Step::InPlace { id, .. } => Some(*id),
         _ => None,
     });
     let Some(id) = id else { return Ok(false) };
@@ -198,13 +252,20 @@ impl InPlaceVm {
             }
         }
         let state = &restorer.inner.state_directory;
-        tracking::destroy_points(
+        let others = tracking::destroy_points(
             host,
             state,
             self.vm.id,
             &request.known_tracking,
             &request.cancel,
         )?;
+        if others > 0 {
+            self.warnings.push(format!(
+                "{others} reference points of other programs, installations or repositories were left: whoever \
+                 made them has to read the disks in full once, because the host does not track what a restore \
+                 writes"
+            ));
+        }
         for pair in pairs {
             tracking::remove_files(files, &pair.attachment.host_resource)?;
         }
@@ -257,7 +318,7 @@ impl InPlaceVm {
             return;
         };
         for leftover in found.jobs {
-            if leftover.steps.contains(&Step::InPlace { id: self.vm.id })
+            if files_written(&leftover.steps, self.vm.id).is_some()
                 && let Err(error) = leftover.journal.finish()
             {
                 tracing::warn!(%error, "a journal of an earlier try was left");

@@ -72,6 +72,9 @@ pub(super) enum Step {
     InPlace {
         /// Its id.
         id: Uuid,
+        /// The files of the disks that are written; none in the journals of versions that did not say.
+        #[serde(default)]
+        files: Vec<String>,
     },
 }
 

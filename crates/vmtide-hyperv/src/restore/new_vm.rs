@@ -339,9 +339,12 @@ impl NewVm {
         }
         match self.register_exact() {
             Ok(vm) => Ok((vm, RestoreRoute::Exact)),
-            Err(error @ HypervisorError::Failed { .. })
-                if self.request.route == RestoreRoute::Auto =>
-            {
+            // Also one that does not know imports, or misses what the files name.
+            Err(
+                error @ (HypervisorError::Failed { .. }
+                | HypervisorError::Unsupported { .. }
+                | HypervisorError::NotFound { .. }),
+            ) if self.request.route == RestoreRoute::Auto => {
                 let why = error.to_string();
                 self.forget_systems()?;
                 self.warnings.push(format!(

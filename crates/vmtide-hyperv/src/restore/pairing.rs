@@ -4,9 +4,11 @@
 //! added. Writing one disk's content over another could not be undone. So where the restore point knows the id
 //! in the image (`VIRTUAL_DISK_ID`), the disk must have it, in its old place or in another.
 
+use super::hardware::PLATFORM;
 use super::host_path::{extension_of, file_name_of};
 use super::{HypervRestorer, refused, tracking};
 use crate::cycle::{BaseToken, FileFacts, changed_since, same_point};
+use crate::model::read::parse_uuid;
 use crate::model::types::{DiskAttachment, ReferencePointRecord, VmRecord};
 use uuid::Uuid;
 use vmtide_hypervisor::{
@@ -41,8 +43,21 @@ pub(super) fn pairs_of<'a>(
     vm: &VmRecord,
     request: &'a InPlaceRequest,
 ) -> Result<Vec<Pair<'a>>> {
-    let attached = restorer.host().disks(&vm.settings)?;
     let what = || format!("restore {} in place", vm.name);
+    let config = &request.config;
+    let own = config.id.as_ref().and_then(|id| parse_uuid(id));
+    if config.platform == PLATFORM && own.is_some_and(|id| id != vm.id) {
+        return Err(refused(
+            what(),
+            format!(
+                "it is not the VM of the restore point, {} with the id {}: name that one, or restore to a \
+                 new VM",
+                config.name,
+                own.unwrap_or_default()
+            ),
+        ));
+    }
+    let attached = restorer.host().disks(&vm.settings)?;
     let mut pairs: Vec<Pair<'_>> = Vec::with_capacity(request.disks.len());
     for wanted in &request.disks {
         let pair = pair_of(restorer, vm, request, wanted, &attached)?;
@@ -133,7 +148,7 @@ fn known_id(wanted: &DiskToRestore, request: &InPlaceRequest) -> Option<Uuid> {
     let token = wanted.tracking.as_ref().and_then(|tracking| BaseToken::parse(tracking).ok());
     token.map(|token| token.disk).or_else(|| {
         let disk = request.config.disks.iter().find(|disk| disk.id == wanted.id)?;
-        disk.image_id.as_ref()?.parse().ok()
+        parse_uuid(disk.image_id.as_ref()?)
     })
 }
 

@@ -52,7 +52,7 @@ pub(super) fn points_of(host: &Host, vm: Uuid) -> Result<Vec<ReferencePointRecor
 }
 
 /// Destroys the reference points of ours on a VM: those written down on this machine, and those that restore
-/// points name.
+/// points name. Answers with how many are left, which are others'.
 ///
 /// # Errors
 /// Where one is there and cannot be destroyed: then nothing must be written.
@@ -62,19 +62,22 @@ pub(super) fn destroy_points(
     vm: Uuid,
     named: &[TrackingId],
     cancel: &CancelToken,
-) -> Result<()> {
+) -> Result<usize> {
     let mut ledger = Ledger::open(state_directory, vm)?;
     let mut ours: Vec<String> = ledger.all().map(|point| point.id.clone()).collect();
     let tokens = named.iter().filter_map(|id| BaseToken::parse(id).ok());
     ours.extend(tokens.filter(|token| token.vm == vm).map(|token| token.point));
+    let mut others = 0;
     for point in points_of(host, vm)? {
         if ours.iter().any(|id| same_point(id, &point.instance_id)) {
             host.destroy_reference_point(&point, cancel)?;
+        } else {
+            others += 1;
         }
         ledger.remove(&point.instance_id)?;
     }
     for gone in ours {
         ledger.remove(&gone)?;
     }
-    Ok(())
+    Ok(others)
 }

@@ -10,12 +10,15 @@
 //! | after it | a VM or planned VM under the job's name, or by its id | removed; then the files |
 //! | at the commit | the VM under its name, or still under the job's | kept; or removed with its files |
 
-use super::host_path::{join, same};
+use super::host_path::{extension_of, is_absolute, join, same};
 use super::journal::{Step, temporary_name};
 use super::management::{Management, PlannedVm};
 use crate::files::HostFiles;
 use crate::model::types::VmRecord;
 use vmtide_hypervisor::{JobId, Result};
+
+/// The extensions of the files that a VM's configuration and its guest's state lie in.
+const CONFIGURATION: [&str; 4] = ["vmcx", "vmrs", "vmgs", "xml"];
 
 /// What was undone.
 #[derive(Debug, Default)]
@@ -122,10 +125,7 @@ fn remove_files(
     undone: &mut Undone,
 ) -> Result<()> {
     let in_use = used_files(management)?;
-    let own = complete.map(configuration_stems).unwrap_or_default();
-    let is_configuration = |path: &str| {
-        own.iter().any(|stem| same(stem, path.rsplit_once('.').map_or(path, |(stem, _)| stem)))
-    };
+    let is_configuration = |path: &str| complete.is_some_and(|vm| may_be_configuration(vm, path));
     let mut failed = None;
     for step in steps.iter().rev() {
         let Step::File { path, temporary } = step else { continue };
@@ -153,13 +153,28 @@ fn remove_files(
     failed.map_or(Ok(()), Err)
 }
 
+/// Whether a complete VM goes on in the file at `path`.
+fn may_be_configuration(vm: &VmRecord, path: &str) -> bool {
+    // Where the host does not tell which files are the VM's, all that can be are.
+    let extension = extension_of(path).to_lowercase();
+    if vm.settings.configuration_file.is_none() && CONFIGURATION.contains(&extension.as_str()) {
+        return true;
+    }
+    let stem = path.rsplit_once('.').map_or(path, |(stem, _)| stem);
+    configuration_stems(vm).iter().any(|own| same(own, stem))
+}
+
 /// The files a VM's configuration lies in, without their extensions: a host that took no notice of where
 /// the planned VM was to go has them where they were imported from.
 fn configuration_stems(vm: &VmRecord) -> Vec<String> {
     let settings = &vm.settings;
     let definition = settings.configuration_file.as_ref();
-    let definition = definition.map(|file| join(&settings.configuration_root, file));
-    let state = settings.guest_state.as_ref().map(|(root, file)| join(root, file));
+    // Some hosts tell the whole path.
+    let within = |root: &str, file: &str| {
+        if is_absolute(file) { file.to_owned() } else { join(root, file) }
+    };
+    let definition = definition.map(|file| within(&settings.configuration_root, file));
+    let state = settings.guest_state.as_ref().map(|(root, file)| within(root, file));
     let stem =
         |path: String| path.rsplit_once('.').map_or(path.clone(), |(stem, _)| stem.to_owned());
     definition.into_iter().chain(state).map(stem).collect()
@@ -174,4 +189,48 @@ fn used_files(management: &Management<'_>) -> Result<Vec<String>> {
         .flat_map(|one| one.texts("HostResource").unwrap_or_default())
         .map(str::to_owned)
         .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::types::{Generation, VmSettings, VmState};
+    use uuid::Uuid;
+    use vmtide_cim::{CimInstance, ObjectPath};
+
+    fn vm(file: Option<&str>, state: Option<&str>) -> VmRecord {
+        let path = ObjectPath::new("Msvm_ComputerSystem", &[]);
+        let settings = VmSettings {
+            instance_id: "Microsoft:x".into(),
+            path: path.clone(),
+            vm: Uuid::nil(),
+            name: "web".into(),
+            system_type: String::new(),
+            version: (9, 0),
+            generation: Generation::Two,
+            configuration_root: r"D:\VMs\web".into(),
+            configuration_file: file.map(str::to_owned),
+            guest_state: state.map(|file| (r"D:\VMs\web".into(), file.into())),
+            snapshot_root: None,
+            secure_boot: None,
+            instance: CimInstance::new("Msvm_VirtualSystemSettingData"),
+        };
+        VmRecord { id: Uuid::nil(), name: "web".into(), state: VmState::Off, path, settings }
+    }
+
+    #[test]
+    fn files_that_a_complete_vm_may_go_on_in_are_told_from_temporary_ones() {
+        let file = r"D:\VMs\web\Virtual Machines\A.vmgs";
+        for known in [
+            vm(Some(r"Virtual Machines\A.vmcx"), None),
+            vm(Some(r"D:\VMs\web\Virtual Machines\A.vmcx"), None),
+            vm(Some(r"C:\elsewhere\B.vmcx"), Some(r"d:\vms\web\Virtual Machines\A.VMGS")),
+            vm(None, None),
+        ] {
+            assert!(may_be_configuration(&known, file), "{:?}", known.settings);
+        }
+        let elsewhere = vm(Some(r"C:\elsewhere\B.vmcx"), Some(r"C:\elsewhere\B.vmgs"));
+        assert!(!may_be_configuration(&elsewhere, file));
+        assert!(!may_be_configuration(&vm(None, None), r"D:\VMs\web\INCOMPLETE.txt"));
+    }
 }

@@ -6,8 +6,8 @@ use uuid::Uuid;
 use vmtide_block::{BlockDevice, ByteRange, CancelToken};
 use vmtide_cim::{CimInstance, CimValue};
 use vmtide_hypervisor::{
-    DiskContent, DiskId, DiskToRestore, FullReason, InPlaceRequest, JobId, TrackingId, VmConfig,
-    VmRestorer,
+    DiskConfig, DiskContent, DiskId, DiskToRestore, FullReason, InPlaceRequest, JobId, TrackingId,
+    VmConfig, VmRestorer,
 };
 
 const VM: Uuid = Uuid::from_u128(0x1234);
@@ -66,6 +66,11 @@ fn is_theirs(point: &CimInstance) -> bool {
     point.text("InstanceID").unwrap().ends_with("theirs")
 }
 
+fn disk_config(id: &str) -> DiskConfig {
+    let text = format!(r#"{{"id":"{id}","size_bytes":{SIZE},"bus":"scsi","image_id":"{DISK}"}}"#);
+    serde_json::from_str(&text).unwrap()
+}
+
 /// The VM with disks at these places of its controller.
 fn attached(disks: &[(u32, &str)]) -> System {
     let mut builder = SystemBuilder::new(VM, "db", 2).scsi(0xC1);
@@ -96,6 +101,11 @@ fn only_what_changed_is_looked_at_and_tracking_is_forgotten_before_the_first_wri
     fake.change(|state| state.changes = Some([ByteRange::new(65536, 4096)].into_iter().collect()));
     let vm = restorer(&fake, state.path()).begin_in_place(&request("db")).unwrap();
     let [disk] = vm.disks() else { panic!("one disk") };
+    assert!(
+        vm.warnings().iter().any(|one| one.contains("1 reference point")),
+        "{:?}",
+        vm.warnings()
+    );
     let expected = [ByteRange::new(65536, 4096)].into_iter().collect();
     assert_eq!(disk.content, DiskContent::DiffersWithin(expected));
     assert_eq!((names(&fake), marks(&fake)), (vec!["db (restore incomplete)".to_owned()], 1));
@@ -174,10 +184,7 @@ fn a_disk_is_never_written_over_another() {
         let mut wanted = request("db");
         if known_by == "configuration" {
             wanted.disks[0].tracking = None;
-            let disks = format!(
-                r#"[{{"id":"scsi0:0","size_bytes":{SIZE},"bus":"scsi","image_id":"{DISK}"}}]"#
-            );
-            wanted.config.disks = serde_json::from_str(&disks).unwrap();
+            wanted.config.disks = vec![disk_config("scsi0:0")];
         }
         let before = (fake.inventory(), names(&fake));
         let error = restorer(&fake, state.path()).begin_in_place(&wanted).map(drop).unwrap_err();
@@ -185,6 +192,52 @@ fn a_disk_is_never_written_over_another() {
         assert_eq!((fake.inventory(), names(&fake)), before, "{known_by}");
         assert_eq!(fake.0.lock().points.len(), 2);
     }
+}
+
+#[test]
+fn a_vm_is_never_written_over_another() {
+    let (fake, state) = (world(), tempfile::tempdir().unwrap());
+    let mut wanted = request("db");
+    wanted.config.platform = "hyper-v".into();
+    wanted.config.id = Some(Uuid::from_u128(9).to_string());
+    let before = (fake.inventory(), names(&fake));
+    let error = restorer(&fake, state.path()).begin_in_place(&wanted).map(drop).unwrap_err();
+    assert!(error.to_string().contains("not the VM"), "{error}");
+    assert_eq!((fake.inventory(), names(&fake)), before);
+    wanted.config.id = Some(VM.to_string().to_uppercase());
+    restorer(&fake, state.path()).begin_in_place(&wanted).unwrap().finish(false).unwrap();
+}
+
+#[test]
+fn an_interrupted_restore_is_not_completed_by_one_of_fewer_disks() {
+    let (fake, state) = (world(), tempfile::tempdir().unwrap());
+    let second = Uuid::from_u128(0xD2);
+    attach(&fake, 1, OTHER, second);
+    let mut both = request("db");
+    both.disks.push(DiskToRestore {
+        id: DiskId("scsi0:1".into()),
+        size_bytes: SIZE as u64,
+        data_bytes: None,
+        tracking: Some(TrackingId(tracking().0.replace(&DISK.to_string(), &second.to_string()))),
+    });
+    let ids = ["scsi0:0", "scsi0:1"];
+    both.config.disks = ids.iter().map(|id| disk_config(id)).collect();
+    let mut one = both.clone();
+    one.disks.truncate(1);
+    restorer(&fake, state.path()).begin_in_place(&both).unwrap().abort().unwrap();
+    let elsewhere = tempfile::tempdir().unwrap();
+    for state in [&state, &elsewhere] {
+        let begun = restorer(&fake, state.path()).begin_in_place(&one).map(drop);
+        let error = begun.unwrap_err().to_string();
+        assert!(error.contains("scsi0:1"), "{error}");
+        assert_eq!((names(&fake), marks(&fake)), (vec!["db (restore incomplete)".to_owned()], 1));
+    }
+    restorer(&fake, state.path()).begin_in_place(&both).unwrap().finish(false).unwrap();
+    assert_eq!((names(&fake), marks(&fake)), (vec!["db".to_owned()], 0));
+    // A try of one disk is ended by another of it.
+    restorer(&fake, state.path()).begin_in_place(&one).unwrap().abort().unwrap();
+    restorer(&fake, state.path()).begin_in_place(&one).unwrap().finish(false).unwrap();
+    assert_eq!((names(&fake), marks(&fake)), (vec!["db".to_owned()], 0));
 }
 
 #[test]

@@ -136,7 +136,7 @@ proptest! {
         config.native.retain(|file| keeps_settings && !file.name.contains("vmcx"));
         let (state, fake) = (tempfile::tempdir().unwrap(), FakeHost::new());
         let (jobs, silent, text) = shape.manners;
-        fake.change(|state| state.manners = Manners { jobs, silent, text, refuses_imports: false });
+        fake.change(|state| state.manners = Manners { jobs, silent, text, refuses_imports: None });
         let mut wanted = request(&config, "any", RestoreRoute::Portable);
         wanted.networks.connect = true;
         // The VM itself comes back, also where only the portable configuration is there.

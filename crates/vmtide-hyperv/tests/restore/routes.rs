@@ -11,10 +11,10 @@ use vmtide_hypervisor::{
 };
 
 const MANNERS: [Manners; 4] = [
-    Manners { jobs: false, silent: false, text: false, refuses_imports: false },
-    Manners { jobs: true, silent: false, text: true, refuses_imports: false },
-    Manners { jobs: true, silent: true, text: false, refuses_imports: false },
-    Manners { jobs: false, silent: true, text: true, refuses_imports: false },
+    Manners { jobs: false, silent: false, text: false, refuses_imports: None },
+    Manners { jobs: true, silent: false, text: true, refuses_imports: None },
+    Manners { jobs: true, silent: true, text: false, refuses_imports: None },
+    Manners { jobs: false, silent: true, text: true, refuses_imports: None },
 ];
 
 #[test]
@@ -155,10 +155,17 @@ fn adapters_are_connected_where_the_map_says_and_the_switch_is_there() {
 
 #[test]
 fn a_host_that_refuses_the_configuration_files_gets_the_settings() {
+    // Failed, not supported, file not found.
+    for code in [32768, 32770, 32779] {
+        a_refused_import_is_replaced(code);
+    }
+}
+
+fn a_refused_import_is_replaced(code: u32) {
     let (system, state) = (web(), tempfile::tempdir().unwrap());
     let config = config_of(&system, &origin(&system));
     let fake = target(&system);
-    fake.change(|state| state.manners.refuses_imports = true);
+    fake.change(|state| state.manners.refuses_imports = Some(code));
     let restorer = restorer(&fake, state.path());
     let before = fake.inventory();
     assert!(restore(&restorer, &request(&config, "web", RestoreRoute::Exact)).is_err());

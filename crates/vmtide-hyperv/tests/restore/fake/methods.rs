@@ -331,8 +331,8 @@ fn modify_system(state: &mut State, change: &CimInstance) -> Result<MethodOutput
 }
 
 fn import(state: &mut State, file: &str, new_id: bool) -> Result<MethodOutput> {
-    if state.manners.refuses_imports {
-        return code(FAILED);
+    if let Some(refused) = state.manners.refuses_imports {
+        return code(refused);
     }
     let Some(Content::Bytes(bytes)) =
         state.files.get(&file.to_lowercase()).map(|file| &file.content)

@@ -43,8 +43,8 @@ pub struct Manners {
     pub silent: bool,
     /// All values are text, as over WS-Management.
     pub text: bool,
-    /// Imports are refused.
-    pub refuses_imports: bool,
+    /// Imports are refused with this code.
+    pub refuses_imports: Option<u32>,
 }
 
 #[derive(Default)]
