@@ -59,7 +59,7 @@ fn wrong_usage_is_2() {
         &["frobnicate"][..],
         &["points", "--frobnicate"],
         &["backup"],
-        &["backup", "hyperv://host/vm"],
+        &["backup", "vsphere://host/vm"],
         &["backup", "http://host/vm"],
         &["backup", "web.raw", "--level", "half"],
         &["backup", "web.raw", "--allow-downgrade"],
