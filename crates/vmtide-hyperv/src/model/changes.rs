@@ -59,6 +59,10 @@ impl Host {
                     ChangesError::Failed("the host started a job and did not name it".into())
                 })?;
                 self.wait(&job, &what, &CancelToken::new()).map_err(failed)?;
+                // What came with the start of the job was there before its work was done.
+                return Err(ChangesError::Failed(
+                    "the host answered in a job, whose findings cannot be had".into(),
+                ));
             }
             code => return Err(failed(codes::error(&what, code, ""))),
         }
