@@ -197,6 +197,16 @@ impl Host {
             .clone()
     }
 
+    /// The time of day by the host's clock in seconds since 1970, to be held against times that the host tells; by this
+    /// machine's where this user may not see the host's.
+    pub(crate) fn unix_s(&self) -> i64 {
+        let told = || {
+            let found = self.cim().query(CIMV2, "SELECT * FROM Win32_OperatingSystem").ok()?;
+            crate::cycle::seconds_of(found.first()?.optional_text("LocalDateTime").ok()??)
+        };
+        told().unwrap_or_else(|| self.options().clock.unix_s())
+    }
+
     /// Calls a method and waits for its job. `what` says in words what is done.
     ///
     /// # Errors

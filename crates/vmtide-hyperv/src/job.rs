@@ -198,7 +198,7 @@ impl Host {
     /// to each; real hosts also have rows that say nothing (effect 0). Where the rows cannot be had the
     /// association is followed without them, and where that fails too the answer is empty: the work is
     /// done, and what it made is then found by comparing what was there before and after.
-    fn affected(&self, job: &ObjectPath) -> Vec<ObjectPath> {
+    pub(crate) fn affected(&self, job: &ObjectPath) -> Vec<ObjectPath> {
         /// `ElementEffects`: created.
         const CREATED: u64 = 5;
         let class = Some("Msvm_AffectedJobElement".to_owned());

@@ -13,7 +13,7 @@
 mod support;
 
 use support::driver::{Machine, point_of};
-use support::world::World;
+use support::world::{Cut, World};
 use vmtide_hyperv::ChangesError;
 use vmtide_hypervisor::{Consistency, DiskId, FullReason, Hypervisor, HypervisorError, VmSelector};
 
@@ -206,6 +206,74 @@ fn less_consistency_is_had_only_where_it_is_allowed() {
 }
 
 #[test]
+fn what_another_product_makes_while_ours_is_refused_is_left_alone() {
+    // Between the two tries of a backup that comes to its end.
+    let (world, mut machine) = one_vm();
+    world.0.lock().faults.vss_fails = true;
+    world.0.lock().faults.foreign_at_refusal = true;
+    machine.backup("web").unwrap();
+    assert_eq!(world.leftovers(), ["web - Other"]);
+    assert_eq!(machine.state_files("journal"), Vec::<String>::new());
+    // Because of it.
+    let (world, mut machine) = one_vm();
+    world.0.lock().faults.create_code = Some(32775);
+    world.0.lock().faults.foreign_at_refusal = true;
+    machine.backup("web").unwrap_err();
+    assert_eq!(machine.hypervisor().reap().unwrap().removed, Vec::<String>::new());
+    assert_eq!(world.leftovers(), ["web - Other"]);
+    assert_eq!(machine.state_files("journal"), Vec::<String>::new());
+}
+
+#[test]
+fn what_another_product_makes_when_a_job_is_killed_is_left_alone_and_named() {
+    let (world, mut machine) = one_vm();
+    world.cut(None);
+    machine.backup("web").unwrap();
+    let calls = world.calls();
+    let mut in_doubt = 0;
+    for call in 1..=calls {
+        // Clocks that differ change nothing.
+        let machine_behind_s = [0, 3600, -3600][(call % 3) as usize];
+        let (world, mut machine) = one_vm();
+        world.0.lock().machine_behind_s = machine_behind_s;
+        world.cut(Some(Cut::DieBefore(call)));
+        let _ = machine.backup("web");
+        world.cut(None);
+        world.pass(5 * 60 * 1000);
+        world.add_named(0, "web - Other", 0);
+        let report = machine.hypervisor().reap().unwrap();
+        assert!(world.leftovers().contains(&"web - Other".to_owned()), "{call}: {report:?}");
+        let told = report.in_use.iter().filter(|line| line.contains("web - Other")).count();
+        in_doubt += told;
+        world.pass(24 * 3600 * 1000);
+        machine.hypervisor().reap().unwrap();
+        assert_eq!(machine.state_files("journal").len(), told, "{call}");
+        world.remove_all_checkpoints(0);
+        machine.hypervisor().reap().unwrap();
+        assert_eq!(machine.state_files("journal"), Vec::<String>::new(), "{call}");
+    }
+    assert!(in_doubt >= 1, "{in_doubt}");
+}
+
+#[test]
+fn a_new_point_that_nothing_proves_to_be_ours_is_no_base_and_stays() {
+    let (world, mut machine) = one_vm();
+    machine.backup("web").unwrap();
+    world.0.lock().faults.no_most_recent = true;
+    world.0.lock().faults.foreign_at_conversion = true;
+    let outcome = machine.backup("web").unwrap();
+    let told = |texts: &[String], what: &str| texts.iter().any(|text| text.contains(what));
+    assert!(told(&outcome.warnings, "read everything"), "{:?}", outcome.warnings);
+    assert!(told(&outcome.left, "may be another program's"), "{:?}", outcome.left);
+    let foreign = world.points(0);
+    assert_eq!(foreign.len(), 1);
+    let outcome = machine.backup("web").unwrap();
+    assert_eq!(outcome.full["scsi0:0"], FullReason::NoTrackingId);
+    machine.backup("web").unwrap();
+    assert!(world.points(0).contains(&foreign[0]) && world.points(0).len() == 2);
+}
+
+#[test]
 fn a_failed_backup_keeps_the_old_base() {
     let (world, mut machine) = one_vm();
     machine.backup("web").unwrap();
@@ -334,6 +402,20 @@ fn what_carries_our_name_is_left_to_another_installation_until_it_is_old() {
     world.pass(80 * 3600 * 1000);
     machine.backup("web").unwrap();
     assert_clean(&world, &machine);
+}
+
+#[test]
+fn a_disk_that_is_attached_while_the_checkpoint_is_made_is_not_waited_for() {
+    let (world, mut machine) = one_vm();
+    world.0.lock().faults.disk_at_checkpoint = true;
+    let outcome = machine.backup("web").unwrap();
+    assert_eq!(outcome.left, Vec::<String>::new());
+    assert_clean(&world, &machine);
+    // What is left out is waited for: the checkpoint holds it all the same.
+    world.0.lock().faults.merge_ms = 3600 * 1000;
+    machine.exclude = vec![DiskId("scsi0:0".into())];
+    let outcome = machine.backup("web").unwrap();
+    assert!(outcome.left[0].contains("disk0_"), "{:?}", outcome.left);
 }
 
 #[test]

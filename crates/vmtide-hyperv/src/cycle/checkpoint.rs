@@ -1,14 +1,14 @@
 //! The recovery checkpoint: making it, and finding it again.
 
 use crate::cycle::steps::{self, JobState, Step};
-use crate::cycle::undo::Fate;
 use crate::cycle::{HypervHypervisor, time};
 use crate::gates::job_of_checkpoint;
 use crate::{BackupType, SnapshotKind, SnapshotRecord, SnapshotRequest, VmRecord};
+use vmtide_cim::ObjectPath;
 use vmtide_hypervisor::{Consistency, FreezeRequest, HypervisorError, JobId, Journal, Result};
 
-/// How much the clocks of the host and of this machine may differ, in seconds, when an unnamed checkpoint is held against
-/// the time at which a killed job asked for one.
+/// How much the host's clock may be set meanwhile, or differ from this machine's where the host does not tell its time, in
+/// seconds, when an unnamed checkpoint is held against the time at which a killed job asked for one.
 const CLOCK_TOLERANCE_S: i64 = 10 * 60;
 
 /// How old a checkpoint with our name must be, in seconds, for it to be a leftover although no journal here knows it:
@@ -62,7 +62,7 @@ fn make_one(
     let host = hyperv.host();
     let before: Vec<String> =
         host.snapshots(vm.id)?.into_iter().map(|snapshot| snapshot.settings.instance_id).collect();
-    let at = host.options().clock.unix_s();
+    let at = host.unix_s();
     steps::record(journal, &Step::Checkpointing { before: before.clone(), at })?;
     let wanted = SnapshotRequest {
         consistency,
@@ -70,13 +70,18 @@ fn make_one(
         // What cannot be held is left out by the host, and told by comparing the lists of disks.
         ignore_non_snapshottable: true,
     };
-    let snapshot = match host.create_recovery_snapshot(vm, &wanted, &request.cancel) {
+    let mut named = None;
+    let made = host.make_recovery_snapshot(vm, &wanted, &request.cancel, &mut |job| {
+        named = Some(job.clone());
+        steps::record(journal, &Step::CheckpointJob { job: job.clone() })
+    });
+    let snapshot = match made {
         Ok(snapshot) => snapshot,
-        Err(error) => {
-            if is_final(&error) {
+        Err(not_made) => {
+            if not_made.refused {
                 steps::record(journal, &Step::Refused)?;
             }
-            adopt(hyperv, vm, &before, error)?
+            adopt(hyperv, vm, &before, named.as_ref(), not_made.error)?
         }
     };
     let id = snapshot.settings.instance_id.clone();
@@ -98,35 +103,27 @@ fn backup_type(hyperv: &HypervHypervisor, consistency: Consistency) -> BackupTyp
     }
 }
 
-/// Whether the host has ended its work on the call with this error, so that no checkpoint will appear later.
-const fn is_final(error: &HypervisorError) -> bool {
-    matches!(
-        error,
-        HypervisorError::ConsistencyNotReached { .. }
-            | HypervisorError::Failed { .. }
-            | HypervisorError::Denied { .. }
-            | HypervisorError::Unsupported { .. }
-            | HypervisorError::NotFound { .. }
-    )
-}
-
-/// The checkpoint that the host made without its answer arriving; the error where it made none. The VM is locked and the
-/// host takes one checkpoint of a VM at a time, so the only new one is the one asked for.
+/// The checkpoint that the host made without its answer arriving, where its job names it; the error where nothing proves
+/// one to be ours. That it is new proves nothing: other products make checkpoints, too.
 fn adopt(
     hyperv: &HypervHypervisor,
     vm: &VmRecord,
     before: &[String],
+    job: Option<&ObjectPath>,
     error: HypervisorError,
 ) -> Result<SnapshotRecord> {
-    if !matches!(error, HypervisorError::Unreachable { .. } | HypervisorError::Protocol { .. }) {
-        return Err(error);
-    }
-    let Ok(snapshots) = hyperv.host().snapshots(vm.id) else {
+    let was_lost =
+        matches!(error, HypervisorError::Unreachable { .. } | HypervisorError::Protocol { .. });
+    let Some(job) = job.filter(|_| was_lost) else {
         return Err(error);
     };
-    let mut new = snapshots.into_iter().filter(|snapshot| is_new_recovery(snapshot, before));
-    match (new.next(), new.next()) {
-        (Some(snapshot), None) => {
+    let Ok(mut snapshots) = hyperv.host().snapshots(vm.id) else {
+        return Err(error);
+    };
+    let ours = hyperv.host().snapshots_of_job(job, &snapshots, before);
+    snapshots.retain(|snapshot| ours.contains(&snapshot.settings.instance_id));
+    match (snapshots.pop(), snapshots.is_empty()) {
+        (Some(snapshot), true) => {
             tracing::warn!(%error, vm = %vm.name, "the host made the checkpoint, but its answer was lost");
             Ok(snapshot)
         }
@@ -148,14 +145,13 @@ pub(crate) struct Found<'a> {
     pub unsettled: bool,
 }
 
-/// Finds the checkpoints of a job: by id, by name, or, where it was not there to learn either, as the only recovery
-/// checkpoint that was made when it asked for one.
+/// Finds the checkpoints of a job: by id, by name, or, where it was not there to learn either, as what the host's job made.
+/// Any other that appeared when the job asked for one is told, and left alone: it may be another product's.
 pub(crate) fn ours<'a>(
     hyperv: &HypervHypervisor,
     snapshots: &'a [SnapshotRecord],
     job: &JobId,
     state: &JobState,
-    fate: Fate,
 ) -> Found<'a> {
     let name = steps::checkpoint_name(job.as_str());
     let is_known = |snapshot: &SnapshotRecord| {
@@ -164,42 +160,47 @@ pub(crate) fn ours<'a>(
     };
     let ours: Vec<_> = snapshots.iter().filter(|snapshot| is_known(snapshot)).collect();
     let mut found = Found { ours, doubtful: Vec::new(), unsettled: false };
-    let limit_s = limit_s(hyperv);
-    let now = hyperv.host().options().clock.unix_s();
+    // The name is proof enough: one job has one checkpoint.
+    if !found.ours.is_empty() {
+        return found;
+    }
     for making in &state.making {
-        let new = snapshots.iter().filter(|snapshot| {
-            is_new_recovery(snapshot, &making.before)
-                && !is_known(snapshot)
-                && job_of_checkpoint(&snapshot.settings.name).is_none()
-        });
-        let (mut likely, mut others): (Vec<_>, Vec<_>) =
-            new.partition(|snapshot| was_made(snapshot, making.at, limit_s, fate));
-        if likely.len() == 1 {
-            found.ours.append(&mut likely);
-        } else {
-            found.unsettled |=
-                likely.is_empty() && !making.settled && now < making.at.saturating_add(limit_s);
-            // Those that are known to be of another time are another program's.
-            others.retain(|snapshot| created_s(snapshot).is_none());
-            found.doubtful.extend(likely.into_iter().chain(others).map(|snapshot| {
-                format!(
-                    "checkpoint {:?} appeared when a killed job asked for one; it may be another program's",
-                    snapshot.settings.name
-                )
-            }));
+        let new: Vec<_> = snapshots
+            .iter()
+            .filter(|snapshot| {
+                is_new_recovery(snapshot, &making.before)
+                    && job_of_checkpoint(&snapshot.settings.name).is_none()
+            })
+            .collect();
+        if let Some(job) = making.job.as_ref().filter(|_| !new.is_empty()) {
+            let made = hyperv.host().snapshots_of_job(job, snapshots, &making.before);
+            let made = |snapshot: &&&SnapshotRecord| made.contains(&snapshot.settings.instance_id);
+            found.ours.extend(new.iter().filter(made));
         }
+        if making.settled || !found.ours.is_empty() {
+            continue;
+        }
+        let limit_s = limit_s(hyperv);
+        let likely: Vec<_> =
+            new.into_iter().filter(|snapshot| may_be(snapshot, making.at, limit_s)).collect();
+        found.unsettled |=
+            likely.is_empty() && hyperv.host().unix_s() < making.at.saturating_add(limit_s);
+        found.doubtful.extend(likely.into_iter().map(|snapshot| doubt(&snapshot.settings.name)));
     }
     found
 }
 
+fn doubt(name: &str) -> String {
+    format!(
+        "checkpoint {name:?} appeared when an earlier job asked for one; it may be another program's, so it is left \
+         alone: if no other program backs up the VM, remove it (Get-VMSnapshot, Remove-VMSnapshot)"
+    )
+}
+
 /// Whether a checkpoint can be the one that was asked for at `at`.
-fn was_made(snapshot: &SnapshotRecord, at: i64, limit_s: i64, fate: Fate) -> bool {
+fn may_be(snapshot: &SnapshotRecord, at: i64, limit_s: i64) -> bool {
     let from = at.saturating_sub(CLOCK_TOLERANCE_S);
-    match created_s(snapshot) {
-        Some(created) => (from..=at.saturating_add(limit_s)).contains(&created),
-        // The job that asked for it looks at once: there was no time for another one.
-        None => fate == Fate::Told,
-    }
+    created_s(snapshot).is_none_or(|created| (from..=at.saturating_add(limit_s)).contains(&created))
 }
 
 /// How long after it was asked for a checkpoint may appear, in seconds.

@@ -1,6 +1,5 @@
 //! Freezing a VM, from the lock to the opened disks.
 
-use crate::cycle::HypervHypervisor;
 use crate::cycle::checkpoint::{self, Made};
 use crate::cycle::disks::{self, Bases, OpenDisk};
 use crate::cycle::frozen::FrozenHyperv;
@@ -8,6 +7,7 @@ use crate::cycle::gate::Gates;
 use crate::cycle::ledger::Ledger;
 use crate::cycle::steps::{self, Step};
 use crate::cycle::undo::{Fate, Undo, Undone};
+use crate::cycle::{HypervHypervisor, merge};
 use crate::{DiskAttachment, VmRecord};
 use vmtide_block::CancelToken;
 use vmtide_hypervisor::{
@@ -78,6 +78,10 @@ impl HypervHypervisor {
         }
         if let Some(other) = reaped.in_use.into_iter().next() {
             return Err(HypervisorError::Busy { vm: vm.name, detail: other });
+        }
+        for note in &reaped.notes {
+            // It may be why the host refuses what follows, and then no restore point tells of it.
+            tracing::warn!(note, vm = %vm.name, "left by an earlier job");
         }
         let mut warnings = reaped.notes;
         warnings.extend(reaped.others);
@@ -202,6 +206,7 @@ fn make_all(
     warnings.append(&mut configuration.warnings);
     let held = configuration.disks.iter().filter(|disk| gates.is_held(disk));
     let held: Vec<_> = held.cloned().collect();
+    let all_held = configuration.disks.clone();
     warn_of_skipped(attachments, &held, gates, request, warnings);
     let held: Vec<_> = held.into_iter().filter(|disk| !is_excluded(disk, request)).collect();
     if held.is_empty() {
@@ -210,7 +215,7 @@ fn make_all(
             "the host's checkpoint holds none of its disks",
         ));
     }
-    let leaves = leaves(session, attachments, &held)?;
+    let leaves = leaves(session, &held, &all_held)?;
     session.record(&Step::Frozen { leaves: leaves.clone(), tracking: Vec::new() })?;
     let is_held = |id: &DiskId| held.iter().any(|disk| disks::id_of(disk) == *id);
     configuration.config.disks.retain(|disk| is_held(&disk.id));
@@ -222,28 +227,31 @@ fn make_all(
     Ok(Parts { made, config: configuration.config, disks: opened, trackable })
 }
 
-/// The files that the VM writes to since the checkpoint, of the disks that it holds.
+/// The files that the VM writes to since the checkpoint: at the places of all disks that it holds, also of those that are
+/// not backed up. A disk that is attached meanwhile goes on in its own file.
 ///
 /// # Errors
 /// Where it still writes to one that is said to be frozen.
 fn leaves(
     session: &Session,
-    before: &[DiskAttachment],
     held: &[DiskAttachment],
+    all_held: &[DiskAttachment],
 ) -> Result<Vec<String>> {
-    let live = session.hyperv.live_paths(&session.vm)?;
-    let frozen =
-        |path: &String| held.iter().any(|disk| disk.host_resource.eq_ignore_ascii_case(path));
-    if let Some(path) = live.iter().find(|path| frozen(path)) {
+    let vm = session.hyperv.host().vm(session.vm.id)?;
+    let live = session.hyperv.host().disks(&vm.settings)?;
+    let frozen = |disk: &&DiskAttachment| {
+        held.iter().any(|other| other.host_resource.eq_ignore_ascii_case(&disk.host_resource))
+    };
+    if let Some(disk) = live.iter().filter(|disk| !disk.pass_through).find(frozen) {
         return Err(HypervisorError::failed(
             format!("freeze {}", session.vm.name),
-            format!("the host reports a checkpoint, and the VM still writes to {path}"),
+            format!(
+                "the host reports a checkpoint, and the VM still writes to {}",
+                disk.host_resource
+            ),
         ));
     }
-    // A disk that the checkpoint does not hold goes on in the file it was in before.
-    let is_old =
-        |path: &String| before.iter().any(|disk| disk.host_resource.eq_ignore_ascii_case(path));
-    Ok(live.into_iter().filter(|path| !is_old(path)).collect())
+    Ok(merge::leaves(&live, all_held))
 }
 
 /// Tells which disks of the VM the checkpoint does not hold. The host leaves them out without a word.

@@ -87,12 +87,14 @@ impl FrozenHyperv {
         };
         let before: Vec<String> = points.into_iter().map(|point| point.instance_id).collect();
         session.record(&Step::Converting { before: before.clone() })?;
-        let converted = host.convert_to_reference_point(&snapshot, &cancel);
+        let converted = host.make_reference_point(&snapshot, &cancel, &mut |job| {
+            session.record(&Step::ConvertJob { job: job.clone() })
+        });
         let found = match converted {
-            Ok(Some(point)) if !before.contains(&point.instance_id) => Ok(point),
-            Ok(_) => find(session, &snapshot, &before, "the host does not name it"),
+            Ok(Some(point)) if !points::is_among(&point.instance_id, &before) => Ok(point),
+            Ok(_) => find(session, &before, None),
             Err(HypervisorError::Block(error)) => return Err(error.into()),
-            Err(error) => find(session, &snapshot, &before, &error.to_string()),
+            Err(error) => find(session, &before, Some(error)),
         };
         if let Ok(point) = &found {
             let id = point.instance_id.clone();
@@ -144,7 +146,7 @@ impl FrozenHyperv {
         useless.extend(session.ledger.of(&session.lineage).map(|point| point.id.clone()));
         useless.sort();
         useless.dedup();
-        useless.retain(|id| Some(id) != keep.as_ref());
+        useless.retain(|id| keep.as_ref().is_none_or(|keep| !points::same_point(keep, id)));
         Ok(useless)
     }
 }
@@ -195,35 +197,31 @@ fn again<T>(host: &Host, ask: impl Fn() -> Result<T>) -> Result<T> {
     }
 }
 
-/// Finds the reference point that a conversion made although its answer does not say so.
+/// Finds the reference point that a conversion made although its answer does not say so. After an error only what proves
+/// to be ours is taken: the checkpoint may be gone, and the new point another product's, of a later moment.
 fn find(
     session: &Session,
-    snapshot: &SnapshotRecord,
     before: &[String],
-    why: &str,
+    error: Option<HypervisorError>,
 ) -> Result<ReferencePointRecord, String> {
     let host = session.hyperv.host();
-    let failed = |error: HypervisorError| format!("{why}; then: {error}");
-    let vm = session.vm.id;
-    let points = again(host, || host.reference_points(vm)).map_err(failed)?;
-    let tracking = JobState::of(session.journal.entry()).tracking;
-    if let Some(point) = points::made_of(&points, before, &tracking) {
+    let why = error.as_ref().map_or("the host does not name it".into(), ToString::to_string);
+    let points = again(host, || host.reference_points(session.vm.id))
+        .map_err(|error| format!("{why}; then: {error}"))?;
+    let state = JobState::of(session.journal.entry());
+    let named =
+        || state.convert_job.as_ref().map(|job| host.points_of_job(job)).unwrap_or_default();
+    if let Some(point) = points::made_of(&points, before, &state.tracking, named) {
         return Ok(point.clone());
     }
-    let snapshots = again(host, || host.snapshots(vm)).map_err(failed)?;
-    let id = &snapshot.settings.instance_id;
-    if snapshots.iter().any(|other| other.settings.instance_id == *id) {
-        return Err(format!("no reference point was made: {why}"));
+    if error.is_some() {
+        return Err(format!("no reference point is known to be ours: {why}"));
     }
-    // The checkpoint has become one, and the host works on one checkpoint of a VM at a time.
-    let mut new = points.iter().filter(|point| !before.contains(&point.instance_id));
-    match (new.next(), new.next()) {
-        (Some(point), None) => Ok(point.clone()),
-        (None, _) => Err(format!("the reference point is not to be found: {why}")),
-        (Some(_), Some(_)) => {
-            Err(format!("which of several reference points is ours is not known: {why}"))
-        }
-    }
+    // The host has made one: where there is only one, it is ours.
+    let new = points.iter().filter(|point| !points::is_among(&point.instance_id, before));
+    points::only(new).cloned().ok_or_else(|| {
+        format!("which of the new reference points is ours, if any, is not known: {why}")
+    })
 }
 
 impl FrozenVm for FrozenHyperv {
@@ -309,7 +307,8 @@ impl FrozenVm for FrozenHyperv {
         let step = Step::Committed { keep: self.point.clone(), destroy: self.useless_points()? };
         self.session()?.record(&step)?;
         let session = self.session.take().ok_or_else(ended)?;
-        Ok(session.undo(true)?.left())
+        let done = session.undo(true)?;
+        Ok(done.left().into_iter().chain(done.doubtful).collect())
     }
 
     fn abort(mut self: Box<Self>) -> Result<()> {
@@ -318,7 +317,7 @@ impl FrozenVm for FrozenHyperv {
         let session = self.session.take().ok_or_else(ended)?;
         let vm = session.vm.name.clone();
         let done = session.undo(wait)?;
-        if done.stuck.is_empty() && done.points_left.is_empty() {
+        if done.stuck.is_empty() && done.points_left.is_empty() && done.nameless.is_empty() {
             return Ok(());
         }
         Err(HypervisorError::failed(format!("undo the freeze of {vm}"), done.left().join("; ")))

@@ -3,6 +3,7 @@
 //! A reference point has no place for our name, so what is not written here (or named by a restore point of ours)
 //! is somebody else's and is never touched. Only the holder of the VM's lock reads and writes the file.
 
+use crate::cycle::points::same_point;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::{ErrorKind, Write};
@@ -76,7 +77,7 @@ impl Ledger {
     /// # Errors
     /// [`HypervisorError::Io`].
     pub fn add(&mut self, point: OwnPoint) -> Result<()> {
-        self.points.retain(|known| known.id != point.id);
+        self.points.retain(|known| !same_point(&known.id, &point.id));
         self.points.push(point);
         self.save()
     }
@@ -87,7 +88,7 @@ impl Ledger {
     /// [`HypervisorError::Io`]; harmless but for one more look at the next job.
     pub fn remove(&mut self, id: &str) -> Result<()> {
         let before = self.points.len();
-        self.points.retain(|known| known.id != id);
+        self.points.retain(|known| !same_point(&known.id, id));
         if self.points.len() == before { Ok(()) } else { self.save() }
     }
 

@@ -4,8 +4,8 @@
 //! the host merges the leaves in the background. Only then does the VM run on the file it ran on before, and only then
 //! is nothing left: merges that never end are the commonest complaint about backups of Hyper-V.
 
-use crate::SnapshotKind;
 use crate::cycle::HypervHypervisor;
+use crate::{DiskAttachment, SnapshotKind, gates};
 use uuid::Uuid;
 use vmtide_block::CancelToken;
 use vmtide_hypervisor::{HypervisorError, Result};
@@ -15,6 +15,19 @@ const FIRST_PAUSE_MS: u64 = 200;
 
 /// The most checkpoints of users whose disks are looked at to tell whether they hold a leaf.
 const MAX_SNAPSHOTS: usize = 256;
+
+/// The leaves of a checkpoint among the files that its VM writes to: where it holds a disk, the VM writes to a
+/// differencing file that is another.
+pub(crate) fn leaves(live: &[DiskAttachment], held: &[DiskAttachment]) -> Vec<String> {
+    let is_leaf = |disk: &&DiskAttachment| {
+        gates::is_leaf(&disk.host_resource)
+            && held.iter().any(|other| {
+                other.location == disk.location
+                    && !other.host_resource.eq_ignore_ascii_case(&disk.host_resource)
+            })
+    };
+    live.iter().filter(is_leaf).map(|disk| disk.host_resource.clone()).collect()
+}
 
 /// The leaves that are still there: the VM writes to them, or their files exist and no checkpoint of a user's has
 /// taken them over.

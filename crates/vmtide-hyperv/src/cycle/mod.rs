@@ -8,8 +8,8 @@
 //! What must hold, and where it is kept:
 //! - Nothing is made that is not in the journal before, with what finds it again when its maker did not live to hear
 //!   the answer ([`steps`]); one procedure removes it, for an abort, a commit and a reaping alike ([`undo`]).
-//! - What is not surely ours is never touched: a checkpoint is ours by the journal or its name, a reference point by
-//!   the journal, the [`ledger`] or the ids that our own frozen files had.
+//! - What is not surely ours is never touched: a checkpoint is ours by the journal, its name or the results of the job
+//!   that made it, a reference point by the journal, the [`ledger`] or the ids that our own frozen files had.
 //! - Any doubt about changes is a reason to read that disk in full ([`disks`], [`changes`], [`token`], [`points`]).
 //! - The older reference point is destroyed only after the restore point that replaces it stands. Where a job was
 //!   killed between the two, both points are kept until a later restore point tells which one it was ([`undo`]).
@@ -35,6 +35,7 @@ pub(crate) use changes::changed_since;
 pub(crate) use ledger::Ledger;
 pub(crate) use points::same_point;
 pub(crate) use steps::target_of as lock_key;
+pub(crate) use time::seconds_of;
 pub(crate) use token::{BaseToken, FileFacts};
 
 use crate::{BackupType, Host, HostFiles, HypervRestorer, VmRecord, select};

@@ -8,13 +8,6 @@ use uuid::Uuid;
 /// is why that method is not used.)
 const RESILIENT: u16 = 2;
 
-/// Whether two `InstanceID`s name one reference point: `Microsoft:VM\POINT` becomes `Microsoft:POINT` when the host is
-/// upgraded.
-pub(crate) fn same_point(one: &str, other: &str) -> bool {
-    let own = |id: &str| id.rsplit(['\\', ':']).next().unwrap_or(id).to_lowercase();
-    one.eq_ignore_ascii_case(other) || (!own(one).is_empty() && own(one) == own(other))
-}
-
 /// A disk that was frozen, as far as its tracking id is to be found.
 pub(crate) struct SealedDisk<'a> {
     /// The attachment that the checkpoint held.
@@ -84,18 +77,42 @@ fn is_of(identifier: &str, disk: &SealedDisk<'_>) -> bool {
         || disk.disk.is_some_and(|id| identifier.trim_matches(['{', '}']).parse() == Ok(id))
 }
 
+/// Whether two `InstanceID`s name the same reference point: `Microsoft:VM\POINT` becomes `Microsoft:POINT` when the host is
+/// upgraded.
+pub(crate) fn same_point(one: &str, other: &str) -> bool {
+    let own = |id: &str| id.rsplit(['\\', ':']).next().unwrap_or(id).to_lowercase();
+    one.eq_ignore_ascii_case(other) || (!own(one).is_empty() && own(one) == own(other))
+}
+
+/// Whether a reference point is among these `InstanceID`s.
+pub(crate) fn is_among(id: &str, ids: &[String]) -> bool {
+    ids.iter().any(|other| same_point(id, other))
+}
+
 /// The point that came of a checkpoint, among those that were not there before: by the ids that its frozen files were
-/// sealed under, which no other point has. None where that cannot be told.
+/// sealed under, which no other point has, or else as the result of the host's job. None where neither proves it: that it
+/// is new does not, as other products convert checkpoints of theirs.
 pub(crate) fn made_of<'a>(
     points: &'a [ReferencePointRecord],
     before: &[String],
     tracking: &[String],
+    named: impl FnOnce() -> Vec<String>,
 ) -> Option<&'a ReferencePointRecord> {
+    let new = || points.iter().filter(|point| !is_among(&point.instance_id, before));
     let known = |id: &String| tracking.iter().any(|frozen| frozen.eq_ignore_ascii_case(id));
-    let mut found = points
-        .iter()
-        .filter(|point| !before.contains(&point.instance_id))
-        .filter(|point| !point.tracking_ids.is_empty() && point.tracking_ids.iter().any(known));
+    let by_ids =
+        only(new().filter(|point| {
+            !point.tracking_ids.is_empty() && point.tracking_ids.iter().any(known)
+        }));
+    if by_ids.is_some() || new().next().is_none() {
+        return by_ids;
+    }
+    let named = named();
+    only(new().filter(|point| is_among(&point.instance_id, &named)))
+}
+
+/// The element of an iterator that has one.
+pub(crate) fn only<T>(mut found: impl Iterator<Item = T>) -> Option<T> {
     let one = found.next()?;
     found.next().is_none().then_some(one)
 }
@@ -184,10 +201,23 @@ mod tests {
     fn only_a_point_with_our_ids_is_ours() {
         let mut points = vec![point(&["a"], &["x"]), point(&["a"], &["y"])];
         points[1].instance_id = "Microsoft:Q".into();
-        let found = made_of(&points, &[], &["Y".into()]);
+        let found = made_of(&points, &[], &["Y".into()], Vec::new);
         assert_eq!(found.map(|point| point.instance_id.as_str()), Some("Microsoft:Q"));
-        assert_eq!(made_of(&points, &["Microsoft:Q".into()], &["y".into()]), None);
-        assert_eq!(made_of(&points, &[], &["x".into(), "y".into()]), None);
-        assert_eq!(made_of(&points, &[], &[]), None);
+        assert_eq!(made_of(&points, &["Microsoft:Q".into()], &["y".into()], Vec::new), None);
+        assert_eq!(made_of(&points, &[], &["x".into(), "y".into()], Vec::new), None);
+        assert_eq!(made_of(&points, &[], &[], Vec::new), None);
+        let named = |id: &str| made_of(&points, &[], &[], || vec![id.to_owned()]);
+        assert_eq!(named("Microsoft:Q"), Some(&points[1]));
+        assert_eq!(named("Microsoft:R"), None);
+    }
+
+    #[test]
+    fn a_point_is_the_same_after_the_host_was_upgraded() {
+        let (vm, point, other) = (Uuid::from_u128(1), Uuid::from_u128(2), Uuid::from_u128(3));
+        let long = format!(r"Microsoft:{vm}\{point}");
+        assert!(same_point(&long, &format!("Microsoft:{point}").to_uppercase()));
+        assert!(!same_point(&long, &format!("Microsoft:{other}")));
+        assert!(!same_point(&long, &format!("Microsoft:{vm}")));
+        assert!(!same_point(r"a\", r"b\") && same_point("A:p", "a:P"));
     }
 }

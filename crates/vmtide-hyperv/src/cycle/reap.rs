@@ -4,6 +4,7 @@ use crate::cycle::HypervHypervisor;
 use crate::cycle::checkpoint::{ORPHAN_AGE_S, created_s};
 use crate::cycle::disks::Bases;
 use crate::cycle::ledger::Ledger;
+use crate::cycle::points::{is_among, same_point};
 use crate::cycle::steps;
 use crate::cycle::undo::{self, Fate, Undo};
 use crate::gates::Checkpoints;
@@ -117,8 +118,9 @@ impl HypervHypervisor {
     }
 
     fn is_orphan(&self, snapshot: &SnapshotRecord) -> bool {
-        let now = self.host().options().clock.unix_s();
-        created_s(snapshot).is_some_and(|created| created.saturating_add(ORPHAN_AGE_S) < now)
+        // Both times are of the host's clock.
+        created_s(snapshot)
+            .is_some_and(|created| created.saturating_add(ORPHAN_AGE_S) < self.host().unix_s())
     }
 
     /// Destroys the reference points of a lineage that the base shows to be of no use: those of jobs that were killed
@@ -135,7 +137,7 @@ impl HypervHypervisor {
         let useless: Vec<String> = ledger
             .of(lineage)
             .map(|point| point.id.clone())
-            .filter(|id| !needed.is_empty() && !needed.contains(id))
+            .filter(|id| !needed.is_empty() && !is_among(id, &needed))
             .collect();
         if useless.is_empty() {
             return Ok(Vec::new());
@@ -143,7 +145,7 @@ impl HypervHypervisor {
         let points = self.host().reference_points(vm.id)?;
         let mut left = Vec::new();
         for id in useless {
-            let error = match points.iter().find(|point| point.instance_id == id) {
+            let error = match points.iter().find(|point| same_point(&point.instance_id, &id)) {
                 Some(point) => undo::destroy_point(self, point, cancel)?,
                 None => None,
             };

@@ -4,6 +4,7 @@
 use crate::gates::OUR_NAME;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
+use vmtide_cim::ObjectPath;
 use vmtide_hypervisor::{Journal, JournalEntry, Result};
 
 /// A step.
@@ -21,8 +22,13 @@ pub(crate) enum Step {
     Checkpointing {
         /// The `InstanceID`s of all checkpoints that are there already.
         before: Vec<String>,
-        /// The time, in seconds since 1970.
+        /// The time by the host's clock, in seconds since 1970.
         at: i64,
+    },
+    /// The host makes it in a job of its own, whose results will name it.
+    CheckpointJob {
+        /// The job.
+        job: ObjectPath,
     },
     /// The host has answered that it made none: what is not there yet will not come.
     Refused,
@@ -42,6 +48,11 @@ pub(crate) enum Step {
     Converting {
         /// The `InstanceID`s of all reference points that are there already.
         before: Vec<String>,
+    },
+    /// The host converts it in a job of its own, whose results will name the reference point.
+    ConvertJob {
+        /// The job.
+        job: ObjectPath,
     },
     /// It has become one.
     Converted {
@@ -75,8 +86,10 @@ pub(crate) fn record(journal: &mut Journal, step: &Step) -> Result<()> {
 pub(crate) struct Making {
     /// The checkpoints that were there before.
     pub before: Vec<String>,
-    /// When it was asked for, in seconds since 1970.
+    /// When it was asked for by the host's clock, in seconds since 1970.
     pub at: i64,
+    /// The host's job, where it named one.
+    pub job: Option<ObjectPath>,
     /// Whether nothing will come of it that is not there yet.
     pub settled: bool,
 }
@@ -86,7 +99,7 @@ pub(crate) struct Making {
 pub(crate) struct JobState {
     /// The lineage.
     pub lineage: String,
-    /// The makings of checkpoints that are not known to have made one. More than one where the first was refused and a
+    /// The makings of checkpoints of which none is known to have made one. More than one where the first was refused and a
     /// lesser one was tried.
     pub making: Vec<Making>,
     /// The checkpoints that were made.
@@ -97,6 +110,8 @@ pub(crate) struct JobState {
     pub tracking: Vec<String>,
     /// The reference points that were there before the conversion, where it began.
     pub converting: Option<Vec<String>>,
+    /// The host's job of the conversion, where it named one.
+    pub convert_job: Option<ObjectPath>,
     /// The reference point that was made.
     pub point: Option<String>,
     /// What the commit wants, where the restore point is known to stand.
@@ -121,7 +136,12 @@ impl JobState {
         match step {
             Step::Begun { lineage, .. } => self.lineage = lineage,
             Step::Checkpointing { before, at } => {
-                self.making.push(Making { before, at, settled: false });
+                self.making.push(Making { before, at, job: None, settled: false });
+            }
+            Step::CheckpointJob { job } => {
+                if let Some(making) = self.making.last_mut() {
+                    making.job = Some(job);
+                }
             }
             Step::Refused => {
                 if let Some(making) = self.making.last_mut() {
@@ -129,11 +149,13 @@ impl JobState {
                 }
             }
             Step::Checkpointed { snapshot } => {
-                self.making.pop();
+                // Earlier tries were refused: what appeared meanwhile is another program's.
+                self.making.clear();
                 self.snapshots.push(snapshot);
             }
             Step::Frozen { leaves, tracking } => (self.leaves, self.tracking) = (leaves, tracking),
             Step::Converting { before } => self.converting = Some(before),
+            Step::ConvertJob { job } => self.convert_job = Some(job),
             Step::Converted { point } => self.point = Some(point),
             Step::Committed { keep, destroy } => self.committed = Some((keep, destroy)),
             Step::Merging => {}
@@ -162,6 +184,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let target = target_of(Uuid::nil());
         let mut journal = Journal::begin(directory.path(), JobId::random(), &target).unwrap();
+        let job = ObjectPath::new("Msvm_ConcreteJob", &[("InstanceID", "j")]);
         for step in [
             Step::Begun { vm: "web".into(), lineage: "l".into() },
             Step::Checkpointing { before: vec!["a".into()], at: 5 },
@@ -170,6 +193,7 @@ mod tests {
             Step::Checkpointed { snapshot: "c".into() },
             Step::Frozen { leaves: vec!["f".into()], tracking: vec!["t".into()] },
             Step::Converting { before: vec![] },
+            Step::ConvertJob { job: job.clone() },
             Step::Converted { point: "p".into() },
             Step::Committed { keep: Some("p".into()), destroy: vec!["o".into()] },
             Step::Merging,
@@ -180,11 +204,12 @@ mod tests {
         let read = Journal::leftovers(directory.path(), &target).unwrap();
         let expected = JobState {
             lineage: "l".into(),
-            making: vec![Making { before: vec!["a".into()], at: 5, settled: true }],
+            making: Vec::new(),
             snapshots: vec!["c".into()],
             leaves: vec!["f".into()],
             tracking: vec!["t".into()],
             converting: Some(vec![]),
+            convert_job: Some(job),
             point: Some("p".into()),
             committed: Some((Some("p".into()), vec!["o".into()])),
         };

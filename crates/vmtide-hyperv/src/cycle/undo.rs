@@ -7,7 +7,7 @@
 //!
 //! | steps                          | the restore point | the new point         | the older points of the lineage |
 //! |--------------------------------|-------------------|-----------------------|---------------------------------|
-//! | `Converting`, no `Converted`   | is none           | found by ids: destroyed | kept                          |
+//! | `Converting`, no `Converted`   | is none           | found by ids or job: destroyed | kept                   |
 //! | `Converted`, the job failed    | is none           | destroyed             | kept                            |
 //! | `Converted`, the job was killed | may stand        | kept, in the ledger   | kept                            |
 //! | `Committed`                    | stands            | kept, in the ledger   | destroyed                       |
@@ -17,9 +17,10 @@
 
 use crate::cycle::checkpoint;
 use crate::cycle::ledger::{Ledger, OwnPoint};
+use crate::cycle::points::same_point;
 use crate::cycle::steps::{self, JobState, Step};
 use crate::cycle::{HypervHypervisor, merge, points};
-use crate::{DiskAttachment, ReferencePointRecord, SnapshotKind, SnapshotRecord};
+use crate::{ReferencePointRecord, SnapshotKind, SnapshotRecord};
 use uuid::Uuid;
 use vmtide_block::CancelToken;
 use vmtide_hypervisor::{HypervisorError, Journal, Result};
@@ -42,7 +43,9 @@ pub(crate) struct Undone {
     pub stuck: Vec<String>,
     /// Reference points of ours that could not be removed. They cost little and stand in nobody's way.
     pub points_left: Vec<String>,
-    /// What may be ours or another program's.
+    /// Checkpoints that may be ours or another program's: left alone, and told until they are gone.
+    pub nameless: Vec<String>,
+    /// Reference points that may be ours or another program's: left alone, and told once.
     pub doubtful: Vec<String>,
     /// Files that the host has not merged yet.
     pub merging: Vec<String>,
@@ -56,6 +59,7 @@ impl Undone {
         self.stuck.is_empty()
             && self.points_left.is_empty()
             && self.merging.is_empty()
+            && self.nameless.is_empty()
             && !self.unsettled
     }
 
@@ -63,6 +67,7 @@ impl Undone {
     pub fn left(&self) -> Vec<String> {
         let mut left = self.stuck.clone();
         left.extend(self.points_left.iter().cloned());
+        left.extend(self.nameless.iter().cloned());
         if !self.merging.is_empty() {
             left.push(merge::describe(&self.merging));
         }
@@ -92,11 +97,18 @@ impl Undo<'_> {
         let job = self.journal.entry().job.clone();
         let mut state = JobState::of(self.journal.entry());
         let snapshots = self.hyperv.host().snapshots(self.vm)?;
-        let found = checkpoint::ours(self.hyperv, &snapshots, &job, &state, self.fate);
-        done.doubtful = found.doubtful;
+        let found = checkpoint::ours(self.hyperv, &snapshots, &job, &state);
+        done.nameless = found.doubtful;
         done.unsettled = found.unsettled;
         let converted = found.ours.is_empty();
         for snapshot in found.ours {
+            let id = &snapshot.settings.instance_id;
+            if !state.snapshots.contains(id) {
+                // When it is gone nothing tells that another one that appeared is not the one asked for.
+                let step = Step::Checkpointed { snapshot: id.clone() };
+                steps::record(self.journal, &step)?;
+                state.add(step);
+            }
             self.note_leaves(snapshot, &snapshots, &mut state)?;
             self.destroy_snapshot(snapshot, &mut done, cancel)?;
         }
@@ -130,14 +142,8 @@ impl Undo<'_> {
         let held = self.hyperv.host().disks(&snapshot.settings)?;
         let vm = self.hyperv.host().vm(self.vm)?;
         let live = self.hyperv.host().disks(&vm.settings)?;
-        let of_checkpoint = |disk: &&DiskAttachment| {
-            held.iter().any(|other| {
-                other.location == disk.location
-                    && !other.host_resource.eq_ignore_ascii_case(&disk.host_resource)
-            })
-        };
-        let leaves = live.iter().filter(of_checkpoint).map(|disk| disk.host_resource.clone());
-        let step = Step::Frozen { leaves: leaves.collect(), tracking: state.tracking.clone() };
+        let leaves = merge::leaves(&live, &held);
+        let step = Step::Frozen { leaves, tracking: state.tracking.clone() };
         steps::record(self.journal, &step)?;
         state.add(step);
         Ok(())
@@ -176,29 +182,31 @@ impl Undo<'_> {
             return Ok(());
         }
         let points = self.hyperv.host().reference_points(self.vm)?;
+        let unheard = state.converting.as_ref().filter(|_| state.point.is_none());
+        let named = || {
+            let job = state.convert_job.as_ref();
+            job.map(|job| self.hyperv.host().points_of_job(job)).unwrap_or_default()
+        };
+        let made = unheard
+            .and_then(|before| points::made_of(&points, before, &state.tracking, named))
+            .map(|point| point.instance_id.clone());
+        if let Some(before) = unheard.filter(|_| made.is_none() && converted) {
+            done.doubtful.extend(unexplained(&points, before));
+        }
         let mut useless: Vec<String> = Vec::new();
-        match (&state.point, &state.converting, &state.committed) {
-            (point, before, Some((keep, destroy))) => {
+        match (&state.point, &state.committed) {
+            (point, Some((keep, destroy))) => {
                 useless.clone_from(destroy);
                 // One whose making was not heard of is in no restore point.
-                let unheard = before.as_ref().filter(|_| point.is_none());
-                let unheard = unheard
-                    .and_then(|before| points::made_of(&points, before, &state.tracking))
-                    .map(|point| &point.instance_id);
-                let made = point.iter().chain(unheard);
-                useless.extend(made.filter(|point| keep.as_ref() != Some(*point)).cloned());
+                useless.extend(point.clone().or(made));
+                useless.retain(|id| keep.as_ref().is_none_or(|keep| !same_point(keep, id)));
             }
-            (Some(point), _, None) if self.fate == Fate::Told => useless.push(point.clone()),
-            (Some(point), _, None) => self.keep(state, point)?,
-            (None, Some(before), None) => match points::made_of(&points, before, &state.tracking) {
-                Some(point) => useless.push(point.instance_id.clone()),
-                None if converted => done.doubtful.extend(unexplained(&points, before)),
-                None => {}
-            },
-            (None, None, None) => {}
+            (Some(point), None) if self.fate == Fate::Told => useless.push(point.clone()),
+            (Some(point), None) => self.keep(state, point)?,
+            (None, None) => useless.extend(made),
         }
         for id in useless {
-            match points.iter().find(|point| point.instance_id == id) {
+            match points.iter().find(|point| same_point(&point.instance_id, &id)) {
                 Some(point) => self.destroy_point(point, done, cancel)?,
                 None => self.ledger.remove(&id)?,
             }
@@ -254,7 +262,7 @@ pub(crate) fn destroy_point(
 
 /// Points that appeared since the conversion began, and that nothing proves to be ours.
 fn unexplained(points: &[ReferencePointRecord], before: &[String]) -> Vec<String> {
-    let new = points.iter().filter(|point| !before.contains(&point.instance_id));
+    let new = points.iter().filter(|point| !points::is_among(&point.instance_id, before));
     new.map(|point| {
         format!(
             "reference point {} appeared while a killed job converted its checkpoint; it may be another program's",

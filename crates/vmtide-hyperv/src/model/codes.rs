@@ -97,6 +97,12 @@ pub(crate) fn may_be_consistency(code: u32) -> bool {
     )
 }
 
+/// Whether the host has ended its work with `code`, so that nothing more will come of it. After a time limit of its own, or
+/// with a state that it does not know itself, it may work on.
+pub(crate) fn is_last_word(code: u32) -> bool {
+    !matches!(code, 3 | 32771 | 32772)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -44,6 +44,13 @@ impl Host {
         Ok(points)
     }
 
+    /// The `InstanceID`s of the reference points that a job names as its results. None where the host has forgotten the job,
+    /// which it does some five minutes after its end.
+    pub(crate) fn points_of_job(&self, job: &ObjectPath) -> Vec<String> {
+        let results = self.affected(job).into_iter().filter(point_path);
+        results.filter_map(|path| path.key("InstanceID").map(str::to_owned)).collect()
+    }
+
     /// Removes a reference point. One that is gone is no error.
     ///
     /// # Errors

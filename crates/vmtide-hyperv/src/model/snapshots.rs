@@ -37,6 +37,42 @@ pub struct SnapshotRequest {
     pub ignore_non_snapshottable: bool,
 }
 
+/// Why a checkpoint was not made, as far as is known.
+#[derive(Debug)]
+pub(crate) struct NotMade {
+    /// The reason.
+    pub error: HypervisorError,
+    /// Whether that is the host's last word: what is not there yet will not come of this call. Otherwise the checkpoint
+    /// may be there, or come.
+    pub refused: bool,
+}
+
+impl NotMade {
+    /// The call was refused, or never made.
+    fn refused(error: HypervisorError) -> Self {
+        Self { error, refused: true }
+    }
+
+    /// The call was not answered, or not with a result.
+    fn of_call(error: CimError) -> Self {
+        let refused = matches!(
+            error,
+            CimError::Unreachable { before_request: true, .. }
+                | CimError::Untrusted { .. }
+                | CimError::Login { .. }
+                | CimError::Denied { .. }
+                | CimError::NotFound { .. }
+        );
+        Self { error: from_cim(error), refused }
+    }
+}
+
+impl From<HypervisorError> for NotMade {
+    fn from(error: HypervisorError) -> Self {
+        Self { error, refused: false }
+    }
+}
+
 impl Host {
     /// The checkpoints of a VM, of every kind, in the order the host tells them.
     ///
@@ -71,16 +107,32 @@ impl Host {
         request: &SnapshotRequest,
         cancel: &CancelToken,
     ) -> Result<SnapshotRecord> {
+        let made = self.make_recovery_snapshot(vm, request, cancel, &mut |_| Ok(()));
+        made.map_err(|not_made| not_made.error)
+    }
+
+    /// As [`create_recovery_snapshot`](Self::create_recovery_snapshot); tells the job to `started` as soon as the host
+    /// names it: its results are the proof of what it made, when its end is not heard of.
+    ///
+    /// # Errors
+    /// [`NotMade`], which also tells whether that is the host's last word.
+    pub(crate) fn make_recovery_snapshot(
+        &self,
+        vm: &VmRecord,
+        request: &SnapshotRequest,
+        cancel: &CancelToken,
+        started: &mut dyn FnMut(&ObjectPath) -> Result<()>,
+    ) -> Result<SnapshotRecord, NotMade> {
         let what = format!("making a recovery checkpoint of {}", vm.name);
-        let before = self.snapshots(vm.id)?;
-        let service = self.service(SNAPSHOT_SERVICE)?;
+        let before = self.snapshots(vm.id).map_err(NotMade::refused)?;
+        let service = self.service(SNAPSHOT_SERVICE).map_err(NotMade::refused)?;
         let parameters = [
             ("AffectedSystem", CimValue::from(&vm.path)),
-            ("SnapshotSettings", settings_of(request)?.into()),
+            ("SnapshotSettings", settings_of(request).map_err(NotMade::refused)?.into()),
             ("SnapshotType", CimValue::Uint16(RECOVERY)),
         ];
         let output = self.cim().invoke(&service, "CreateSnapshot", &parameters);
-        let output = output.map_err(from_cim)?;
+        let output = output.map_err(NotMade::of_call)?;
         let end = match output.return_value {
             codes::DONE => JobEnd::Done(JobOutcome::default()),
             codes::JOB_STARTED => {
@@ -88,6 +140,7 @@ impl Host {
                 let job = job.ok_or_else(|| {
                     HypervisorError::protocol(self.peer(), "a job was started and not named")
                 })?;
+                started(&job)?;
                 self.follow(&job, &what, cancel)?
             }
             code => JobEnd::Failed { code, detail: String::new() },
@@ -96,20 +149,44 @@ impl Host {
             JobEnd::Done(outcome) => outcome,
             JobEnd::Failed { code, detail } => {
                 let error = codes::error(&what, code, &detail);
-                return Err(match request.consistency {
+                let error = match request.consistency {
                     Consistency::Crash => error,
                     wanted if codes::may_be_consistency(code) => {
                         HypervisorError::ConsistencyNotReached { wanted, detail: error.to_string() }
                     }
                     _ => error,
-                });
+                };
+                return Err(NotMade { error, refused: codes::is_last_word(code) });
             }
-            JobEnd::Vanished => return Err(vanished(&what)),
+            // It may have made one.
+            JobEnd::Vanished => return Err(vanished(&what).into()),
         };
         for warning in &outcome.warnings {
             tracing::warn!(%warning, "{what}");
         }
-        self.new_snapshot(vm, &output.parameters, &outcome, &before)
+        Ok(self.new_snapshot(vm, &output.parameters, &outcome, &before)?)
+    }
+
+    /// The recovery checkpoints that a job names as its results, of a VM and without those in `before`. None where the
+    /// host has forgotten the job, which it does some five minutes after its end.
+    pub(crate) fn snapshots_of_job(
+        &self,
+        job: &ObjectPath,
+        snapshots: &[SnapshotRecord],
+        before: &[String],
+    ) -> Vec<String> {
+        let results = self.affected(job);
+        let is_result = |id: &str| {
+            results.iter().any(|path| {
+                path.class.eq_ignore_ascii_case(SETTINGS)
+                    && path.key("InstanceID").is_some_and(|key| key.eq_ignore_ascii_case(id))
+            })
+        };
+        let new = snapshots.iter().filter(|snapshot| {
+            let id = &snapshot.settings.instance_id;
+            snapshot.kind == SnapshotKind::Recovery && !before.contains(id) && is_result(id)
+        });
+        new.map(|snapshot| snapshot.settings.instance_id.clone()).collect()
     }
 
     /// The checkpoint that a call has made: the one it named, or the one that was not there before.
@@ -233,6 +310,20 @@ impl Host {
         snapshot: &SnapshotRecord,
         cancel: &CancelToken,
     ) -> Result<Option<ReferencePointRecord>> {
+        self.make_reference_point(snapshot, cancel, &mut |_| Ok(()))
+    }
+
+    /// As [`convert_to_reference_point`](Self::convert_to_reference_point); tells the job to `started` as soon as the host
+    /// names it: its results are the proof of what it made, when its end is not heard of.
+    ///
+    /// # Errors
+    /// As [`convert_to_reference_point`](Self::convert_to_reference_point), and those of `started`.
+    pub(crate) fn make_reference_point(
+        &self,
+        snapshot: &SnapshotRecord,
+        cancel: &CancelToken,
+        started: &mut dyn FnMut(&ObjectPath) -> Result<()>,
+    ) -> Result<Option<ReferencePointRecord>> {
         let what =
             format!("turning the checkpoint {} into a reference point", snapshot.settings.name);
         let service = self.service(SNAPSHOT_SERVICE)?;
@@ -240,13 +331,17 @@ impl Host {
         let (output, job) = self.begin(&service, "ConvertToReferencePoint", &parameters, &what)?;
         let outcome = match job {
             None => JobOutcome::default(),
-            Some(job) => match self.follow(&job, &what, cancel)? {
-                JobEnd::Done(outcome) => outcome,
-                JobEnd::Failed { code, detail } => return Err(codes::error(&what, code, &detail)),
-                // The checkpoint is gone only where it was converted: nobody else removes ours.
-                JobEnd::Vanished if !self.exists(&snapshot.settings.path)? => JobOutcome::default(),
-                JobEnd::Vanished => return Err(vanished(&what)),
-            },
+            Some(job) => {
+                started(&job)?;
+                match self.follow(&job, &what, cancel)? {
+                    JobEnd::Done(outcome) => outcome,
+                    JobEnd::Failed { code, detail } => {
+                        return Err(codes::error(&what, code, &detail));
+                    }
+                    // A checkpoint that is gone was converted, or removed by somebody else.
+                    JobEnd::Vanished => return Err(vanished(&what)),
+                }
+            }
         };
         for warning in &outcome.warnings {
             tracing::warn!(%warning, "{what}");

@@ -16,6 +16,9 @@ use vmtide_cim::{
 use vmtide_hyperv::{ChangePage, ChangesError, Clock, FileEntry, FrozenFile, HostFiles, NewDisk};
 use vmtide_hypervisor::HypervisorError;
 
+/// What the names end with that the host gives to checkpoints.
+const NAMELESS: &str = " - (2026)";
+
 /// A day in November 2026.
 const EPOCH_S: i64 = 1_795_260_600;
 
@@ -62,6 +65,12 @@ pub struct Faults {
     pub skipped_disk: Option<usize>,
     /// Reference points cannot be destroyed.
     pub points_stick: bool,
+    /// Before a conversion somebody removes the checkpoint, and another product converts a later one of its own.
+    pub foreign_at_conversion: bool,
+    /// While a checkpoint is made, somebody attaches a disk.
+    pub disk_at_checkpoint: bool,
+    /// While a checkpoint is refused, another product makes its own.
+    pub foreign_at_refusal: bool,
 }
 
 /// When the caller dies, or an answer is lost.
@@ -155,6 +164,8 @@ pub struct State {
     pub faults: Faults,
     /// How often a disk was opened.
     pub opened: u64,
+    /// How far the clock of the machine that makes backups is behind the host's, in seconds.
+    pub machine_behind_s: i64,
     /// The fewest reference points that a VM had at any time after its first; to see that a base is never gone early.
     pub destroyed_points: Vec<String>,
     /// What the guest does at every call, by chance or by plan.
@@ -169,6 +180,10 @@ impl State {
     fn uuid(&mut self) -> Uuid {
         self.next += 1;
         Uuid::from_u128(0x5bfd_e23b_0000_4000_8000_0000_0000_0000 | self.next)
+    }
+
+    fn unix_s(&self) -> i64 {
+        EPOCH_S + self.now_ms as i64 / 1000
     }
 
     fn settle(&mut self) {
@@ -194,6 +209,23 @@ pub fn guest_write(vm: &mut Vm, disk: usize, offset: usize, bytes: &[u8]) {
     let disk = &mut vm.disks[disk];
     disk.data[offset..offset + bytes.len()].copy_from_slice(bytes);
     disk.log.push((disk.counter, ByteRange::new(offset as u64, bytes.len() as u64)));
+}
+
+fn attach(state: &mut State, vm: usize, location: u32, size: usize) {
+    let (sasd, vhd) = (state.uuid(), state.uuid());
+    let base = format!(r"C:\VMs\{}\added{location}.vhdx", state.vms[vm].name);
+    state.files.insert(base.clone(), None);
+    state.vms[vm].disks.push(Disk {
+        sasd,
+        vhd,
+        location,
+        live: base.clone(),
+        base,
+        data: vec![0; size],
+        counter: 0,
+        log: Vec::new(),
+        merging_until_ms: None,
+    });
 }
 
 fn guid(id: Uuid) -> String {
@@ -251,21 +283,7 @@ impl World {
 
     /// Adds a disk to a VM.
     pub fn add_disk(&self, vm: usize, location: u32, size: usize) {
-        let mut state = self.0.lock();
-        let (sasd, vhd) = (state.uuid(), state.uuid());
-        let base = format!(r"C:\VMs\{}\added{location}.vhdx", state.vms[vm].name);
-        state.files.insert(base.clone(), None);
-        state.vms[vm].disks.push(Disk {
-            sasd,
-            vhd,
-            location,
-            live: base.clone(),
-            base,
-            data: vec![0; size],
-            counter: 0,
-            log: Vec::new(),
-            merging_until_ms: None,
-        });
+        attach(&mut self.0.lock(), vm, location, size);
     }
 
     /// Another product's checkpoint and reference point.
@@ -305,6 +323,22 @@ impl World {
             held: Vec::new(),
             consistency: 1,
         });
+    }
+
+    /// The checkpoints that have the name the host gives.
+    pub fn nameless(&self, vm: usize) -> Vec<String> {
+        let state = self.0.lock();
+        let names = state.vms[vm].snapshots.iter().map(|snapshot| snapshot.name.clone());
+        names.filter(|name| name.ends_with(NAMELESS)).collect()
+    }
+
+    /// The administrator removes the checkpoints that have the name the host gives.
+    pub fn remove_nameless(&self, vm: usize) {
+        let mut state = self.0.lock();
+        let named = state.vms[vm].snapshots.iter().filter(|one| one.name.ends_with(NAMELESS));
+        for id in named.map(|one| one.id).collect::<Vec<_>>() {
+            remove_snapshot(&mut state, vm, id);
+        }
     }
 
     /// Somebody removes all checkpoints in the host's tools.
@@ -402,7 +436,8 @@ impl Clock for World {
         self.pass(ms);
     }
     fn unix_s(&self) -> i64 {
-        EPOCH_S + self.0.lock().now_ms as i64 / 1000
+        let state = self.0.lock();
+        state.unix_s() - state.machine_behind_s
     }
 }
 
@@ -529,6 +564,11 @@ fn instances(state: &State, class: &str) -> Vec<CimInstance> {
                 all.extend(resources(&guid(vm.id), &disks));
                 all.extend(vm.snapshots.iter().flat_map(held));
                 all.retain(|instance| instance.class == class);
+            }
+            "Win32_OperatingSystem" => {
+                return vec![
+                    CimInstance::new(class).with("LocalDateTime", datetime(state.unix_s())),
+                ];
             }
             service if service.ends_with("Service") => {
                 let mut instance = CimInstance::new(service);
@@ -680,6 +720,15 @@ fn create_snapshot(
     let consistency: u16 = wanted.number("ConsistencyLevel").unwrap();
     let id: Uuid = system.key("Name").unwrap().parse().unwrap();
     let Some(index) = state.vm(id) else { return code(32779) };
+    if state.faults.foreign_at_refusal
+        && (state.faults.create_code.is_some() || consistency == 1 && state.faults.vss_fails)
+    {
+        let (id, created_s) = (state.uuid(), state.unix_s());
+        let name = format!("{} - Other", state.vms[index].name);
+        let held = Vec::new();
+        let other = Snapshot { id, name, kind: "Recovery", created_s, held, consistency };
+        state.vms[index].snapshots.push(other);
+    }
     if let Some(refused) = state.faults.create_code {
         return code(refused);
     }
@@ -708,12 +757,15 @@ fn create_snapshot(
     }
     vm.snapshots.push(Snapshot {
         id: snapshot,
-        name: format!("{} - (2026)", vm.name),
+        name: format!("{}{NAMELESS}", vm.name),
         kind: "Recovery",
         created_s,
         held,
         consistency,
     });
+    if std::mem::take(&mut state.faults.disk_at_checkpoint) {
+        attach(state, index, 40, 4096);
+    }
     job(state, vec![settings_path(&guid(snapshot))], None)
 }
 
@@ -779,6 +831,9 @@ fn convert(state: &mut State, path: &ObjectPath) -> MethodOutput {
     let path = point_path(&point);
     state.vms[index].points.push(point);
     remove_snapshot(state, index, snapshot.id);
+    if std::mem::take(&mut state.faults.foreign_at_conversion) {
+        return code(32773);
+    }
     job(state, vec![path], None)
 }
 
