@@ -3,7 +3,8 @@
 //! A line is written when an answer has ended, so that it tells how many bytes the client was given and whether it
 //! got all of them. Fields, in this order: `time` (RFC 3339, UTC), `peer`, `key` (its name, or null), `method`,
 //! `path` (without the query), `disk` (or null), `status`, `bytes`, `complete`, `duration_ms`. A line about a freeze
-//! has its id as `freeze` after `disk`, one about a VM its name as `vm` before that, and that of its making, or of the attempt, the list `disks` after that: all
+//! has its id as `freeze` after `disk`, one about a VM its name as `vm` before that, one about management objects what was asked as
+//! `call` after `vm` (and, of a method, a line with the status 0 before it is run), and that of its making, or of the attempt, the list `disks` after that: all
 //! disks as they were asked for. Requests without a good key are written, too. Lines are written by a thread of its own: a slow disk under the log must not stop
 //! the answers; what it cannot keep up with is counted and told in the log itself.
 
@@ -47,6 +48,8 @@ pub struct Note {
     pub disk: Option<String>,
     /// The VM, as the client named it.
     pub vm: Option<String>,
+    /// What was asked of the host's management objects.
+    pub call: Option<String>,
     /// The freeze that was made or used.
     pub freeze: Option<String>,
     /// The disks of a freeze that was to be made, as the client named them.
@@ -71,13 +74,16 @@ pub struct Record {
     /// The VM, as the client named it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vm: Option<String>,
+    /// What was asked of the host's management objects: a method as `CLASS.METHOD`, or what was looked at.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub call: Option<String>,
     /// The freeze that was made or used.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub freeze: Option<String>,
     /// The disks of a freeze that was to be made, as the client named them.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<String>,
-    /// The answer's status.
+    /// The answer's status; 0 in the line that a method is about to be run.
     pub status: u16,
     /// The bytes of the answer's body that were taken.
     pub bytes: u64,
@@ -88,9 +94,47 @@ pub struct Record {
 }
 
 impl Record {
+    fn new(peer: Option<Peer>, method: &str, path: &str) -> Self {
+        Self {
+            time: jiff::Timestamp::now(),
+            peer: peer.map(|peer| peer.0.to_string()),
+            key: None,
+            method: method.into(),
+            path: path.chars().take(MAX_PATH_CHARS).collect(),
+            disk: None,
+            vm: None,
+            call: None,
+            freeze: None,
+            disks: Vec::new(),
+            status: 0,
+            bytes: 0,
+            complete: false,
+            duration_ms: 0,
+        }
+    }
+
+    /// That something is about to be done that goes on whatever becomes of the request: a line before the one with
+    /// the answer, which there may never be.
+    pub fn begun(peer: Option<Peer>, note: Note, method: &str, path: &str) -> Self {
+        let mut record = Self::new(peer, method, path);
+        record.take(note);
+        record
+    }
+
+    fn take(&mut self, note: Note) {
+        let shortened = |name: String| name.chars().take(MAX_PATH_CHARS).collect();
+        self.key = note.key.map(|key| key.to_string());
+        self.disk = note.disk.map(shortened);
+        self.vm = note.vm.map(shortened);
+        self.call = note.call.map(shortened);
+        self.freeze = note.freeze;
+        self.disks = note.disks.into_iter().map(shortened).collect();
+    }
+
     /// About how much memory it takes.
     fn weight(&self) -> usize {
-        let names = self.disks.iter().chain(&self.disk).chain(&self.vm).chain([&self.path]);
+        let names = self.disks.iter().chain(&self.disk).chain(&self.vm).chain(&self.call);
+        let names = names.chain([&self.path]);
         names.map(|name| name.len() + size_of::<String>()).sum::<usize>() + size_of::<Self>()
     }
 }
@@ -277,31 +321,12 @@ impl LogFile {
 /// The layer around all handlers that has the lines written.
 pub async fn record(State(state): State<Shared>, request: Request, next: Next) -> Response {
     let began = Instant::now();
-    let peer = request.extensions().get::<Peer>().map(|peer| peer.0.to_string());
-    let mut record = Record {
-        time: jiff::Timestamp::now(),
-        peer,
-        key: None,
-        method: request.method().as_str().into(),
-        path: request.uri().path().chars().take(MAX_PATH_CHARS).collect(),
-        disk: None,
-        vm: None,
-        freeze: None,
-        disks: Vec::new(),
-        status: 0,
-        bytes: 0,
-        complete: false,
-        duration_ms: 0,
-    };
+    let peer = request.extensions().get::<Peer>().copied();
+    let mut record = Record::new(peer, request.method().as_str(), request.uri().path());
     let is_head = request.method() == http::Method::HEAD;
     let mut response = next.run(request).await;
     if let Some(note) = response.extensions_mut().remove::<Note>() {
-        record.key = note.key.map(|key| key.to_string());
-        let shortened = |disk: String| disk.chars().take(MAX_PATH_CHARS).collect();
-        record.disk = note.disk.map(shortened);
-        record.vm = note.vm.map(shortened);
-        record.freeze = note.freeze;
-        record.disks = note.disks.into_iter().map(shortened).collect();
+        record.take(note);
     }
     record.status = response.status().as_u16();
     // Nobody takes the body of an answer to HEAD.
@@ -376,6 +401,7 @@ mod tests {
             path: "/vdisk/a\"/info".into(),
             disk: Some("/srv/a\"".into()),
             vm: None,
+            call: None,
             freeze: None,
             disks: Vec::new(),
             status: 200,

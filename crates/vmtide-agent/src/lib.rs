@@ -20,6 +20,7 @@ pub mod freezes;
 #[cfg(windows)]
 mod hyperv;
 pub mod limits;
+mod held_body;
 pub mod metrics;
 pub mod openapi;
 pub mod places;

@@ -27,6 +27,12 @@ pub const MAX_FILE_BYTES: u64 = 64 << 20;
 /// The files that are held whole at once, in all.
 pub const FILES_AT_ONCE: usize = 4;
 
+/// The calls of management objects of one client at once.
+pub const CALLS_PER_CLIENT: usize = 4;
+
+/// The calls of management objects in all: each keeps its answer until its client has taken it.
+pub const CALLS_AT_ONCE: usize = 8;
+
 /// What one client, that is one key, may use at once, and all of them together.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Limits {

@@ -46,7 +46,11 @@ struct Taken {
 impl Places {
     /// None taken yet.
     pub fn new(limits: &Limits) -> Arc<Self> {
-        let (per_client, total) = (limits.changes_per_client, limits.changes_total);
+        Self::of(limits.changes_per_client, limits.changes_total)
+    }
+
+    /// So many places of each client, and in all; none taken yet.
+    pub fn of(per_client: usize, total: usize) -> Arc<Self> {
         Arc::new(Self { per_client, total, taken: Mutex::default() })
     }
 

@@ -1,7 +1,7 @@
 //! What is going on in an agent, beyond single requests: transfers, freezes, disks that are written.
 
 use crate::freezes::Freezes;
-use crate::limits::{FILES_AT_ONCE, Limits};
+use crate::limits::{CALLS_AT_ONCE, CALLS_PER_CLIENT, FILES_AT_ONCE, Limits};
 use crate::places::Places;
 use crate::stream::RangeMemory;
 use crate::transfers::Transfers;
@@ -25,7 +25,7 @@ pub struct Work {
     /// The memory of lists of ranges.
     pub range_memory: RangeMemory,
     /// Files that are held whole.
-    pub files: Semaphore,
+    pub files: Arc<Semaphore>,
     writing: Arc<Mutex<HashSet<PathBuf>>>,
 }
 
@@ -35,10 +35,10 @@ impl Work {
         Self {
             transfers: Transfers::new(limits),
             changes: Places::new(limits),
-            calls: Places::new(limits),
+            calls: Places::of(CALLS_PER_CLIENT, CALLS_AT_ONCE),
             freezes: Freezes::new(limits),
             range_memory: RangeMemory::new(limits.range_memory_bytes),
-            files: Semaphore::new(FILES_AT_ONCE),
+            files: Arc::new(Semaphore::new(FILES_AT_ONCE)),
             writing: Arc::default(),
         }
     }

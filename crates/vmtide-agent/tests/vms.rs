@@ -354,6 +354,20 @@ fn management_objects_are_asked_and_only_writers_change_them() {
     let output = ask(&writer, invoke(&path)).json();
     assert_eq!(output["output"]["return_value"], 4096);
     assert_eq!(output["output"]["parameters"]["properties"], json!([["State", {"uint16": 2}]]));
+    // A method is in the audit log before it is run, and again with its answer; what was looked at is, too.
+    let log = agent.directory.path().join("state/audit.log");
+    let of_call = |call: &str| -> Vec<Value> {
+        let text = std::fs::read_to_string(&log).unwrap();
+        let lines = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        lines.filter(|line| line["call"] == call).collect()
+    };
+    until("the calls in the audit log", || of_call("Msvm_X.Start").len() == 3);
+    let lines = of_call("Msvm_X.Start");
+    let told = |at: usize| (&lines[at]["status"], &lines[at]["key"], &lines[at]["vm"]);
+    assert_eq!(told(0), (&json!(403), &json!("reader"), &json!("a")));
+    assert_eq!(told(1), (&json!(0), &json!("writer"), &json!("a")));
+    assert_eq!(told(2), (&json!(200), &json!("writer"), &json!("a")));
+    assert_eq!(of_call("query Msvm_X").len(), 1);
     for bad in [
         invoke(r"root\cimv2:Win32_Process"),
         json!({"query": {"namespace": r"root\subscription", "wql": "SELECT *"}}),

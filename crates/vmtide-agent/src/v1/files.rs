@@ -4,6 +4,7 @@
 
 use super::error::{ApiError, Result};
 use super::request::{Asked, json};
+use crate::held_body;
 use crate::limits::MAX_FILE_BYTES;
 use crate::provider::ProviderError;
 use crate::state::{AppState, Shared};
@@ -17,7 +18,8 @@ use serde::Serialize;
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
 use std::path::Path;
-use tokio::sync::SemaphorePermit;
+use std::sync::Arc;
+use tokio::sync::OwnedSemaphorePermit;
 
 /// The most entries of a directory that are told: more is no directory of a VM.
 const MAX_ENTRIES: usize = 100_000;
@@ -88,11 +90,12 @@ pub(super) async fn read(State(state): State<Shared>, asked: Asked) -> Result<Re
             let reason = format!("only files of at most {MAX_FILE_BYTES} bytes are given whole");
             return Err(ProviderError::Unsupported { path: requested.clone(), reason });
         }
-        Ok(content)
+        Ok((content, place))
     });
-    let content = content.await?;
-    drop(place);
-    Ok(([(CONTENT_TYPE, "application/octet-stream")], content).into_response())
+    let (content, place) = content.await?;
+    // The content is held until the client has taken it.
+    let body = held_body::hold(content, place);
+    Ok(([(CONTENT_TYPE, "application/octet-stream")], body).into_response())
 }
 
 /// `POST /v1/files/content?path=FILE`
@@ -104,9 +107,14 @@ pub(super) async fn write(
     asked.parameters.only(&["path"])?;
     asked.may_write()?;
     let path = asked.path()?;
-    let _place = place(&state)?;
+    let place = place(&state)?;
     let content = receive_bytes(body, MAX_FILE_BYTES, &state.limits).await?;
-    state.blocking(move |state| write_new(state, &path, &content)).await?;
+    let written = state.blocking(move |state| {
+        // Also where the client has gone meanwhile.
+        let _place = place;
+        write_new(state, &path, &content)
+    });
+    written.await?;
     Ok(StatusCode::CREATED.into_response())
 }
 
@@ -195,8 +203,8 @@ pub(super) async fn remove_directory(
 }
 
 /// The right to hold one file in memory.
-fn place(state: &Shared) -> Result<SemaphorePermit<'_>> {
-    state.work.files.try_acquire().map_err(|_| {
+fn place(state: &Shared) -> Result<OwnedSemaphorePermit> {
+    Arc::clone(&state.work.files).try_acquire_owned().map_err(|_| {
         ApiError::new("busy", "the agent moves as many files as it does at once: ask again later")
     })
 }
