@@ -15,7 +15,7 @@ use std::sync::Arc;
 use vmtide_block::{BlockDevice, ByteRange, WritableBlockDevice};
 
 /// The most images of one chain that are looked at; as many as `vmtide-image` opens.
-const MAX_PARENTS: usize = 64;
+pub const MAX_PARENTS: usize = 64;
 
 /// What every request works with; one per agent, shared by all its threads.
 pub struct AppState {

@@ -22,8 +22,13 @@ use vmtide_agent::vms::VmPlatform;
 
 /// An agent with the VM `web`, whose disks are a.vhdx and b.vhdx of the agent's root, or lie elsewhere.
 fn agent_with(elsewhere: bool, limits: Limits) -> (Arc<Script>, Agent) {
-    let disk = || TestDisk::memory(vec![1; 4096]);
-    let provider = TestProvider::new(&[("a.vhdx", disk()), ("b.vhdx", disk())]);
+    agent_of(&TestDisk::memory(vec![1; 4096]), elsewhere, limits)
+}
+
+/// The same where a.vhdx is this disk.
+fn agent_of(first: &Arc<TestDisk>, elsewhere: bool, limits: Limits) -> (Arc<Script>, Agent) {
+    let second = TestDisk::memory(vec![1; 4096]);
+    let provider = TestProvider::new(&[("a.vhdx", Arc::clone(first)), ("b.vhdx", second)]);
     let hypervisor = TestHypervisor::new(&["a.vhdx".into(), "b.vhdx".into()]);
     let script = Arc::clone(&hypervisor.script);
     // The directory is known only once the agent is there: the platform's own names of disks are short ones.
@@ -295,6 +300,23 @@ fn only_vms_whose_disks_are_served_are_frozen() {
     body["exclude"] = json!(["scsi0:0", "scsi0:1"]);
     let began = reader.json("POST", "/v1/vms/freezes", &body).json();
     when(&reader, &format!("/v1/vms/freezes/{}", began["id"].as_str().unwrap()), "frozen");
+}
+
+#[test]
+fn a_vm_whose_disk_has_a_parent_elsewhere_is_not_frozen() {
+    let disk = TestDisk::memory(vec![1; 4096]);
+    *disk.parent.lock() = Some("b.vhdx".into());
+    let (script, agent) = agent_of(&disk, false, Limits::default());
+    let reader = agent.reader();
+    delete(&reader, &frozen(&reader, "parent0000"));
+    // The agent could read it, whoever asks.
+    *disk.parent.lock() = Some("../keys".into());
+    let freeze = begin(&reader, "parent0001");
+    let view = when(&reader, &freeze, "failed");
+    assert_eq!(view["error"]["code"], "denied");
+    let detail = view["error"]["detail"].as_str().unwrap();
+    assert!(detail.contains("its parent ../keys"), "{detail}");
+    assert_eq!(script.freezes.load(Ordering::SeqCst), 1, "the VM was not touched");
 }
 
 #[test]

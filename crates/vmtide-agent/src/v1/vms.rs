@@ -102,7 +102,7 @@ async fn try_freeze(
     let wanted: FreezeDocument = receive_json_of(body, VM_JSON_BODY_BYTES, &state.limits).await?;
     note.vm = Some(wanted.vm.clone());
     let ttl_seconds = check_ttl(wanted.ttl_seconds)?.unwrap_or(DEFAULT_FREEZE_TTL_SECONDS);
-    let admission = vms.admission(state.roots.clone());
+    let admission = vms.admission(state);
     let (view, is_new) = vms.freezes.begin(&asked.caller.name, wanted, ttl_seconds, admission)?;
     note.freeze = Some(view.id.clone());
     let status = if is_new { StatusCode::ACCEPTED } else { StatusCode::OK };

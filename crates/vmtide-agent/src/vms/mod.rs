@@ -11,7 +11,10 @@ mod registry;
 pub use registry::{BeginError, EndError, VmFreezes};
 
 use crate::limits::Limits;
-use crate::roots::Roots;
+use crate::provider::ProviderError;
+use crate::roots::Refusal;
+use crate::state::{MAX_PARENTS, Shared};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use vmtide_cim::Cim;
@@ -74,9 +77,10 @@ impl Vms {
         }
     }
 
-    /// What succeeds for a VM whose disks, but for those left out, all lie below the roots. Blocks.
-    pub fn admission(&self, roots: Roots) -> Admission {
-        let host_path = self.platform.host_path.clone();
+    /// What succeeds for a VM whose disks, but for those left out, all lie below the roots with all of their parents.
+    /// Blocks.
+    pub fn admission(&self, state: &Shared) -> Admission {
+        let (host_path, state) = (self.platform.host_path.clone(), Arc::clone(state));
         Arc::new(move |config: &VmConfig, exclude: &[DiskId]| {
             let disks = config.disks.iter().filter(|disk| !exclude.contains(&disk.id));
             for disk in disks {
@@ -85,21 +89,66 @@ impl Vms {
                     Some(find) => find(named),
                     None => Path::new(named).to_path_buf(),
                 };
-                if let Err(refusal) = roots.locate(&path.to_string_lossy()) {
+                if let Err(refusal) = state.roots.locate(&path.to_string_lossy()) {
                     tracing::debug!(vm = config.name, path = named, %refusal, "disk refused");
-                    return Err(HypervisorError::Denied {
-                        what: format!("the VM {}", config.name),
-                        detail: format!(
-                            "its disk {} ({named}) is not in a directory that the agent serves; add that \
-                             directory with --root, or exclude the disk",
-                            disk.id
-                        ),
-                    });
+                    let detail = format!(
+                        "its disk {} ({named}) is not in a directory that the agent serves; add that \
+                         directory with --root, or exclude the disk",
+                        disk.id
+                    );
+                    return Err(refused(config, detail, is_missing(&refusal)));
                 }
+                check_parents(&state, &path, host_path.as_ref()).map_err(|(detail, missing)| {
+                    let detail = format!("its disk {} ({named}): {detail}", disk.id);
+                    refused(config, detail, missing)
+                })?;
             }
             Ok(())
         })
     }
+}
+
+/// That a VM is refused; as one that is not found where a file was not there, of which nothing can be read.
+fn refused(config: &VmConfig, detail: String, is_missing: bool) -> HypervisorError {
+    let what = format!("the VM {}", config.name);
+    match is_missing {
+        true => HypervisorError::NotFound { what, detail },
+        false => HypervisorError::Denied { what, detail },
+    }
+}
+
+fn is_missing(refusal: &Refusal) -> bool {
+    matches!(refusal, Refusal::Io(error) if error.kind() == ErrorKind::NotFound)
+}
+
+/// Succeeds where all images that a disk reads through lie below the roots: what is frozen is read with the agent's
+/// rights, which reach every file that an image may name as its parent. Else why not, and whether one was not there.
+fn check_parents(
+    state: &Shared,
+    disk: &Path,
+    find: Option<&HostPath>,
+) -> std::result::Result<(), (String, bool)> {
+    let mut child = disk.to_path_buf();
+    for _ in 0..MAX_PARENTS {
+        let info = state.provider.info(&child).map_err(|error| {
+            (error.to_string(), matches!(error, ProviderError::NotFound { .. }))
+        })?;
+        let Some(parent) = info.parent_path else { return Ok(()) };
+        let named = match find {
+            Some(find) if !Path::new(&parent).is_absolute() => find(&parent),
+            _ => child.parent().map_or_else(|| PathBuf::from(&parent), |at| at.join(&parent)),
+        };
+        let located = state.roots.locate(&named.to_string_lossy()).map_err(|refusal| {
+            tracing::debug!(child = %child.display(), parent, %refusal, "parent refused");
+            let detail = format!(
+                "its parent {parent} is not in a directory that the agent serves; add that directory with --root, \
+                 or exclude the disk"
+            );
+            (detail, is_missing(&refusal))
+        })?;
+        child = located.path().to_path_buf();
+    }
+    Err((format!("its chain has more than {MAX_PARENTS} images"), false))
 }
 
 /// Whether a VM may be frozen, without the disks that are left out.

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 use vmtide_block::{CancelToken, RangeSet};
 use vmtide_hypervisor::remote::{FreezeDocument, FreezeState, FreezeView};
-use vmtide_hypervisor::{FreezeRequest, FrozenVm, Hypervisor, HypervisorError, Result};
+use vmtide_hypervisor::{FreezeRequest, FrozenVm, Hypervisor, HypervisorError, Result, VmConfig};
 
 /// How often it is looked which freezes have expired.
 const REAP_INTERVAL: Duration = Duration::from_secs(1);
@@ -254,10 +254,23 @@ fn freeze_vm(
     request: &FreezeRequest,
     admission: &Admission,
 ) -> Result<Box<dyn FrozenVm>> {
+    let admit = |config: &VmConfig| {
+        let admitted = match admission(config, &request.exclude) {
+            // A file that is gone may be one of a checkpoint that was merged meanwhile: what is there now counts.
+            Err(HypervisorError::NotFound { .. }) => {
+                admission(&hypervisor.describe(&request.vm)?, &request.exclude)
+            }
+            admitted => admitted,
+        };
+        admitted.map_err(|error| match error {
+            HypervisorError::NotFound { what, detail } => HypervisorError::Denied { what, detail },
+            error => error,
+        })
+    };
     // Before anything is made there, and again for what was made: a VM may be given other disks meanwhile.
-    admission(&hypervisor.describe(&request.vm)?, &request.exclude)?;
+    admit(&hypervisor.describe(&request.vm)?)?;
     let frozen = hypervisor.freeze(request)?;
-    match admission(frozen.config(), &request.exclude) {
+    match admit(frozen.config()) {
         Ok(()) => Ok(frozen),
         Err(refused) => {
             if let Err(error) = frozen.abort() {

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 use vmtide_agent::provider::{
-    ChangePage, DiskInfo, DiskProvider, FrozenDisk, FrozenDisks, NewDisk, ProviderError, Result,
-    TrackingState,
+    ChangePage, DiskInfo, DiskProvider, FilesProvider, FrozenDisk, FrozenDisks, NewDisk,
+    ProviderError, Result, TrackingState,
 };
 use vmtide_block::{
     BlockDevice, BlockError, ByteRange, Extent, ExtentKind, MemoryDevice, WritableBlockDevice,
@@ -240,9 +240,20 @@ impl TestProvider {
     }
 }
 
+/// Disks of the test are empty files.
+fn is_image(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|file| file.len() > 0)
+}
+
 impl DiskProvider for TestProvider {
     fn info(&self, path: &Path) -> Result<DiskInfo> {
-        let disk = self.find(path)?;
+        let disk = match self.find(path) {
+            // An image of a stand-in host.
+            Err(ProviderError::NotADisk { .. }) if is_image(path) => {
+                return FilesProvider::default().info(path);
+            }
+            found => found?,
+        };
         Ok(DiskInfo {
             virtual_size_bytes: disk.content.size_bytes(),
             physical_size_bytes: 0,
