@@ -19,6 +19,14 @@ impl Host {
     /// # Errors
     /// As [`from_cim`] says.
     pub fn vms(&self) -> Result<Vec<VmRecord>> {
+        self.vms_unless(&|_, error| Err(error))
+    }
+
+    /// All VMs; what becomes of one that cannot be read, `unreadable` says by its name: the error, or it is left out.
+    fn vms_unless(
+        &self,
+        unreadable: &dyn Fn(&str, HypervisorError) -> Result<()>,
+    ) -> Result<Vec<VmRecord>> {
         let settings = self.query(&format!(
             "SELECT * FROM Msvm_VirtualSystemSettingData WHERE VirtualSystemType='{REALIZED}'"
         ))?;
@@ -36,7 +44,14 @@ impl Host {
             .collect();
         let mut vms = Vec::new();
         for instance in settings {
-            let settings = read::settings(instance)?;
+            let name = instance.optional_text("ElementName").ok().flatten().map(str::to_owned);
+            let settings = match read::settings(instance) {
+                Ok(settings) => settings,
+                Err(error) => {
+                    unreadable(name.as_deref().unwrap_or_default(), error)?;
+                    continue;
+                }
+            };
             if let Some(system) = systems.remove(&settings.vm) {
                 vms.push(record(&system, settings)?);
             }
@@ -72,12 +87,20 @@ impl Host {
     /// [`HypervisorError::NotFound`]; [`HypervisorError::Failed`] where several VMs have the name, with
     /// their ids; or as [`from_cim`] says.
     pub fn find(&self, name_or_id: &str) -> Result<VmRecord> {
-        let vms = self.vms()?;
-        if let Some(id) = read::parse_uuid(name_or_id)
-            && let Some(vm) = vms.iter().find(|vm| vm.id == id)
-        {
-            return Ok(vm.clone());
+        if let Some(id) = read::parse_uuid(name_or_id) {
+            match self.vm(id) {
+                Err(HypervisorError::NotFound { .. }) => {}
+                found => return found,
+            }
         }
+        // One whose storage is offline may tell nothing of itself; the others are worth finding all the same.
+        let vms = self.vms_unless(&|name, error| {
+            if name.is_empty() || name.to_lowercase() == name_or_id.to_lowercase() {
+                return Err(error);
+            }
+            tracing::warn!(name, %error, "a VM cannot be read");
+            Ok(())
+        })?;
         let exact: Vec<_> = vms.iter().filter(|vm| vm.name == name_or_id).collect();
         let folded = name_or_id.to_lowercase();
         let found = match exact.is_empty() {

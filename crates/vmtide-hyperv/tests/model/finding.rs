@@ -57,6 +57,22 @@ fn a_name_that_several_vms_have_names_their_ids() {
 }
 
 #[test]
+fn a_vm_that_cannot_be_read_does_not_keep_others_from_being_found() {
+    let fake = Fake::new(Shape::Typed);
+    let lost = "12121212-0000-0000-0000-000000000000";
+    let unread = world::settings(lost, lost, "System:Realized", "lost").with("Version", "");
+    fake.add(unread);
+    let host = fake.host();
+    for name in ["web", WEB] {
+        assert_eq!(host.find(name).unwrap().id, uuid(WEB), "{name}");
+    }
+    let error = host.find("LOST").unwrap_err();
+    assert!(error.to_string().contains("Version"), "{error}");
+    // A list of all without it would be taken for whole.
+    host.vms().unwrap_err();
+}
+
+#[test]
 fn checkpoints_are_told_by_their_kinds() {
     for shape in SHAPES {
         let fake = Fake::new(shape);
