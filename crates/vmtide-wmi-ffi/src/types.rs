@@ -86,8 +86,12 @@ pub fn typed(name: &str, cim_type: i32, raw: Raw) -> Result<CimValue> {
     match raw {
         Raw::Null => Ok(CimValue::Null),
         Raw::Array(items) if items.len() <= MAX_ELEMENTS => {
-            let items = items.into_iter().map(|item| scalar(kind, item).ok_or_else(wrong));
-            Ok(CimValue::Array(kind, items.collect::<Result<_>>()?))
+            // One that is nothing, of one odd object, must not keep all others of an answer from being read.
+            let element = |item: Raw| match item {
+                Raw::Null => Ok(CimValue::Null),
+                item => scalar(kind, item).ok_or_else(wrong),
+            };
+            Ok(CimValue::Array(kind, items.into_iter().map(element).collect::<Result<_>>()?))
         }
         raw => scalar(kind, raw).ok_or_else(wrong),
     }
@@ -244,6 +248,9 @@ mod tests {
         );
         let strings = Raw::Array(vec![Raw::Text("a".into()), Raw::Text("b".into())]);
         assert_eq!(typed("P", 8 | ARRAY, strings).unwrap(), CimValue::strings(["a", "b"]));
+        let holes = Raw::Array(vec![Raw::Null, Raw::Text("a".into())]);
+        let expected = CimValue::Array(CimType::String, vec![CimValue::Null, "a".into()]);
+        assert_eq!(typed("P", 8 | ARRAY, holes).unwrap(), expected);
         for (cim_type, raw) in [
             (17, Raw::Integer(256)),
             (17, Raw::Integer(-300)),
@@ -252,7 +259,7 @@ mod tests {
             (21, Raw::Text("x".into())),
             (8, Raw::Integer(1)),
             (4095, Raw::Integer(1)),
-            (8 | ARRAY, Raw::Array(vec![Raw::Null])),
+            (8 | ARRAY, Raw::Array(vec![Raw::Null, Raw::Integer(1)])),
             (18 | ARRAY, Raw::Array(vec![Raw::Array(Vec::new())])),
         ] {
             assert!(typed("P", cim_type, raw.clone()).is_err(), "{cim_type} {raw:?}");
