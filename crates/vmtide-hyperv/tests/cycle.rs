@@ -332,6 +332,66 @@ fn disks_are_followed_by_their_ids() {
 }
 
 #[test]
+fn an_exclusion_that_would_hit_another_disk_than_before_is_refused() {
+    let (world, mut machine) = one_vm();
+    machine.exclude = vec![DiskId("scsi0:1".into())];
+    machine.backup("web").unwrap();
+    // Their places change, as they do when a controller is added.
+    let place = |disk: usize, location: u32| world.0.lock().vms[0].disks[disk].location = location;
+    place(0, 1);
+    place(1, 0);
+    let error = machine.backup("web").unwrap_err().to_string();
+    assert!(error.contains("scsi0:1") && error.contains("scsi0:0"), "{error}");
+    assert!(world.leftovers().is_empty(), "{:?}", world.leftovers());
+    // The exclusion follows the disk.
+    machine.exclude = vec![DiskId("scsi0:0".into())];
+    let outcome = machine.backup("web").unwrap();
+    assert!(outcome.full.is_empty() && outcome.warnings.is_empty(), "{outcome:?}");
+    // What is excluded where it was backed up is meant.
+    world.add_disk(0, 2, SIZE);
+    machine.backup("web").unwrap();
+    machine.exclude.push(DiskId("scsi0:1".into()));
+    let outcome = machine.backup("web").unwrap();
+    assert!(outcome.warnings.is_empty(), "{:?}", outcome.warnings);
+    assert_clean(&world, &machine);
+}
+
+#[test]
+fn disks_with_one_id_are_read_in_full() {
+    let (world, mut machine) = one_vm();
+    machine.backup("web").unwrap();
+    let twin = |is_one: bool| {
+        let disks = &mut world.0.lock().vms[0].disks;
+        disks[1].vhd = if is_one { disks[0].vhd } else { uuid::Uuid::from_u128(77) };
+    };
+    twin(true);
+    let is_untracked = |outcome: &support::driver::Outcome, id: &str| {
+        assert!(matches!(outcome.full[id], FullReason::NoTracking(_)), "{:?}", outcome.full);
+    };
+    let outcome = machine.backup("web").unwrap();
+    is_untracked(&outcome, "scsi0:0");
+    is_untracked(&outcome, "scsi0:1");
+    // Swapped, they are what they were not, and no tracking says so.
+    for disk in 0..2 {
+        world.0.lock().vms[0].disks[disk].location = 1 - disk as u32;
+    }
+    let outcome = machine.backup("web").unwrap();
+    assert_eq!(outcome.full.len(), 2, "{:?}", outcome.full);
+    // The one that is left may be either of them.
+    world.0.lock().vms[0].disks[0].location = 7;
+    machine.exclude = vec![DiskId("scsi0:7".into())];
+    let outcome = machine.backup("web").unwrap();
+    is_untracked(&outcome, "scsi0:0");
+    // Once they differ, they are tracked again.
+    twin(false);
+    machine.exclude.clear();
+    machine.backup("web").unwrap();
+    let outcome = machine.backup("web").unwrap();
+    assert!(outcome.full.is_empty(), "{:?}", outcome.full);
+    assert_clean(&world, &machine);
+}
+
+#[test]
 fn a_disk_that_the_host_leaves_out_is_named() {
     let (world, mut machine) = one_vm();
     world.0.lock().faults.skipped_disk = Some(1);

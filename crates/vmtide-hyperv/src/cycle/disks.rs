@@ -3,6 +3,7 @@
 use crate::cycle::HypervHypervisor;
 use crate::cycle::changes::changed_since;
 use crate::cycle::device::FrozenDevice;
+use crate::cycle::exclusions;
 use crate::cycle::gate::Gates;
 use crate::cycle::points::same_point;
 use crate::cycle::token::{BaseToken, FileFacts};
@@ -35,10 +36,21 @@ pub(crate) fn id_of(attachment: &DiskAttachment) -> DiskId {
     DiskId(attachment.location.to_string())
 }
 
+/// The disks that a checkpoint holds.
+pub(crate) struct HeldDisks {
+    /// Those that are backed up.
+    pub wanted: Vec<DiskAttachment>,
+    /// Those that the user leaves out. They are opened all the same, only to learn which disks they are: their places
+    /// are no proof of that.
+    pub excluded: Vec<DiskAttachment>,
+}
+
 /// The bases of a request by disk, with their tokens read.
 pub(crate) struct Bases<'a> {
     bases: &'a BTreeMap<DiskId, Base>,
     tokens: BTreeMap<&'a DiskId, Result<BaseToken, String>>,
+    /// The GUIDs of the disks, also of those whose tokens are of no use any more.
+    pub guids: Vec<(&'a DiskId, Uuid)>,
 }
 
 impl<'a> Bases<'a> {
@@ -47,7 +59,17 @@ impl<'a> Bases<'a> {
         let tokens = bases.iter().filter_map(|(id, base)| {
             base.tracking.as_ref().map(|tracking| (id, BaseToken::parse(tracking)))
         });
-        Self { bases, tokens: tokens.collect() }
+        let tokens: BTreeMap<_, _> = tokens.collect();
+        let guid_of = |(id, token): (&&'a DiskId, &Result<BaseToken, String>)| {
+            token.as_ref().ok().map(|token| (*id, token.disk))
+        };
+        let guids = tokens.iter().filter_map(guid_of).collect();
+        Self { bases, tokens, guids }
+    }
+
+    /// Whether several disks of the base have this GUID, so that it does not tell which of them a disk is.
+    fn has_twins(&self, disk: Uuid) -> bool {
+        self.guids.iter().filter(|(_, guid)| *guid == disk).count() > 1
     }
 
     /// Believes only bases whose reference point is among those of the host. One that is gone was removed by
@@ -89,34 +111,44 @@ impl<'a> Bases<'a> {
     }
 }
 
-/// Opens the disks and asks what changed on each. The configuration learns what their files say.
+/// Opens the disks and asks what changed on each. The configuration learns what their files say, and has the warnings.
 ///
 /// # Errors
-/// Where a disk cannot be opened: a restore point without it would be incomplete. Change tracking that fails is only a
-/// reason to read all of that disk.
+/// Where a disk cannot be opened: a restore point without it would be incomplete; and where an exclusion hits a disk
+/// that the base has in another place. Change tracking that fails is only a reason to read all of that disk.
 pub(crate) fn open(
     hyperv: &HypervHypervisor,
     vm: &VmRecord,
-    attachments: Vec<DiskAttachment>,
+    held: HeldDisks,
     bases: &Bases<'_>,
     gates: &Gates,
     configuration: &mut Configuration,
     request: &FreezeRequest,
 ) -> Result<Vec<OpenDisk>> {
-    let mut files = Vec::with_capacity(attachments.len());
-    for attachment in &attachments {
+    let mut files = Vec::with_capacity(held.wanted.len());
+    for attachment in &held.wanted {
         request.cancel.check()?;
         let file = open_file(hyperv, attachment)?;
         configuration.set_disk(attachment, &file);
         files.push(file);
     }
+    let here: Vec<Uuid> = files.iter().filter_map(|file| file.disk_id).collect();
+    let excluded = exclusions::look_at(hyperv, &held.excluded, request)?;
+    configuration.warnings.extend(exclusions::check(&vm.name, bases, &here, &excluded)?);
+    let guids: Vec<Uuid> = here.into_iter().chain(exclusions::guids(&excluded)).collect();
     let mut opened = Vec::with_capacity(files.len());
-    for (attachment, file) in attachments.into_iter().zip(&files) {
-        let twin = files.iter().filter(|other| other.disk_id == file.disk_id).count() > 1;
+    for (attachment, file) in held.wanted.into_iter().zip(&files) {
         let id = id_of(&attachment);
-        let base = bases.find(&id, file.disk_id.filter(|_| !twin));
-        let untracked = gates.untracked(&attachment, file);
+        let twin = |guid: &Uuid| guids.iter().filter(|other| *other == guid).count() > 1;
+        let untracked = gates
+            .untracked(&attachment, file)
+            .or_else(|| file.disk_id.filter(twin).map(|guid| not_apart(guid, "of the VM")));
+        // A disk with a twin gets no base either: the other one could stand in its place at the next backup.
         let trackable = untracked.is_none();
+        let twins_before = file.disk_id.filter(|guid| bases.has_twins(*guid));
+        let untracked = untracked
+            .or_else(|| twins_before.map(|guid| not_apart(guid, "of the previous restore point")));
+        let base = bases.find(&id, file.disk_id);
         let changes = match (untracked, base) {
             (Some(reason), _) => Changes::Everything(reason),
             (None, None) => Changes::Everything(FullReason::FirstBackup),
@@ -129,6 +161,12 @@ pub(crate) fn open(
         opened.push(OpenDisk { moved_from, trackable, ..open });
     }
     Ok(opened)
+}
+
+/// Why a disk whose GUID others have as well is read in full: differencing files of one parent have its GUID, and so
+/// have copies of a file, and what changed on one says nothing of the other.
+fn not_apart(guid: Uuid, whose: &str) -> FullReason {
+    FullReason::NoTracking(format!("two disks {whose} have the id {guid} and cannot be told apart"))
 }
 
 fn open_disk(
@@ -156,7 +194,10 @@ fn open_disk(
     }
 }
 
-fn open_file(hyperv: &HypervHypervisor, attachment: &DiskAttachment) -> Result<FrozenFile> {
+pub(super) fn open_file(
+    hyperv: &HypervHypervisor,
+    attachment: &DiskAttachment,
+) -> Result<FrozenFile> {
     let path = &attachment.host_resource;
     hyperv.files().open_disk(path).map_err(|error| match error {
         HypervisorError::Busy { detail, .. } => HypervisorError::failed(

@@ -1,7 +1,7 @@
 //! Freezing a VM, from the lock to the opened disks.
 
 use crate::cycle::checkpoint::{self, Made};
-use crate::cycle::disks::{self, Bases, OpenDisk};
+use crate::cycle::disks::{self, Bases, HeldDisks, OpenDisk};
 use crate::cycle::frozen::FrozenHyperv;
 use crate::cycle::gate::Gates;
 use crate::cycle::ledger::Ledger;
@@ -208,7 +208,8 @@ fn make_all(
     let held: Vec<_> = held.cloned().collect();
     let all_held = configuration.disks.clone();
     warn_of_skipped(attachments, &held, gates, request, warnings);
-    let held: Vec<_> = held.into_iter().filter(|disk| !is_excluded(disk, request)).collect();
+    let (excluded, held): (Vec<_>, Vec<_>) =
+        held.into_iter().partition(|disk| is_excluded(disk, request));
     if held.is_empty() {
         return Err(HypervisorError::failed(
             format!("back up {}", session.vm.name),
@@ -219,8 +220,10 @@ fn make_all(
     session.record(&Step::Frozen { leaves: leaves.clone(), tracking: Vec::new() })?;
     let is_held = |id: &DiskId| held.iter().any(|disk| disks::id_of(disk) == *id);
     configuration.config.disks.retain(|disk| is_held(&disk.id));
+    let held = HeldDisks { wanted: held, excluded };
     let opened =
         disks::open(&session.hyperv, &session.vm, held, bases, gates, &mut configuration, request)?;
+    warnings.append(&mut configuration.warnings);
     let tracking = opened.iter().filter_map(|disk| disk.file.most_recent.clone()).collect();
     session.record(&Step::Frozen { leaves, tracking })?;
     let trackable = opened.iter().any(|disk| disk.trackable);

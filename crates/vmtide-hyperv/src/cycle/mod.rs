@@ -19,6 +19,7 @@ mod checkpoint;
 mod describe;
 mod device;
 mod disks;
+mod exclusions;
 mod freeze;
 mod frozen;
 mod gate;
