@@ -17,7 +17,7 @@ set -euo pipefail
 . "$REPO_ROOT/scripts/lib/windows.sh"
 
 # What every Windows has. Anything else would have to be shipped beside the program.
-SYSTEM_LIBRARIES='^(api-ms-win-.*|advapi32|bcrypt|bcryptprimitives|combase|crypt32|dbghelp|kernel32|msvcrt|ncrypt|ntdll|ole32|oleaut32|propsys|rpcrt4|secur32|shell32|user32|userenv|virtdisk|ws2_32)\.dll$'
+SYSTEM_LIBRARIES='^(api-ms-win-.*|advapi32|bcrypt|bcryptprimitives|combase|crypt32|dbghelp|dnsapi|kernel32|ktmw32|msvcrt|ncrypt|ntdll|ole32|oleaut32|propsys|rpcrt4|secur32|shell32|user32|userenv|virtdisk|ws2_32)\.dll$'
 
 profile=windows-test
 kind=executable

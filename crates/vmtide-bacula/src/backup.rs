@@ -20,8 +20,8 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use vmtide_engine::source::{OpenSource, SourceOptions, TrackedDisk};
 use vmtide_hypervisor::{
-    Base, Consistency, DiskId, FreezeRequest, FrozenDisk, FrozenVm, HypervisorError, JobId,
-    TrackingId, VmConfig,
+    Base, Changes, Consistency, DiskId, FreezeRequest, FrozenDisk, FrozenVm, FullReason,
+    HypervisorError, JobId, TrackingId, VmConfig,
 };
 
 /// A backup that has begun.
@@ -254,7 +254,10 @@ impl<'a> Backup<'a> {
                 link.command("Kind plain")?;
             }
             Entry::Disk(index) => self.offer_disk(link, index, time)?,
-            Entry::Row => self.offer_row(link)?,
+            Entry::Row => {
+                self.seal(link)?;
+                self.offer_row(link)?;
+            }
             Entry::Object => {
                 let object = PointObject::new(self.frozen()?, self.job, self.moment, &self.kept);
                 link.command(&format!("Object {}", self.paths.object()))?;
@@ -266,6 +269,22 @@ impl<'a> Backup<'a> {
             }
         }
         link.end()
+    }
+
+    /// All disks were read: a platform that names the moment only now does so, before anything records it.
+    fn seal(&mut self, link: &mut Link) -> Result<()> {
+        let Some(frozen) = self.frozen.as_deref_mut() else { return Ok(()) };
+        frozen.check()?;
+        let sealed = frozen.seal()?;
+        for warning in &sealed.warnings {
+            link.warn(warning)?;
+        }
+        for (id, tracking) in sealed.tracking {
+            if let Some(record) = self.kept.get_mut(&id.0) {
+                record.tracking = Some(tracking.0);
+            }
+        }
+        Ok(())
     }
 
     fn offer_row(&self, link: &mut Link) -> Result<()> {
@@ -336,7 +355,12 @@ impl<'a> Backup<'a> {
         let size_bytes = disk.device.size_bytes();
         let previous = self.previous(link, &path)?;
         self.tell_of_other_job(link, previous)?;
-        let since = since_newest(&self.log, &disk.id.0, size_bytes, &disk.changes);
+        // Bacula has the disk under the name of its place: what changed since it was in another one is no help.
+        let changes = match self.frozen()?.moved_from(&disk.id) {
+            Some(from) => Changes::Everything(FullReason::DiskReplaced(format!("it was {from}"))),
+            None => disk.changes.clone(),
+        };
+        let since = since_newest(&self.log, &disk.id.0, size_bytes, &changes);
         let (selection, base, reason) =
             decide(&self.log, self.job.level, &disk.id.0, size_bytes, previous, &since);
         if let Some(reason) = reason {
@@ -353,8 +377,8 @@ impl<'a> Backup<'a> {
         ] {
             link.command(&line)?;
         }
-        // A platform without tracking gets a list of digests instead.
-        let new_digests = disk.tracking.is_none();
+        // A platform without tracking gets a list of digests instead. Whoever tells changes will name the moment.
+        let new_digests = disk.tracking.is_none() && !matches!(changes, Changes::Ranges(_));
         let new_digests =
             new_digests.then(|| self.log.digest_path(&disk.id.0, &self.moment.to_string()));
         let mut record = DiskMoment {
