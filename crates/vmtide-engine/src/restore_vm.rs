@@ -99,6 +99,12 @@ pub struct RestoreVmSummary {
 /// A new VM is then not there. One that was changed in place is marked as incomplete, and the error is
 /// [`EngineError::Incomplete`] where anything may have been written.
 pub fn restore_vm(job: &RestoreVmJob<'_>, context: JobContext<'_>) -> Result<RestoreVmSummary> {
+    if job.salvage && matches!(job.to, VmTarget::InPlace(_)) {
+        return Err(EngineError::usage(
+            "--salvage makes zeros of what cannot be read, and in place these would overwrite what the VM still \
+             has: salvage to a new VM or to files",
+        ));
+    }
     let begun = Instant::now();
     let _lease = job.repository.lease(Purpose::Read)?;
     let records = choose_disks(job.point, job.disk.as_deref())?;

@@ -220,6 +220,28 @@ fn what_reads_back_differently_or_fails_makes_no_vm() {
 }
 
 #[test]
+fn in_place_nothing_that_cannot_be_read_overwrites_what_is_there() {
+    let (source, _, point) = backed_up();
+    let platform = Platform::default();
+    let job = RestoreVmJob {
+        repository: &source.repository,
+        point: &point,
+        restorer: &platform,
+        to: VmTarget::InPlace("web".into()),
+        disk: None,
+        workers: Some(2),
+        verify: false,
+        salvage: true,
+        power_on: false,
+    };
+    let (progress, cancel) = (Progress::new(), CancelToken::new());
+    let context = JobContext { progress: &progress, cancel: &cancel, observer: &Silent };
+    let error = restore_vm(&job, context).unwrap_err();
+    assert!(matches!(error, EngineError::Usage(_)), "{error}");
+    assert!(platform.in_place.lock().is_none());
+}
+
+#[test]
 fn in_place_only_what_may_differ_is_read_and_what_differs_written() {
     let (source, hypervisor, point) = backed_up();
     let mut before = originals(&hypervisor);
