@@ -17,10 +17,10 @@ mod contract;
 mod drain;
 mod error;
 pub mod freezes;
+mod held_body;
 #[cfg(windows)]
 mod hyperv;
 pub mod limits;
-mod held_body;
 pub mod metrics;
 pub mod openapi;
 pub mod places;

@@ -5,6 +5,7 @@
 use hyperv_winrm::HostSchema;
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use uuid::Uuid;
 use vmtide_block::CancelToken;
 use vmtide_cim::{Cim, CimInstance, ObjectPath};
 use vmtide_hyperv::{
