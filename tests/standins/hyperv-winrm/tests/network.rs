@@ -40,7 +40,7 @@ impl Clock for SimulatedClock {
 
 struct Lab {
     world: World,
-    vm: uuid::Uuid,
+    vm: Uuid,
     server: Server,
     state: tempfile::TempDir,
     _volumes: tempfile::TempDir,
