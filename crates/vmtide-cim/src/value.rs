@@ -160,7 +160,9 @@ impl CimValue {
         let trimmed = text.trim();
         Some(match kind {
             CimType::String => Self::String(text.to_owned()),
-            CimType::DateTime => Self::DateTime(trimmed.to_owned()),
+            CimType::DateTime => {
+                Self::DateTime(of_iso(trimmed).unwrap_or_else(|| trimmed.to_owned()))
+            }
             CimType::Boolean => Self::Boolean(Self::String(trimmed.to_owned()).as_bool()?),
             CimType::Uint8 => Self::Uint8(trimmed.parse().ok()?),
             CimType::Uint16 => Self::Uint16(trimmed.parse().ok()?),
@@ -240,6 +242,28 @@ impl CimValue {
     }
 }
 
+/// A moment in UTC as WS-Management writes it, `2026-11-21T15:01:08.25Z`, in the form of DSP0004,
+/// `20261121150108.250000+000`; none for anything else.
+fn of_iso(text: &str) -> Option<String> {
+    let (date, time) = text.strip_suffix('Z')?.split_once('T')?;
+    let (time, fraction) = time.split_once('.').unwrap_or((time, ""));
+    let digits = |text: &str, parts: &[usize], separator: char| {
+        let found: Vec<&str> = text.split(separator).collect();
+        let fits = found.len() == parts.len()
+            && found.iter().zip(parts).all(|(part, length)| {
+                part.len() == *length && part.bytes().all(|byte| byte.is_ascii_digit())
+            });
+        fits.then(|| found.concat())
+    };
+    let (date, time) = (digits(date, &[4, 2, 2], '-')?, digits(time, &[2, 2, 2], ':')?);
+    if !fraction.bytes().all(|byte| byte.is_ascii_digit()) {
+        return None;
+    }
+    // DSP0004 has microseconds; what is finer is cut.
+    let fraction: String = fraction.chars().chain("000000".chars()).take(6).collect();
+    Some(format!("{date}{time}.{fraction}+000"))
+}
+
 impl From<&str> for CimValue {
     fn from(text: &str) -> Self {
         Self::String(text.into())
@@ -261,5 +285,23 @@ impl From<bool> for CimValue {
 impl From<&ObjectPath> for CimValue {
     fn from(path: &ObjectPath) -> Self {
         Self::Reference(path.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn moments_of_ws_management_are_those_of_cim() {
+        let read = |text: &str| CimValue::from_text(CimType::DateTime, text);
+        let is = |text: &str| Some(CimValue::DateTime(text.to_owned()));
+        assert_eq!(read("2026-11-21T15:01:08Z"), is("20261121150108.000000+000"));
+        assert_eq!(read("2026-11-21T15:01:08.2534567Z"), is("20261121150108.253456+000"));
+        for other in
+            ["20261121150108.000000+060", "2026-11-21T15:01:08+01:00", "2026-1-21T15:01:08Z"]
+        {
+            assert_eq!(read(other), is(other));
+        }
     }
 }
