@@ -5,10 +5,14 @@
 
 use crate::moment;
 use crate::xml::Element;
+use std::collections::HashMap;
 use vmtide_cim::{CimInstance, CimType, CimValue, MethodOutput, ObjectPath};
 
 /// What every resource of WMI has in its name. Hosts write what is before it in more than one way.
 const WMI_PATH: &str = "/wbem/wsman/1/wmi/";
+
+/// The longest key of a path; as long as a path in text may be.
+const MAX_KEY_BYTES: usize = 16 << 10;
 
 /// What went wrong in an answer, as a phrase.
 pub(crate) type Read<T> = Result<T, String>;
@@ -105,14 +109,17 @@ fn class_of(element: &Element) -> String {
     kind.and_then(|kind| kind.strip_suffix("_Type")).unwrap_or(&element.name).to_owned()
 }
 
-/// The properties in their order; equal names, which follow one another, are one array.
+/// The properties in their order; equal names are one array, also where others stand between them: an element that
+/// is not looked at could be a change that is not backed up.
 fn properties(element: &Element) -> Vec<(String, CimValue)> {
     let mut properties: Vec<(String, CimValue)> = Vec::new();
+    let mut places: HashMap<String, usize> = HashMap::new();
     for child in &element.children {
         let value = value(child);
-        match properties.last_mut() {
-            Some((name, known)) if *name == child.name => append(known, value),
-            _ => properties.push((child.name.clone(), value)),
+        let place = *places.entry(child.name.to_ascii_lowercase()).or_insert(properties.len());
+        match properties.get_mut(place) {
+            Some((_, known)) => append(known, value),
+            None => properties.push((child.name.clone(), value)),
         }
     }
     properties
@@ -161,10 +168,13 @@ fn endpoint(element: &Element) -> Option<ObjectPath> {
     for selector in parameters.child("SelectorSet").map_or(&[][..], |set| set.children.as_slice()) {
         let name = selector.attribute("Name")?;
         let value = match endpoint(selector) {
-            // A key that is itself a reference.
+            // A key that is itself a reference. As text it may be twice as long, and so at each level.
             Some(inner) => inner.to_string(),
             None => selector.text.clone(),
         };
+        if value.len() > MAX_KEY_BYTES {
+            return None;
+        }
         if name.eq_ignore_ascii_case("__cimnamespace") {
             path.namespace = value.replace('/', r"\");
         } else {
@@ -259,6 +269,34 @@ mod tests {
 
     fn read(text: &str) -> Element {
         parse(text.as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn arrays_whose_elements_alternate_are_whole() {
+        let changes = read(
+            "<O><Offset>0</Offset><Length>1</Length><Offset>8</Offset><length>2</length>\
+             <Offset>9</Offset></O>",
+        );
+        let instance = instance(&changes, NS).unwrap();
+        assert_eq!(instance.numbers("Offset").unwrap(), [0, 8, 9]);
+        assert_eq!(instance.numbers("Length").unwrap(), [1, 2]);
+        assert_eq!(instance.properties.len(), 2);
+    }
+
+    #[test]
+    fn references_in_references_do_not_grow_without_an_end() {
+        let mut key = r"\".repeat(4 << 10);
+        for _ in 0..3 {
+            key = format!(
+                "<R><ReferenceParameters><ResourceURI>http://x/wbem/wsman/1/wmi/root/a/B</ResourceURI><SelectorSet>\
+                 <Selector Name=\"K\">{key}</Selector></SelectorSet></ReferenceParameters></R>"
+            );
+            key = key.replacen("<R>", "", 1);
+            key.truncate(key.len() - "</R>".len());
+        }
+        let paths = |text: &str| endpoint(&read(&format!("<R>{text}</R>")));
+        assert_eq!(paths(&key), None);
+        assert!(paths(&key.replace('\\', "")).is_some());
     }
 
     #[test]

@@ -127,6 +127,7 @@ impl WsmanCim {
             match self.pool.exchange(&envelope, action, once, tried > 1) {
                 Ok(bytes) => return self.read(&bytes, action, message_id),
                 Err(failure) => {
+                    let failure = if once { failure.of_call(self.peer()) } else { failure };
                     // What certainly was not run may always be sent again: the connection at rest was closed, then the
                     // host forgot who speaks.
                     let broke = matches!(failure.error, CimError::Unreachable { .. });

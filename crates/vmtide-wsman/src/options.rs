@@ -307,6 +307,14 @@ impl WsmanOptions {
             )));
         }
         let secured = self.scheme == Scheme::Https;
+        let for_tls = self.fingerprint.is_some()
+            || self.ca_file.is_some()
+            || self.client_certificate.is_some();
+        if for_tls && !secured && self.authentication != Authentication::Certificate {
+            return Err(OptionsError::usage(
+                "a certificate or its fingerprint is named, and without HTTPS nobody would look at it: use HTTPS (port 5986), or leave it out",
+            ));
+        }
         match self.authentication {
             Authentication::Basic if !secured => {
                 return Err(OptionsError::usage(
@@ -434,7 +442,9 @@ mod tests {
         assert_eq!(options.authentication, Authentication::Ntlm);
         assert_eq!(options.ca_file, None);
         assert!(!format!("{options:?}").contains("s3cret"));
-        options.check().unwrap();
+        let ignored = options.check();
+        assert!(matches!(ignored, Err(OptionsError::Usage(_))), "a fingerprint without HTTPS");
+        WsmanOptions { scheme: Scheme::Https, ..options }.check().unwrap();
         for half in
             [("VMTIDE_WINRM_USER", "u"), ("VMTIDE_WINRM_PASSWORD", "p"), ("VMTIDE_WINRM_CERT", "c")]
         {

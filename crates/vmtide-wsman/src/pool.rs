@@ -135,7 +135,7 @@ impl Pool {
 
 const fn not_run(error: CimError) -> Failure {
     let not_run = matches!(error, CimError::Unreachable { .. });
-    Failure { error, not_run }
+    Failure { error, not_run, unproven: false }
 }
 
 /// A place among the connections; given back when it is dropped.

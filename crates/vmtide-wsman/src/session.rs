@@ -38,16 +38,29 @@ pub(crate) struct Failure {
     pub error: CimError,
     /// Whether the host certainly did nothing, so that the same may be sent once more over a new connection.
     pub not_run: bool,
+    /// Whether anybody on the way could have written the answer that says so: it came without the seal that the
+    /// session asks for.
+    pub unproven: bool,
 }
 
 impl Failure {
     fn last(error: CimError) -> Self {
-        Self { error, not_run: false }
+        Self { error, not_run: false, unproven: false }
     }
 
     fn before(error: CimError) -> Self {
         let not_run = matches!(error, CimError::Unreachable { .. });
-        Self { error, not_run }
+        Self { error, not_run, unproven: false }
+    }
+
+    /// The error of a call that must not be run twice. What nobody has proven says nothing of whether it was run.
+    pub fn of_call(self, peer: &str) -> Self {
+        if !self.unproven {
+            return self;
+        }
+        let detail = format!("whether it did what was asked is not known: {}", self.error);
+        let error = CimError::Unreachable { peer: peer.into(), detail, before_request: false };
+        Self { error, not_run: false, unproven: true }
     }
 }
 
@@ -197,7 +210,9 @@ impl Session {
                 }
             })?;
         self.used = Instant::now();
-        self.undress(answer, action, peer)
+        let has_seal = matches!(answer.status, StatusCode::OK | StatusCode::INTERNAL_SERVER_ERROR);
+        let unproven = self.seals && !has_seal;
+        self.undress(answer, action, peer).map_err(|failure| Failure { unproven, ..failure })
     }
 
     /// Headers and body of an envelope.
@@ -242,7 +257,7 @@ impl Session {
                             peer: peer.into(),
                             detail: "it no longer knows the connection's user".into(),
                         };
-                        return Err(Failure { error, not_run: true });
+                        return Err(Failure { error, not_run: true, unproven: false });
                     }
                 };
                 return Err(Failure::last(CimError::Login { peer: peer.into(), detail }));

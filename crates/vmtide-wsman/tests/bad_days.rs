@@ -6,7 +6,7 @@ mod support;
 
 use std::collections::BTreeSet;
 use std::time::Duration;
-use support::{PASSWORD, client, options, server};
+use support::{PASSWORD, client, options, server, tls_options, trusting};
 use vmtide_cim::{Cim, CimError, ObjectPath, VIRTUALIZATION_NAMESPACE as NS};
 use vmtide_wsman::{WsmanCim, WsmanOptions};
 use wsman_server::{Effect, Operation, ServerOptions, Switch};
@@ -80,11 +80,41 @@ fn calls_that_did_not_arrive_are_sent_once_more() {
     std::thread::sleep(Duration::from_millis(100));
     client.invoke(&service(), "Count", &[]).unwrap();
     assert_eq!(world.calls(), 2);
-    for switch in ["unauthorized:invoke:0:1", "unavailable:invoke:0:1"] {
+}
+
+const REFUSALS: [&str; 2] = ["unauthorized:invoke:0:1", "unavailable:invoke:0:1"];
+
+#[test]
+fn a_host_proven_by_tls_may_say_that_a_call_did_not_run() {
+    let (server, world) = server(tls_options(), 1);
+    let (options, _file) = trusting(&server, options(&server, "admin", PASSWORD));
+    let client = WsmanCim::new(options).unwrap();
+    for switch in REFUSALS {
         let before = world.calls();
         server.switches().add(switch.parse().unwrap());
         client.invoke(&service(), "Count", &[]).unwrap_or_else(|error| panic!("{switch}: {error}"));
         assert_eq!(world.calls() - before, 1, "{switch}");
+    }
+}
+
+#[test]
+fn refusals_without_a_seal_are_no_reason_to_send_a_call_again() {
+    let (server, _) = server(ServerOptions::default(), 1);
+    let client = client(&server);
+    for switch in REFUSALS {
+        let sent = || {
+            let log = server.log();
+            log.iter().filter(|seen| seen.operation == Some(Operation::Invoke)).count()
+        };
+        let before = sent();
+        server.switches().add(switch.parse().unwrap());
+        let error = client.invoke(&service(), "Count", &[]).unwrap_err();
+        assert!(
+            matches!(error, CimError::Unreachable { before_request: false, .. }),
+            "{switch}: {error}"
+        );
+        assert!(sent() - before <= 1, "{switch}");
+        server.switches().clear();
     }
 }
 

@@ -15,6 +15,9 @@ const KERBEROS_PORT: u16 = 88;
 /// Addresses of a domain's name that are tried. Large domains have dozens of servers, and each that is down takes its time.
 const MAX_ADDRESSES: usize = 4;
 
+/// The shortest time that an address is given to take a connection, where the user does not give less.
+const SHORTEST_CONNECT: Duration = Duration::from_secs(2);
+
 /// The longest answer that is read; tickets of users in very many groups have 64 KB.
 const MAX_ANSWER_BYTES: u32 = 256 << 10;
 
@@ -49,10 +52,11 @@ impl Kdc {
     }
 
     fn ask(&self, url: &Url, request: &[u8]) -> std::io::Result<Vec<u8>> {
-        let deadline = Instant::now() + self.timeout;
         let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
         let port = url.port().unwrap_or(KERBEROS_PORT);
         let mut stream = connect(host, port, self.timeout)?;
+        // Addresses that are dead have had their own time.
+        let deadline = Instant::now() + self.timeout;
         let rest = || {
             let rest = deadline.saturating_duration_since(Instant::now());
             Some(rest.max(Duration::from_millis(1)))
@@ -85,6 +89,8 @@ impl Kdc {
 }
 
 fn connect(host: &str, port: u16, timeout: Duration) -> std::io::Result<TcpStream> {
+    // One that drops what it gets must not take the time of all.
+    let timeout = (timeout / 4).max(SHORTEST_CONNECT).min(timeout);
     let mut last = std::io::Error::new(std::io::ErrorKind::NotFound, "the name has no address");
     for address in (host, port).to_socket_addrs()?.take(MAX_ADDRESSES) {
         match TcpStream::connect_timeout(&address, timeout) {
