@@ -76,7 +76,8 @@ impl SmbClient {
         let attempt = || {
             let session = self.session(&path.server)?;
             let tree = session.tree(&path.share)?;
-            let opened = session.create(tree, &path.path, purpose, &what)?;
+            let opened = session.create(tree, &path.path, purpose, &what);
+            let opened = opened.inspect_err(|error| session.forget_tree(tree, error))?;
             let done = work(&session, tree, opened.id, opened.size_bytes);
             let closed = session.close(tree, opened.id, &what);
             let done = done?;

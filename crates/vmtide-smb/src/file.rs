@@ -13,6 +13,7 @@ use crate::error::{Result, SmbError};
 use crate::path::SharePath;
 use crate::requests::{FileId, Purpose};
 use crate::session::Session;
+use crate::unflushed::Unflushed;
 use parking_lot::{Mutex, RwLock};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -40,8 +41,8 @@ pub struct SmbFile {
     open: RwLock<Open>,
     /// Held while the connection is made again.
     reopening: Mutex<()>,
-    /// Something was written that no flush has followed yet.
-    is_dirty: AtomicBool,
+    /// What was written that no flush has followed yet.
+    unflushed: Unflushed,
     /// Why nothing may be written any more.
     lost_writes: AtomicBool,
     read_bytes: AtomicU64,
@@ -69,7 +70,8 @@ fn open(client: &SmbClient, path: &SharePath, purpose: Purpose, generation: u64)
     let what = path.to_string();
     let session = client.session(&path.server)?;
     let tree = session.tree(&path.share)?;
-    let opened = session.create(tree, &path.path, purpose, &what)?;
+    let opened = session.create(tree, &path.path, purpose, &what);
+    let opened = opened.inspect_err(|error| session.forget_tree(tree, error))?;
     let number = session.file_number(tree, opened.id, &what)?;
     let identity =
         Identity { number, size_bytes: opened.size_bytes, written_at: opened.written_at };
@@ -117,7 +119,7 @@ impl SmbFile {
             size_bytes: AtomicU64::new(first.identity.size_bytes),
             open: RwLock::new(first),
             reopening: Mutex::new(()),
-            is_dirty: AtomicBool::new(false),
+            unflushed: Unflushed::default(),
             lost_writes: AtomicBool::new(false),
             read_bytes: AtomicU64::new(0),
         })
@@ -186,7 +188,7 @@ impl SmbFile {
         if before.generation != generation {
             return Ok(());
         }
-        if self.is_dirty.load(Ordering::Acquire) {
+        if self.unflushed.is_dirty() {
             self.lost_writes.store(true, Ordering::Release);
             return Err(SmbError::Refused { what: self.may_have_lost().to_string(), status: 0 });
         }
@@ -276,8 +278,7 @@ impl SmbFile {
     }
 
     fn write_some(&self, data: &[u8], offset: u64) -> vmtide_block::Result<()> {
-        // Before it is sent: it may be written although the answer is lost.
-        self.is_dirty.store(true, Ordering::Release);
+        let _write = self.unflushed.write();
         Ok(self.retry(|open| self.write(open, data, offset))?)
     }
 }
@@ -312,7 +313,7 @@ impl WritableBlockDevice for SmbFile {
 
     fn write_zeroes(&self, range: ByteRange) -> vmtide_block::Result<()> {
         self.check_write(range)?;
-        self.is_dirty.store(true, Ordering::Release);
+        let _write = self.unflushed.write();
         let mut at = range.offset;
         while at < range.end() {
             let length = ZERO_BYTES.min(range.end() - at);
@@ -335,8 +336,9 @@ impl WritableBlockDevice for SmbFile {
         if self.purpose == Purpose::Read {
             return Ok(());
         }
+        let mark = self.unflushed.mark();
         self.retry(|open| open.session.flush(open.tree, open.id, &self.name))?;
-        self.is_dirty.store(false, Ordering::Release);
+        self.unflushed.flushed(mark);
         Ok(())
     }
 
@@ -344,7 +346,7 @@ impl WritableBlockDevice for SmbFile {
         if self.purpose == Purpose::Read {
             return Err(BlockError::ReadOnly { device: self.name() });
         }
-        self.is_dirty.store(true, Ordering::Release);
+        let _write = self.unflushed.write();
         self.retry(|open| open.session.set_size(open.tree, open.id, size_bytes, &self.name))?;
         self.size_bytes.store(size_bytes, Ordering::Release);
         Ok(())

@@ -27,6 +27,7 @@ mod negotiate;
 mod path;
 mod requests;
 mod session;
+mod unflushed;
 mod wire;
 
 pub use auth::{Login, Method};

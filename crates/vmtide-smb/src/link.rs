@@ -237,6 +237,11 @@ impl Link {
     }
 }
 
+/// Whether a status says that the session is no more.
+const fn has_ended(status: u32) -> bool {
+    matches!(status, status::USER_SESSION_DELETED | status::NETWORK_SESSION_EXPIRED)
+}
+
 impl Drop for Link {
     fn drop(&mut self) {
         let error = SmbError::Disconnected {
@@ -429,15 +434,13 @@ impl Shared {
     /// Succeeds for an answer that is protected as the session's must be.
     fn check(&self, reply: &Reply, message_id: u64) -> Result<()> {
         let Some(security) = self.security.get() else { return Ok(()) };
+        if has_ended(reply.header.status) {
+            // Also an encrypted one: whoever comes next needs another session. Where the server has no key any more it
+            // is plain, and whoever forges that could as well cut the line.
+            return Err(self.lost("the server has ended the session"));
+        }
         if reply.is_encrypted {
             return Ok(());
-        }
-        if matches!(
-            reply.header.status,
-            status::USER_SESSION_DELETED | status::NETWORK_SESSION_EXPIRED
-        ) {
-            // The server has no key any more. Whoever forges this could as well cut the line.
-            return Err(self.lost("the server has ended the session"));
         }
         if security.cipher.is_some() {
             return Err(SmbError::protocol("a plain answer in an encrypted session"));

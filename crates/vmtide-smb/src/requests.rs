@@ -315,6 +315,9 @@ fn output(reader: &Reader<'_>) -> Result<Vec<u8>> {
     Ok(reader.slice(at, length)?.to_vec())
 }
 
+/// The longest name of a file in bytes: 255 units of UTF-16, with room for servers that allow as many characters.
+const MAX_NAME_BYTES: usize = 1024;
+
 /// Reads a list of `FILE_DIRECTORY_INFORMATION` (MS-FSCC 2.4.10).
 pub(crate) fn read_list(list: &[u8], found: &mut Vec<Listed>) -> Result<()> {
     let mut at = 0usize;
@@ -322,6 +325,12 @@ pub(crate) fn read_list(list: &[u8], found: &mut Vec<Listed>) -> Result<()> {
         let rest = Reader::new(list.get(at..).unwrap_or_default(), "a list of files");
         let next = usize::try_from(rest.u32(0)?).unwrap_or(usize::MAX);
         let name_bytes = usize::try_from(rest.u32(60)?).unwrap_or(usize::MAX);
+        if name_bytes > MAX_NAME_BYTES {
+            return Err(SmbError::protocol(format!("a list with a name of {name_bytes} bytes")));
+        }
+        if found.len() > MAX_LISTED {
+            return Ok(());
+        }
         let name = from_utf16(rest.slice(64, name_bytes)?);
         let is_directory = rest.u32(56)? & ATTRIBUTE_DIRECTORY != 0;
         // A name with a separator would be another file than the one listed.

@@ -142,6 +142,14 @@ impl Session {
         Ok(id)
     }
 
+    /// Connects the share anew the next time, where `error` may say that it is gone: a share that was removed and made
+    /// again has another id.
+    pub(crate) fn forget_tree(&self, tree: u32, error: &SmbError) {
+        if error.is_connection_lost() {
+            self.trees.lock().retain(|_, id| *id != tree);
+        }
+    }
+
     /// A request with no data behind its body, that is answered with at most so many bytes.
     pub(crate) fn call(
         &self,
