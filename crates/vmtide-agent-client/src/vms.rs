@@ -274,10 +274,16 @@ impl FrozenVm for FrozenAgentVm {
         })?;
         let mut warnings = seal.warnings;
         warnings.truncate(MAX_LINES);
-        Ok(Seal {
-            tracking: seal.tracking,
+        let seal = Seal {
             warnings: warnings.iter().map(|line| words(line)).collect(),
-        })
+            downgrade_reason: seal.downgrade_reason.map(|reason| words(&reason)),
+            ..seal
+        };
+        if let Some(less) = seal.consistency.filter(|less| *less < self.moment.consistency) {
+            self.moment.consistency = less;
+            self.moment.downgrade_reason.clone_from(&seal.downgrade_reason);
+        }
+        Ok(seal)
     }
 
     fn commit(mut self: Box<Self>) -> Result<Vec<String>> {

@@ -22,7 +22,7 @@ use vmtide_cim::{Cim, CimError, CimValue, ObjectPath};
 use vmtide_hyperv::{HostFiles, NewDisk};
 use vmtide_hypervisor::{
     Base, Changes, Consistency, DiskId, FreezeRequest, FullReason, Hypervisor, HypervisorError,
-    JobId, TrackingId,
+    JobId, Seal, TrackingId,
 };
 
 fn start() -> (Arc<Script>, Agent) {
@@ -112,6 +112,17 @@ fn a_vm_of_an_agent_is_a_vm_like_any_other() {
     assert!(frozen.disks()[0].device.read_at(&mut [0; 512], 0).is_err(), "sealed is closed");
     assert_eq!(frozen.commit().unwrap(), ["an AVHDX that still merges"]);
     assert_eq!((count(&script.seals), count(&script.commits), count(&script.aborts)), (1, 1, 0));
+
+    *script.late_consistency.lock() = Seal {
+        consistency: Some(Consistency::Crash),
+        downgrade_reason: Some("the point\nsays so".into()),
+        ..Seal::default()
+    };
+    let mut frozen = hypervisor.freeze(&request()).unwrap();
+    frozen.seal().unwrap();
+    let reached = (frozen.consistency(), frozen.downgrade_reason());
+    assert_eq!(reached, (Consistency::Crash, Some("the point says so")));
+    frozen.commit().unwrap();
 
     script.lost.store(true, Ordering::SeqCst);
     let frozen = hypervisor.freeze(&request()).unwrap();

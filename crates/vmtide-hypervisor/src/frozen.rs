@@ -156,10 +156,7 @@ pub trait FrozenVm: Send {
     /// then without tracking, with a warning.
     fn seal(&mut self) -> Result<Seal> {
         let tracked = |disk: &FrozenDisk| Some((disk.id.clone(), disk.tracking.clone()?));
-        Ok(Seal {
-            tracking: self.disks().iter().filter_map(tracked).collect(),
-            warnings: Vec::new(),
-        })
+        Ok(Seal { tracking: self.disks().iter().filter_map(tracked).collect(), ..Seal::default() })
     }
 
     /// The restore point is committed: keep the new tracking, release the old, remove the rest.
@@ -185,6 +182,13 @@ pub struct Seal {
     pub tracking: BTreeMap<DiskId, TrackingId>,
     /// What the user should know, one line each.
     pub warnings: Vec<String>,
+    /// The consistency, where the platform tells only now that it is less than it said; [`FrozenVm::consistency`] is
+    /// the same from then on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub consistency: Option<Consistency>,
+    /// Why, as [`FrozenVm::downgrade_reason`] says from then on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub downgrade_reason: Option<String>,
 }
 
 /// One disk of a frozen VM.

@@ -35,6 +35,8 @@ pub struct Script {
     pub fail_commit: AtomicBool,
     pub lost: AtomicBool,
     pub request: Mutex<Option<FreezeRequest>>,
+    /// What sealing says of the consistency.
+    pub late_consistency: Mutex<Seal>,
 }
 
 /// One VM, `web`.
@@ -208,6 +210,7 @@ impl FrozenVm for Frozen {
             false => Ok(Seal {
                 tracking: [(DiskId("scsi0:0".into()), TrackingId("rctX:sealed".into()))].into(),
                 warnings: vec!["disk 1 has no name".into()],
+                ..self.script.late_consistency.lock().clone()
             }),
         }
     }

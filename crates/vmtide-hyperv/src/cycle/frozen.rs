@@ -129,14 +129,17 @@ impl FrozenHyperv {
         Ok(seal)
     }
 
-    /// Takes note of what the host says of the consistency only now.
-    fn note_consistency(&mut self, point: &ReferencePointRecord) {
-        if point.consistency == Some(CRASH_CONSISTENT) && self.consistency > Consistency::Crash {
+    /// Takes note of what the host says of the consistency only now, and answers whether it is less.
+    fn note_consistency(&mut self, point: &ReferencePointRecord) -> bool {
+        let is_less =
+            point.consistency == Some(CRASH_CONSISTENT) && self.consistency > Consistency::Crash;
+        if is_less {
             self.consistency = Consistency::Crash;
             self.downgrade = Some(
                 "the host made the checkpoint without the guest and tells it only in the reference point".into(),
             );
         }
+        is_less
     }
 
     /// The reference points of this lineage that a committed restore point makes useless.
@@ -292,7 +295,10 @@ impl FrozenVm for FrozenHyperv {
             match self.convert()? {
                 Ok(point) => {
                     seal = self.tokens(&point)?;
-                    self.note_consistency(&point);
+                    if self.note_consistency(&point) {
+                        seal.consistency = Some(self.consistency);
+                        seal.downgrade_reason.clone_from(&self.downgrade);
+                    }
                     self.point = (!seal.tracking.is_empty()).then_some(point.instance_id);
                 }
                 Err(why) => seal.warnings.push(no_tracking(&why)),
