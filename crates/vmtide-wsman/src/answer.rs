@@ -7,6 +7,7 @@ use crate::moment;
 use crate::xml::Element;
 use std::collections::HashMap;
 use vmtide_cim::{CimInstance, CimType, CimValue, MethodOutput, ObjectPath};
+pub(crate) use vmtide_sspi::one_line as short;
 
 /// What every resource of WMI has in its name. Hosts write what is before it in more than one way.
 const WMI_PATH: &str = "/wbem/wsman/1/wmi/";
@@ -241,23 +242,6 @@ pub(crate) fn method_output(element: &Element, method: &str) -> Read<MethodOutpu
         .and_then(|code| u32::try_from(code).ok())
         .ok_or_else(|| format!("{expected} has no ReturnValue"))?;
     Ok(MethodOutput { return_value, parameters })
-}
-
-/// Foreign text as a part of one line: short, and without what moves a terminal's cursor.
-pub(crate) fn short(text: &str) -> String {
-    const MAX_WORDS: usize = 300;
-    let mut line = String::new();
-    for word in text.split_whitespace() {
-        if !line.is_empty() {
-            line.push(' ');
-        }
-        line.extend(word.chars().filter(|c| !c.is_control()).take(MAX_WORDS));
-        if line.chars().count() >= MAX_WORDS {
-            line = line.chars().take(MAX_WORDS).chain(['…']).collect();
-            break;
-        }
-    }
-    line
 }
 
 #[cfg(test)]

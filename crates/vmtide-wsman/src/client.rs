@@ -334,9 +334,16 @@ fn association_wql(
     format!("{verb} OF {{{object}}}{filter}")
 }
 
-/// About the bytes that a tree took on the wire.
+/// About the bytes of memory that what a tree says takes, rather more: an element becomes an instance with a path and
+/// properties, a property or a value, none of which is smaller than some hundred bytes however short its text.
 fn size(element: &Element) -> u64 {
-    let own = element.text.len() + 2 * element.name.len() + 5;
+    /// Half of an instance with one property, or some three properties. Less would let tiny instances take more memory
+    /// than the limit says.
+    const ELEMENT_BYTES: usize = 448;
+    const ATTRIBUTE_BYTES: usize = 64;
+    let attribute = |(name, value): &(String, String)| ATTRIBUTE_BYTES + name.len() + value.len();
+    let attributes: usize = element.attributes.iter().map(attribute).sum();
+    let own = ELEMENT_BYTES + 2 * element.text.len() + 2 * element.name.len() + attributes;
     let own = u64::try_from(own).unwrap_or(u64::MAX);
     element.children.iter().map(size).fold(own, u64::saturating_add)
 }
@@ -437,6 +444,22 @@ mod tests {
             association_wql(&path, &Association::default(), false),
             r#"ASSOCIATORS OF {Msvm_ConcreteJob.InstanceID="A\\B"}"#
         );
+    }
+
+    #[test]
+    fn what_is_counted_is_what_is_kept() {
+        // The shortest instances there are, which take the most memory for their text.
+        let count = 1000;
+        let items = "<aaaa><bbb/></aaaa>".repeat(count);
+        let answer = format!("<PullResponse><Items>{items}</Items><EndOfSequence/></PullResponse>");
+        let element = xml::parse(answer.as_bytes()).unwrap();
+        let batch = answer::batch(&element, r"root\virtualization\v2", "Msvm_X").unwrap();
+        assert_eq!(batch.instances.len(), count);
+        // A vector of few elements has room for four, and a growing one for twice as many as it holds.
+        let instance = 2 * size_of::<CimInstance>() + 4 * size_of::<(String, CimValue)>();
+        assert!(size(&element) >= (count * instance) as u64, "{} {instance}", size(&element));
+        let attribute = format!("<a type=\"{}\"/>", "x".repeat(5000));
+        assert!(size(&xml::parse(attribute.as_bytes()).unwrap()) > 5000);
     }
 
     #[test]

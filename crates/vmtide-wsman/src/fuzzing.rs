@@ -4,8 +4,9 @@
 use crate::auth::{Context, Mechanism, sealed, ticket_refusal};
 use crate::fault::{self, Asked};
 use crate::options::{Credentials, WsmanOptions};
-use crate::{answer, der, xml};
+use crate::{answer, binding, xml};
 use std::time::Duration;
+use vmtide_sspi::der;
 use zeroize::Zeroizing;
 
 /// An answer: as a tree, as a batch, a result of a method, a fault.
@@ -30,7 +31,7 @@ pub fn tokens(input: &[u8]) {
         assert!(parts.signature.len() + parts.data.len() < input.len());
     }
     let _ = der::mechanism_token(input);
-    let _ = der::binding_hash(input);
+    let _ = binding::binding_hash(input);
     let _ = ticket_refusal(input);
     let Ok(credentials) = Credentials::new("u", Zeroizing::new("p".into())) else { return };
     let options = WsmanOptions::new("h");
@@ -115,6 +116,12 @@ mod tests {
             "spnego",
             &[0xa1, 9, 0x30, 7, 0xa2, 5, 4, 3, b'a', b'b', b'c'],
         );
+        // A host's word that a ticket has expired (KRB-ERROR within GSSAPI, RFC 4121 4.1).
+        let refusal = b"\x60\x4c\x06\x09\x2a\x86\x48\x86\xf7\x12\x01\x02\x02\x03\x00\x7e\x3d\x30\x3b\
+            \xa0\x03\x02\x01\x05\xa1\x03\x02\x01\x1e\xa4\x11\x18\x0f20261121123000Z\xa5\x03\x02\x01\x00\
+            \xa6\x03\x02\x01\x20\xa9\x05\x1b\x03LAB\xaa\x0b\x30\x09\xa0\x03\x02\x01\x02\xa1\x02\x30\x00";
+        assert!(ticket_refusal(refusal).is_some());
+        mutate(tokens, "wsman_tokens", "refusal", refusal);
         // A challenge (MS-NLMP 2.2.1.2): flags for Unicode, sealing and keys, target "H", a time.
         let mut challenge = b"NTLMSSP\0\x02\0\0\0\x02\0\x02\0\x38\0\0\0\x35\x82\x88\xe2\x01\x23\x45\x67\x89\xab\xcd\xef".to_vec();
         challenge.extend([0; 8]);

@@ -4,8 +4,8 @@
 //! sealed by NTLM or Kerberos) or HTTPS (5986). It knows nothing of Hyper-V but its namespace. From the wire up:
 //!
 //! * `http`: one connection, HTTP/1.1, because NTLM and Kerberos make the *connection* known, not a request;
-//! * `tls`: whose certificate is trusted, and what ties an authentication to it;
-//! * `auth`: contexts of NTLM and Kerberos, and the form of sealed messages;
+//! * `tls`, `binding`: whose certificate is trusted, and what ties an authentication to it;
+//! * `auth`: contexts of NTLM and Kerberos (over `vmtide_sspi`), and the form of sealed messages;
 //! * `session`: a connection with its authentication, `pool`: a few of them;
 //! * `envelope`, `answer`, `fault`, `moment`: what is written and read, over `xml`, bounded trees;
 //! * `client`: operations, their batches, and which of them may be sent again.
@@ -15,8 +15,8 @@
 
 mod answer;
 mod auth;
+mod binding;
 mod client;
-mod der;
 mod envelope;
 mod fault;
 #[doc(hidden)]

@@ -126,14 +126,7 @@ impl Credentials {
 
     /// Domain (empty for none) and account.
     pub(crate) fn parts(&self) -> (&str, &str) {
-        if let Some((domain, account)) = self.user.split_once('\\') {
-            // `.` is how Windows writes "of this machine".
-            return (if domain == "." { "" } else { domain }, account);
-        }
-        match self.user.rsplit_once('@') {
-            Some((account, domain)) => (domain, account),
-            None => ("", &self.user),
-        }
+        vmtide_sspi::split_user(&self.user)
     }
 }
 
@@ -183,7 +176,7 @@ pub struct WsmanOptions {
     /// The largest single answer that is asked for, in bytes: 8 KiB to 4 MiB. Hosts refuse what is above their own
     /// limit only when an answer would be that large.
     pub max_envelope_bytes: u32,
-    /// The most that one query may find, in bytes of its answers.
+    /// The most that one query may find, in bytes of memory that it takes, about: some hundred for each property.
     pub max_result_bytes: u64,
 }
 
@@ -205,7 +198,8 @@ impl WsmanOptions {
             connections: 4,
             // The default limit of Windows before Server 2012; all hosts answer within it.
             max_envelope_bytes: 153_600,
-            max_result_bytes: 64 << 20,
+            // Some five thousand objects with a hundred properties each.
+            max_result_bytes: 256 << 20,
         }
     }
 
@@ -305,6 +299,9 @@ impl WsmanOptions {
                 "{:?} is neither a host's name nor an address",
                 self.host
             )));
+        }
+        if let Some(named) = &self.kdc {
+            vmtide_sspi::kdc_url(named).map_err(OptionsError::Usage)?;
         }
         let secured = self.scheme == Scheme::Https;
         let for_tls = self.fingerprint.is_some()
@@ -501,6 +498,7 @@ mod tests {
         assert!(refused(&|o| o.credentials = None).contains("VMTIDE_WINRM_USER"));
         assert!(refused(&|o| o.host = "a b".into()).contains("host"));
         assert!(refused(&|o| o.host = "h/x?".into()).contains("host"));
+        assert!(refused(&|o| o.kdc = Some("https://dc1/x".into())).contains("KDC"));
         assert!(refused(&|o| o.max_envelope_bytes = 1).contains("KiB"));
     }
 

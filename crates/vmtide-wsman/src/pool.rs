@@ -5,6 +5,7 @@ use crate::session::{Failure, Session};
 use crate::tls::Tls;
 use bytes::Bytes;
 use parking_lot::{Condvar, Mutex};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use tokio::runtime::Runtime;
 use vmtide_cim::CimError;
@@ -32,6 +33,8 @@ pub(crate) struct Pool {
     peer: String,
     state: Mutex<State>,
     returned: Condvar,
+    /// Whether it was told that NTLM is used in the place of Kerberos: once is enough.
+    has_warned: AtomicBool,
 }
 
 impl Drop for Pool {
@@ -61,6 +64,7 @@ impl Pool {
             peer,
             state: Mutex::default(),
             returned: Condvar::new(),
+            has_warned: AtomicBool::new(false),
         })
     }
 
@@ -86,7 +90,7 @@ impl Pool {
         let Some(runtime) = &self.runtime else {
             return Err(not_run(CimError::protocol(&self.peer, "the client has ended")));
         };
-        let resting = self.take(action, once, fresh).map_err(not_run)?;
+        let resting = self.take(action, once, fresh)?;
         let place = Place(self);
         let outcome = runtime.block_on(async {
             let mut session = match resting {
@@ -95,6 +99,9 @@ impl Pool {
                     .await
                     .map_err(not_run)?,
             };
+            if let Some(why) = session.fallback.take() {
+                self.warn_of_ntlm(&why);
+            }
             let answer = session.exchange(envelope, action, &self.options, &self.peer).await?;
             Ok((session, answer))
         });
@@ -105,8 +112,19 @@ impl Pool {
         Ok(answer)
     }
 
+    /// Tells once that the user is proven by less than could be. Whoever can answer in the place of the domain's servers
+    /// can bring that about.
+    fn warn_of_ntlm(&self, why: &str) {
+        if !self.has_warned.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                peer = %self.peer,
+                "WinRM: NTLM is used instead of Kerberos ({why}); --winrm-auth kerberos takes nothing weaker"
+            );
+        }
+    }
+
     /// A resting session, or the right to open one (none); waits where all are in use.
-    fn take(&self, action: &str, once: bool, fresh: bool) -> Result<Option<Session>, CimError> {
+    fn take(&self, action: &str, once: bool, fresh: bool) -> Result<Option<Session>, Failure> {
         let limit = if once { MAX_IDLE_ONCE } else { MAX_IDLE };
         // Each of those before may take its whole time.
         let patience = self.options.operation_timeout.saturating_mul(2) + MAX_IDLE;
@@ -124,13 +142,27 @@ impl Pool {
                 return Ok(None);
             }
             if self.returned.wait_until(&mut state, deadline).timed_out() {
-                return Err(CimError::Timeout {
-                    action: format!("{action} (no free connection)"),
-                    timeout_ms: crate::fault::milliseconds(patience),
-                });
+                return Err(no_place(&self.peer, action, patience, once));
             }
         }
     }
+}
+
+/// All connections are in use for too long. It is not tried again: that was the wait. Of a call it is said that it was
+/// not sent, so that nobody looks for what it might have made.
+fn no_place(peer: &str, action: &str, patience: Duration, once: bool) -> Failure {
+    let timeout_ms = crate::fault::milliseconds(patience);
+    let error = match once {
+        true => CimError::Unreachable {
+            peer: peer.into(),
+            detail: format!(
+                "{action}: all connections were in use for {timeout_ms} ms, so it was not sent"
+            ),
+            before_request: true,
+        },
+        false => CimError::Timeout { action: format!("{action} (no free connection)"), timeout_ms },
+    };
+    Failure { error, not_run: false, unproven: false }
 }
 
 const fn not_run(error: CimError) -> Failure {
@@ -157,5 +189,19 @@ impl Drop for Place<'_> {
         state.count = state.count.saturating_sub(1);
         drop(state);
         self.0.returned.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_that_finds_no_connection_was_not_sent() {
+        let failed = |once| no_place("hv1", "call of X", Duration::from_secs(1), once);
+        let call = failed(true);
+        assert!(call.error.was_not_run() && !call.not_run, "{call:?}");
+        assert!(call.error.to_string().contains("not sent"), "{}", call.error);
+        assert!(matches!(failed(false).error, CimError::Timeout { .. }));
     }
 }

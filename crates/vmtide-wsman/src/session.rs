@@ -78,6 +78,8 @@ pub(crate) struct Session {
     proof: Proof,
     seals: bool,
     used: Instant,
+    /// Why NTLM proves the user although Kerberos was tried, until somebody tells it.
+    pub fallback: Option<String>,
 }
 
 impl Session {
@@ -90,14 +92,18 @@ impl Session {
         tls: Option<&Tls>,
         peer: &str,
     ) -> Result<Self, CimError> {
-        let mut why_not = None;
+        let mut why_not: Option<CimError> = None;
         for (mechanism, bound) in Mechanism::attempts(options) {
             let mut connection = Connection::open(options, tls, peer).await?;
             if !bound {
                 connection.binding = None;
             }
             match Self::authenticate(connection, mechanism, options, peer).await {
-                Ok(session) => return Ok(session),
+                Ok(mut session) => {
+                    let why_not = why_not.filter(|_| mechanism == Mechanism::Ntlm);
+                    session.fallback = why_not.map(|error| error.to_string());
+                    return Ok(session);
+                }
                 Err(Refusal::Other(error)) => return Err(error),
                 Err(Refusal::NotThisWay(error)) => why_not = Some(error),
             }
@@ -107,7 +113,7 @@ impl Session {
         }
         let connection = Connection::open(options, tls, peer).await?;
         let proof = Proof::Header(proof_header(options));
-        Ok(Self { connection, proof, seals: false, used: Instant::now() })
+        Ok(Self { connection, proof, seals: false, used: Instant::now(), fallback: None })
     }
 
     async fn authenticate(
@@ -158,7 +164,8 @@ impl Session {
                     prove_host(&mut context, reply).map_err(failed)?;
                     let seals = options.scheme == Scheme::Http;
                     let proof = Proof::Connection(Box::new(context));
-                    return Ok(Self { connection, proof, seals, used: Instant::now() });
+                    let used = Instant::now();
+                    return Ok(Self { connection, proof, seals, used, fallback: None });
                 }
                 _ => return Err(Refusal::Other(no_service(&answer, peer))),
             }
@@ -280,7 +287,7 @@ impl Session {
                 let parts = sealed::read(&answer.body)
                     .map_err(|why| protocol(&format!("a sealed answer cannot be read: {why}")))?;
                 let plain = context.unseal(parts.signature, parts.data).map_err(|error| {
-                    protocol(&format!("a sealed answer cannot be opened: {}", auth_words(&error)))
+                    protocol(&format!("a sealed answer cannot be opened: {}", error.words()))
                 })?;
                 if plain.len() != parts.length {
                     return Err(protocol("a sealed answer has another length than it says"));
@@ -324,15 +331,6 @@ fn prove_host(context: &mut Context, reply: Option<Vec<u8>>) -> Result<(), AuthE
         (Mechanism::Kerberos, None) => {
             Err(AuthError::Broken("it did not prove that it is the host".into()))
         }
-    }
-}
-
-fn auth_words(error: &AuthError) -> &str {
-    match error {
-        AuthError::Refused(words)
-        | AuthError::NoAuthority(words)
-        | AuthError::Unusable(words)
-        | AuthError::Broken(words) => words,
     }
 }
 

@@ -4,7 +4,7 @@
 //! pinned by their fingerprint, the others checked as usual. The fingerprint that was seen is kept, so that an error
 //! can say which it was.
 
-use crate::der;
+use crate::binding;
 use crate::options::{Fingerprint, OptionsError, WsmanOptions};
 use parking_lot::Mutex;
 use rustls::client::WebPkiServerVerifier;
@@ -119,7 +119,7 @@ fn authorities(
 
 /// What ties the authentication to the TLS connection to this certificate (RFC 5929). Hosts can require it.
 pub(crate) fn channel_binding(certificate: &[u8]) -> Vec<u8> {
-    let digest = ring::digest::digest(der::binding_hash(certificate), certificate);
+    let digest = ring::digest::digest(binding::binding_hash(certificate), certificate);
     [&b"tls-server-end-point:"[..], digest.as_ref()].concat()
 }
 

@@ -3,22 +3,16 @@
 //! The mechanisms themselves are those of the `sspi` crate. What it is given and what comes out of it is checked here:
 //! it trusts lengths that a host chose, and it writes messages into its logs.
 
-mod kdc;
-mod mit;
 pub(crate) mod sealed;
-mod sspi_guard;
 mod wrap;
 
-use crate::der;
 use crate::options::{Authentication, Credentials, Scheme, WsmanOptions};
-use kdc::Kdc;
-use picky_krb::messages::KrbError;
 use sspi::{
     AuthIdentityBuffers, BufferType, ClientRequestFlags, CredentialsBuffers, DataRepresentation,
     Kerberos, KerberosConfig, Ntlm, SecurityBuffer, SecurityBufferRef, Sspi, SspiImpl,
 };
-use sspi_guard::guarded;
-use std::net::IpAddr;
+pub(crate) use vmtide_sspi::{AuthError, ticket_refusal};
+use vmtide_sspi::{Kdc, der, guarded, kerberos_error, may_try_kerberos};
 use wrap::Wrap;
 use zeroize::Zeroizing;
 
@@ -26,19 +20,6 @@ use zeroize::Zeroizing;
 const MAX_TOKEN_BYTES: usize = 96 << 10;
 
 const NTLM_SIGNATURE_BYTES: usize = 16;
-
-/// Why authentication failed.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum AuthError {
-    /// Wrong name or password, expired or locked: the text says it.
-    Refused(String),
-    /// Nobody of the user's domain answers.
-    NoAuthority(String),
-    /// The domain does not know the host, or the mechanism cannot be used with it; another one may.
-    Unusable(String),
-    /// The host does not keep to the protocol.
-    Broken(String),
-}
 
 /// The mechanism of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,15 +53,12 @@ impl Mechanism {
 
     /// What can be tried at all.
     fn candidates(options: &WsmanOptions) -> Vec<Self> {
-        let domain = options.credentials.as_ref().map_or("", |known| known.parts().0);
-        let named = options.host.parse::<IpAddr>().is_err();
+        let user = options.credentials.as_ref().map_or("", Credentials::user);
         match options.authentication {
             Authentication::Ntlm => vec![Self::Ntlm],
             Authentication::Kerberos => vec![Self::Kerberos],
-            // A domain without a dot is a short name, which no server of Kerberos is found by.
             Authentication::Negotiate
-                if named
-                    && (domain.contains('.') || !domain.is_empty() && options.kdc.is_some()) =>
+                if may_try_kerberos(user, &options.host, options.kdc.is_some()) =>
             {
                 vec![Self::Kerberos, Self::Ntlm]
             }
@@ -106,7 +84,7 @@ enum Inner {
     Kerberos {
         context: Box<Kerberos>,
         credentials: Option<CredentialsBuffers>,
-        kdc: Kdc,
+        kdc: Box<Kdc>,
         /// Once the host has answered.
         wrap: Option<Wrap>,
     },
@@ -137,7 +115,8 @@ impl Context {
             }
             Mechanism::Kerberos => {
                 let identity = AuthIdentityBuffers::from_utf8(account, domain, password);
-                let kdc = Kdc::new(options, credentials);
+                let named = options.kdc.as_deref();
+                let kdc = Kdc::new(named, domain, password, options.connect_timeout)?;
                 let config =
                     KerberosConfig { kdc_url: kdc.url(), client_computer_name: "vmtide".into() };
                 let context =
@@ -145,7 +124,7 @@ impl Context {
                 Inner::Kerberos {
                     context: Box::new(context),
                     credentials: Some(CredentialsBuffers::AuthIdentity(identity)),
-                    kdc,
+                    kdc: Box::new(kdc),
                     wrap: None,
                 }
             }
@@ -202,9 +181,11 @@ impl Context {
                     .with_target_name(target)
                     .with_input(&mut input)
                     .with_output(&mut output);
-                context.initialize_security_context_impl(&mut builder)?.resolve_with_client(kdc)
+                context
+                    .initialize_security_context_impl(&mut builder)?
+                    .resolve_with_client(kdc.as_ref())
             })
-            .map_err(|error| kerberos_error(&error, target))?,
+            .map_err(|error| kerberos_error(&error, target, !token.is_empty()))?,
         };
         if let Inner::Kerberos { context, wrap, .. } = &mut self.inner
             && !token.is_empty()
@@ -283,28 +264,8 @@ fn wrap_of(context: &mut Kerberos) -> Result<Wrap, AuthError> {
         .ok_or_else(|| AuthError::Broken("the domain chose a cipher that is no AES".into()))
 }
 
-/// What a host says with a token that refuses a ticket (`KRB-ERROR` within GSSAPI, RFC 4121 4.1); none where it says
-/// nothing that we know.
-pub(crate) fn ticket_refusal(token: &[u8]) -> Option<&'static str> {
-    const GSSAPI: u8 = 0x60;
-    const ERROR_TOKEN: [u8; 2] = [3, 0];
-    let frame = der::read(der::mechanism_token(token)).filter(|node| node.tag == GSSAPI)?;
-    let mechanism = der::read(frame.content)?;
-    let message = mechanism.rest.strip_prefix(&ERROR_TOKEN)?;
-    let error = guarded(|| Ok(picky_asn1_der::from_bytes::<KrbError>(message)?)).ok()?;
-    // RFC 4120 7.5.9.
-    match error.0.error_code.0 {
-        32 => Some("the Kerberos ticket has expired"),
-        33 => Some(
-            "the Kerberos ticket is not valid yet: the clocks of the domain and of the host differ",
-        ),
-        37 => Some("the clocks of this machine and of the host differ too much: set them by NTP"),
-        35 | 36 | 41 | 44 | 45 => Some(
-            "the Kerberos ticket is for another host of that name, or the host's password in the domain was changed: \
-             use its full name, or NTLM",
-        ),
-        _ => None,
-    }
+fn broken(error: sspi::Error) -> AuthError {
+    AuthError::broken(&error)
 }
 
 fn requirements() -> ClientRequestFlags {
@@ -323,39 +284,6 @@ fn security_channel_bindings(application_data: &[u8]) -> Vec<u8> {
     bytes.extend_from_slice(&STRUCTURE_BYTES.to_le_bytes());
     bytes.extend_from_slice(application_data);
     bytes
-}
-
-fn broken(error: sspi::Error) -> AuthError {
-    AuthError::Broken(format!("authentication: {}", crate::answer::short(&error.description)))
-}
-
-/// What the domain answered, in words that help.
-fn kerberos_error(error: &sspi::Error, target: &str) -> AuthError {
-    use sspi::ErrorKind as Kind;
-    let words = crate::answer::short(&error.description);
-    let lower = words.to_lowercase();
-    match error.error_type {
-        Kind::NoAuthenticatingAuthority => AuthError::NoAuthority(words),
-        Kind::TimeSkew => AuthError::Refused(
-            "the clocks of this machine and of the domain differ too much: set them by NTP".into(),
-        ),
-        Kind::ContextExpired => AuthError::Refused("the Kerberos ticket has expired".into()),
-        Kind::UnknownCredentials if lower.contains("server") && lower.contains("not found") => {
-            AuthError::Unusable(format!(
-                "the domain does not know {target}: use the host's full name, or NTLM"
-            ))
-        }
-        Kind::UnknownCredentials => {
-            AuthError::Refused(format!("the domain refused the user: {words}"))
-        }
-        Kind::KdcInvalidRequest if lower.contains("pre-auth") || lower.contains("preauth") => {
-            AuthError::Refused("wrong password".into())
-        }
-        Kind::InvalidParameter if lower.contains("expired") => {
-            AuthError::Refused(format!("the account or its password has expired: {words}"))
-        }
-        _ => AuthError::Unusable(format!("Kerberos cannot be used: {words}")),
-    }
 }
 
 #[cfg(test)]

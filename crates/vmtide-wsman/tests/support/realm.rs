@@ -17,7 +17,7 @@ pub struct Realm {
 }
 
 impl Realm {
-    /// A realm with a service for HTTP on `localhost`, and its keytab.
+    /// A realm with services for HTTP and for files on `localhost`, and their keytab.
     pub fn start() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let place = directory.path();
@@ -32,15 +32,17 @@ impl Realm {
         let profile = format!(
             "[kdcdefaults]\n kdc_listen = {address}\n kdc_tcp_listen = {address}\n[realms]\n {REALM} = {{\n \
              database_name = {shown}/principal\n key_stash_file = {shown}/stash\n acl_file = {shown}/acl\n \
-             supported_enctypes = aes256-cts-hmac-sha1-96:normal\n }}\n[logging]\n kdc = FILE:{shown}/kdc.log\n"
+             supported_enctypes = aes256-cts-hmac-sha1-96:normal\n disable_pac = true\n }}\n[logging]\n kdc = FILE:{shown}/kdc.log\n"
         );
         std::fs::write(place.join("kdc.conf"), profile).unwrap();
         run(command("kdb5_util", place).args(["create", "-s", "-r", REALM, "-P", "not-a-secret"]));
+        // (Without PACs: what MIT's have in them is not what Samba looks for.)
         // With a policy of its own, or every ticket would ask for authentication of the KDC's own liking.
         let keytab = place.join("keytab").display().to_string();
-        let service = format!("HTTP/localhost@{REALM}");
-        admin(place, &format!("addprinc -randkey {service}"));
-        admin(place, &format!("ktadd -k {keytab} {service}"));
+        for service in ["HTTP", "cifs"].map(|kind| format!("{kind}/localhost@{REALM}")) {
+            admin(place, &format!("addprinc -randkey {service}"));
+            admin(place, &format!("ktadd -k {keytab} {service}"));
+        }
         let kdc = command("krb5kdc", place).args(["-n", "-r", REALM]).spawn().unwrap();
         let realm = Self { directory, kdc, address };
         realm.wait();
@@ -53,9 +55,15 @@ impl Realm {
         admin(self.directory.path(), &flags);
     }
 
-    /// Takes the service out of the realm.
-    pub fn forget_service(&self) {
-        admin(self.directory.path(), &format!("delprinc -force HTTP/localhost@{REALM}"));
+    /// Gives a user another password.
+    #[allow(dead_code, reason = "not all tests that have a realm need it")]
+    pub fn change_password(&self, name: &str, password: &str) {
+        admin(self.directory.path(), &format!("cpw -pw {password} {name}@{REALM}"));
+    }
+
+    /// Takes a service (`HTTP`, `cifs`) out of the realm.
+    pub fn forget_service(&self, kind: &str) {
+        admin(self.directory.path(), &format!("delprinc -force {kind}/localhost@{REALM}"));
     }
 
     pub fn keytab(&self) -> PathBuf {

@@ -19,7 +19,7 @@ const SERVICES_PART: u8 = 0x7a;
 const PREFIX_BYTES: usize = 4;
 
 /// An answer of a domain's server, with its tag set right; anything else as it is.
-pub(super) fn with_right_tag(answer: Vec<u8>, password: &str) -> Vec<u8> {
+pub(crate) fn with_right_tag(answer: Vec<u8>, password: &str) -> Vec<u8> {
     if answer.get(PREFIX_BYTES) != Some(&AS_REP) {
         return answer;
     }

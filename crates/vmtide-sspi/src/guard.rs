@@ -4,7 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// Calls `call`. The library logs tokens and plain messages, which must stay out of ours; and where it meets bytes
 /// that it did not think of it may panic, which must end the connection and not the process.
-pub(super) fn guarded<T>(call: impl FnOnce() -> sspi::Result<T>) -> sspi::Result<T> {
+pub fn guarded<T>(call: impl FnOnce() -> sspi::Result<T>) -> sspi::Result<T> {
     let silent = tracing::subscriber::NoSubscriber::default();
     let result = tracing::subscriber::with_default(silent, || catch_unwind(AssertUnwindSafe(call)));
     result.unwrap_or_else(|_| {
