@@ -3,7 +3,7 @@
 use crate::error::Result;
 use crate::link::Traffic;
 use crate::path::SharePath;
-use crate::requests::{Listed, Purpose};
+use crate::requests::{Listed, Opened, Purpose};
 use crate::session::{Session, SmbOptions};
 use parking_lot::Mutex;
 use std::collections::HashMap;
@@ -14,6 +14,8 @@ use std::sync::Arc;
 struct Server {
     session: Option<Arc<Session>>,
     earlier: Traffic,
+    /// Whether it was told that NTLM is used in the place of Kerberos: once is enough.
+    has_warned: bool,
 }
 
 /// Files on servers over SMB. May be shared by threads; calls block.
@@ -33,12 +35,20 @@ impl SmbClient {
         &self.options
     }
 
-    /// The connection to a server; a new one where there is none or it broke.
+    /// The connection to a server; a new one where there is none or it broke. One whose ticket has expired goes on with
+    /// a new ticket.
     pub(crate) fn session(&self, server: &str) -> Result<Arc<Session>> {
         let slot = self.servers.lock().entry(server.to_lowercase()).or_default().clone();
         // Who else wants this server waits for the login; others do not.
         let mut slot = slot.lock();
         if let Some(session) = &slot.session {
+            if !session.link.is_broken()
+                && session.link.is_expired()
+                && let Err(error) = session.renew(&self.options)
+            {
+                tracing::debug!(%server, %error, "the SMB session cannot go on");
+                session.link.end("its Kerberos ticket has expired, and no other was taken");
+            }
             if !session.link.is_broken() {
                 return Ok(session.clone());
             }
@@ -48,6 +58,13 @@ impl SmbClient {
             slot.session = None;
         }
         let session = Arc::new(Session::connect(&self.options, server)?);
+        if let Some(why) = session.fallback.as_ref().filter(|_| !slot.has_warned) {
+            slot.has_warned = true;
+            tracing::warn!(
+                %server,
+                "SMB: NTLM is used instead of Kerberos ({why}); --winrm-auth kerberos takes nothing weaker"
+            );
+        }
         slot.session = Some(session.clone());
         Ok(session)
     }
@@ -65,6 +82,24 @@ impl SmbClient {
         sum
     }
 
+    /// Opens or makes `path` over the connection to its server: the session, the share's id there, the file's.
+    pub(crate) fn open(
+        &self,
+        path: &SharePath,
+        purpose: Purpose,
+    ) -> Result<(Arc<Session>, u32, Opened)> {
+        let session = self.session(&path.server)?;
+        match session.open(path, purpose) {
+            // What is refused because the ticket has expired was not done, whatever it is.
+            Err(_) if session.link.is_expired() && !session.link.is_broken() => {
+                let session = self.session(&path.server)?;
+                let (tree, opened) = session.open(path, purpose)?;
+                Ok((session, tree, opened))
+            }
+            outcome => outcome.map(|(tree, opened)| (session, tree, opened)),
+        }
+    }
+
     /// Opens `path` for the moment of `work`, and closes it.
     pub(crate) fn with_open<T>(
         &self,
@@ -74,10 +109,7 @@ impl SmbClient {
     ) -> Result<T> {
         let what = path.to_string();
         let attempt = || {
-            let session = self.session(&path.server)?;
-            let tree = session.tree(&path.share)?;
-            let opened = session.create(tree, &path.path, purpose, &what);
-            let opened = opened.inspect_err(|error| session.forget_tree(tree, error))?;
+            let (session, tree, opened) = self.open(path, purpose)?;
             let done = work(&session, tree, opened.id, opened.size_bytes);
             let closed = session.close(tree, opened.id, &what);
             let done = done?;

@@ -233,6 +233,17 @@ impl Cipher {
         })
     }
 
+    /// The server's side of [`new`](Self::new).
+    #[cfg(test)]
+    pub(crate) fn of_server(
+        encryption: Encryption,
+        full_session_key: &[u8],
+        preauth: &PreauthHash,
+    ) -> Result<Self> {
+        let Self { seal, open, nonce } = Self::new(encryption, full_session_key, preauth)?;
+        Ok(Self { seal: open, open: seal, nonce })
+    }
+
     /// Encrypts the message that stands in `frame` from `start` on, in front of which are
     /// [`TRANSFORM_BYTES`] for its header.
     pub(crate) fn seal(&self, frame: &mut [u8], start: usize, session_id: u64) -> Result<()> {

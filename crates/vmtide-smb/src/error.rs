@@ -151,8 +151,11 @@ impl SmbError {
             status::NOT_SUPPORTED | status::INVALID_DEVICE_REQUEST | status::INVALID_INFO_CLASS => {
                 Self::Unsupported { detail: format!("{what}: the server does not support it") }
             }
+            status::NETWORK_SESSION_EXPIRED => Self::Disconnected {
+                peer: what,
+                detail: text("the session's Kerberos ticket has expired"),
+            },
             status::USER_SESSION_DELETED
-            | status::NETWORK_SESSION_EXPIRED
             | status::NETWORK_NAME_DELETED
             | status::FILE_CLOSED
             | status::CONNECTION_DISCONNECTED

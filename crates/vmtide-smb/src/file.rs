@@ -3,6 +3,8 @@
 //! A read or write is cut into pieces that are all under way at once, and many threads may read and write at the same
 //! time over the one connection.
 //!
+//! A session whose Kerberos ticket expires is renewed, and the file stays open, for readers and writers.
+//!
 //! A connection that breaks under a reader is made again, within [`reconnect_for`](crate::SmbOptions::reconnect_for):
 //! the file is opened anew, and must be the same one with the same size and time of writing, else the read fails. Under
 //! a writer it is not, once something was written and not flushed: a server that was restarted may have lost what it
@@ -11,13 +13,13 @@
 use crate::client::SmbClient;
 use crate::error::{Result, SmbError};
 use crate::path::SharePath;
+use crate::patience::Patience;
 use crate::requests::{FileId, Purpose};
 use crate::session::Session;
 use crate::unflushed::Unflushed;
 use parking_lot::{Mutex, RwLock};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
 use vmtide_block::{BlockDevice, BlockError, ByteRange, WritableBlockDevice};
 
 /// The most bytes of one request. Larger ones leave a single reader waiting for the end of each; smaller ones cost more
@@ -27,9 +29,6 @@ const PIECE_BYTES: u32 = 512 << 10;
 const WINDOW_BYTES: usize = 8 << 20;
 /// The most bytes that the server is asked to make zero in one request, so that it answers in time.
 const ZERO_BYTES: u64 = 32 << 20;
-/// The first pause before a connection is made again; each further one is twice as long, up to [`LONGEST_PAUSE`].
-const FIRST_PAUSE: Duration = Duration::from_millis(200);
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// An open file on a share.
 pub struct SmbFile {
@@ -68,10 +67,7 @@ struct Identity {
 
 fn open(client: &SmbClient, path: &SharePath, purpose: Purpose, generation: u64) -> Result<Open> {
     let what = path.to_string();
-    let session = client.session(&path.server)?;
-    let tree = session.tree(&path.share)?;
-    let opened = session.create(tree, &path.path, purpose, &what);
-    let opened = opened.inspect_err(|error| session.forget_tree(tree, error))?;
+    let (session, tree, opened) = client.open(path, purpose)?;
     let number = session.file_number(tree, opened.id, &what)?;
     let identity =
         Identity { number, size_bytes: opened.size_bytes, written_at: opened.written_at };
@@ -138,34 +134,30 @@ impl SmbFile {
 
     /// Does `work` on the open file; where the connection breaks, on a new one.
     fn retry<T>(&self, mut work: impl FnMut(&Open) -> Result<T>) -> Result<T> {
-        let mut deadline = None;
-        let mut pause = FIRST_PAUSE;
+        let mut patience = Patience::new(self.client.options().reconnect_for);
         loop {
             if self.lost_writes.load(Ordering::Acquire) {
                 return Err(self.may_have_lost());
             }
             let open = self.open.read().clone();
+            let renewals = open.session.link.renewals();
             let mut error = match work(&open) {
                 Err(error) if error.is_connection_lost() => error,
                 other => return other,
             };
-            let deadline =
-                *deadline.get_or_insert(Instant::now() + self.client.options().reconnect_for);
             loop {
-                match self.reopen(open.generation) {
+                match self.reopen(open.generation, renewals) {
                     Ok(()) => break,
                     Err(again) if again.is_connection_lost() || is_own_handle(&again) => {
                         error = again;
                     }
                     Err(other) => return Err(other),
                 }
-                if Instant::now() + pause > deadline {
+                if !patience.pause() {
                     return Err(error);
                 }
-                std::thread::sleep(pause);
-                pause = (pause * 2).min(LONGEST_PAUSE);
             }
-            if Instant::now() > deadline {
+            if !patience.may_use_reopened() {
                 return Err(error);
             }
         }
@@ -181,12 +173,21 @@ impl SmbFile {
         }
     }
 
-    /// Opens the file again, unless somebody did it since `generation`.
-    fn reopen(&self, generation: u64) -> Result<()> {
+    /// Opens the file again, unless somebody did it since `generation`, or its session is renewed, or was since
+    /// `renewals`.
+    fn reopen(&self, generation: u64, renewals: u64) -> Result<()> {
         let _one_at_a_time = self.reopening.lock();
         let before = self.open.read().clone();
         if before.generation != generation {
             return Ok(());
+        }
+        let link = &before.session.link;
+        if !link.is_broken() && (link.is_expired() || link.renewals() != renewals) {
+            // The server has kept what is open, and what was written.
+            let session = self.client.session(&self.path.server)?;
+            if Arc::ptr_eq(&session, &before.session) {
+                return Ok(());
+            }
         }
         if self.unflushed.is_dirty() {
             self.lost_writes.store(true, Ordering::Release);

@@ -23,6 +23,7 @@ pub(crate) enum Command {
     Read = 8,
     Write = 9,
     Ioctl = 11,
+    Echo = 13,
     QueryDirectory = 14,
     QueryInfo = 16,
     SetInfo = 17,

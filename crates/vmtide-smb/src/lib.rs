@@ -15,6 +15,7 @@
 mod auth;
 mod client;
 mod crypto;
+mod dial;
 mod disk;
 mod error;
 mod file;
@@ -25,6 +26,7 @@ mod header;
 mod link;
 mod negotiate;
 mod path;
+mod patience;
 mod requests;
 mod session;
 mod unflushed;

@@ -2,8 +2,13 @@
 //! waits for it.
 //!
 //! Credits (MS-SMB2 3.2.4.1.5) say how much may be under way: each 64 KiB of a request or its answer takes one, and
-//! a request that finds none waits. So they also bound the memory: answers that nobody has fetched yet are at most what
-//! was asked for, [`MAX_CREDITS`] times 64 KiB.
+//! a request that finds none waits. An answer that is larger than its credits allow ends the connection. Credits come
+//! back when an answer arrives, so what bounds the memory of answers that nobody has fetched yet is who asks: each
+//! thread at a file has a window of 8 MiB.
+//!
+//! A server may say that it is still at it (an interim answer, MS-SMB2 3.2.5.1.5): making gigabytes of zeros or flushing a
+//! large cache takes minutes. Then the answer is waited for as long as the server shows that it lives, by answering an
+//! `ECHO` whenever the time of a request has passed, up to [`MAX_PENDING`].
 
 use crate::crypto::{Cipher, Signer, TRANSFORM, TRANSFORM_BYTES};
 use crate::error::{Result, SmbError, status};
@@ -13,9 +18,9 @@ use crate::header::{
 use crate::wire::Writer;
 use parking_lot::{Condvar, Mutex};
 use std::collections::HashMap;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -28,8 +33,15 @@ const MAX_CREDITS: u32 = 512;
 const MORE_CREDITS: u16 = 64;
 /// The longest message that is taken: the largest read, and more than any header.
 const MAX_MESSAGE_BYTES: usize = (8 << 20) + (64 << 10);
+/// What an answer may have beyond the data that its credits stand for: headers, the fixed parts of answers.
+const ANSWER_SLACK_BYTES: usize = 4 << 10;
 /// Buffers of answers that are kept for later ones, so that not every megabyte is new, cold memory.
 const MAX_SPARE_BUFFERS: usize = 16;
+/// The largest buffer that is kept: a piece of a file with its headers has little more than half of it.
+const MAX_SPARE_BYTES: usize = 1 << 20;
+/// How long a request may be pending at a server that lives. The slowest known, filling 600 GB with zeros on one disk,
+/// takes 20 minutes; a server that lives and never answers must end all the same.
+const MAX_PENDING: Duration = Duration::from_secs(30 * 60);
 /// The message id of what a server says unasked (an oplock's end; none are taken here).
 const UNASKED: u64 = u64::MAX;
 
@@ -67,6 +79,9 @@ struct Shared {
     spare: Mutex<Vec<Vec<u8>>>,
     received_bytes: AtomicU64,
     sent_bytes: AtomicU64,
+    /// See [`Link::is_expired`].
+    is_expired: AtomicBool,
+    renewals: AtomicU64,
 }
 
 struct State {
@@ -83,6 +98,16 @@ struct State {
 struct Waiting {
     answer: SyncSender<Result<Reply>>,
     charge: u32,
+    /// The server has said that it is at it.
+    is_pending: bool,
+}
+
+impl Waiting {
+    /// The longest answer that may come, its transform header counted.
+    fn max_answer_bytes(&self) -> usize {
+        let data = u64::from(self.charge) * u64::from(CREDIT_BYTES);
+        usize::try_from(data).unwrap_or(usize::MAX).saturating_add(ANSWER_SLACK_BYTES)
+    }
 }
 
 /// A request.
@@ -147,6 +172,8 @@ impl Link {
             spare: Mutex::new(Vec::new()),
             received_bytes: AtomicU64::new(0),
             sent_bytes: AtomicU64::new(0),
+            is_expired: AtomicBool::new(false),
+            renewals: AtomicU64::new(0),
         });
         let reader = shared.clone();
         std::thread::Builder::new()
@@ -174,6 +201,27 @@ impl Link {
         }
     }
 
+    /// Whether the server asks to be told anew who we are; what is open stays open.
+    pub(crate) fn is_expired(&self) -> bool {
+        self.shared.is_expired.load(Ordering::Acquire)
+    }
+
+    /// How often it was told so.
+    pub(crate) fn renewals(&self) -> u64 {
+        self.shared.renewals.load(Ordering::Acquire)
+    }
+
+    /// The server was told.
+    pub(crate) fn renewed(&self) {
+        self.shared.renewals.fetch_add(1, Ordering::AcqRel);
+        self.shared.is_expired.store(false, Ordering::Release);
+    }
+
+    /// Ends the connection for all who use it.
+    pub(crate) fn end(&self, why: &str) {
+        self.shared.break_off(self.shared.lost(why));
+    }
+
     /// Sends a request, and waits for its answer.
     pub(crate) fn call(&self, request: &Request<'_>) -> Result<Reply> {
         let (ticket, _) = self.submit(request, 0)?;
@@ -195,28 +243,62 @@ impl Link {
         Ok(self.submit(request, 0)?.0)
     }
 
-    /// Waits for an answer. A server that does not answer in time counts as gone.
+    /// Waits for an answer. A server that does not answer in time counts as gone, unless it said that it is at it and
+    /// shows that it lives.
     pub(crate) fn wait(&self, ticket: Ticket) -> Result<Reply> {
-        let reply = match ticket.answer.recv_timeout(self.shared.timeout) {
-            Ok(reply) => reply?,
-            Err(RecvTimeoutError::Timeout) => {
-                let error = self.shared.timed_out();
-                self.shared.break_off(error.clone());
-                return Err(error);
+        let deadline = Instant::now() + MAX_PENDING;
+        let reply = loop {
+            match ticket.answer.recv_timeout(self.shared.timeout) {
+                Ok(reply) => break reply?,
+                Err(RecvTimeoutError::Timeout)
+                    if self.shared.is_pending(ticket.message_id) && Instant::now() < deadline =>
+                {
+                    self.echo()?;
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    // It may have come in the meantime.
+                    if let Ok(reply) = ticket.answer.try_recv() {
+                        break reply?;
+                    }
+                    let error = self.shared.timed_out();
+                    self.shared.break_off(error.clone());
+                    return Err(error);
+                }
+                Err(RecvTimeoutError::Disconnected) => return Err(self.shared.why_broken()),
             }
-            Err(RecvTimeoutError::Disconnected) => return Err(self.shared.why_broken()),
         };
         if let Err(error) = self.shared.check(&reply, ticket.message_id) {
             self.shared.break_off(error.clone());
             return Err(error);
         }
+        if reply.header.status == status::NETWORK_SESSION_EXPIRED {
+            self.shared.is_expired.store(true, Ordering::Release);
+        }
         Ok(reply)
+    }
+
+    /// Succeeds where the server lives.
+    fn echo(&self) -> Result<()> {
+        // Its structure's size, and nothing (MS-SMB2 2.2.28).
+        let body = [4, 0, 0, 0];
+        let request = Request {
+            command: Command::Echo,
+            tree_id: 0,
+            body: &body,
+            data: &[],
+            payload_bytes: 0,
+        };
+        let (ticket, _) = self.submit(&request, 0)?;
+        let answer = ticket.answer.recv_timeout(self.shared.timeout);
+        let answer = answer.unwrap_or_else(|_| Err(self.shared.timed_out()));
+        let checked = answer.and_then(|reply| self.shared.check(&reply, ticket.message_id));
+        checked.inspect_err(|error| self.shared.break_off(error.clone()))
     }
 
     /// Gives back the buffer of an answer that was read.
     pub(crate) fn recycle(&self, reply: Reply) {
         let mut spare = self.shared.spare.lock();
-        if spare.len() < MAX_SPARE_BUFFERS {
+        if spare.len() < MAX_SPARE_BUFFERS && reply.frame.capacity() <= MAX_SPARE_BYTES {
             spare.push(reply.frame);
         }
     }
@@ -224,7 +306,9 @@ impl Link {
     fn submit(&self, request: &Request<'_>, session_id: u64) -> Result<(Ticket, Vec<u8>)> {
         let charge = request.payload_bytes.max(1).div_ceil(CREDIT_BYTES);
         let (sender, answer) = sync_channel(1);
-        let (message_id, more) = self.shared.admit(charge, sender)?;
+        // Whether the server lives is asked to find out, not to wait for.
+        let is_patient = request.command != Command::Echo;
+        let (message_id, more) = self.shared.admit(charge, sender, is_patient)?;
         let sent = self.shared.transmit(request, message_id, session_id, charge, more);
         match sent {
             Ok(message) => Ok((Ticket { answer, message_id }, message)),
@@ -235,11 +319,6 @@ impl Link {
             }
         }
     }
-}
-
-/// Whether a status says that the session is no more.
-const fn has_ended(status: u32) -> bool {
-    matches!(status, status::USER_SESSION_DELETED | status::NETWORK_SESSION_EXPIRED)
 }
 
 impl Drop for Link {
@@ -282,9 +361,15 @@ impl Shared {
     }
 
     /// Takes credits for a request, waiting for them, and a message id with a place for its answer. Answers also with
-    /// how many credits the request shall ask for.
-    fn admit(&self, charge: u32, answer: SyncSender<Result<Reply>>) -> Result<(u64, u16)> {
-        let deadline = Instant::now() + self.timeout;
+    /// how many credits the request shall ask for. `is_patient`: as long as what has the credits is pending.
+    fn admit(
+        &self,
+        charge: u32,
+        answer: SyncSender<Result<Reply>>,
+        is_patient: bool,
+    ) -> Result<(u64, u16)> {
+        let begun = Instant::now();
+        let mut deadline = begun + self.timeout;
         let mut state = self.state.lock();
         loop {
             if let Some(error) = &state.broken {
@@ -294,6 +379,12 @@ impl Shared {
                 break;
             }
             if self.credits_came.wait_until(&mut state, deadline).timed_out() {
+                // What is pending has the credits; whoever waits for it asks whether the server lives.
+                let is_pending = state.waiting.values().any(|waiting| waiting.is_pending);
+                if is_patient && is_pending && begun.elapsed() < MAX_PENDING {
+                    deadline = Instant::now() + self.timeout;
+                    continue;
+                }
                 drop(state);
                 let error = self.timed_out();
                 self.break_off(error.clone());
@@ -304,7 +395,7 @@ impl Shared {
         state.in_flight += charge;
         let message_id = state.next_message_id;
         state.next_message_id += u64::from(charge);
-        state.waiting.insert(message_id, Waiting { answer, charge });
+        state.waiting.insert(message_id, Waiting { answer, charge, is_pending: false });
         let own = u16::try_from(charge).unwrap_or(u16::MAX);
         let has_all = state.credits + state.in_flight >= MAX_CREDITS;
         Ok((message_id, if has_all { own } else { own.saturating_add(MORE_CREDITS) }))
@@ -350,10 +441,43 @@ impl Shared {
         if let Some(head) = frame.get_mut(..4) {
             head.copy_from_slice(&size.to_be_bytes());
         }
-        self.sending.lock().write_all(&frame).map_err(|error| self.lost(error))?;
+        self.write(&frame)?;
         self.sent_bytes.fetch_add(frame.len() as u64, Ordering::Relaxed);
         // Only a login looks at it.
         Ok(if security.is_none() { frame.split_off(start) } else { Vec::new() })
+    }
+
+    /// Sends a message, all of it within the time of a request: a server that takes a byte now and then would else hold
+    /// whoever has something to send.
+    fn write(&self, frame: &[u8]) -> Result<()> {
+        let deadline = Instant::now() + self.timeout;
+        let mut stream = self.sending.try_lock_until(deadline).ok_or_else(|| self.timed_out())?;
+        let mut rest = frame;
+        while !rest.is_empty() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(self.timed_out());
+            }
+            stream.set_write_timeout(Some(left)).map_err(|error| self.lost(error))?;
+            match stream.write(rest) {
+                Ok(0) => return Err(self.lost("it takes nothing any more")),
+                Ok(sent) => rest = rest.get(sent..).unwrap_or_default(),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error)
+                    if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) =>
+                {
+                    return Err(self.timed_out());
+                }
+                Err(error) => return Err(self.lost(error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the server has said that it is at a request.
+    fn is_pending(&self, message_id: u64) -> bool {
+        let state = self.state.lock();
+        state.waiting.get(&message_id).is_some_and(|waiting| waiting.is_pending)
     }
 
     /// Takes answers in until the connection ends.
@@ -369,7 +493,7 @@ impl Shared {
 
     fn receive(&self, stream: &mut TcpStream) -> Result<Vec<u8>> {
         let closed = |error: std::io::Error| match error.kind() {
-            std::io::ErrorKind::UnexpectedEof => self.lost("the server closed it"),
+            ErrorKind::UnexpectedEof => self.lost("the server closed it"),
             _ => self.lost(error),
         };
         let mut head = [0; 4];
@@ -406,11 +530,19 @@ impl Shared {
             return Ok(());
         }
         let is_interim = header.status == status::PENDING && header.flags & FLAG_ASYNC != 0;
+        let encrypts = self.security.get().is_some_and(|security| security.cipher.is_some());
+        if is_interim && encrypts && !is_encrypted {
+            return Err(SmbError::protocol("a plain answer in an encrypted session"));
+        }
         let waiting = {
             let mut state = self.state.lock();
             state.credits = (state.credits + u32::from(header.credits)).min(2 * MAX_CREDITS);
             if is_interim {
-                state.waiting.contains_key(&header.message_id).then_some(None)
+                let waiting = state.waiting.get_mut(&header.message_id);
+                waiting.map(|waiting| {
+                    waiting.is_pending = true;
+                    None
+                })
             } else {
                 let waiting = state.waiting.remove(&header.message_id);
                 let charge = waiting.as_ref().map_or(0, |waiting| waiting.charge);
@@ -422,6 +554,13 @@ impl Shared {
         match waiting {
             None => Err(SmbError::protocol("an answer that nobody asked for")),
             Some(None) => Ok(()),
+            Some(Some(waiting)) if frame.len() > waiting.max_answer_bytes() => {
+                let text = format!("an answer of {} bytes to a request for less", frame.len());
+                // Who waits for it hears of it with all others.
+                let error = SmbError::protocol(text);
+                drop(waiting.answer.try_send(Err(error.clone())));
+                Err(error)
+            }
             Some(Some(waiting)) => {
                 let reply = Reply { frame, start, header, is_encrypted };
                 // Nobody waits any more: the connection is ending.
@@ -434,20 +573,31 @@ impl Shared {
     /// Succeeds for an answer that is protected as the session's must be.
     fn check(&self, reply: &Reply, message_id: u64) -> Result<()> {
         let Some(security) = self.security.get() else { return Ok(()) };
-        if has_ended(reply.header.status) {
-            // Also an encrypted one: whoever comes next needs another session. Where the server has no key any more it
-            // is plain, and whoever forges that could as well cut the line.
-            return Err(self.lost("the server has ended the session"));
+        let protected = check_protection(security, reply, message_id);
+        match reply.header.status {
+            // Whoever comes next needs another session, also where this was encrypted. Where the server has no key any
+            // more it is plain; whoever forges that could as well cut the line.
+            status::USER_SESSION_DELETED => Err(self.lost("the server has ended the session")),
+            status::NETWORK_SESSION_EXPIRED if protected.is_err() => {
+                Err(self.lost("the session has ended: its Kerberos ticket has expired"))
+            }
+            _ => protected,
         }
-        if reply.is_encrypted {
-            return Ok(());
-        }
-        if security.cipher.is_some() {
-            return Err(SmbError::protocol("a plain answer in an encrypted session"));
-        }
-        if reply.header.session_id != security.session_id {
-            return Err(SmbError::protocol("an answer of another session"));
-        }
-        security.signer.verify(reply.message(), reply.header.flags, message_id)
     }
 }
+
+fn check_protection(security: &Security, reply: &Reply, message_id: u64) -> Result<()> {
+    if reply.is_encrypted {
+        return Ok(());
+    }
+    if security.cipher.is_some() {
+        return Err(SmbError::protocol("a plain answer in an encrypted session"));
+    }
+    if reply.header.session_id != security.session_id {
+        return Err(SmbError::protocol("an answer of another session"));
+    }
+    security.signer.verify(reply.message(), reply.header.flags, message_id)
+}
+
+#[cfg(test)]
+mod tests;

@@ -259,7 +259,7 @@ impl Session {
         expect(&reply, what)?;
         let reader = Reader::new(reply.message(), "answer to QUERY_INFO");
         reader.structure(HEADER_BYTES, 9)?;
-        output(&reader)
+        output(&reader, bytes)
     }
 
     /// The file's number on its volume, which tells files apart whatever their paths.
@@ -293,7 +293,7 @@ impl Session {
             let reader = Reader::new(reply.message(), "answer to QUERY_DIRECTORY");
             reader.structure(HEADER_BYTES, 9)?;
             let before = found.len();
-            read_list(&output(&reader)?, &mut found)?;
+            read_list(&output(&reader, LIST_BYTES)?, &mut found)?;
             if found.len() > MAX_LISTED {
                 return Err(SmbError::unsupported(format!(
                     "{what} has more than {MAX_LISTED} files"
@@ -308,13 +308,20 @@ impl Session {
     }
 }
 
-/// The buffer of an answer to a query.
-fn output(reader: &Reader<'_>) -> Result<Vec<u8>> {
+/// The buffer of an answer to a query for at most so many bytes.
+fn output(reader: &Reader<'_>, asked_bytes: u32) -> Result<Vec<u8>> {
     let at = usize::from(reader.u16(HEADER_BYTES + 2)?);
-    let length = usize::try_from(reader.u32(HEADER_BYTES + 4)?).unwrap_or(usize::MAX);
+    let length = reader.u32(HEADER_BYTES + 4)?;
+    if length > asked_bytes {
+        let text = format!("{length} bytes where at most {asked_bytes} were asked for");
+        return Err(SmbError::protocol(text));
+    }
+    let length = usize::try_from(length).unwrap_or(usize::MAX);
     Ok(reader.slice(at, length)?.to_vec())
 }
 
+/// What stands before the name of a file in a list.
+const LISTED_BYTES: usize = 64;
 /// The longest name of a file in bytes: 255 units of UTF-16, with room for servers that allow as many characters.
 const MAX_NAME_BYTES: usize = 1024;
 
@@ -328,10 +335,15 @@ pub(crate) fn read_list(list: &[u8], found: &mut Vec<Listed>) -> Result<()> {
         if name_bytes > MAX_NAME_BYTES {
             return Err(SmbError::protocol(format!("a list with a name of {name_bytes} bytes")));
         }
+        // Names that lie over one another would be more of them than there is room for.
+        if next != 0 && next < LISTED_BYTES + name_bytes {
+            return Err(SmbError::protocol("a list whose files overlap"));
+        }
+        // The caller refuses it.
         if found.len() > MAX_LISTED {
             return Ok(());
         }
-        let name = from_utf16(rest.slice(64, name_bytes)?);
+        let name = from_utf16(rest.slice(LISTED_BYTES, name_bytes)?);
         let is_directory = rest.u32(56)? & ATTRIBUTE_DIRECTORY != 0;
         // A name with a separator would be another file than the one listed.
         let is_name = !name.is_empty() && !name.contains(['\\', '/', '\0']);
@@ -382,5 +394,40 @@ mod tests {
         assert!(read_list(&far, &mut Vec::new()).is_err());
         far[60..64].copy_from_slice(&u32::MAX.to_le_bytes());
         assert!(read_list(&far, &mut Vec::new()).is_err());
+    }
+
+    #[test]
+    fn a_list_costs_no_more_than_it_says() {
+        // Entries that lie over one another, each with the rest of the list for its name.
+        let mut list = Vec::new();
+        while list.len() < 64 << 10 {
+            list.extend(entry(72, "ab", 7, 0));
+            list.resize(list.len().next_multiple_of(72), 0);
+        }
+        for at in (0..list.len()).step_by(72) {
+            let rest = u32::try_from(list.len() - at - 64).unwrap();
+            list[at + 60..at + 64].copy_from_slice(&rest.to_le_bytes());
+        }
+        let error = read_list(&list, &mut Vec::new()).unwrap_err();
+        assert!(error.to_string().contains("name of"), "{error}");
+        let overlapping = [entry(66, "ab", 7, 0), entry(0, "b", 7, 0)].concat();
+        assert!(read_list(&overlapping, &mut Vec::new()).is_err());
+        // Once there are too many, no more are read.
+        let many = Listed { name: "x".into(), size_bytes: 0, is_directory: false };
+        let mut found = vec![many; MAX_LISTED + 1];
+        read_list(&[entry(72, "ab", 7, 0), vec![0; 4], entry(0, "b", 7, 0)].concat(), &mut found)
+            .unwrap();
+        assert_eq!(found.len(), MAX_LISTED + 1);
+    }
+
+    #[test]
+    fn an_answer_is_no_longer_than_was_asked_for() {
+        let mut message = vec![0; HEADER_BYTES];
+        let mut writer = Writer::default();
+        writer.u16(9).u16(72).u32(100).zeros(100);
+        message.extend(writer.0);
+        let reader = Reader::new(&message, "an answer");
+        assert_eq!(output(&reader, 100).unwrap().len(), 100);
+        assert!(output(&reader, 99).is_err());
     }
 }

@@ -2,15 +2,18 @@
 
 use crate::auth::{Authenticator, Login, MAX_STEPS, Method};
 use crate::crypto::{Cipher, PreauthHash, Signer};
+use crate::dial::dial;
 use crate::error::{Result, SmbError, login_reason, status};
 use crate::header::{Command, HEADER_BYTES};
 use crate::link::{Link, Reply, Request, Security, Traffic};
 use crate::negotiate::{self, Negotiated, SIGNING_REQUIRED};
+use crate::path::SharePath;
+use crate::requests::{Opened, Purpose};
 use crate::wire::{Reader, Writer, length16, utf16};
 use parking_lot::Mutex;
 use std::collections::HashMap;
-use std::net::{TcpStream, ToSocketAddrs};
 use std::time::Duration;
+use vmtide_sspi::{AuthError, ticket_refusal};
 
 /// The port of SMB over TCP.
 pub const DEFAULT_PORT: u16 = 445;
@@ -42,7 +45,8 @@ pub struct SmbOptions {
     pub login: Login,
     /// Whether messages are encrypted.
     pub protection: Protection,
-    /// How long one request may take before the server counts as gone.
+    /// How long one request may take before the server counts as gone. What the server says it works on may take longer,
+    /// for as long as it lives.
     pub timeout: Duration,
     /// How long a connection that broke is tried to be made again before a read fails.
     pub reconnect_for: Duration,
@@ -68,6 +72,39 @@ pub(crate) struct Session {
     /// The shares that are connected, by their names in lower case.
     trees: Mutex<HashMap<String, u32>>,
     server: String,
+    /// How the user was proven.
+    method: Method,
+    /// Why NTLM proves the user although Kerberos was tried.
+    pub(crate) fallback: Option<String>,
+}
+
+/// Why there is no session.
+struct Failed {
+    error: SmbError,
+    /// Whether another mechanism may do.
+    may_go_another_way: bool,
+}
+
+impl From<SmbError> for Failed {
+    fn from(error: SmbError) -> Self {
+        Self { error, may_go_another_way: false }
+    }
+}
+
+impl Failed {
+    /// What a failed login at `peer` is to those who wanted the file.
+    fn of(error: AuthError, peer: &str) -> Self {
+        let may_go_another_way = error.may_go_another_way();
+        let peer = peer.to_owned();
+        let error = match error {
+            AuthError::Refused(detail) | AuthError::Unusable(detail) => {
+                SmbError::Login { peer, detail }
+            }
+            AuthError::NoAuthority(detail) => SmbError::Unreachable { peer, detail },
+            AuthError::Broken(detail) => SmbError::Protocol { detail },
+        };
+        Self { error, may_go_another_way }
+    }
 }
 
 impl Session {
@@ -77,36 +114,71 @@ impl Session {
     /// [`SmbError::Unreachable`], [`SmbError::Login`], [`SmbError::Unsupported`] for servers of old dialects and where
     /// encryption was insisted on.
     pub(crate) fn connect(options: &SmbOptions, server: &str) -> Result<Self> {
-        let login = &options.login;
-        let mut ways = login.method.ways(&login.user, server).iter().peekable();
-        loop {
-            let method = *ways.next().unwrap_or(&login.method);
-            match Self::connect_by(method, options, server) {
-                // No ticket is to be had; the host itself is another matter.
-                Err(SmbError::Unreachable { detail, .. })
-                    if method == Method::Kerberos && ways.peek().is_some() =>
-                {
-                    tracing::debug!(%server, %detail, "no Kerberos for SMB: NTLM is tried");
+        let mut why_not = None;
+        for method in Method::ways(&options.login, server) {
+            match Self::connect_by(*method, options, server) {
+                Ok(session) => return Ok(Self { fallback: why_not, ..session }),
+                Err(failed) if failed.may_go_another_way && *method != Method::Ntlm => {
+                    // The last one's error is told where none does.
+                    why_not = Some(failed.error.to_string());
+                    if options.login.method == Method::Kerberos {
+                        return Err(failed.error);
+                    }
                 }
-                other => return other,
+                Err(failed) => return Err(failed.error),
             }
         }
+        Err(SmbError::unsupported("no way to log in is known"))
     }
 
-    fn connect_by(method: Method, options: &SmbOptions, server: &str) -> Result<Self> {
+    fn connect_by(method: Method, options: &SmbOptions, server: &str) -> Result<Self, Failed> {
         let peer = format!("{server}:{}", options.port);
         let link = Link::start(dial(options, server, &peer)?, peer.clone(), options.timeout)?;
         let mut preauth = PreauthHash::new();
         let negotiated = negotiate(&link, options, server, &mut preauth)?;
         if options.protection == Protection::Encrypted && negotiated.encryption.is_none() {
-            return Err(SmbError::unsupported(format!(
-                "{peer} does not encrypt (AES-GCM), and encryption is insisted on"
-            )));
+            let text = format!("{peer} does not encrypt (AES-GCM), and encryption is insisted on");
+            return Err(SmbError::unsupported(text).into());
         }
         let security = log_in(&link, (options, method), server, &peer, negotiated, preauth)?;
         link.secure(security);
-        tracing::debug!(%peer, ?negotiated, "logged in over SMB");
-        Ok(Self { link, negotiated, trees: Mutex::default(), server: server.to_owned() })
+        tracing::debug!(%peer, ?method, ?negotiated, "logged in over SMB");
+        let (trees, server) = (Mutex::default(), server.to_owned());
+        Ok(Self { link, negotiated, trees, server, method, fallback: None })
+    }
+
+    /// Tells the server anew who we are, when it says that the ticket has expired (MS-SMB2 3.2.4.2.3.1). Keys, shares and
+    /// what is open stay as they are, so nothing that was written is in doubt.
+    ///
+    /// # Errors
+    /// Those of a login. The session is of no more use then.
+    pub(crate) fn renew(&self, options: &SmbOptions) -> Result<()> {
+        let failed = |error: AuthError| Failed::of(error, &self.server).error;
+        let mut login =
+            Authenticator::new(&options.login, self.method, &self.server).map_err(failed)?;
+        let mut answer = Vec::new();
+        for _ in 0..MAX_STEPS {
+            let token = login.step(&answer).map_err(failed)?;
+            // As any other request it is signed or encrypted by the session's keys, and so is its answer.
+            let reply = set_up(&self.link, 0, &token)?.1;
+            let code = reply.header.status;
+            if let Some(reason) = login_refusal(reply.message(), code, self.method) {
+                return Err(failed(AuthError::Refused(reason.to_owned())));
+            }
+            if code != status::SUCCESS && code != status::MORE_PROCESSING_REQUIRED {
+                return Err(SmbError::from_status(&format!("login to {}", self.server), code));
+            }
+            (_, answer) = setup_answer(reply.message())?;
+            if code == status::SUCCESS {
+                if !login.is_complete() {
+                    login.step(&answer).map_err(failed)?;
+                }
+                self.link.renewed();
+                tracing::info!(server = %self.server, "the SMB session goes on with a new ticket");
+                return Ok(());
+            }
+        }
+        Err(failed(AuthError::Broken("the login does not come to an end".into())))
     }
 
     /// The id of a share, which is connected where it is not.
@@ -142,9 +214,20 @@ impl Session {
         Ok(id)
     }
 
+    /// Opens or makes a file or directory, and connects its share where it is not.
+    ///
+    /// # Errors
+    /// Those of [`tree`](Self::tree) and of the server for `path`.
+    pub(crate) fn open(&self, path: &SharePath, purpose: Purpose) -> Result<(u32, Opened)> {
+        let tree = self.tree(&path.share)?;
+        let opened = self.create(tree, &path.path, purpose, &path.to_string());
+        let opened = opened.inspect_err(|error| self.forget_tree(tree, error))?;
+        Ok((tree, opened))
+    }
+
     /// Connects the share anew the next time, where `error` may say that it is gone: a share that was removed and made
     /// again has another id.
-    pub(crate) fn forget_tree(&self, tree: u32, error: &SmbError) {
+    fn forget_tree(&self, tree: u32, error: &SmbError) {
         if error.is_connection_lost() {
             self.trees.lock().retain(|_, id| *id != tree);
         }
@@ -165,24 +248,6 @@ impl Session {
     pub(crate) fn traffic(&self) -> Traffic {
         self.link.traffic()
     }
-}
-
-fn dial(options: &SmbOptions, server: &str, peer: &str) -> Result<TcpStream> {
-    let unreachable = |detail: String| SmbError::Unreachable { peer: peer.to_owned(), detail };
-    let addresses = (server, options.port)
-        .to_socket_addrs()
-        .map_err(|error| unreachable(format!("its name has no address: {error}")))?;
-    let mut last = "its name has no address".to_owned();
-    for address in addresses {
-        match TcpStream::connect_timeout(&address, options.timeout.min(Duration::from_secs(15))) {
-            Ok(stream) => return Ok(stream),
-            Err(error) => {
-                last =
-                    format!("{error}; check that the host runs and port {} is open", options.port);
-            }
-        }
-    }
-    Err(unreachable(last))
 }
 
 fn random<const N: usize>() -> Result<[u8; N]> {
@@ -225,38 +290,29 @@ fn log_in(
     peer: &str,
     negotiated: Negotiated,
     mut preauth: PreauthHash,
-) -> Result<Security> {
-    let refused = |detail: String| SmbError::Login { peer: peer.to_owned(), detail };
-    let mut login = Authenticator::new(&options.login, method, server, peer)?;
+) -> Result<Security, Failed> {
+    let failed = |error: AuthError| Failed::of(error, peer);
+    let refused = |detail: &str| failed(AuthError::Refused(detail.to_owned()));
+    let mut login = Authenticator::new(&options.login, method, server).map_err(failed)?;
     let mut session_id = 0;
     let mut answer = Vec::new();
     for _ in 0..MAX_STEPS {
-        let token = login.step(&answer)?;
-        let mut body = Writer::default();
-        body.u16(25).u8(0).u8(SIGNING_REQUIRED).u32(0).u32(0).u16(88);
-        body.u16(length16(&token, "the ticket")?).u64(0).bytes(&token);
-        let request = Request {
-            command: Command::SessionSetup,
-            tree_id: 0,
-            body: &body.0,
-            data: &[],
-            payload_bytes: u32::try_from(body.0.len()).unwrap_or(u32::MAX),
-        };
-        let (sent, reply) = link.call_login(&request, session_id)?;
+        let token = login.step(&answer).map_err(failed)?;
+        let (sent, reply) = set_up(link, session_id, &token)?;
         preauth.add(&sent);
         let code = reply.header.status;
-        if let Some(reason) = login_reason(code) {
-            return Err(refused(reason.to_owned()));
+        if let Some(reason) = login_refusal(reply.message(), code, method) {
+            return Err(refused(reason));
         }
         if code != status::SUCCESS && code != status::MORE_PROCESSING_REQUIRED {
-            return Err(SmbError::from_status(&format!("login to {peer}"), code));
+            return Err(SmbError::from_status(&format!("login to {peer}"), code).into());
         }
         let (flags, token) = setup_answer(reply.message())?;
         if session_id == 0 {
             session_id = reply.header.session_id;
         }
         if session_id == 0 || reply.header.session_id != session_id {
-            return Err(SmbError::protocol("the session's id is missing or changes"));
+            return Err(SmbError::protocol("the session's id is missing or changes").into());
         }
         if code == status::MORE_PROCESSING_REQUIRED {
             preauth.add(reply.message());
@@ -264,15 +320,13 @@ fn log_in(
             continue;
         }
         if flags & NOBODY != 0 {
-            return Err(refused(
-                "the server took the user for a guest; give an account it knows".into(),
-            ));
+            return Err(refused("the server took the user for a guest; give an account it knows"));
         }
         // The server's last token may complete the login: it proves then that nobody changed what was offered.
         if !login.is_complete() {
-            login.step(&token)?;
+            login.step(&token).map_err(failed)?;
         }
-        let key = login.key()?;
+        let key = login.key().map_err(failed)?;
         let signer = Signer::new(negotiated.signing, key.get(..16).unwrap_or_default(), &preauth)?;
         // Who does not know the key cannot have signed this.
         signer.verify(reply.message(), reply.header.flags, reply.header.message_id)?;
@@ -282,7 +336,38 @@ fn log_in(
         };
         return Ok(Security { session_id, signer, cipher });
     }
-    Err(refused(format!("the login did not end after {MAX_STEPS} steps")))
+    Err(refused("the login does not come to an end"))
+}
+
+/// Sends a token of the login; answers with the message as it was sent, too.
+fn set_up(link: &Link, session_id: u64, token: &[u8]) -> Result<(Vec<u8>, Reply)> {
+    let mut body = Writer::default();
+    body.u16(25).u8(0).u8(SIGNING_REQUIRED).u32(0).u32(0).u16(88);
+    body.u16(length16(token, "the ticket")?).u64(0).bytes(token);
+    let request = Request {
+        command: Command::SessionSetup,
+        tree_id: 0,
+        body: &body.0,
+        data: &[],
+        payload_bytes: u32::try_from(body.0.len()).unwrap_or(u32::MAX),
+    };
+    link.call_login(&request, session_id)
+}
+
+/// Why the server does not take the user, in words; none where the login goes on, or failed for another reason.
+fn login_refusal(message: &[u8], code: u32, method: Method) -> Option<&'static str> {
+    // Of a ticket the server may say what is wrong with it, whatever the status.
+    let said = setup_answer(message).ok().and_then(|(_, token)| ticket_refusal(&token));
+    match (method, code) {
+        (_, status::SUCCESS) => None,
+        (Method::Kerberos, _) if said.is_some() => said,
+        // The domain took the password: it is the ticket that this server does not take.
+        (Method::Kerberos, status::LOGON_FAILURE | status::NO_SUCH_USER) => Some(
+            "it did not take the Kerberos ticket: it has expired on the way, or is for another host of that name, or \
+             the server does not know the user",
+        ),
+        _ => login_reason(code),
+    }
 }
 
 /// The session's flags and the token in an answer to `SESSION_SETUP`.
@@ -294,4 +379,41 @@ pub(crate) fn setup_answer(message: &[u8]) -> Result<(u16, Vec<u8>)> {
     let length = usize::from(reader.u16(HEADER_BYTES + 6)?);
     let token = if length == 0 { &[] } else { reader.slice(at, length)? };
     Ok((flags, token.to_vec()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An answer to `SESSION_SETUP` with a token, as the server sends it.
+    fn answer(token: &[u8]) -> Vec<u8> {
+        let mut writer = Writer::default();
+        writer.zeros(HEADER_BYTES).u16(9).u16(0).u16(72);
+        writer.u16(length16(token, "a token").unwrap()).bytes(token);
+        writer.0
+    }
+
+    /// `KRB_AP_ERR_TKT_EXPIRED` in GSSAPI's form, as `vmtide_sspi` tests it bit by bit.
+    const EXPIRED: &[u8] = b"\x60\x4c\x06\x09\x2a\x86\x48\x86\xf7\x12\x01\x02\x02\x03\x00\x7e\x3d\x30\x3b\
+        \xa0\x03\x02\x01\x05\xa1\x03\x02\x01\x1e\xa4\x11\x18\x0f20261121123000Z\xa5\x03\x02\x01\x00\
+        \xa6\x03\x02\x01\x20\xa9\x05\x1b\x03LAB\xaa\x0b\x30\x09\xa0\x03\x02\x01\x02\xa1\x02\x30\x00";
+
+    #[test]
+    fn an_expired_ticket_is_no_wrong_password() {
+        let refusal = |code, method| login_refusal(&answer(EXPIRED), code, method);
+        for code in [status::MORE_PROCESSING_REQUIRED, status::LOGON_FAILURE] {
+            let words = refusal(code, Method::Kerberos).unwrap();
+            assert_eq!(words, "the Kerberos ticket has expired");
+        }
+        let silent = |method| login_refusal(&answer(b""), status::LOGON_FAILURE, method).unwrap();
+        assert!(silent(Method::Kerberos).contains("ticket"));
+        assert!(silent(Method::Ntlm).contains("password is wrong"));
+        assert_eq!(refusal(status::SUCCESS, Method::Kerberos), None);
+        assert_eq!(
+            login_refusal(&answer(b"x"), status::MORE_PROCESSING_REQUIRED, Method::Ntlm),
+            None
+        );
+        let locked = login_refusal(&answer(b""), status::ACCOUNT_LOCKED_OUT, Method::Kerberos);
+        assert!(locked.unwrap().contains("locked"));
+    }
 }

@@ -43,6 +43,19 @@ impl Samba {
 
     /// With more lines in the section of the server.
     pub fn with(settings: &str) -> Self {
+        Self::with_environment(settings, &[])
+    }
+
+    /// That takes tickets by a keytab, with the settings of Kerberos in a file of that name.
+    pub fn with_tickets(realm: &str, keytab: &Path, krb5_conf: &Path) -> Self {
+        let settings = format!(
+            "realm = {realm}\n kerberos method = dedicated keytab\n dedicated keytab file = {}\n",
+            keytab.display()
+        );
+        Self::with_environment(&settings, &[("KRB5_CONFIG", krb5_conf)])
+    }
+
+    fn with_environment(settings: &str, environment: &[(&str, &Path)]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let root = directory.path();
         for name in ["vms", "look", "private", "run", "state", "sam"] {
@@ -82,6 +95,7 @@ impl Samba {
         assert!(add.wait().unwrap().success(), "smbpasswd failed");
         let smbd = Command::new(program("smbd"))
             .args(["--foreground", "--no-process-group", "-s", file.to_str().unwrap()])
+            .envs(environment.iter().copied())
             // Where it ends, it ends all of its group.
             .process_group(0)
             .stdin(Stdio::null())
@@ -98,6 +112,11 @@ impl Samba {
             std::thread::sleep(Duration::from_millis(50));
         }
         samba
+    }
+
+    /// The account that may log in.
+    pub fn user(&self) -> &str {
+        &self.user
     }
 
     pub fn log(&self) -> String {
