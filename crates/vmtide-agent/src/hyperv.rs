@@ -1,6 +1,7 @@
 //! Hyper-V on the host that the agent runs on.
 
 use crate::config::AgentOptions;
+use crate::limits::MAX_CALL_ANSWER_BYTES;
 use crate::provider;
 use crate::run::Platform;
 use crate::vms::VmPlatform;
@@ -14,9 +15,12 @@ pub fn platform_of_this_host(options: &AgentOptions) -> Platform {
     let cim: Arc<dyn Cim> = Arc::new(ComCim::new());
     let vms = has_hyperv(&*cim).then(|| {
         let host = Host::new(Arc::clone(&cim), HostOptions::default());
+        // Its own, with answers that several clients may have at once.
+        let lent: Arc<dyn Cim> =
+            Arc::new(ComCim::new().with_max_answer_bytes(MAX_CALL_ANSWER_BYTES));
         let options = HypervOptions::new(&options.state_directory);
         let hypervisor = HypervHypervisor::new(host, Arc::new(LocalFiles::new()), options);
-        VmPlatform { hypervisor: Arc::new(hypervisor), cim: Some(cim), host_path: None }
+        VmPlatform { hypervisor: Arc::new(hypervisor), cim: Some(lent), host_path: None }
     });
     Platform { disks: provider::of_this_host(), vms }
 }

@@ -33,6 +33,11 @@ pub const CALLS_PER_CLIENT: usize = 4;
 /// The calls of management objects in all: each keeps its answer until its client has taken it.
 pub const CALLS_AT_ONCE: usize = 8;
 
+/// The most text of one answer about management objects: what a host of hundreds of VMs says of all of them has tens
+/// of megabytes.
+#[cfg(windows)]
+pub const MAX_CALL_ANSWER_BYTES: u64 = 64 << 20;
+
 /// What one client, that is one key, may use at once, and all of them together.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Limits {

@@ -32,7 +32,7 @@ const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
 const BATCH: usize = 32;
 /// The most objects of one answer: a host of a thousand VMs has some ten thousand disks and ports.
 const MAX_OBJECTS: usize = 200_000;
-/// The most text of one answer, in bytes.
+/// The most text of one answer where nobody says, in bytes.
 const MAX_BYTES: u64 = 256 << 20;
 
 /// The management objects of this host. May be used by many threads at once; one connection for each namespace is
@@ -40,6 +40,7 @@ const MAX_BYTES: u64 = 256 << 20;
 pub struct ComCim {
     services: Mutex<HashMap<String, Services>>,
     timeout: Duration,
+    max_answer_bytes: u64,
 }
 
 /// An interface of the multithreaded apartment.
@@ -55,13 +56,20 @@ unsafe impl Sync for Services {}
 impl ComCim {
     /// A connection. Asks nobody yet.
     pub fn new() -> Self {
-        Self { services: Mutex::default(), timeout: DEFAULT_TIMEOUT }
+        Self { services: Mutex::default(), timeout: DEFAULT_TIMEOUT, max_answer_bytes: MAX_BYTES }
     }
 
     /// The same with another limit on how long a call may take, from a second on.
     #[must_use]
     pub fn with_timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout.max(Duration::from_secs(1));
+        self
+    }
+
+    /// The same with another limit on the text of one answer, in bytes.
+    #[must_use]
+    pub const fn with_max_answer_bytes(mut self, max_answer_bytes: u64) -> Self {
+        self.max_answer_bytes = max_answer_bytes;
         self
     }
 
@@ -137,9 +145,10 @@ impl ComCim {
             for object in batch.into_iter().flatten() {
                 let instance = object::read(&object, object::MAX_DEPTH)?;
                 bytes = bytes.saturating_add(weight(&instance));
-                if instances.len() >= MAX_OBJECTS || bytes > MAX_BYTES {
+                let limit_bytes = self.max_answer_bytes;
+                if instances.len() >= MAX_OBJECTS || bytes > limit_bytes {
                     let action = action.to_owned();
-                    return Err(CimError::TooLarge { action, limit_bytes: MAX_BYTES });
+                    return Err(CimError::TooLarge { action, limit_bytes });
                 }
                 instances.push(instance);
             }
@@ -202,7 +211,7 @@ impl ComCim {
         };
         match code.0 {
             WBEM_TIMED_OUT => Err(self.timed_out(action)),
-            _ if code.is_err() => Err(object::failed(action, &code.into())),
+            _ if code.is_err() => Err(object::failed_later(action, &code.into())),
             _ if raw.is_null() => Ok(None),
             // SAFETY: a success gave an interface that is ours now.
             _ => Ok(Some(unsafe { IWbemClassObject::from_raw(raw) })),

@@ -70,6 +70,18 @@ pub fn ends_connection(code: u32) -> bool {
 /// The error for a code that `action` was answered with; `text` is what the system says of it, or nothing.
 pub fn of_code(action: &str, code: u32, text: &str) -> CimError {
     let (name, meaning) = known(code).unwrap_or(("", Meaning::Fault));
+    of_meaning(action, code, name, meaning, text)
+}
+
+/// The same for a code that came after the call was accepted, where its result was waited for: a service that is not
+/// there now was there then, and what was asked may have been done.
+pub fn of_accepted(action: &str, code: u32, text: &str) -> CimError {
+    let (name, meaning) = known(code).unwrap_or(("", Meaning::Fault));
+    let meaning = if meaning == Meaning::NotThere { Meaning::Gone } else { meaning };
+    of_meaning(action, code, name, meaning, text)
+}
+
+fn of_meaning(action: &str, code: u32, name: &str, meaning: Meaning, text: &str) -> CimError {
     let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
     let words = [name, text.trim()].into_iter().filter(|word| !word.is_empty());
     let mut detail = words.collect::<Vec<_>>().join(": ");
@@ -127,5 +139,19 @@ mod tests {
         codes.sort_unstable();
         codes.dedup();
         assert_eq!(codes.len(), KNOWN.len());
+    }
+
+    #[test]
+    fn a_call_that_was_accepted_may_have_run_whatever_became_of_the_service() {
+        for code in [0x8007_06BA, 0x8007_06BF, 0x8007_0422, 0x8001_0012, 0x8004_0154, 0x8001_0108] {
+            let error = of_accepted("Msvm_X.DefineSystem", code, "");
+            assert!(
+                matches!(error, CimError::Unreachable { before_request: false, .. }),
+                "{code:#x}: {error:?}"
+            );
+            assert!(!error.was_not_run() && ends_connection(code), "{code:#x}");
+        }
+        assert!(of_code("x", 0x8007_06BA, "").was_not_run());
+        assert_eq!(of_accepted("x", 5, ""), of_code("x", 5, ""));
     }
 }

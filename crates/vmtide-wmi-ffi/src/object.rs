@@ -18,6 +18,11 @@ pub fn failed(action: &str, error: &windows::core::Error) -> CimError {
     error::of_code(action, error.code().0.cast_unsigned(), &error.message())
 }
 
+/// An error of a call that was accepted before.
+pub fn failed_later(action: &str, error: &windows::core::Error) -> CimError {
+    error::of_accepted(action, error.code().0.cast_unsigned(), &error.message())
+}
+
 /// The object in a `VARIANT`.
 ///
 /// # Errors

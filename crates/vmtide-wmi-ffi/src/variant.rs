@@ -13,9 +13,9 @@ use windows::Win32::System::Ole::{
     SafeArrayGetLBound, SafeArrayGetUBound, SafeArrayGetVartype, SafeArrayUnaccessData,
 };
 use windows::Win32::System::Variant::{
-    VARENUM, VARIANT, VARIANT_0, VARIANT_0_0, VARIANT_0_0_0, VT_ARRAY, VT_BOOL, VT_BSTR, VT_EMPTY,
-    VT_I1, VT_I2, VT_I4, VT_I8, VT_INT, VT_NULL, VT_R4, VT_R8, VT_UI1, VT_UI2, VT_UI4, VT_UI8,
-    VT_UINT, VT_UNKNOWN,
+    VARENUM, VARIANT, VARIANT_0, VARIANT_0_0, VARIANT_0_0_0, VT_ARRAY, VT_BOOL, VT_BSTR, VT_BYREF,
+    VT_EMPTY, VT_I1, VT_I2, VT_I4, VT_I8, VT_INT, VT_NULL, VT_R4, VT_R8, VT_UI1, VT_UI2, VT_UI4,
+    VT_UI8, VT_UINT, VT_UNKNOWN,
 };
 use windows::core::{BSTR, IUnknown};
 
@@ -49,6 +49,10 @@ pub fn read(variant: &VARIANT, depth: usize) -> Result<Raw> {
     // SAFETY: every VARIANT has its type at this place.
     let inner: &VARIANT_0_0 = unsafe { &variant.Anonymous.Anonymous };
     let kind = inner.vt;
+    // The member in use is then a pointer to the value, in a place of somebody else's.
+    if kind.0 & VT_BYREF.0 != 0 {
+        return Err(strange(kind.0));
+    }
     if kind.0 & VT_ARRAY.0 != 0 {
         // SAFETY: the type says that this is the member in use; the array lives as long as its VARIANT.
         let array = unsafe { inner.Anonymous.parray };
@@ -274,4 +278,17 @@ fn array(form: Form, items: &[Raw]) -> Result<VARIANT> {
     drop(locked);
     let array = std::mem::replace(&mut owned.0, ptr::null_mut());
     Ok(with(VARENUM(kind.0 | VT_ARRAY.0), VARIANT_0_0_0 { parray: array }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_in_a_place_of_somebody_elses_is_not_read() {
+        for kind in [VT_BYREF.0 | VT_ARRAY.0 | VT_BSTR.0, VT_BYREF.0 | VT_I4.0] {
+            let variant = with(VARENUM(kind), VARIANT_0_0_0 { pparray: ptr::null_mut() });
+            assert!(read(&variant, 1).is_err(), "{kind:#x}");
+        }
+    }
 }
