@@ -11,9 +11,11 @@ const QUOTE: u16 = b'"' as u16;
 const BACKSLASH: u16 = b'\\' as u16;
 const SPACE: u16 = b' ' as u16;
 const TAB: u16 = b'\t' as u16;
+const PERCENT: u16 = b'%' as u16;
 
 /// The command line of `program` with `arguments`, each in UTF-16 without a terminator. `None` where one of them
-/// has a zero, or the program's path a quote: both cannot be said.
+/// has a zero, or the program's path a quote: both cannot be said. Nor can two percent signs: the manager keeps the line as
+/// text in which `%NAME%` means a variable of the environment, and there is no way to write the sign itself.
 pub fn join(program: &[u16], arguments: &[Vec<u16>]) -> Option<Vec<u16>> {
     if program.contains(&0) || program.contains(&QUOTE) {
         return None;
@@ -27,7 +29,8 @@ pub fn join(program: &[u16], arguments: &[Vec<u16>]) -> Option<Vec<u16>> {
         line.push(SPACE);
         push_argument(&mut line, argument);
     }
-    Some(line)
+    let percents = line.iter().filter(|unit| **unit == PERCENT).count();
+    (percents < 2).then_some(line)
 }
 
 fn push_argument(line: &mut Vec<u16>, argument: &[u16]) {
@@ -110,6 +113,13 @@ mod tests {
             out.push(word);
         }
         out
+    }
+
+    #[test]
+    fn what_would_be_a_variable_is_not_said() {
+        assert!(joined(r"C:\v.exe", &["50%"]).is_some());
+        assert!(joined(r"C:\v.exe", &["--root", r"D:\%TEMP%"]).is_none());
+        assert!(joined(r"C:\100%\v.exe", &["--root", r"D:\100%"]).is_none());
     }
 
     #[test]

@@ -147,8 +147,9 @@ pub fn install(new: &NewService<'_>) -> Result<()> {
     let program: Vec<u16> = new.program.as_os_str().encode_wide().collect();
     let arguments: Vec<Vec<u16>> =
         new.arguments.iter().map(|a| a.encode_wide().collect()).collect();
-    let mut line = command_line::join(&program, &arguments)
-        .ok_or_else(|| call.invalid("its command line has a character that cannot be in one"))?;
+    let mut line = command_line::join(&program, &arguments).ok_or_else(|| {
+        call.invalid("its command line has a character that cannot be in one, such as two %")
+    })?;
     line.push(0);
     let (name, display_name) = (call.wide(new.name)?, call.wide(new.display_name)?);
     let manager = call.manager(scm::SC_MANAGER_CONNECT | scm::SC_MANAGER_CREATE_SERVICE)?;

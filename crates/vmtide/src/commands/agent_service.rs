@@ -13,7 +13,8 @@ const DEFAULT_NAME: &str = "vmtide-agent";
 const EXAMPLES: &str = "\
 On Windows, as administrator. The service runs as LocalSystem, starts with Windows, and is started again when it
 fails. What it writes goes to agent.log in the state directory, which is %ProgramData%\\vmtide where --state-dir
-does not say otherwise, and which only administrators can read then. On Linux see packaging/systemd.
+does not say otherwise, and which only administrators can read then; from 16 MiB on it begins anew, and the older
+part is agent.log.old. On Linux see packaging/systemd.
 
 Examples:
   vmtide agent key add backup --auth-key-file \"C:\\Program Files\\vmtide\\keys\"
@@ -96,6 +97,7 @@ mod windows {
     use super::RunArgs;
     use crate::app::App;
     use crate::commands::agent::{engine_error, tell};
+    use crate::commands::log_limit;
     use crate::exit::Exit;
     use std::ffi::OsString;
     use std::fs::File;
@@ -110,8 +112,6 @@ mod windows {
     const START_WITHIN: Duration = Duration::from_secs(60);
     /// How long a stop may take: running requests are given 20 s.
     const STOP_WITHIN: Duration = Duration::from_secs(60);
-    /// A log that is larger when the service starts is put aside as `agent.log.old`, in bytes.
-    const LOG_LIMIT_BYTES: u64 = 16 << 20;
 
     fn failed(error: ServiceError) -> EngineError {
         const NO_SUCH_SERVICE: u32 = 1060;
@@ -193,15 +193,15 @@ mod windows {
         Ok(Exit::Done)
     }
 
-    /// Appends to the log, after a large one was put aside.
+    /// Appends to the log, and keeps it bounded from now on.
     fn open_log(path: &Path) -> std::io::Result<File> {
         if let Some(directory) = path.parent() {
             std::fs::create_dir_all(directory)?;
         }
-        if path.metadata().is_ok_and(|metadata| metadata.len() > LOG_LIMIT_BYTES) {
-            std::fs::rename(path, path.with_extension("log.old"))?;
-        }
-        File::options().create(true).append(true).open(path)
+        let file = File::options().create(true).append(true).open(path)?;
+        log_limit::put_aside(path, log_limit::LIMIT_BYTES)?;
+        log_limit::watch(path.to_path_buf())?;
+        Ok(file)
     }
 
     pub fn run(app: &App, args: &RunArgs) -> Result<Exit> {

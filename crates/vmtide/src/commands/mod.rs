@@ -24,6 +24,8 @@ pub mod image;
 pub mod info;
 pub mod init;
 pub mod key;
+#[cfg(any(windows, test))]
+mod log_limit;
 pub mod man;
 pub mod map;
 pub mod points;
