@@ -7,7 +7,9 @@
 Contenders: `agent` as it is; `agent-16k`, the same program sending pieces of 16 KiB one after the other, as
 rct-service does; `nginx` with its own defaults for files and one worker per core. The client is curl with one
 connection, HTTP/1.1, TLS 1.3, writing to /dev/null; all run on the same cores. The file is in the page cache: what is
-measured is the way from there to the client. Round 0 warms up and is not counted; the table has medians.
+measured is the way from there to the client. Round 0 warms up and is not counted; the table has medians. The processor
+time of server and client for each GiB says more than the rate on a machine that does other work beside. `--ciphers 0`
+leaves the cipher to client and server.
 
 Needs: target/release/vmtide (or VMTIDE_BIN), nginx, openssl, curl. Raw figures go to work/results/agent.jsonl.
 """
@@ -104,19 +106,33 @@ http {{
         process.wait()
 
 
-def download(url, home, size, cipher):
-    """GB/s of one download, and the processor seconds of the client."""
+def processor_seconds(pid):
+    """What a process and its children have used until now."""
+    ticks = 0
+    for place in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            # The name of the program may hold anything, and ends with the last bracket.
+            head, rest = place.read_text().rsplit(")", 1)
+            fields = rest.split()
+            if pid in (int(head.split()[0]), int(fields[1])):
+                ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def download(url, pid, home, size, cipher):
+    """GB/s of one download, and the processor seconds of the client and the server."""
+    ciphers = ["--tls13-ciphers", cipher] if cipher else []
+    usage, served = os.times(), processor_seconds(pid)
     began = time.monotonic()
-    usage = os.times()
-    shown = subprocess.run(["curl", "-sS", "--fail", "--http1.1", "--tls13-ciphers", cipher, "--cacert", str(home / "cert.pem"),
+    shown = subprocess.run(["curl", "-sS", "--fail", "--http1.1", *ciphers, "--cacert", str(home / "cert.pem"),
                             "-H", f"auth_key: {KEY}", "-o", "/dev/null", "-w", "%{size_download}", url],
                            check=True, capture_output=True, text=True)
     took = time.monotonic() - began
-    after = os.times()
+    after, served = os.times(), processor_seconds(pid) - served
     if int(shown.stdout) != size:
         raise SystemExit(f"{url}: {shown.stdout} bytes of {size}")
     client = after.children_user + after.children_system - usage.children_user - usage.children_system
-    return size / took / 1e9, client
+    return size / took / 1e9, client, served
 
 
 def run(args):
@@ -134,18 +150,21 @@ def run(args):
         for extra in args.option:
             contenders["agent " + extra] = stack.enter_context(agent(home, *extra.split()))
         names = list(contenders)
-        for cipher in CIPHERS[:args.ciphers]:
+        for cipher in CIPHERS[:args.ciphers] or ("",):
             for number in range(args.rounds + 1):
                 turn = number % len(names)
                 for name in names[turn:] + names[:turn]:
-                    speed, client = download(contenders[name][0], home, size, cipher)
+                    speed, client, served = download(*contenders[name], home, size, cipher)
                     if number > 0:
-                        results.setdefault((name, cipher), []).append(speed)
+                        results.setdefault((name, cipher), []).append((speed, served, client))
                         log.write(json.dumps({"name": name, "cipher": cipher, "gb_per_s": speed, "client_s": client,
-                                              "size": size, "load": os.getloadavg()[0]}) + "\n")
-    print("| server | cipher | GB/s (median) | least | most |\n|---|---|---|---|---|")
-    for (name, cipher), speeds in results.items():
-        print(f"| {name} | {cipher} | {statistics.median(speeds):.2f} | {min(speeds):.2f} | {max(speeds):.2f} |")
+                                              "server_s": served, "size": size, "load": os.getloadavg()[0]}) + "\n")
+    print("| server | cipher | GB/s (median) | least | most | server s/GiB | client s/GiB |\n|---|---|---|---|---|---|---|")
+    gib = size / (1 << 30)
+    for (name, cipher), found in results.items():
+        speeds, served, client = zip(*found)
+        print(f"| {name} | {cipher or 'as they agree'} | {statistics.median(speeds):.2f} | {min(speeds):.2f} | {max(speeds):.2f} "
+              f"| {statistics.median(served) / gib:.3f} | {statistics.median(client) / gib:.3f} |")
 
 
 def hostile(_):
