@@ -16,7 +16,8 @@ VMTIDE_TEST_AGENT_DISKS      a JSON file that tells what is where:
  "broken": a file in it that is no disk although its name and first bytes say so,
  "disks": [{"path": as clients write it, "content": a raw file with what it holds, on this host,
             "virtual_storage_type": …, "provider_sub_type": …, "parent_path": null or what info shall say}],
- "writable": a path of one of the disks that may be changed, or null: change tracking is tried on it}
+ "writable": a path of one of the disks that may be changed, or null: change tracking is tried on it,
+ "strangers": differencing disks in it whose parents are outside of it: files, shares, devices}
 
     python3 tests/agent/matrix.py [WORD…]      only the checks whose names hold a WORD
 
@@ -619,6 +620,34 @@ class Matrix:
             "a" * 40000,
         ]
         return spelled + raw
+
+    def check_strangers(self):
+        for path in self.fixture["strangers"]:
+            yield f"a parent outside: {path[-30:]}", lambda p=path: self.stranger(p)
+
+    def stranger(self, path):
+        """What it is may be told, as its own file tells it; nothing is read through its parent, by any way."""
+        info = self.agent.ask("GET", target(path, "info")).must(200).json()
+        want(info["provider_sub_type"] == 4 and info["parent_path"], f"info: {info}")
+        query = "?path=" + quote(path, safe="")
+        listed = [("Content-Type", "application/json")]
+        for method, where, headers, body in (
+            ("GET", target(path, "rct"), [], b""),
+            ("PUT", target(path, "rct?enabled=true"), [], b""),
+            ("GET", target(path, "rct/rctX:0:0:0:0:0:00000001/changes"), [], b""),
+            ("GET", target(path, "content?ranges=0:512"), [], b""),
+            ("POST", target(path, "content"), listed, b'[{"offset":0,"length":512}]'),
+            ("GET", "/v1/disks/tracking" + query, [], b""),
+            ("GET", "/v1/disks/changes" + query + "&since=x", [], b""),
+            ("GET", "/v1/disks/content" + query, [], b""),
+            ("PUT", "/v1/disks/content" + query + "&offset=0", [("Content-Type", "application/octet-stream")], bytes(512)),
+            ("POST", "/v1/disks/tracking/checkpoints" + query, [], b""),
+            ("POST", "/v1/freezes", listed, json.dumps({"disks": [path]}).encode()),
+        ):
+            answer = self.agent.ask(method, where, headers, body)
+            # By the name alone, or because no such name is there: never an error of who looked for it elsewhere.
+            want(answer.status == 403 and "its parent " in answer.text(), f"{method} {where}: {answer.status} {answer.text()[:200]}")
+            want("\n" not in answer.text().strip(), answer.text())
 
     # Change tracking, where a disk may be changed.
 

@@ -83,6 +83,8 @@ class Scenario:
             self.faults_of_changes,
             self.faults_of_content,
             self.faults_of_everything,
+            self.parents_are_left_alone,
+            self.disks_are_made,
             self.error_codes,
             self.no_handle_is_left,
             self.service,
@@ -134,6 +136,8 @@ class Scenario:
         for name in ("writable.vhdx", "elsewhere.vhdx", "many.vhdx"):
             shutil.copy(base, self.root / name)
         shutil.copy(base, self.outside / "secret.vhdx")
+        self.child = child
+        self.strangers = lab_of_linux.make_strangers(self.vmtide, self.root, self.outside / "secret.vhdx")
         (self.root / "broken.vhdx").write_bytes(b"vhdxfile" + bytes(400000))
         self.key = self.add_key("writer", "read-write")
         self.read_key = self.add_key("reader", "read-only")
@@ -179,6 +183,7 @@ class Scenario:
             "broken": windows_path(self.root / "broken.vhdx"),
             "disks": self.disks,
             "writable": windows_path(self.root / "writable.vhdx"),
+            "strangers": [windows_path(path) for path in self.strangers],
         }
         path = self.directory / "fixture.json"
         path.write_text(json.dumps(fixture))
@@ -363,6 +368,57 @@ class Scenario:
         self.faults()
         self.switch(disk, True).must(200)
         self.ok("a machine writes the disk: it is read, its tracking left alone")
+
+    def parents_are_left_alone(self):
+        """Before it is known where its parents are a disk is opened without them, whatever is asked."""
+        self.faults(open__parents_error=32)
+        for path in (self.child, *self.strangers):
+            self.ask("GET", path, "info").must(200)
+        for path in self.strangers:
+            for verb in ("rct", "rct/x/changes", "content?ranges=0:512"):
+                self.ask("GET", path, verb).must(403)
+        # The fault is there: a chain that may be opened is.
+        self.read(self.child, 0, 512).must(409)
+        self.faults()
+        if self.read(self.child, 0, 512).must(200).body != self.content.read_bytes()[:512]:
+            raise TestFailure("other bytes")
+        self.ok("parents outside of the roots are not opened to learn where they are")
+
+    def make(self, disk, **more):
+        body = {"format": "vhdx", "virtual_size_bytes": 8 << 20, "fixed": False, **more}
+        return "POST", "/v1/disks?path=" + quote(windows_path(disk), safe=""), [("Content-Type", "application/json")], json.dumps(body).encode()
+
+    def disks_are_made(self):
+        disk = self.root / "made.vhdx"
+        for name, more, faults, status in (
+            ("a VHD of 3 TiB", {"format": "vhd", "virtual_size_bytes": 3 << 40}, {}, 400),
+            ("a VHD of sectors of 4 KiB", {"format": "vhd", "logical_sector_bytes": 4096}, {}, 400),
+            ("half a sector", {"virtual_size_bytes": (8 << 20) + 256}, {}, 400),
+            ("no id", {"disk_id": "x"}, {}, 400),
+            ("a size that Windows refuses", {}, {"create__error": "0xC03A0012"}, 400),
+            ("a full volume", {}, {"create__error": 112}, 507),
+            ("an error in the middle", {}, {"create__error": 1117}, 500),
+        ):
+            self.faults(**faults)
+            answer = self.agent.ask(*self.make(disk, **more)).must(status)
+            if disk.exists() or "\n" in answer.text().strip():
+                raise TestFailure(f"{name}: {answer.text()}")
+        self.faults(create__pending=3)
+        self.agent.ask(*self.make(disk, fixed=True)).must(201)
+        self.agent.ask(*self.make(disk)).must(409)
+        self.ok("disks are made, also such as take time, and errors of a client are told from others")
+        # Nobody waits for this one any more.
+        disk = self.root / "given up.vhdx"
+        self.faults(create__pending=40)
+        connection = self.agent.connect()
+        method, where, headers, body = self.make(disk, fixed=True)
+        head = self.agent.head(method, where.encode(), [("auth_key", self.key), ("Content-Length", str(len(body))), *headers])
+        connection.sendall(head + body)
+        wait_until("the disk is begun", disk.exists, 30)
+        connection.close()
+        wait_until("the disk is given up", lambda: not disk.exists(), 30)
+        self.ask("GET", self.child, "info").must(200)
+        self.ok("a fixed disk that nobody waits for is given up, and no file is left")
 
     def error_codes(self):
         disk = self.copy("codes")

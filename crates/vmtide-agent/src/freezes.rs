@@ -5,6 +5,7 @@
 //! from it. [`FreezeUse`] is what a request holds meanwhile; the disks are let go when the last one is dropped,
 //! on a thread that may block.
 
+use crate::count::Count;
 use crate::limits::Limits;
 use crate::provider::{FrozenDisk, FrozenDisks};
 use crate::transfers::random_id;
@@ -67,6 +68,8 @@ pub struct FrozenDiskView {
 }
 
 struct Freeze {
+    /// Counts the thread that lets go.
+    threads: Count,
     id: String,
     client: Arc<str>,
     created_at: Timestamp,
@@ -121,7 +124,13 @@ impl Drop for Freeze {
         let frozen = self.frozen.take();
         // Letting go may wait for the platform: not on a thread that answers others.
         match tokio::runtime::Handle::try_current() {
-            Ok(runtime) => drop(runtime.spawn_blocking(move || drop(frozen))),
+            Ok(runtime) => {
+                let counted = self.threads.enter();
+                drop(runtime.spawn_blocking(move || {
+                    drop(frozen);
+                    drop(counted);
+                }));
+            }
             Err(_) => drop(frozen),
         }
     }
@@ -129,6 +138,8 @@ impl Drop for Freeze {
 
 /// All freezes of an agent.
 pub struct Freezes {
+    /// The threads that let go of disks.
+    threads: Count,
     per_client: usize,
     total: usize,
     state: Mutex<State>,
@@ -167,10 +178,16 @@ impl Freezes {
     /// None yet.
     pub fn new(limits: &Limits) -> Arc<Self> {
         Arc::new(Self {
+            threads: Count::default(),
             per_client: limits.freezes_per_client,
             total: limits.freezes_total,
             state: Mutex::default(),
         })
+    }
+
+    /// The threads that let go of disks now.
+    pub const fn threads(&self) -> &Count {
+        &self.threads
     }
 
     /// How many there are.
@@ -212,6 +229,7 @@ impl Freezes {
             tracking_id: disk.tracking_id.clone(),
         };
         let freeze = Arc::new(Freeze {
+            threads: self.threads.clone(),
             id: random_id(),
             client: Arc::clone(&reservation.client),
             created_at: Timestamp::now(),

@@ -3,6 +3,7 @@
 //! Labels are from fixed sets, never from what clients send: neither paths nor names of keys, so that the number
 //! of series is bounded and nobody who reads them learns which disks there are.
 
+use crate::count::Count;
 use crate::state::Shared;
 use axum::extract::{Request, State};
 use axum::middleware::Next;
@@ -24,12 +25,22 @@ pub struct Metrics {
     started: SystemTime,
     requests: Mutex<BTreeMap<(&'static str, u16), u64>>,
     durations: Mutex<BTreeMap<&'static str, Durations>>,
+    /// Connections that are open, from their first byte on.
+    pub connections: Count,
+    /// Threads that answer requests and may block; not those of transfers and lists, which count their own.
+    pub threads: Count,
 }
 
 impl Default for Metrics {
     fn default() -> Self {
         let started = SystemTime::now();
-        Self { started, requests: Mutex::default(), durations: Mutex::default() }
+        Self {
+            started,
+            requests: Mutex::default(),
+            durations: Mutex::default(),
+            connections: Count::default(),
+            threads: Count::default(),
+        }
     }
 }
 
@@ -45,8 +56,20 @@ struct Durations {
 pub struct Gauges {
     /// Transfers under way.
     pub transfers: usize,
-    /// Freezes held.
+    /// Lists of changed ranges under way.
+    pub change_lists: usize,
+    /// Calls of management objects under way.
+    pub calls: usize,
+    /// Freezes of disks that are held.
     pub freezes: usize,
+    /// Freezes of VMs that are held, or being made or ended.
+    pub vm_freezes: usize,
+    /// Disks that are open for their content.
+    pub open_disks: usize,
+    /// Disks that are attached to the host.
+    pub attached_disks: usize,
+    /// Threads that block in a disk, in the platform, or until a client takes what they made.
+    pub blocking_threads: usize,
     /// Sums over all transfers.
     pub totals: crate::transfers::TransferTotals,
 }
@@ -83,10 +106,9 @@ impl Metrics {
             writeln!(text, "vmtide_agent_requests_total{labels} {count}")?;
         }
         self.write_durations(text)?;
+        self.write_gauges(text, gauges)?;
         let totals = gauges.totals;
         for (name, kind, help, value) in [
-            ("transfers", "gauge", "Transfers of content under way.", gauges.transfers as u64),
-            ("freezes", "gauge", "Freezes that are held.", gauges.freezes as u64),
             ("read_bytes_total", "counter", "Content read from disks.", totals.read_bytes),
             ("written_bytes_total", "counter", "Content written to disks.", totals.written_bytes),
             ("sent_bytes_total", "counter", "Bytes sent for content.", totals.sent_bytes),
@@ -104,6 +126,24 @@ impl Metrics {
         head(text, "process_start_time_seconds", "gauge", "When the agent started.")?;
         writeln!(text, "process_start_time_seconds {}", started.as_secs_f64())?;
         write_process(text)
+    }
+
+    fn write_gauges(&self, text: &mut String, gauges: &Gauges) -> fmt::Result {
+        for (name, help, value) in [
+            ("connections", "Connections that are open.", self.connections.now()),
+            ("transfers", "Transfers of content under way.", gauges.transfers),
+            ("change_lists", "Lists of changed ranges under way.", gauges.change_lists),
+            ("calls", "Calls of management objects under way.", gauges.calls),
+            ("freezes", "Freezes of disks that are held.", gauges.freezes),
+            ("vm_freezes", "Freezes of VMs that are held.", gauges.vm_freezes),
+            ("open_disks", "Disks that are open for their content.", gauges.open_disks),
+            ("attached_disks", "Disks that are attached to the host.", gauges.attached_disks),
+            ("blocking_threads", "Threads that block for requests.", gauges.blocking_threads),
+        ] {
+            head(text, &format!("vmtide_agent_{name}"), "gauge", help)?;
+            writeln!(text, "vmtide_agent_{name} {value}")?;
+        }
+        Ok(())
     }
 
     fn write_durations(&self, text: &mut String) -> fmt::Result {
@@ -142,7 +182,22 @@ fn write_process(text: &mut String) -> fmt::Result {
     Ok(())
 }
 
-#[cfg(not(target_os = "linux"))]
+/// What the system knows of this process.
+#[cfg(windows)]
+fn write_process(text: &mut String) -> fmt::Result {
+    use vmtide_windows_ffi::process;
+    if let Ok(bytes) = process::resident_bytes() {
+        head(text, "process_resident_memory_bytes", "gauge", "Memory in use.")?;
+        writeln!(text, "process_resident_memory_bytes {bytes}")?;
+    }
+    if let Ok(handles) = process::handle_count() {
+        head(text, "process_open_fds", "gauge", "Open handles.")?;
+        writeln!(text, "process_open_fds {handles}")?;
+    }
+    Ok(())
+}
+
+#[cfg(not(any(target_os = "linux", windows)))]
 fn write_process(_text: &mut String) -> fmt::Result {
     Ok(())
 }
@@ -226,13 +281,17 @@ mod tests {
             "vmtide_agent_request_seconds_bucket{route=\"/v1/content\",le=\"+Inf\"} 4",
             "vmtide_agent_request_seconds_count{route=\"/v1/content\"} 4",
             "vmtide_agent_transfers 0",
+            "vmtide_agent_connections 0",
+            "vmtide_agent_open_disks 0",
+            "vmtide_agent_attached_disks 0",
+            "vmtide_agent_blocking_threads 0",
         ] {
             assert!(text.lines().any(|other| other == line), "{line}\n{text}");
         }
         assert!(!text.contains("secret") && !text.contains("a.vhdx"));
     }
 
-    #[cfg(target_os = "linux")]
+    #[cfg(any(target_os = "linux", windows))]
     #[test]
     fn memory_and_handles_are_told() {
         let text = Metrics::default().render(&Gauges::default());

@@ -173,6 +173,7 @@ const OPERATIONS: &[Operation] = &[
     .query(&["vm"])
     .gives(200, Answer::Json("HealthChecks")),
     operation("/v1/vms/reap", "post", "reap", "Removes what killed jobs left")
+        .writes()
         .gives(200, Answer::Json("ReapReport")),
     operation("/v1/vms/freezes", "get", "listVmFreezes", "The freezes of VMs of this key")
         .gives(200, Answer::Json("VmFreezes")),

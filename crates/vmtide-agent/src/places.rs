@@ -5,6 +5,7 @@
 //! that read nothing would take all threads of the agent. They are not taken from those of content, so that a
 //! client that reads a list and content together never waits for itself.
 
+use crate::count::{Count, Counted};
 use crate::limits::Limits;
 use parking_lot::Mutex;
 use std::collections::HashMap;
@@ -31,6 +32,8 @@ pub enum NoPlace {
 /// All places of an agent for lists of changes.
 #[derive(Debug)]
 pub struct Places {
+    /// The threads that make what takes a place.
+    threads: Count,
     per_client: usize,
     total: usize,
     taken: Mutex<Taken>,
@@ -51,7 +54,7 @@ impl Places {
 
     /// So many places of each client, and in all; none taken yet.
     pub fn of(per_client: usize, total: usize) -> Arc<Self> {
-        Arc::new(Self { per_client, total, taken: Mutex::default() })
+        Arc::new(Self { threads: Count::default(), per_client, total, taken: Mutex::default() })
     }
 
     /// Takes a place for a client.
@@ -72,6 +75,11 @@ impl Places {
         Ok(Place { places: Arc::clone(self), client: Arc::clone(client) })
     }
 
+    /// The threads that make answers which have a place, now.
+    pub const fn threads(&self) -> &Count {
+        &self.threads
+    }
+
     /// How many are taken.
     pub fn taken(&self) -> usize {
         self.taken.lock().total
@@ -83,6 +91,13 @@ impl Places {
 pub struct Place {
     places: Arc<Places>,
     client: Arc<str>,
+}
+
+impl Place {
+    /// Counts the thread that makes the answer, as long as what is returned lives.
+    pub fn thread(&self) -> Counted {
+        self.places.threads.enter()
+    }
 }
 
 impl Drop for Place {

@@ -149,9 +149,10 @@ async fn run_until(
     });
     let (stopping, stopped) = watch::channel(false);
     let care = tokio::spawn(take_care(Arc::clone(&state.keys), identity));
+    let open = state.metrics.connections.clone();
     let router = server::router(state);
     let connections = within_handles(options.connections);
-    let serving = tokio::spawn(server::serve(listener, tls, router, connections, stopped));
+    let serving = tokio::spawn(server::serve(listener, tls, router, connections, open, stopped));
     systemd::notify(systemd::READY);
     while !stop.is_cancelled() && !serving.is_finished() {
         tokio::time::sleep(STOP_INTERVAL).await;

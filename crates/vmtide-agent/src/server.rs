@@ -10,6 +10,7 @@
 //! socket are as large, nothing is flattened into one buffer (`writev`), and TLS takes whole frames at once.
 
 use crate::config::ConnectionLimits;
+use crate::count::Count;
 use crate::stall::StallGuard;
 use crate::state::Shared;
 use crate::{audit, contract, drain, metrics, stall_body, v1};
@@ -62,7 +63,8 @@ pub fn router(state: Shared) -> Router {
         .with_state(state)
 }
 
-/// Serves `router` over TLS until `stop` becomes true, then lets running requests end.
+/// Serves `router` over TLS until `stop` becomes true, then lets running requests end. Its connections are counted in
+/// `open`.
 ///
 /// # Panics
 /// Outside of a tokio runtime.
@@ -71,6 +73,7 @@ pub async fn serve(
     tls: Arc<ServerConfig>,
     router: Router,
     limits: ConnectionLimits,
+    open: Count,
     mut stop: watch::Receiver<bool>,
 ) {
     let graceful = GracefulShutdown::new();
@@ -89,6 +92,7 @@ pub async fn serve(
                     tracing::debug!(%peer, "refused: too many connections");
                     continue;
                 };
+                let counted = open.enter();
                 let connection = Connection {
                     acceptor: acceptor.clone(),
                     router: router.clone(),
@@ -98,7 +102,7 @@ pub async fn serve(
                 };
                 tasks.spawn(async move {
                     connection.serve(stream).await;
-                    drop(place);
+                    drop((place, counted));
                 });
             }
             Err(error) => {

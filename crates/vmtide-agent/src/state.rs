@@ -4,18 +4,16 @@ use crate::audit::AuditLog;
 use crate::auth::KeyStore;
 use crate::limits::Limits;
 use crate::metrics::Metrics;
+use crate::parents;
 use crate::provider::{
-    self, ChangePage, DiskProvider, FrozenDisks, NewDisk, ProviderError, TrackingState,
+    self, ChangePage, DiskInfo, DiskProvider, FrozenDisks, NewDisk, ProviderError, TrackingState,
 };
 use crate::roots::{Located, Roots, Vacant};
 use crate::vms::Vms;
 use crate::work::Work;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use vmtide_block::{BlockDevice, ByteRange, WritableBlockDevice};
-
-/// The most images of one chain that are looked at; as many as `vmtide-image` opens.
-pub const MAX_PARENTS: usize = 64;
+use vmtide_block::{BlockDevice, ByteRange, CancelToken, WritableBlockDevice};
 
 /// What every request works with; one per agent, shared by all its threads.
 pub struct AppState {
@@ -86,7 +84,11 @@ impl AppState {
         work: impl FnOnce(&Self) -> provider::Result<T> + Send + 'static,
     ) -> provider::Result<T> {
         let state = Arc::clone(self);
-        match tokio::task::spawn_blocking(move || work(&state)).await {
+        let working = move || {
+            let _counted = state.metrics.threads.enter();
+            work(&state)
+        };
+        match tokio::task::spawn_blocking(working).await {
             Ok(result) => result,
             Err(error) => {
                 tracing::error!(%error, "a request ended in a panic");
@@ -128,11 +130,17 @@ impl AppState {
     /// Makes a disk at a place that a client named, and looks afterwards whether it is there. Blocks.
     ///
     /// # Errors
-    /// As [`locate_new`](Self::locate_new) and [`DiskProvider::create`]; [`ProviderError::Failed`] where its
-    /// directory was exchanged meanwhile, so that the new file may be anywhere.
-    pub fn create(&self, requested: &str, disk: &NewDisk) -> provider::Result<()> {
+    /// As [`locate_new`](Self::locate_new) and [`DiskProvider::create`]; [`ProviderError::Invalid`] for what no disk can
+    /// be; [`ProviderError::Failed`] where its directory was exchanged meanwhile, so that the new file may be anywhere.
+    pub fn create(
+        &self,
+        requested: &str,
+        disk: &NewDisk,
+        cancel: &CancelToken,
+    ) -> provider::Result<()> {
+        disk.check().map_err(|reason| ProviderError::Invalid { path: requested.into(), reason })?;
         let vacant = self.locate_new(requested)?;
-        self.provider.create(vacant.path(), disk)?;
+        self.provider.create(vacant.path(), disk, cancel)?;
         vacant.recheck().map_err(|refusal| {
             tracing::error!(path = requested, %refusal, "a new disk may lie outside of the roots");
             ProviderError::Failed {
@@ -198,34 +206,26 @@ impl AppState {
         self.provider.open_writable(path)
     }
 
-    /// Succeeds where all images that the disk reads through lie in the roots. A differencing disk is a file that
-    /// names another file, and whoever may write into a root could name any. Blocks.
+    /// Succeeds where all images that the disk is read through lie in the roots. Blocks.
     ///
     /// # Errors
-    /// [`ProviderError::Denied`], naming the parent; those of [`DiskProvider::info`].
+    /// [`ProviderError::Denied`], naming the parent; those of [`DiskProvider::parents`].
     pub fn check_parents(&self, path: &Path) -> provider::Result<()> {
-        let mut child = path.to_path_buf();
-        for _ in 0..MAX_PARENTS {
-            let Some(parent) = self.provider.info(&child)?.parent_path else {
-                return Ok(());
-            };
-            let named =
-                child.parent().map_or_else(|| PathBuf::from(&parent), |at| at.join(&parent));
-            let located = self.roots.locate(&named.to_string_lossy()).map_err(|error| {
-                tracing::debug!(child = %child.display(), parent, %error, "parent refused");
-                ProviderError::Denied {
-                    path: path.display().to_string(),
-                    reason: format!(
-                        "its parent {parent} is not in a directory that the agent serves; add that \
-                         directory with --root"
-                    ),
-                }
-            })?;
-            child = located.path().to_path_buf();
+        parents::check(&*self.provider, &self.roots, path, None).map_err(|error| error.of(path))
+    }
+
+    /// What the disk is; its parent where it was found, if that lies in the roots, else as the disk names it. Nothing is
+    /// looked at but images in the roots. Blocks.
+    ///
+    /// # Errors
+    /// As [`DiskProvider::info`].
+    pub fn info(&self, path: &Path) -> provider::Result<DiskInfo> {
+        let mut info = self.provider.info(path)?;
+        if info.parent_path.is_some()
+            && let Ok(Some(parent)) = parents::parent(&*self.provider, &self.roots, path, None)
+        {
+            info.parent_path = Some(parent.display().to_string());
         }
-        Err(ProviderError::NotADisk {
-            path: path.display().to_string(),
-            reason: format!("its chain has more than {MAX_PARENTS} images"),
-        })
+        Ok(info)
     }
 }

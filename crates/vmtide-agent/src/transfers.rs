@@ -4,6 +4,7 @@
 //! byte to after its last. It holds a place among the limits of its client, so that a place is free again
 //! whatever way a transfer ends: the value is dropped.
 
+use crate::count::Count;
 use crate::limits::Limits;
 use jiff::Timestamp;
 use parking_lot::Mutex;
@@ -150,6 +151,8 @@ impl Job {
 /// All transfers of an agent.
 #[derive(Debug)]
 pub struct Transfers {
+    /// The threads that read and write for them.
+    threads: Count,
     per_client: usize,
     total: usize,
     bytes_per_second: Option<NonZeroU64>,
@@ -172,6 +175,7 @@ impl Transfers {
     /// None yet.
     pub fn new(limits: &Limits) -> Arc<Self> {
         Arc::new(Self {
+            threads: Count::default(),
             per_client: limits.streams_per_client,
             total: limits.streams_total,
             bytes_per_second: limits.bytes_per_second_per_client,
@@ -259,6 +263,11 @@ impl Transfers {
     /// How many are running.
     pub fn running(&self) -> usize {
         self.state.lock().running.len()
+    }
+
+    /// The threads that read and write for transfers now.
+    pub const fn threads(&self) -> &Count {
+        &self.threads
     }
 
     /// What was moved since the start: content read and written, bytes sent and received for it.
@@ -352,6 +361,11 @@ impl Transfer {
     /// What counts for it on another thread.
     pub fn counter(&self) -> TransferCounter {
         TransferCounter { registry: Arc::clone(&self.registry), job: Arc::clone(&self.job) }
+    }
+
+    /// The threads that read and write for transfers, this one and others.
+    pub fn threads(&self) -> &Count {
+        &self.registry.threads
     }
 
     /// It is whole.

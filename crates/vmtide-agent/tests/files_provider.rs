@@ -10,7 +10,7 @@
 
 use std::path::{Path, PathBuf};
 use vmtide_agent::provider::{DiskProvider, FilesProvider, NewDisk, ProviderError};
-use vmtide_block::ByteRange;
+use vmtide_block::{ByteRange, CancelToken};
 
 const MIB: u64 = 1 << 20;
 
@@ -28,7 +28,8 @@ fn new_disk(format: &str, fixed: bool) -> NewDisk {
 
 fn make(directory: &Path, name: &str, format: &str, fixed: bool) -> PathBuf {
     let path = directory.join(name);
-    FilesProvider::default().create(&path, &new_disk(format, fixed)).unwrap();
+    let new = new_disk(format, fixed);
+    FilesProvider::default().create(&path, &new, &CancelToken::new()).unwrap();
     path
 }
 
@@ -55,17 +56,21 @@ fn numbers_are_those_of_windows() {
         );
         assert_eq!(info.disk_id.is_some(), numbers.0 != 0, "{name}");
         assert_eq!(info.physical_size_bytes, std::fs::metadata(&path).unwrap().len());
-        let again = provider.create(&path, &new_disk(format, fixed));
+        let again = provider.create(&path, &new_disk(format, fixed), &CancelToken::new());
         assert!(matches!(again, Err(ProviderError::Exists { .. })), "{again:?}");
     }
     let mut sectors = new_disk("vhdx", false);
     sectors.logical_sector_bytes = Some(4096);
     let path = directory.path().join("s.vhdx");
-    provider.create(&path, &sectors).unwrap();
+    provider.create(&path, &sectors, &CancelToken::new()).unwrap();
     let info = provider.info(&path).unwrap();
     assert_eq!((info.logical_sector_bytes, info.physical_sector_bytes), (4096, 4096));
     for (format, fixed) in [("iso", false), ("qcow2", true)] {
-        let refused = provider.create(&directory.path().join("x.img"), &new_disk(format, fixed));
+        let refused = provider.create(
+            &directory.path().join("x.img"),
+            &new_disk(format, fixed),
+            &CancelToken::new(),
+        );
         assert!(matches!(refused, Err(ProviderError::Unsupported { .. })), "{refused:?}");
     }
     assert!(!directory.path().join("x.img").exists());

@@ -148,9 +148,25 @@ fn siege(count: usize, body_bytes: u64) {
     }
     drop(held);
     process.wait_for_handles(handles);
-    let metrics = process.client.get("/v1/metrics");
-    let metrics = String::from_utf8(metrics.body).unwrap();
-    assert!(metrics.contains("\nvmtide_agent_transfers 0\n"), "{metrics}");
+    let began = Instant::now();
+    loop {
+        let metrics = process.client.get("/v1/metrics");
+        let metrics = String::from_utf8(metrics.body).unwrap();
+        // One connection is that of this question.
+        let left = [
+            "transfers 0",
+            "change_lists 0",
+            "freezes 0",
+            "open_disks 0",
+            "blocking_threads 0",
+            "connections 1",
+        ];
+        if left.iter().all(|line| metrics.contains(&format!("\nvmtide_agent_{line}\n"))) {
+            break;
+        }
+        assert!(began.elapsed() < Duration::from_secs(30), "something is left: {metrics}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 #[test]

@@ -104,7 +104,9 @@ fn disks_are_described_made_and_tracked() {
     assert_eq!(writer.json("POST", &new, &wanted).code(), "exists");
     let outside = format!("/v1/disks?path={}", escape("/etc/new.vhdx"));
     assert_eq!(writer.json("POST", &outside, &wanted).code(), "not_found");
-    let other = json!({"format": "qed", "virtual_size_bytes": 1, "fixed": false});
+    let half = json!({"format": "vhdx", "virtual_size_bytes": (1 << 20) + 1, "fixed": false});
+    assert_eq!(writer.json("POST", &outside, &half).code(), "bad_request");
+    let other = json!({"format": "qed", "virtual_size_bytes": 512, "fixed": false});
     let qed = format!("/v1/disks?path={}", escape(&agent.path("new.qed")));
     assert_eq!(writer.json("POST", &qed, &other).code(), "unsupported");
 }
@@ -782,6 +784,47 @@ fn every_route_of_the_document_answers_as_it_says() {
         }
     }
     assert!(operations >= 20, "{operations}");
+}
+
+/// What a metric says.
+fn metric(client: &Client, name: &str) -> u64 {
+    let text = String::from_utf8(client.get("/v1/metrics").body).unwrap();
+    let found = text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
+    found.unwrap_or_else(|| panic!("{name}: {text}"))
+}
+
+#[test]
+fn what_is_held_is_counted_and_given_back() {
+    let disk = TestDisk::pattern(1 << 30);
+    let provider = TestProvider::new(&[("a.vhdx", disk)]);
+    let agent = Agent::start(provider, Limits::default());
+    let reader = agent.reader();
+    let names = ["transfers", "freezes", "open_disks", "blocking_threads"]
+        .map(|name| format!("vmtide_agent_{name} "));
+    let wait_for = |wanted: [std::ops::RangeInclusive<u64>; 4]| {
+        let began = Instant::now();
+        loop {
+            let found = names.each_ref().map(|name| metric(&reader, name));
+            if found.iter().zip(&wanted).all(|(found, wanted)| wanted.contains(found)) {
+                return;
+            }
+            assert!(began.elapsed() < Duration::from_secs(30), "{found:?} instead of {wanted:?}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    };
+    wait_for([0..=0, 0..=0, 0..=0, 0..=0]);
+    // A client that reads nothing: the disk is open, and its readers wait for it.
+    let url = format!("/v1/disks/content?path={}", escape(&agent.path("a.vhdx")));
+    let stalled = reader.begin("GET", &url, &[]);
+    wait_for([1..=1, 0..=0, 1..=1, 1..=4]);
+    assert!(metric(&reader, "vmtide_agent_connections ") >= 2);
+    drop(stalled);
+    let frozen = reader.json("POST", "/v1/freezes", &json!({"disks": [agent.path("a.vhdx")]}));
+    let freeze = frozen.json()["id"].as_str().unwrap().to_owned();
+    wait_for([0..=0, 1..=1, 1..=1, 0..=0]);
+    let ended = reader.request("DELETE", &format!("/v1/freezes/{freeze}"), &[], b"");
+    assert_eq!(ended.status, 204);
+    wait_for([0..=0, 0..=0, 0..=0, 0..=0]);
 }
 
 #[test]

@@ -88,7 +88,10 @@ fn a_vm_of_an_agent_is_a_vm_like_any_other() {
     assert!(hypervisor.select(&"x*".parse().unwrap()).unwrap().is_empty());
     assert_eq!(hypervisor.describe("web").unwrap().disks.len(), 2);
     assert!(matches!(hypervisor.describe("db"), Err(HypervisorError::NotFound { .. })));
-    assert_eq!(hypervisor.reap().unwrap().removed, ["a checkpoint"]);
+    // What it removes is gone for good.
+    assert!(matches!(hypervisor.reap(), Err(HypervisorError::Denied { .. })));
+    let writer = AgentHypervisor::new(client(&agent, &agent.keys.writer));
+    assert_eq!(writer.reap().unwrap().removed, ["a checkpoint"]);
 
     let mut frozen = hypervisor.freeze(&request()).unwrap();
     assert_eq!(

@@ -101,7 +101,17 @@ fn a_vm_is_frozen_read_and_committed() {
         (&health["checks"][1]["detail"], &health["checks"][1]["mend"]),
         (&json!("web"), &json!("raise it"))
     );
-    assert_eq!(post(&reader, "/v1/vms/reap").json()["removed"][0], "a checkpoint");
+    assert_eq!(post(&reader, "/v1/vms/reap").code(), "read_only_key");
+    assert_eq!(script.reaps.load(Ordering::SeqCst), 1);
+    let reaped = post(&agent.writer(), "/v1/vms/reap");
+    assert_eq!(reaped.json()["removed"][0], "a checkpoint");
+    until("the line before it began", || {
+        let log = agent.directory.path().join("state/audit.log");
+        let log = std::fs::read_to_string(log).unwrap_or_default();
+        let mut lines = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        let is_begun = |line: &Value| line["call"] == "reap" && line["status"] == 0;
+        lines.any(|line| is_begun(&line) && line["key"] == "writer")
+    });
 
     let freeze = frozen(&reader, "firstfirst");
     let view = reader.get(&freeze).json();

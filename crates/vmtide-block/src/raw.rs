@@ -62,7 +62,29 @@ impl RawDevice {
     /// writing to a block device in use; [`BlockError::Unsupported`] where it is no disk, and for
     /// devices on Windows.
     pub fn open(path: impl AsRef<Path>, mode: OpenMode) -> Result<Self> {
-        let path = path.as_ref().to_path_buf();
+        Self::open_with(path.as_ref().to_path_buf(), mode, |path, options| options.open(path))
+    }
+
+    /// As [`open`](Self::open), for the path of a file that is there and that the caller has resolved: where a part of it is
+    /// a symbolic link now, somebody exchanged it, and it is not followed. Linux looks at all parts, other Unix systems
+    /// (and Linux where the call is not let through) at the last one, Windows at none.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open), and where there is a link.
+    pub fn open_resolved(path: impl AsRef<Path>, mode: OpenMode) -> Result<Self> {
+        Self::open_with(path.as_ref().to_path_buf(), mode, |path, options| match mode {
+            // Never through a link, and never one that is there.
+            OpenMode::CreateNew { .. } => options.open(path),
+            OpenMode::ReadOnly => files::open_resolved(path, options, false),
+            OpenMode::ReadWrite => files::open_resolved(path, options, true),
+        })
+    }
+
+    fn open_with(
+        path: PathBuf,
+        mode: OpenMode,
+        open: impl FnOnce(&Path, &OpenOptions) -> std::io::Result<File>,
+    ) -> Result<Self> {
         let mut options = OpenOptions::new();
         options.read(true).write(mode != OpenMode::ReadOnly);
         if matches!(mode, OpenMode::CreateNew { .. }) {
@@ -74,7 +96,7 @@ impl RawDevice {
                 files::claim(&mut options);
             }
         }
-        let file = options.open(&path).map_err(|error| {
+        let file = open(&path, &options).map_err(|error| {
             let context = match files::is_in_use(&error) {
                 true => format!("{} is in use ({})", path.display(), files::USERS),
                 false => format!("open {}", path.display()),
@@ -281,6 +303,32 @@ fn write_in_pieces(file: &File, data: &[u8], offset: u64) -> std::io::Result<()>
 mod tests {
     use super::*;
     use crate::{all_extents, is_zero};
+
+    #[cfg(unix)]
+    #[test]
+    fn a_link_that_came_into_a_resolved_path_is_not_followed() {
+        use std::os::unix::fs::symlink;
+        let directory = tempfile::tempdir().unwrap();
+        let place = std::fs::canonicalize(directory.path()).unwrap();
+        std::fs::create_dir(place.join("real")).unwrap();
+        std::fs::write(place.join("real/disk"), [7; 4096]).unwrap();
+        symlink("real", place.join("link")).unwrap();
+        symlink("disk", place.join("real/alias")).unwrap();
+        for mode in [OpenMode::ReadOnly, OpenMode::ReadWrite] {
+            let disk = RawDevice::open_resolved(place.join("real/disk"), mode).unwrap();
+            let mut found = [0; 512];
+            disk.read_at(&mut found, 512).unwrap();
+            assert_eq!((found, disk.size_bytes()), ([7; 512], 4096));
+            assert_eq!(disk.write_at(&[8; 512], 0).is_ok(), mode == OpenMode::ReadWrite);
+            assert!(RawDevice::open_resolved(place.join("real/alias"), mode).is_err());
+            #[cfg(target_os = "linux")]
+            assert!(RawDevice::open_resolved(place.join("link/disk"), mode).is_err());
+            assert!(RawDevice::open(place.join("link/alias"), mode).is_ok());
+        }
+        let new = OpenMode::CreateNew { size_bytes: 4096 };
+        assert!(RawDevice::open_resolved(place.join("real/alias"), new).is_err());
+        assert!(RawDevice::open_resolved(place.join("real/new"), new).is_ok());
+    }
 
     #[test]
     fn holes_of_a_sparse_file_are_found_and_made() {

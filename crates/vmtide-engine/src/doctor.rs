@@ -5,7 +5,7 @@ use crate::{EngineError, Result};
 use serde::Serialize;
 use std::path::Path;
 use vmtide_block::files;
-use vmtide_hypervisor::{HealthCheck, HealthState, VmConfig};
+use vmtide_hypervisor::{HealthCheck, HealthState, HypervisorError, VmConfig};
 use vmtide_repo::{KeyList, Repository, RestorePoint};
 
 /// Below this a backup of an ordinary VM is likely to end for lack of space.
@@ -124,6 +124,11 @@ fn check_open_source(findings: &mut Findings, source: &OpenSource) {
                 findings.ok("leftovers", "nothing left by killed jobs");
             }
         }
+        Err(error @ HypervisorError::Denied { .. }) => findings.warn(
+            "leftovers",
+            error.to_string(),
+            "nothing, where the account shall only read: each backup of a VM removes what an earlier one left of it",
+        ),
         Err(error) => findings.fail(
             "leftovers",
             error.to_string(),

@@ -10,7 +10,7 @@ use std::io::{ErrorKind as IoKind, Read, Write};
 use std::path::Path;
 use std::sync::Arc;
 use uuid::Uuid;
-use vmtide_block::{ByteRange, WritableBlockDevice};
+use vmtide_block::{ByteRange, CancelToken, WritableBlockDevice};
 use vmtide_hypervisor::{HypervisorError, Result};
 use vmtide_virtdisk_ffi::{
     DiskAccess, ErrorKind, Guid, NewVirtualDisk, TrackingId, VirtdiskError, VirtualDisk, read_page,
@@ -182,7 +182,8 @@ impl HostFiles for LocalFiles {
             block_bytes: disk.block_bytes,
             disk_id: disk.disk_id.and_then(|id| Guid::parse(&id.to_string())),
         };
-        VirtualDisk::create(Path::new(path), &new).map_err(|error| of_disk(path, &error))?;
+        VirtualDisk::create(Path::new(path), &new, &CancelToken::new())
+            .map_err(|error| of_disk(path, &error))?;
         self.open_disk_writable(path)
     }
 

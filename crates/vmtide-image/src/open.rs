@@ -52,6 +52,20 @@ pub struct OpenOptions {
     /// Takes a parent that does not say of itself what the child wants. For rescuing data: what is
     /// read may be a mixture of two moments.
     pub any_parent: bool,
+    /// Opens no file through a symbolic link: for a path that the caller has resolved, where somebody else may exchange
+    /// files meanwhile. See [`RawDevice::open_resolved`] for what each system looks at.
+    pub no_links: bool,
+}
+
+impl OpenOptions {
+    /// One of the files of the image.
+    pub(crate) fn file(&self, path: &Path, mode: OpenMode) -> Result<RawDevice> {
+        if self.no_links {
+            RawDevice::open_resolved(path, mode)
+        } else {
+            RawDevice::open(path, mode)
+        }
+    }
 }
 
 /// One image of an open chain.
@@ -102,7 +116,7 @@ pub fn open_snapshot(
     id_or_name: &str,
 ) -> Result<Arc<dyn BlockDevice>> {
     let path = path.as_ref();
-    let file = Arc::new(RawDevice::open(path, OpenMode::ReadOnly)?);
+    let file = Arc::new(options.file(path, OpenMode::ReadOnly)?);
     let format = options.format.map_or_else(|| probe_device(&file), Ok)?;
     if format != Format::Qcow2 {
         return Err(BlockError::unsupported(
@@ -126,7 +140,7 @@ pub fn open_writable(
     options: &OpenOptions,
 ) -> Result<Arc<dyn ImageWriter>> {
     let path = path.as_ref();
-    let file = Arc::new(RawDevice::open(path, OpenMode::ReadWrite)?);
+    let file = Arc::new(options.file(path, OpenMode::ReadWrite)?);
     let mut chain = Chain::new(options);
     chain.enter(path)?;
     Ok(match options.format.map_or_else(|| probe_device(&file), Ok)? {
@@ -135,7 +149,7 @@ pub fn open_writable(
             let header = Header::read(&*file)?;
             let backing = chain.backing(path, &header, true)?;
             let data_file = match chain.data_file_path(path, &header)? {
-                Some(path) => Some(Arc::new(RawDevice::open(path, OpenMode::ReadWrite)?)
+                Some(path) => Some(Arc::new(options.file(&path, OpenMode::ReadWrite)?)
                     as Arc<dyn WritableBlockDevice>),
                 None => None,
             };
@@ -178,7 +192,7 @@ impl<'a> Chain<'a> {
         is_top: bool,
     ) -> Result<Arc<dyn DiskImage>> {
         self.enter(path)?;
-        let file = Arc::new(RawDevice::open(path, OpenMode::ReadOnly)?);
+        let file = Arc::new(self.options.file(path, OpenMode::ReadOnly)?);
         let image: Arc<dyn DiskImage> = match format.map_or_else(|| probe_device(&file), Ok)? {
             Format::Raw => file,
             Format::Qcow2 => Arc::new(self.open_qcow2(path, file, is_top)?),
@@ -210,7 +224,8 @@ impl<'a> Chain<'a> {
         let backing = self.backing(path, &header, is_top)?;
         let data_file = match self.data_file_path(path, &header)? {
             Some(path) => {
-                Some(Arc::new(RawDevice::open(path, OpenMode::ReadOnly)?) as Arc<dyn BlockDevice>)
+                let file = self.options.file(&path, OpenMode::ReadOnly)?;
+                Some(Arc::new(file) as Arc<dyn BlockDevice>)
             }
             None => None,
         };
@@ -345,11 +360,11 @@ impl PolicyFiles<'_> {
 
 impl ExtentFiles for PolicyFiles<'_> {
     fn open(&self, name: &str) -> Result<Arc<dyn BlockDevice>> {
-        Ok(Arc::new(RawDevice::open(self.path(name)?, OpenMode::ReadOnly)?))
+        Ok(Arc::new(self.options.file(&self.path(name)?, OpenMode::ReadOnly)?))
     }
 
     fn open_writable(&self, name: &str) -> Result<Arc<dyn WritableBlockDevice>> {
-        Ok(Arc::new(RawDevice::open(self.path(name)?, OpenMode::ReadWrite)?))
+        Ok(Arc::new(self.options.file(&self.path(name)?, OpenMode::ReadWrite)?))
     }
 
     fn place(&self, name: Option<&str>) -> Option<String> {

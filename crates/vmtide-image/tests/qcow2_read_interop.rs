@@ -19,6 +19,7 @@ const ALLOW: OpenOptions = OpenOptions {
     backing_device: None,
     search: Vec::new(),
     any_parent: false,
+    no_links: false,
 };
 
 fn qcow2(path: &Path) -> Qcow2Image {

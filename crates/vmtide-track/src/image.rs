@@ -115,8 +115,11 @@ impl HostedImage {
     /// [`TrackError::InUse`] where somebody else has it; those of opening the image and of
     /// [`TrackedDisk::open`].
     pub fn open(path: &Path, open: &OpenOptions, options: &HostOptions) -> Result<Arc<Self>> {
-        // One set of files, whatever links lead to the image.
-        let real = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        // One set of files, whatever links lead to the image; none do where its path was resolved before.
+        let real = match open.no_links {
+            true => path.to_owned(),
+            false => path.canonicalize().unwrap_or_else(|_| path.to_owned()),
+        };
         let path = real.as_path();
         let lock = ImageLock::take(path).map_err(|error| in_use(path, error))?;
         let mut identity = image_identity(path, open.format)?;

@@ -36,6 +36,8 @@ pub enum ErrorKind {
     Buffer,
     /// The request itself is wrong.
     Invalid,
+    /// It was given up, as its caller wished.
+    Cancelled,
     /// Anything else.
     Other,
 }
@@ -59,6 +61,8 @@ pub struct KnownError {
 pub const ERROR_INSUFFICIENT_BUFFER: u32 = 122;
 /// A parent location was asked of a disk that has none, and other requests that do not fit the type of a disk.
 pub const ERROR_VHD_INVALID_TYPE: u32 = 0xC03A_001B;
+/// The request was given up.
+pub const ERROR_OPERATION_ABORTED: u32 = 995;
 /// The account has no such privilege, or has not switched it on.
 pub const ERROR_PRIVILEGE_NOT_HELD: u32 = 1314;
 
@@ -81,7 +85,7 @@ const CHAIN: &str =
 #[rustfmt::skip]
 static KNOWN: &[KnownError] = {
     use ErrorKind::{
-        Buffer, Damaged, Denied, Exists, InUse, Invalid, NoSpace, NotFound, Parent, TrackingDisabled,
+        Buffer, Cancelled, Damaged, Denied, Exists, InUse, Invalid, NoSpace, NotFound, Parent, TrackingDisabled,
         TrackingLost, UnknownTrackingId, Unsupported,
     };
     &[
@@ -110,6 +114,7 @@ static KNOWN: &[KnownError] = {
         known(267, "ERROR_DIRECTORY", NotFound, "the path leads through something that is no directory", "check the path"),
         known(618, "ERROR_UNSUPPORTED_COMPRESSION", Unsupported, "the file lies on a compressed volume", "switch off NTFS compression of the file and its directory"),
         known(665, "ERROR_FILE_SYSTEM_LIMITATION", Unsupported, "the path leads through a share of this same host", "use the local path"),
+        known(ERROR_OPERATION_ABORTED, "ERROR_OPERATION_ABORTED", Cancelled, "the request was given up", "ask again"),
         known(1117, "ERROR_IO_DEVICE", ErrorKind::Other, "the storage reports an error", "check the disk that holds the file"),
         known(ERROR_PRIVILEGE_NOT_HELD, "ERROR_PRIVILEGE_NOT_HELD", Denied, "the account lacks a privilege", "run the service as LocalSystem, or give its account the right \"Perform volume maintenance tasks\""),
         known(1392, "ERROR_FILE_CORRUPT", Damaged, "the file or directory is corrupt", "check the volume with chkdsk"),

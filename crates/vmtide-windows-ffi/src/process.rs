@@ -8,10 +8,11 @@ use windows_sys::Wdk::System::SystemInformation::{
 use windows_sys::Win32::Foundation::{
     CloseHandle, ERROR_INVALID_PARAMETER, FILETIME, HANDLE, WAIT_OBJECT_0,
 };
+use windows_sys::Win32::System::ProcessStatus::{K32GetProcessMemoryInfo, PROCESS_MEMORY_COUNTERS};
 use windows_sys::Win32::System::Registry::{HKEY_LOCAL_MACHINE, RRF_RT_REG_DWORD, RegGetValueW};
 use windows_sys::Win32::System::Threading::{
-    GetProcessTimes, OpenProcess, PROCESS_QUERY_LIMITED_INFORMATION, PROCESS_SYNCHRONIZE,
-    WaitForSingleObject,
+    GetCurrentProcess, GetProcessHandleCount, GetProcessTimes, OpenProcess,
+    PROCESS_QUERY_LIMITED_INFORMATION, PROCESS_SYNCHRONIZE, WaitForSingleObject,
 };
 
 /// When the process of this number began, in units of 100 ns since 1601; none where there is no such
@@ -62,6 +63,30 @@ pub fn boot_time() -> Option<u64> {
     answer.first().copied().filter(|time| status >= 0 && *time != 0)
 }
 
+/// The memory that this process has in the machine's, in bytes.
+///
+/// # Errors
+/// What the system says.
+pub fn resident_bytes() -> Result<u64> {
+    let mut counters = PROCESS_MEMORY_COUNTERS::default();
+    let size = u32::try_from(size_of::<PROCESS_MEMORY_COUNTERS>()).unwrap_or(0);
+    // SAFETY: the pointer is to a live structure of the length given; the handle is this process' own, and needs no
+    // closing.
+    super::check(unsafe { K32GetProcessMemoryInfo(GetCurrentProcess(), &raw mut counters, size) })?;
+    Ok(counters.WorkingSetSize as u64)
+}
+
+/// How many handles this process has open.
+///
+/// # Errors
+/// What the system says.
+pub fn handle_count() -> Result<u32> {
+    let mut count = 0;
+    // SAFETY: the pointer is to a live number; the handle is this process' own, and needs no closing.
+    super::check(unsafe { GetProcessHandleCount(GetCurrentProcess(), &raw mut count) })?;
+    Ok(count)
+}
+
 /// Whether this is inside a Windows container: such a one sees only its own processes, and may have the
 /// name of another.
 pub fn is_in_container() -> bool {
@@ -98,6 +123,16 @@ impl Drop for Process {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn memory_and_handles_are_counted() {
+        assert!(resident_bytes().unwrap() > 1 << 16);
+        let before = handle_count().unwrap();
+        let held: Vec<_> = (0..50).map(|_| std::fs::File::open("NUL").unwrap()).collect();
+        assert!(handle_count().unwrap() >= before + 50);
+        drop(held);
+        assert!(handle_count().unwrap() < before + 50);
+    }
 
     #[test]
     fn processes_are_told_apart() {

@@ -108,14 +108,17 @@ pub fn status_of(error: &ProviderError) -> StatusCode {
         ProviderError::NotFound { .. } | ProviderError::UnknownTrackingId { .. } => {
             StatusCode::NOT_FOUND
         }
+        ProviderError::Invalid { .. } => StatusCode::BAD_REQUEST,
         ProviderError::NotADisk { .. } => StatusCode::UNPROCESSABLE_ENTITY,
         ProviderError::Exists { .. }
         | ProviderError::InUse { .. }
+        | ProviderError::Cancelled { .. }
         | ProviderError::TrackingDisabled { .. }
         | ProviderError::TrackingLost { .. } => StatusCode::CONFLICT,
         ProviderError::Denied { .. } => StatusCode::FORBIDDEN,
         ProviderError::Unsupported { .. } => StatusCode::NOT_IMPLEMENTED,
         ProviderError::Failed { .. } => StatusCode::INTERNAL_SERVER_ERROR,
+        ProviderError::NoSpace { .. } => StatusCode::INSUFFICIENT_STORAGE,
     }
 }
 

@@ -129,7 +129,7 @@ struct Tracking {
 }
 
 async fn info(state: &Shared, disk: &str) -> Result<Response, ContractError> {
-    let info = state.with_disk(disk, |state, path| state.provider.info(path)).await;
+    let info = state.with_disk(disk, |state, path| state.info(path)).await;
     json(&Info::from(info.map_err(|error| ContractError::of_disk(disk, error))?))
 }
 
@@ -170,7 +170,7 @@ async fn changes(
     id: String,
 ) -> Result<Response, ContractError> {
     let place = content::when_free(|| state.work.changes.take(&caller.name)).await?;
-    let info = state.with_disk(disk, |state, path| state.provider.info(path)).await;
+    let info = state.with_disk(disk, |state, path| state.info(path)).await;
     let size_bytes = info.map_err(|error| ContractError::of_disk(disk, error))?.virtual_size_bytes;
     let pager = v1::pager(state, disk.to_owned(), id.clone(), size_bytes, 0);
     let body = changes_body(pager, ChangesFormat::List, place).await;

@@ -71,6 +71,28 @@ pub enum ProviderError {
         /// What it does not have, and what to do instead.
         reason: String,
     },
+    /// There is no such disk as was asked for.
+    #[error("{path}: {reason}")]
+    Invalid {
+        /// The path asked for.
+        path: String,
+        /// What cannot be, and what could.
+        reason: String,
+    },
+    /// The volume is full.
+    #[error("{path}: no space is left: {reason}")]
+    NoSpace {
+        /// The path asked for.
+        path: String,
+        /// What the platform said.
+        reason: String,
+    },
+    /// Nobody waits for it any more.
+    #[error("{path}: given up before it was done; nothing is left of it")]
+    Cancelled {
+        /// The path asked for.
+        path: String,
+    },
     /// The platform failed.
     #[error("{path}: {reason}")]
     Failed {

@@ -5,17 +5,21 @@
 //! writers while it is read. Numbers of types are those of Windows for VHD and VHDX, of other formats the type is 0.
 
 use super::{
-    ChangePage, DiskInfo, DiskProvider, FrozenDisk, FrozenDisks, NewDisk, ProviderError, Result,
-    TrackingState,
+    ChangePage, DiskInfo, DiskProvider, FrozenDisk, FrozenDisks, NewDisk, OpenDisks, ProviderError,
+    Result, TrackingState,
 };
+use crate::count::{Count, Counted};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use vmtide_block::{BlockDevice, BlockError, ByteRange, Extent, WritableBlockDevice};
+use vmtide_block::{
+    BlockDevice, BlockError, ByteRange, CancelToken, Extent, OpenMode, RawDevice,
+    WritableBlockDevice,
+};
 use vmtide_image::vhdx::{VhdxCreateOptions, VhdxKind, VhdxWriter};
 use vmtide_image::{
     BackingPolicy, CreateOptions, Format, ImageInfo, ImageLock, ImageWriter, OpenOptions,
-    create_image, image_info, open_chain, open_read_only, probe,
+    create_image, image_info_device, open_chain, open_read_only, probe_device,
 };
 use vmtide_track::{
     FrozenImage, HostOptions, HostedImage, MAX_RANGES_PER_PAGE, RemoteHost, TrackError,
@@ -35,19 +39,22 @@ const SUBTYPE_DIFFERENCING: u32 = 4;
 #[derive(Clone, Debug, Default)]
 pub struct FilesProvider {
     host: HostOptions,
+    open: Count,
 }
 
 impl FilesProvider {
     /// A provider that tracks what is written through it in this way, where tracking is on.
     pub fn new(host: HostOptions) -> Self {
-        Self { host }
+        Self { host, open: Count::default() }
     }
 }
 
 impl DiskProvider for FilesProvider {
     fn info(&self, path: &Path) -> Result<DiskInfo> {
         let open = options(path)?;
-        let info = image_info(path, open.format).map_err(|error| of_block(path, error))?;
+        let info = RawDevice::open_resolved(path, OpenMode::ReadOnly)
+            .and_then(|file| image_info_device(&file, open.format))
+            .map_err(|error| of_block(path, error))?;
         let small = |bytes: Option<u64>| u32::try_from(bytes.unwrap_or(0)).unwrap_or(u32::MAX);
         let (virtual_storage_type, provider_sub_type) = numbers(&info);
         let is_fixed = provider_sub_type == SUBTYPE_FIXED;
@@ -97,22 +104,23 @@ impl DiskProvider for FilesProvider {
         let open = options(path)?;
         let host = RemoteHost::connect(path).map_err(|error| of_track(path, error))?;
         if let Some(host) = host {
-            let disk = host.open().map_err(|error| of_track(path, error))?;
-            return Ok(Arc::new(disk));
+            let device = Arc::new(host.open().map_err(|error| of_track(path, error))?);
+            return Ok(Arc::new(Reading { device, _lock: None, _counted: self.open.enter() }));
         }
         let lock = ImageLock::take_for_reading(path).map_err(|error| of_block(path, error))?;
         let device = open_read_only(path, &open).map_err(|error| of_block(path, error))?;
-        Ok(Arc::new(Reading { device, _lock: lock }))
+        Ok(Arc::new(Reading { device, _lock: Some(lock), _counted: self.open.enter() }))
     }
 
     fn open_writable(&self, path: &Path) -> Result<Arc<dyn WritableBlockDevice>> {
         let open = options(path)?;
         let image =
             HostedImage::open(path, &open, &self.host).map_err(|error| of_track(path, error))?;
-        Ok(Arc::new(Writing(image)))
+        Ok(Arc::new(Writing { image, _counted: self.open.enter() }))
     }
 
-    fn create(&self, path: &Path, disk: &NewDisk) -> Result<()> {
+    /// Takes no time worth giving up: space is reserved, not written.
+    fn create(&self, path: &Path, disk: &NewDisk, _: &CancelToken) -> Result<()> {
         let format: Format = disk.format.parse().map_err(|_| ProviderError::Unsupported {
             path: path.display().to_string(),
             reason: format!(
@@ -147,13 +155,20 @@ impl DiskProvider for FilesProvider {
             device: image.device,
             tracking_id: image.tracking_id,
         };
-        Ok(Box::new(Frozen(images.into_iter().map(disk).collect())))
+        let disks: Vec<_> = images.into_iter().map(disk).collect();
+        let counted = disks.iter().map(|_| self.open.enter()).collect();
+        Ok(Box::new(Frozen { disks, _counted: counted }))
+    }
+
+    fn open_disks(&self) -> OpenDisks {
+        OpenDisks { open: self.open.now(), attached: 0 }
     }
 }
 
 /// How an image is opened: as what it is by its content, where its name does not say that it is raw. What has no
 /// known content must be called raw: any file would be a disk otherwise. Parents come from the image's own
-/// directory, and only where name and content agree on the format, which a guest could forge alone.
+/// directory, and only where name and content agree on the format, which a guest could forge alone. Paths come here
+/// resolved, and so a link that is found in one was put there meanwhile.
 fn options(path: &Path) -> Result<OpenOptions> {
     let metadata = std::fs::metadata(path)
         .map_err(|error| of_block(path, BlockError::io(path.display().to_string(), error)))?;
@@ -176,7 +191,9 @@ fn options(path: &Path) -> Result<OpenOptions> {
     };
     let format = match extension.as_str() {
         "raw" => Format::Raw,
-        _ => probe(path).map_err(|error| of_block(path, error))?,
+        _ => RawDevice::open_resolved(path, OpenMode::ReadOnly)
+            .and_then(|file| probe_device(&file))
+            .map_err(|error| of_block(path, error))?,
     };
     if format == Format::Raw && named != Some(Format::Raw) {
         return Err(not_a_disk(
@@ -187,7 +204,7 @@ fn options(path: &Path) -> Result<OpenOptions> {
         true => BackingPolicy::SameDirectory,
         false => BackingPolicy::Refuse,
     };
-    Ok(OpenOptions { format: Some(format), backing, ..OpenOptions::default() })
+    Ok(OpenOptions { format: Some(format), backing, no_links: true, ..OpenOptions::default() })
 }
 
 /// The numbers by which Windows knows the disk; of formats that it does not know, what of them means the same.
@@ -262,18 +279,22 @@ fn finish(path: &Path, image: Arc<dyn ImageWriter>) -> vmtide_block::Result<()> 
 }
 
 /// Disks of one moment.
-struct Frozen(Vec<FrozenDisk>);
+struct Frozen {
+    disks: Vec<FrozenDisk>,
+    _counted: Vec<Counted>,
+}
 
 impl FrozenDisks for Frozen {
     fn disks(&self) -> &[FrozenDisk] {
-        &self.0
+        &self.disks
     }
 }
 
-/// An image that nobody writes to while it is read.
+/// An image that nobody writes to while it is read: it is locked, or the process that hosts it sees to that.
 struct Reading {
     device: Arc<dyn BlockDevice>,
-    _lock: ImageLock,
+    _lock: Option<ImageLock>,
+    _counted: Counted,
 }
 
 impl BlockDevice for Reading {
@@ -295,38 +316,41 @@ impl BlockDevice for Reading {
 }
 
 /// An image that is written, closed in order with the last reference.
-struct Writing(Arc<HostedImage>);
+struct Writing {
+    image: Arc<HostedImage>,
+    _counted: Counted,
+}
 
 impl BlockDevice for Writing {
     fn name(&self) -> String {
-        self.0.disk().name()
+        self.image.disk().name()
     }
     fn size_bytes(&self) -> u64 {
-        self.0.disk().size_bytes()
+        self.image.disk().size_bytes()
     }
     fn block_size_bytes(&self) -> u32 {
-        self.0.disk().block_size_bytes()
+        self.image.disk().block_size_bytes()
     }
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> vmtide_block::Result<()> {
-        self.0.disk().read_at(buffer, offset)
+        self.image.disk().read_at(buffer, offset)
     }
     fn extents(&self, range: ByteRange) -> vmtide_block::Result<Vec<Extent>> {
-        self.0.disk().extents(range)
+        self.image.disk().extents(range)
     }
 }
 
 impl WritableBlockDevice for Writing {
     fn write_at(&self, data: &[u8], offset: u64) -> vmtide_block::Result<()> {
-        self.0.disk().write_at(data, offset)
+        self.image.disk().write_at(data, offset)
     }
     fn write_zeroes(&self, range: ByteRange) -> vmtide_block::Result<()> {
-        self.0.disk().write_zeroes(range)
+        self.image.disk().write_zeroes(range)
     }
     fn flush(&self) -> vmtide_block::Result<()> {
-        self.0.disk().flush()
+        self.image.disk().flush()
     }
     fn expect_bulk_writes(&self) {
-        self.0.disk().expect_bulk_writes();
+        self.image.disk().expect_bulk_writes();
     }
 }
 
@@ -337,6 +361,9 @@ fn of_block(path: &Path, error: BlockError) -> ProviderError {
         Some(ErrorKind::NotFound) => return ProviderError::NotFound { path },
         Some(ErrorKind::PermissionDenied) => return ProviderError::Denied { path, reason },
         Some(ErrorKind::AlreadyExists) => return ProviderError::Exists { path },
+        Some(ErrorKind::StorageFull | ErrorKind::QuotaExceeded) => {
+            return ProviderError::NoSpace { path, reason };
+        }
         Some(ErrorKind::ResourceBusy) => {
             let reason = "another program has it open for writing, or reads it as it is".into();
             return ProviderError::InUse { path, reason };

@@ -97,10 +97,10 @@ impl<D: Send + Sync + 'static> Handles<D> {
         Self { inner }
     }
 
-    /// How many devices are open.
+    /// How many devices are open, or being opened. Does not wait for those.
     pub fn open_count(&self) -> usize {
         let slots: Vec<_> = self.inner.slots.lock().values().cloned().collect();
-        slots.iter().filter(|slot| slot.state.lock().open).count()
+        slots.iter().filter(|slot| slot.state.try_lock().is_none_or(|state| state.open)).count()
     }
 
     /// The device `name` for reading: the one that is open, or a new one from `open`.

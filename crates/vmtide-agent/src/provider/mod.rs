@@ -10,8 +10,11 @@ mod error;
 mod files;
 #[cfg(any(windows, test))]
 mod handles;
+mod new_disk;
 #[cfg(windows)]
 mod windows;
+#[cfg(windows)]
+mod windows_place;
 
 pub use error::ProviderError;
 #[cfg(not(windows))]
@@ -22,7 +25,7 @@ pub use windows::WindowsProvider;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use vmtide_block::{BlockDevice, ByteRange, WritableBlockDevice};
+use vmtide_block::{BlockDevice, ByteRange, CancelToken, WritableBlockDevice};
 
 /// The result of a provider's call.
 pub type Result<T> = std::result::Result<T, ProviderError>;
@@ -35,6 +38,16 @@ pub trait DiskProvider: Send + Sync + 'static {
     /// # Errors
     /// [`NotFound`](ProviderError::NotFound), [`NotADisk`](ProviderError::NotADisk), or as the file system has it.
     fn info(&self, path: &Path) -> Result<DiskInfo>;
+
+    /// The places where the platform may look for the parent of this image, the likeliest first; those that are no full
+    /// paths begin at the image's directory. None of an image without a parent. As for [`info`](Self::info), nothing is
+    /// touched there.
+    ///
+    /// # Errors
+    /// As [`info`](Self::info).
+    fn parents(&self, path: &Path) -> Result<Vec<PathBuf>> {
+        Ok(self.info(path)?.parent_path.map(PathBuf::from).into_iter().collect())
+    }
 
     /// The state of its change tracking.
     ///
@@ -69,12 +82,14 @@ pub trait DiskProvider: Send + Sync + 'static {
     /// As [`open`](Self::open).
     fn open_writable(&self, path: &Path) -> Result<Arc<dyn WritableBlockDevice>>;
 
-    /// Makes a new disk, empty. The path must not exist.
+    /// Makes a new disk, empty. The path must not exist. A fixed one takes as long as writing it, and is given up,
+    /// without leaving a file, once `cancel` says so.
     ///
     /// # Errors
     /// [`Exists`](ProviderError::Exists), [`Unsupported`](ProviderError::Unsupported) for a format this
-    /// platform does not make.
-    fn create(&self, path: &Path, disk: &NewDisk) -> Result<()>;
+    /// platform does not make, [`Invalid`](ProviderError::Invalid), [`NoSpace`](ProviderError::NoSpace),
+    /// [`Cancelled`](ProviderError::Cancelled).
+    fn create(&self, path: &Path, disk: &NewDisk, cancel: &CancelToken) -> Result<()>;
 
     /// Fixes one moment of all of these disks, each readable and unchanging until it is dropped, and seals a
     /// tracking id of that moment where the disk is tracked.
@@ -82,6 +97,18 @@ pub trait DiskProvider: Send + Sync + 'static {
     /// # Errors
     /// Everything made so far is undone before an error is returned.
     fn freeze(&self, paths: &[PathBuf]) -> Result<Box<dyn FrozenDisks>>;
+
+    /// How many disks are open now. Does not wait for the platform.
+    fn open_disks(&self) -> OpenDisks;
+}
+
+/// How many disks are open through a provider.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OpenDisks {
+    /// For their content: to read, to write, or frozen.
+    pub open: usize,
+    /// Attached to the host, which is how some platforms open them.
+    pub attached: usize,
 }
 
 /// The disks of the host that this runs on.

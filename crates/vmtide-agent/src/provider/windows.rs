@@ -10,17 +10,18 @@
 //! from it is larger than it had to be, and never smaller.
 
 use super::handles::{HandleError, Handles, Held};
+use super::windows_place;
 use super::{
-    ChangePage, DiskInfo, DiskProvider, FrozenDisk, FrozenDisks, NewDisk, ProviderError, Result,
-    TrackingState,
+    ChangePage, DiskInfo, DiskProvider, FrozenDisk, FrozenDisks, NewDisk, OpenDisks, ProviderError,
+    Result, TrackingState,
 };
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
-use vmtide_block::{BlockDevice, ByteRange, WritableBlockDevice};
+use vmtide_block::{BlockDevice, ByteRange, CancelToken, WritableBlockDevice};
 use vmtide_virtdisk_ffi::{
-    AttachedDisk, DiskAccess, ErrorKind, Guid, NewVirtualDisk, TrackingId, VirtdiskError,
-    VirtualDisk, read_page,
+    AttachedDisk, DiskAccess, ErrorKind, Guid, NewVirtualDisk, ParentLocation, TrackingId,
+    VirtdiskError, VirtualDisk, read_page,
 };
 
 /// How long a disk stays attached after it was last asked for. Requests of one client follow within
@@ -91,6 +92,8 @@ fn failed_with_id(path: &Path, error: &VirtdiskError, id: &str) -> ProviderError
         }
         ErrorKind::TrackingDisabled => ProviderError::TrackingDisabled { path },
         ErrorKind::TrackingLost => ProviderError::TrackingLost { path, reason },
+        ErrorKind::NoSpace => ProviderError::NoSpace { path, reason },
+        ErrorKind::Cancelled => ProviderError::Cancelled { path },
         _ => ProviderError::Failed { path, reason },
     }
 }
@@ -105,25 +108,43 @@ fn format_name(device_id: u32) -> &'static str {
     }
 }
 
+const FIXED: u32 = 2;
+const DIFFERENCING: u32 = 4;
+
 fn describe(disk: &VirtualDisk) -> vmtide_virtdisk_ffi::Result<DiskInfo> {
-    const FIXED: u32 = 2;
-    const DIFFERENCING: u32 = 4;
     let size = disk.size()?;
     let device_id = disk.storage_type()?.device_id;
     let provider_sub_type = disk.provider_subtype()?;
-    let parent = if provider_sub_type == DIFFERENCING { disk.parent()? } else { None };
+    let parents = parents_of(disk, provider_sub_type)?;
     Ok(DiskInfo {
         virtual_size_bytes: size.virtual_bytes,
         physical_size_bytes: size.physical_bytes,
         block_size_bytes: if provider_sub_type == FIXED { 0 } else { size.block_bytes },
         logical_sector_bytes: size.sector_bytes,
         physical_sector_bytes: disk.physical_sector_bytes()?,
-        parent_path: parent.and_then(|parent| parent.path().map(str::to_owned)),
+        parent_path: parents.first().map(|parent| parent.display().to_string()),
         virtual_storage_type: device_id,
         provider_sub_type,
         format: format_name(device_id).to_owned(),
         disk_id: disk.disk_id()?.map(|id| id.to_string()),
     })
+}
+
+/// Where the parent may be. The names come from the file, which anybody may have written.
+fn parents_of(
+    disk: &VirtualDisk,
+    provider_sub_type: u32,
+) -> vmtide_virtdisk_ffi::Result<Vec<PathBuf>> {
+    if provider_sub_type != DIFFERENCING {
+        return Ok(Vec::new());
+    }
+    let names = match disk.parent()? {
+        None => Vec::new(),
+        Some(ParentLocation::Resolved(path)) => vec![path],
+        Some(ParentLocation::Candidates(names)) => names,
+    };
+    let directory = Path::new(disk.path()).parent().unwrap_or(Path::new(""));
+    Ok(names.iter().filter_map(|name| windows_place::in_full(directory, name)).collect())
 }
 
 fn tracking_state(disk: &VirtualDisk) -> vmtide_virtdisk_ffi::Result<TrackingState> {
@@ -140,6 +161,21 @@ impl DiskProvider for WindowsProvider {
         VirtualDisk::open(path, DiskAccess::Info)
             .and_then(|disk| describe(&disk))
             .map_err(|error| failed(path, &error))
+    }
+
+    fn parents(&self, path: &Path) -> Result<Vec<PathBuf>> {
+        let asked = VirtualDisk::open(path, DiskAccess::Info).and_then(|disk| {
+            let kind = disk.provider_subtype()?;
+            Ok((kind, parents_of(&disk, kind)?))
+        });
+        match asked.map_err(|error| failed(path, &error))? {
+            // It must not pass for one that has no parent.
+            (DIFFERENCING, places) if places.is_empty() => Err(ProviderError::NotADisk {
+                path: path.display().to_string(),
+                reason: "it has a parent and no place where that could be".into(),
+            }),
+            (_, places) => Ok(places),
+        }
     }
 
     fn tracking(&self, path: &Path) -> Result<TrackingState> {
@@ -187,7 +223,7 @@ impl DiskProvider for WindowsProvider {
         }
     }
 
-    fn create(&self, path: &Path, disk: &NewDisk) -> Result<()> {
+    fn create(&self, path: &Path, disk: &NewDisk, cancel: &CancelToken) -> Result<()> {
         let vhdx = match disk.format.as_str() {
             "vhdx" => true,
             "vhd" => false,
@@ -198,17 +234,13 @@ impl DiskProvider for WindowsProvider {
                 });
             }
         };
-        let unsupported = |reason: String| ProviderError::Unsupported {
-            path: path.display().to_string(),
-            reason,
-        };
         let disk_id = disk.disk_id.as_deref().map(|id| {
-            Guid::parse(id).ok_or_else(|| unsupported(format!("the disk id {id:?} is no GUID")))
+            Guid::parse(id).ok_or_else(|| ProviderError::Invalid {
+                path: path.display().to_string(),
+                reason: format!("the disk id {id:?} is no GUID"),
+            })
         });
         let disk_id = disk_id.transpose()?;
-        if disk_id.is_some() && !vhdx {
-            return Err(unsupported("only vhdx has a disk id".to_owned()));
-        }
         let new = NewVirtualDisk {
             vhdx,
             virtual_bytes: disk.virtual_size_bytes,
@@ -218,7 +250,18 @@ impl DiskProvider for WindowsProvider {
             block_bytes: disk.block_size_bytes.unwrap_or(0),
             disk_id,
         };
-        VirtualDisk::create(path, &new).map_err(|error| failed(path, &error))
+        VirtualDisk::create(path, &new, cancel).map_err(|error| match error.kind() {
+            // The parameters do not fit together, or the size is none: what was asked for.
+            ErrorKind::Invalid => {
+                ProviderError::Invalid { path: path.display().to_string(), reason: error.reason() }
+            }
+            _ => failed(path, &error),
+        })
+    }
+
+    fn open_disks(&self) -> OpenDisks {
+        let attached = self.attached_count();
+        OpenDisks { open: attached, attached }
     }
 
     fn freeze(&self, paths: &[PathBuf]) -> Result<Box<dyn FrozenDisks>> {

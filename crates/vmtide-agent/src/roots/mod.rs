@@ -9,12 +9,18 @@
 //! that it finds is held from before the provider opens it until after, so that its number stays its own. For a
 //! file to be made the directory is looked at in the same way ([`Vacant::recheck`]).
 //!
+//! On Windows the directories from the root to the file are held from before the provider opens it until after, such that
+//! none of them can be renamed, removed or made a link meanwhile; the file is known by its number on its volume.
+//!
+//! Image files are then opened without following links that came there meanwhile ([`no_links`](vmtide_image::OpenOptions::no_links)).
+//!
 //! **What is not covered:** providers open by path, and what they opened is not compared with what was held. Whoever
-//! may write in a root, or in a directory of it, can exchange a file for a link before the provider opens it and
-//! back before it is looked at again, and so have the agent read or write another file of the host as a disk, with
-//! the agent's rights; a file that is made through an exchanged directory is noticed, but it has been made. On
-//! Windows a file is known by its real path and the time of its creation only, a directory by its path. Where others than those who run the
-//! host may write in a root, the agent's account should have no rights outside of it.
+//! may write in a root can, on Windows with the right to make symbolic links, exchange a file for a link before it is opened
+//! and back before it is looked at again, and have the agent read or write another file of the host as a disk, with the
+//! agent's rights. On Linux he can exchange it for another real file that he may move or link there, and have the files that
+//! are kept beside a disk, of tracking, read through links; and a file that is made through an exchanged directory is noticed, but it
+//! has been made. Where others than those who run the host may write in a root, the agent's account should have no rights
+//! outside of it.
 //!
 //! Every refusal looks like a file that is not there.
 

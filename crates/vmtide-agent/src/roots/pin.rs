@@ -105,33 +105,62 @@ mod unix {
 #[cfg(not(unix))]
 mod windows {
     use super::{Path, Refusal};
-    use std::path::PathBuf;
-    use std::time::SystemTime;
+    use std::fs::{File, OpenOptions};
+    use std::io;
+    use std::os::windows::fs::OpenOptionsExt;
+    use vmtide_windows_ffi::files::{FileIdentity, identity};
 
-    /// What a file was when it was looked at. Windows' numbers of files cannot be asked for without foreign
-    /// functions; its creation time and real path come near.
+    /// Rights and flags of `CreateFileW` (winnt.h, winbase.h).
+    const FILE_LIST_DIRECTORY: u32 = 0x1;
+    const FILE_READ_ATTRIBUTES: u32 = 0x80;
+    const FILE_SHARE_READ: u32 = 0x1;
+    const FILE_SHARE_WRITE: u32 = 0x2;
+    const FILE_SHARE_DELETE: u32 = 0x4;
+    /// Without it directories cannot be opened.
+    const FILE_FLAG_BACKUP_SEMANTICS: u32 = 0x0200_0000;
+    /// The link itself, not where it leads.
+    const FILE_FLAG_OPEN_REPARSE_POINT: u32 = 0x0020_0000;
+
+    /// A file, and the directories from the root to it. As long as these are held, none of them can be renamed, removed,
+    /// or, as they are not empty, made a link to elsewhere. The file itself is not kept from being exchanged: whoever
+    /// opens a disk may want it for himself alone. Its number stays its own.
     #[derive(Debug)]
     pub struct Pin {
-        real: PathBuf,
-        created: Option<SystemTime>,
-        is_file: bool,
+        directories: Vec<(File, FileIdentity)>,
+        _file: File,
+        identity: FileIdentity,
         is_directory: bool,
     }
 
     impl Pin {
-        /// The file at `path`.
-        pub fn of(_root: &Path, path: &Path) -> Result<Self, Refusal> {
-            let metadata = std::fs::metadata(path)?;
-            Ok(Self {
-                real: std::fs::canonicalize(path)?,
-                created: metadata.created().ok(),
-                is_file: metadata.is_file(),
-                is_directory: metadata.is_dir(),
-            })
+        /// The file at `path`, which is a real one, and was reached from `root`.
+        pub fn of(root: &Path, path: &Path) -> Result<Self, Refusal> {
+            let depth = root.components().count();
+            let above = path.ancestors().skip(1);
+            let mut directories = Vec::new();
+            for directory in above.take_while(|path| path.components().count() >= depth) {
+                directories.push(hold(directory)?);
+            }
+            let file = OpenOptions::new()
+                .access_mode(FILE_READ_ATTRIBUTES)
+                .share_mode(FILE_SHARE_READ | FILE_SHARE_WRITE | FILE_SHARE_DELETE)
+                .custom_flags(FILE_FLAG_BACKUP_SEMANTICS)
+                .open(path)?;
+            let is_directory = file.metadata()?.is_dir();
+            if is_directory {
+                directories.push(hold(path)?);
+            }
+            // What was made a link before it was held leads elsewhere now.
+            let real = super::super::plain(std::fs::canonicalize(path)?);
+            let is_below = super::super::is_below;
+            if !is_below(&real, path) || !is_below(path, &real) {
+                return Err(Refusal::Exchanged);
+            }
+            Ok(Self { directories, identity: identity(&file)?, _file: file, is_directory })
         }
 
         pub fn is_disk(&self) -> bool {
-            self.is_file
+            !self.is_directory
         }
 
         pub fn is_directory(&self) -> bool {
@@ -139,9 +168,55 @@ mod windows {
         }
 
         pub fn is_same(&self, other: &Self) -> bool {
-            // Some file systems change the time of a directory with what is made in it.
-            let is_created_then = self.is_directory || self.created == other.created;
-            self.real == other.real && is_created_then
+            let directories = |pin: &Self| -> Vec<FileIdentity> {
+                pin.directories.iter().map(|(_, identity)| *identity).collect()
+            };
+            self.identity == other.identity
+                && self.is_directory == other.is_directory
+                && directories(self) == directories(other)
+        }
+    }
+
+    /// Holds a directory such that nobody can rename or remove it. Where somebody is about to, that fails.
+    fn hold(directory: &Path) -> io::Result<(File, FileIdentity)> {
+        let held = OpenOptions::new()
+            .access_mode(FILE_LIST_DIRECTORY | FILE_READ_ATTRIBUTES)
+            .share_mode(FILE_SHARE_READ | FILE_SHARE_WRITE)
+            .custom_flags(FILE_FLAG_BACKUP_SEMANTICS | FILE_FLAG_OPEN_REPARSE_POINT)
+            .open(directory)?;
+        let identity = identity(&held)?;
+        Ok((held, identity))
+    }
+
+    #[cfg(test)]
+    mod tests {
+        use super::*;
+
+        #[test]
+        fn directories_stay_where_they_are_and_another_file_is_noticed() {
+            let place = tempfile::tempdir().unwrap();
+            let root = super::super::super::plain(std::fs::canonicalize(place.path()).unwrap());
+            let directory = root.join("vm");
+            std::fs::create_dir(&directory).unwrap();
+            let path = directory.join("a.vhdx");
+            std::fs::write(&path, b"x").unwrap();
+            let pin = Pin::of(&root, &path).unwrap();
+            assert!(pin.is_disk() && !pin.is_directory());
+            assert!(pin.is_same(&Pin::of(&root, &path).unwrap()));
+            assert!(std::fs::rename(&directory, root.join("old")).is_err());
+            // Files come and go.
+            std::fs::write(directory.join("b.vhdx"), b"y").unwrap();
+            std::fs::rename(directory.join("b.vhdx"), directory.join("c.vhdx")).unwrap();
+            std::fs::rename(&path, directory.join("away.vhdx")).unwrap();
+            std::fs::rename(directory.join("c.vhdx"), &path).unwrap();
+            assert!(!pin.is_same(&Pin::of(&root, &path).unwrap()));
+            drop(pin);
+            let pin = Pin::of(&root, &directory).unwrap();
+            assert!(pin.is_directory() && !pin.is_disk());
+            assert!(std::fs::rename(&directory, root.join("old")).is_err());
+            drop(pin);
+            std::fs::rename(&directory, root.join("old")).unwrap();
+            assert!(Pin::of(&root, &path).is_err());
         }
     }
 }

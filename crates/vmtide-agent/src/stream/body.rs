@@ -100,7 +100,7 @@ impl ContentBody {
     pub async fn with_first_piece(mut self) -> Result<Self, StreamError> {
         if self.state == State::New {
             self.state = State::Running;
-            self.pipeline.start();
+            self.pipeline.start(self.transfer.threads());
             match std::future::poll_fn(|context| self.poll_piece(context)).await {
                 Ok(piece) => self.first = Some(piece),
                 Err(error) => return Err(self.fail(error)),
@@ -204,7 +204,7 @@ impl Body for ContentBody {
         }
         if self.state == State::New {
             self.state = State::Running;
-            self.pipeline.start();
+            self.pipeline.start(self.transfer.threads());
         }
         if self.failure.is_none() {
             let outcome = match ready!(self.poll_piece(context)) {

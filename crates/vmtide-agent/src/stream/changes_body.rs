@@ -48,7 +48,7 @@ pub async fn changes_body(pager: ChangePager, format: ChangesFormat, place: Plac
     let place = Arc::new(place);
     let of_thread = Arc::clone(&place);
     drop(tokio::task::spawn_blocking(move || {
-        let _place = of_thread;
+        let _counted = of_thread.thread();
         let mut text = Text { text: Vec::with_capacity(PIECE_BYTES + 128), sender };
         match text.write(pager, format) {
             Ok(()) => text.last(),

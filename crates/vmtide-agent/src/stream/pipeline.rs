@@ -12,6 +12,7 @@ use super::buffers::{Buffers, FilledBuffer};
 use super::encode::{Encoder, Encoding};
 use super::error::StreamError;
 use super::plan::Planner;
+use crate::count::Count;
 use parking_lot::Mutex;
 use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
@@ -88,15 +89,19 @@ impl Pipeline {
         (Arc::new(Self { device, encoding, options, buffers, plan }), pieces)
     }
 
-    /// Starts the readers, no more than there can be pieces. Inside of a tokio runtime.
-    pub(super) fn start(self: &Arc<Self>) {
+    /// Starts the readers, no more than there can be pieces; they are among `threads`. Inside of a tokio runtime.
+    pub(super) fn start(self: &Arc<Self>, threads: &Count) {
         let left = self.plan.lock().planner.left_bytes();
         let pieces = left.div_ceil(self.options.piece_bytes as u64).max(1);
         let readers = self.options.readers.min(usize::try_from(pieces).unwrap_or(usize::MAX));
         for _ in 0..readers {
             let pipeline = Arc::clone(self);
             // Dropping the handle lets the thread go on.
-            drop(tokio::task::spawn_blocking(move || pipeline.read()));
+            let counted = threads.enter();
+            drop(tokio::task::spawn_blocking(move || {
+                pipeline.read();
+                drop(counted);
+            }));
         }
     }
 

@@ -89,7 +89,9 @@ where
         counter: transfer.counter(),
         summary: WriteSummary::default(),
     };
+    let counted = transfer.threads().enter();
     let written = tokio::task::spawn_blocking(move || {
+        let _counted = counted;
         let written = writer.run(kind, PartReader { receiver, part: Bytes::new(), ended: false });
         drop(claim);
         written

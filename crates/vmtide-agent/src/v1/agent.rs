@@ -2,6 +2,7 @@
 
 use super::error::{ApiError, Result};
 use super::request::{Asked, json};
+use crate::count::Count;
 use crate::metrics::{self, Gauges};
 use crate::state::Shared;
 use axum::extract::{Path, State};
@@ -34,10 +35,23 @@ pub(super) async fn openapi(asked: Asked) -> Result<Response> {
 /// `GET /v1/metrics`
 pub(super) async fn metrics(State(state): State<Shared>, asked: Asked) -> Result<Response> {
     asked.parameters.only(&[])?;
+    let (work, disks) = (&state.work, state.provider.open_disks());
+    let threads = [
+        &state.metrics.threads,
+        work.transfers.threads(),
+        work.changes.threads(),
+        work.freezes.threads(),
+    ];
     let gauges = Gauges {
-        transfers: state.work.transfers.running(),
-        freezes: state.work.freezes.held(),
-        totals: state.work.transfers.totals(),
+        transfers: work.transfers.running(),
+        change_lists: work.changes.taken(),
+        calls: work.calls.taken(),
+        freezes: work.freezes.held(),
+        vm_freezes: state.vms.as_ref().map_or(0, |vms| vms.freezes.held()),
+        open_disks: disks.open,
+        attached_disks: disks.attached,
+        blocking_threads: threads.into_iter().map(Count::now).sum(),
+        totals: work.transfers.totals(),
     };
     let text = state.metrics.render(&gauges);
     Ok(([(CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response())

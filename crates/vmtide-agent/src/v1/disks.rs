@@ -11,6 +11,7 @@ use axum::response::{IntoResponse, Response};
 use http::StatusCode;
 use http::header::CONTENT_TYPE;
 use serde::{Deserialize, Serialize};
+use vmtide_block::CancelToken;
 
 /// What a disk is, under the name that the client used.
 #[derive(Serialize)]
@@ -27,6 +28,15 @@ struct TrackingSwitch {
     enabled: bool,
 }
 
+/// Cancels what it is about when the request is over, whichever way.
+struct CancelOnDrop(CancelToken);
+
+impl Drop for CancelOnDrop {
+    fn drop(&mut self) {
+        self.0.cancel();
+    }
+}
+
 /// A moment of a disk.
 #[derive(Serialize)]
 struct Checkpoint {
@@ -40,7 +50,7 @@ pub(super) async fn info(State(state): State<Shared>, asked: Asked) -> Result<Re
 }
 
 async fn describe(state: &Shared, path: String) -> Result<Response> {
-    let info = state.with_disk(&path, |state, path| state.provider.info(path)).await?;
+    let info = state.with_disk(&path, |state, path| state.info(path)).await?;
     json(&NamedDisk { path, info })
 }
 
@@ -55,7 +65,10 @@ pub(super) async fn create(
     let path = asked.path()?;
     let disk: NewDisk = receive_json(body, &state.limits).await?;
     let requested = path.clone();
-    state.blocking(move |state| state.create(&requested, &disk)).await?;
+    let cancel = CancelToken::new();
+    // A client that goes away, or an agent that ends, wants no disk that takes hours to make.
+    let _given_up = CancelOnDrop(cancel.clone());
+    state.blocking(move |state| state.create(&requested, &disk, &cancel)).await?;
     Ok((StatusCode::CREATED, describe(&state, path).await?).into_response())
 }
 
@@ -103,7 +116,7 @@ pub(super) async fn checkpoint(State(state): State<Shared>, asked: Asked) -> Res
 pub(super) async fn changes(State(state): State<Shared>, asked: Asked) -> Result<Response> {
     asked.parameters.only(&["path", "since", "cursor", "limit"])?;
     let path = asked.path()?;
-    let info = state.with_disk(&path, |state, path| state.provider.info(path)).await?;
+    let info = state.with_disk(&path, |state, path| state.info(path)).await?;
     changes_since(&state, &asked, path, info.virtual_size_bytes).await
 }
 

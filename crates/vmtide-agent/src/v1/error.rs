@@ -56,6 +56,7 @@ pub(super) const CODES: &[(&str, StatusCode)] = &[
     ("failed", StatusCode::INTERNAL_SERVER_ERROR),
     ("unsupported", StatusCode::NOT_IMPLEMENTED),
     ("busy", StatusCode::SERVICE_UNAVAILABLE),
+    ("no_space", StatusCode::INSUFFICIENT_STORAGE),
 ];
 
 impl ApiError {
@@ -92,6 +93,9 @@ impl From<ProviderError> for ApiError {
             ProviderError::TrackingLost { .. } => "tracking_lost",
             ProviderError::Unsupported { .. } => "unsupported",
             ProviderError::Failed { .. } => "failed",
+            ProviderError::Invalid { .. } => "bad_request",
+            ProviderError::NoSpace { .. } => "no_space",
+            ProviderError::Cancelled { .. } => "cancelled",
         };
         Self::new(code, error.to_string())
     }

@@ -4,12 +4,14 @@ use super::content::{self, READ_PARAMETERS};
 use super::error::{ApiError, Result};
 use super::freezes::check_ttl;
 use super::request::{Asked, json, noted};
-use crate::audit::Note;
+use crate::audit::{Note, Record};
 use crate::limits::{DEFAULT_FREEZE_TTL_SECONDS, VM_JSON_BODY_BYTES};
 use crate::provider::ChangePage;
+use crate::server::Peer;
 use crate::state::Shared;
 use crate::stream::{AskForPage, ChangePager, ChangesFormat, changes_body, receive_json_of};
 use crate::vms::{EndError, Vms};
+use axum::Extension;
 use axum::body::Body;
 use axum::extract::{Path, Request, State};
 use axum::response::{IntoResponse, Response};
@@ -78,10 +80,24 @@ pub(super) async fn health(State(state): State<Shared>, asked: Asked) -> Result<
     json(&serde_json::json!({ "checks": checks }))
 }
 
-/// `POST /v1/vms/reap`
-pub(super) async fn reap(State(state): State<Shared>, asked: Asked) -> Result<Response> {
-    asked.parameters.only(&[])?;
-    json(&ask(&state, |hypervisor| hypervisor.reap()).await?)
+/// `POST /v1/vms/reap`: what it removes of jobs that were killed, checkpoints and unfinished restores, is gone for good,
+/// so it needs a key that may write, and has a line in the audit log before it begins.
+pub(super) async fn reap(
+    State(state): State<Shared>,
+    asked: Asked,
+    peer: Option<Extension<Peer>>,
+) -> Response {
+    let note = Note { call: Some("reap".to_owned()), ..asked.note() };
+    let answer = async {
+        asked.parameters.only(&[])?;
+        asked.may_write()?;
+        vms_of(&state)?;
+        let begun = Record::begun(peer.map(|peer| peer.0), note.clone(), "POST", "/v1/vms/reap");
+        state.audit.write(begun);
+        json(&ask(&state, |hypervisor| hypervisor.reap()).await?)
+    };
+    let answer: Result<Response> = answer.await;
+    noted(answer.into_response(), note)
 }
 
 /// `POST /v1/vms/freezes`

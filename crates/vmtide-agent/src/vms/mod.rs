@@ -11,10 +11,8 @@ mod registry;
 pub use registry::{BeginError, EndError, VmFreezes};
 
 use crate::limits::Limits;
-use crate::provider::ProviderError;
-use crate::roots::Refusal;
-use crate::state::{MAX_PARENTS, Shared};
-use std::io::ErrorKind;
+use crate::parents;
+use crate::state::Shared;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use vmtide_cim::Cim;
@@ -96,10 +94,13 @@ impl Vms {
                          directory with --root, or exclude the disk",
                         disk.id
                     );
-                    return Err(refused(config, detail, is_missing(&refusal)));
+                    return Err(refused(config, detail, parents::is_missing(&refusal)));
                 }
-                check_parents(&state, &path, host_path.as_ref()).map_err(|(detail, missing)| {
-                    let detail = format!("its disk {} ({named}): {detail}", disk.id);
+                let find = host_path.as_ref().map(|find| &**find as &dyn Fn(&str) -> PathBuf);
+                parents::check(&*state.provider, &state.roots, &path, find).map_err(|error| {
+                    let missing = error.is_missing();
+                    let detail =
+                        format!("its disk {} ({named}): {error}, or exclude the disk", disk.id);
                     refused(config, detail, missing)
                 })?;
             }
@@ -115,40 +116,6 @@ fn refused(config: &VmConfig, detail: String, is_missing: bool) -> HypervisorErr
         true => HypervisorError::NotFound { what, detail },
         false => HypervisorError::Denied { what, detail },
     }
-}
-
-fn is_missing(refusal: &Refusal) -> bool {
-    matches!(refusal, Refusal::Io(error) if error.kind() == ErrorKind::NotFound)
-}
-
-/// Succeeds where all images that a disk reads through lie below the roots: what is frozen is read with the agent's
-/// rights, which reach every file that an image may name as its parent. Else why not, and whether one was not there.
-fn check_parents(
-    state: &Shared,
-    disk: &Path,
-    find: Option<&HostPath>,
-) -> std::result::Result<(), (String, bool)> {
-    let mut child = disk.to_path_buf();
-    for _ in 0..MAX_PARENTS {
-        let info = state.provider.info(&child).map_err(|error| {
-            (error.to_string(), matches!(error, ProviderError::NotFound { .. }))
-        })?;
-        let Some(parent) = info.parent_path else { return Ok(()) };
-        let named = match find {
-            Some(find) if !Path::new(&parent).is_absolute() => find(&parent),
-            _ => child.parent().map_or_else(|| PathBuf::from(&parent), |at| at.join(&parent)),
-        };
-        let located = state.roots.locate(&named.to_string_lossy()).map_err(|refusal| {
-            tracing::debug!(child = %child.display(), parent, %refusal, "parent refused");
-            let detail = format!(
-                "its parent {parent} is not in a directory that the agent serves; add that directory with --root, \
-                 or exclude the disk"
-            );
-            (detail, is_missing(&refusal))
-        })?;
-        child = located.path().to_path_buf();
-    }
-    Err((format!("its chain has more than {MAX_PARENTS} images"), false))
 }
 
 /// Whether a VM may be frozen, without the disks that are left out.

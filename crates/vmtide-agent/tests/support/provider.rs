@@ -9,12 +9,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 use vmtide_agent::provider::{
-    ChangePage, DiskInfo, DiskProvider, FilesProvider, FrozenDisk, FrozenDisks, NewDisk,
+    ChangePage, DiskInfo, DiskProvider, FilesProvider, FrozenDisk, FrozenDisks, NewDisk, OpenDisks,
     ProviderError, Result, TrackingState,
 };
 use vmtide_block::{
-    BlockDevice, BlockError, ByteRange, Extent, ExtentKind, MemoryDevice, WritableBlockDevice,
-    push_extent,
+    BlockDevice, BlockError, ByteRange, CancelToken, Extent, ExtentKind, MemoryDevice,
+    WritableBlockDevice, push_extent,
 };
 
 /// What can be wrong with a disk; all of it can be changed while it is used.
@@ -328,7 +328,7 @@ impl DiskProvider for TestProvider {
         Ok(Handle::new(&self.find(path)?))
     }
 
-    fn create(&self, path: &Path, disk: &NewDisk) -> Result<()> {
+    fn create(&self, path: &Path, disk: &NewDisk, _: &CancelToken) -> Result<()> {
         if disk.format != "vhdx" {
             let reason = format!("no disks of the format {} are made here", disk.format);
             return Err(ProviderError::Unsupported { path: path.display().to_string(), reason });
@@ -338,6 +338,11 @@ impl DiskProvider for TestProvider {
         let size = usize::try_from(disk.virtual_size_bytes).unwrap();
         self.disks.lock().insert(name, TestDisk::memory(vec![0; size]));
         Ok(())
+    }
+
+    fn open_disks(&self) -> OpenDisks {
+        let open = self.disks.lock().values().map(|disk| disk.handles.load(Ordering::SeqCst)).sum();
+        OpenDisks { open, attached: 0 }
     }
 
     fn freeze(&self, paths: &[PathBuf]) -> Result<Box<dyn FrozenDisks>> {

@@ -105,6 +105,16 @@ pub fn canonical(path: &Path) -> Result<PathBuf> {
     system::canonical(path)
 }
 
+/// Opens a file by a path without links, or not at all: see [`RawDevice::open_resolved`](crate::RawDevice::open_resolved).
+/// What is no regular file is opened with `options`.
+pub(crate) fn open_resolved(
+    path: &Path,
+    options: &std::fs::OpenOptions,
+    writable: bool,
+) -> Result<File> {
+    system::open_resolved(path, options, writable)
+}
+
 /// Succeeds where this user may make files in a directory; asks and writes nothing.
 ///
 /// # Errors

@@ -53,6 +53,35 @@ pub(super) fn rename_new(from: &Path, to: &Path) -> Result<()> {
     link_and_unlink(from, to)
 }
 
+#[cfg(target_os = "linux")]
+pub(super) fn open_resolved(path: &Path, options: &OpenOptions, writable: bool) -> Result<File> {
+    use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
+    let access = if writable { OFlags::RDWR } else { OFlags::RDONLY };
+    // Nothing to regular files, and a pipe that came there meanwhile is not waited for.
+    let flags = access | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let no_links = ResolveFlags::NO_SYMLINKS;
+    let opened = match openat2(CWD, path, flags, Mode::empty(), no_links) {
+        Ok(handle) => File::from(handle),
+        // An old kernel, or a sandbox that does not know the call.
+        Err(Errno::NOSYS | Errno::PERM) => return open_unless_link(path, options),
+        Err(error) => return Err(error.into()),
+    };
+    // A device may be claimed by how it is opened.
+    if opened.metadata()?.is_file() { Ok(opened) } else { open_unless_link(path, options) }
+}
+
+#[cfg(not(target_os = "linux"))]
+pub(super) fn open_resolved(path: &Path, options: &OpenOptions, _: bool) -> Result<File> {
+    open_unless_link(path, options)
+}
+
+fn open_unless_link(path: &Path, options: &OpenOptions) -> Result<File> {
+    if std::fs::symlink_metadata(path)?.is_symlink() {
+        return Err(Errno::LOOP.into());
+    }
+    options.open(path)
+}
+
 /// Renames without replacing: a link is only made where the name is free.
 fn link_and_unlink(from: &Path, to: &Path) -> Result<()> {
     std::fs::hard_link(from, to)?;

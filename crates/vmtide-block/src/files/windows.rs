@@ -87,6 +87,10 @@ pub(super) fn file_identity(path: &Path) -> Option<String> {
     Some(format!("{:x}:{:x}", found.volume, found.file))
 }
 
+pub(super) fn open_resolved(path: &Path, options: &OpenOptions, _: bool) -> Result<File> {
+    options.open(path)
+}
+
 pub(super) fn allocated_bytes(path: &Path) -> Option<u64> {
     files::allocated_bytes(path).ok()
 }

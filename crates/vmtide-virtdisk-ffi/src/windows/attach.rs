@@ -63,7 +63,8 @@ impl VirtualDisk {
         let size = self.size()?;
         match self.attach_with(Vhd::ATTACH_VIRTUAL_DISK_FLAG_NO_LOCAL_HOST) {
             Ok(()) => {
-                let io = OverlappedFile::new(Arc::clone(self.handle()), self.path().to_owned());
+                let name = self.path().to_owned();
+                let io = OverlappedFile::new(Arc::clone(self.handle()), name, size.sector_bytes);
                 if can_be_read(&io, size.virtual_bytes, size.sector_bytes) {
                     return AttachedDisk::new(io, Attachment(self), ReadRoute::Handle);
                 }
@@ -75,7 +76,7 @@ impl VirtualDisk {
         self.attach_with(Vhd::ATTACH_VIRTUAL_DISK_FLAG_NO_DRIVE_LETTER)?;
         let attachment = Attachment(self);
         let writable = attachment.0.access() == DiskAccess::ReadWrite;
-        let io = physical_drive::open(&attachment.0, writable)?;
+        let io = physical_drive::open(&attachment.0, writable, size.sector_bytes)?;
         if writable {
             physical_drive::take_offline(&attachment.0, &io)?;
         }

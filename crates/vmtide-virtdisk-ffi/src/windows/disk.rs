@@ -24,7 +24,7 @@ const _: () = assert!(size_of::<RawRange>() == size_of::<Vhd::QUERY_CHANGES_VIRT
 /// What a disk is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DiskAccess {
-    /// Information only; works also while others hold the disk and where parents are missing.
+    /// Information only; works also while others hold the disk, and opens no parent.
     Info,
     /// Changes and content.
     ReadOnly,
@@ -43,18 +43,19 @@ pub struct VirtualDisk {
 impl VirtualDisk {
     /// Opens the disk at `path`, of whatever format its content says.
     ///
-    /// A disk of which a parent is missing opens for [`DiskAccess::Info`] only.
+    /// For [`DiskAccess::Info`] its parents are left alone: they may be missing, and may be files of other machines that
+    /// whoever wrote the disk has chosen. The place of its parent is then told as the disk names it. For anything else
+    /// the whole chain is opened.
     ///
     /// # Errors
     /// What Windows says; [`ErrorKind::InUse`] typically for a disk that a running machine writes.
     pub fn open(path: &Path, access: DiskAccess) -> Result<Self> {
-        let opened = Self::open_with(path, access, Vhd::OPEN_VIRTUAL_DISK_FLAG_NONE);
-        match opened {
-            Err(error) if access == DiskAccess::Info && error.kind() == ErrorKind::Parent => {
-                Self::open_with(path, access, Vhd::OPEN_VIRTUAL_DISK_FLAG_NO_PARENTS)
-            }
-            other => other,
-        }
+        // As Microsoft's own sample for information does.
+        let flags = match access {
+            DiskAccess::Info => Vhd::OPEN_VIRTUAL_DISK_FLAG_NO_PARENTS,
+            DiskAccess::ReadOnly | DiskAccess::ReadWrite => Vhd::OPEN_VIRTUAL_DISK_FLAG_NONE,
+        };
+        Self::open_with(path, access, flags)
     }
 
     fn open_with(path: &Path, access: DiskAccess, flags: i32) -> Result<Self> {

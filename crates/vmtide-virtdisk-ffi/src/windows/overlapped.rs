@@ -3,6 +3,9 @@
 //! Every request has an event of its own, so any number of threads read through one handle at once and the
 //! storage sees all of their requests. The kernel writes to the buffer until the request is over, so nothing
 //! returns before that, whatever goes wrong.
+//!
+//! What Windows takes or not depends on the storage: a request that is not of whole sectors, in a buffer that begins at
+//! one, fails on some hosts only. Here it fails on every host, and with a stand-in, so that a mistake is found before.
 
 use crate::SectorIo;
 use std::io;
@@ -12,7 +15,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use vmtide_block::{BlockError, Result};
 use windows_sys::Win32::Foundation::{
-    ERROR_HANDLE_EOF, ERROR_IO_PENDING, GetLastError, HANDLE, STATUS_PENDING,
+    ERROR_HANDLE_EOF, ERROR_INVALID_PARAMETER, ERROR_IO_PENDING, GetLastError, HANDLE,
+    STATUS_PENDING,
 };
 use windows_sys::Win32::Storage::FileSystem::{FlushFileBuffers, ReadFile, WriteFile};
 use windows_sys::Win32::System::IO::{
@@ -33,12 +37,21 @@ const BROKEN_WAIT: Duration = Duration::from_millis(10);
 pub(super) struct OverlappedFile {
     handle: Arc<OwnedHandle>,
     name: String,
+    sector_bytes: u32,
     events: Mutex<Vec<OwnedHandle>>,
 }
 
 impl OverlappedFile {
-    pub(super) fn new(handle: Arc<OwnedHandle>, name: String) -> Self {
-        Self { handle, name, events: Mutex::default() }
+    /// Over a handle of a disk with sectors of 512 or 4096 bytes; `name` is for errors.
+    pub(super) fn new(handle: Arc<OwnedHandle>, name: String, sector_bytes: u32) -> Self {
+        Self { handle, name, sector_bytes, events: Mutex::default() }
+    }
+
+    /// Succeeds for whole sectors; else with the code by which Windows refuses others.
+    fn check_whole(&self, buffer: &[u8], offset: u64) -> Result<(), u32> {
+        let parts = [offset, buffer.len() as u64, buffer.as_ptr().addr() as u64];
+        let is_whole = parts.into_iter().all(|part| part.is_multiple_of(self.sector_bytes.into()));
+        if is_whole { Ok(()) } else { Err(ERROR_INVALID_PARAMETER) }
     }
 
     fn raw(&self) -> HANDLE {
@@ -159,10 +172,13 @@ impl SectorIo for OverlappedFile {
         let (mut rest, mut at) = (buffer, offset);
         while !rest.is_empty() {
             let length = rest.len().min(REQUEST_BYTES);
+            let whole = self.check_whole(rest, at);
             let target = rest.as_mut_ptr();
-            let moved = self.request(at, |handle, state| {
-                // SAFETY: `target` is writable for `length` bytes and stays so until the request is over.
-                unsafe { ReadFile(handle, target, as_u32(length), ptr::null_mut(), state) }
+            let moved = whole.and_then(|()| {
+                self.request(at, |handle, state| {
+                    // SAFETY: `target` is writable for `length` bytes and stays so until the request is over.
+                    unsafe { ReadFile(handle, target, as_u32(length), ptr::null_mut(), state) }
+                })
             });
             let moved = match moved {
                 Ok(0) => Err(ERROR_HANDLE_EOF),
@@ -180,9 +196,12 @@ impl SectorIo for OverlappedFile {
         while !rest.is_empty() {
             let length = rest.len().min(REQUEST_BYTES);
             let source = rest.as_ptr();
-            let moved = self.request(at, |handle, state| {
-                // SAFETY: `source` is readable for `length` bytes and stays so until the request is over.
-                unsafe { WriteFile(handle, source, as_u32(length), ptr::null_mut(), state) }
+            let whole = self.check_whole(rest, at);
+            let moved = whole.and_then(|()| {
+                self.request(at, |handle, state| {
+                    // SAFETY: `source` is readable for `length` bytes and stays so until the request is over.
+                    unsafe { WriteFile(handle, source, as_u32(length), ptr::null_mut(), state) }
+                })
             });
             let moved = match moved {
                 Ok(0) => Err(ERROR_HANDLE_EOF),

@@ -56,7 +56,11 @@ fn device_path(disk: &VirtualDisk) -> Result<Vec<u16>> {
 }
 
 /// Opens the device of an attached disk, waiting until it is there.
-pub(super) fn open(disk: &VirtualDisk, writable: bool) -> Result<OverlappedFile> {
+pub(super) fn open(
+    disk: &VirtualDisk,
+    writable: bool,
+    sector_bytes: u32,
+) -> Result<OverlappedFile> {
     let path = device_path(disk)?;
     let access = if writable { GENERIC_READ | GENERIC_WRITE } else { GENERIC_READ };
     let deadline = Instant::now() + APPEARS_WITHIN;
@@ -76,7 +80,8 @@ pub(super) fn open(disk: &VirtualDisk, writable: bool) -> Result<OverlappedFile>
         if handle != INVALID_HANDLE_VALUE {
             // SAFETY: the call succeeded, so the handle is open and belongs to nobody else.
             let handle = unsafe { OwnedHandle::from_raw_handle(handle) };
-            return Ok(OverlappedFile::new(Arc::new(handle), disk.path().to_owned()));
+            let name = disk.path().to_owned();
+            return Ok(OverlappedFile::new(Arc::new(handle), name, sector_bytes));
         }
         // SAFETY: no pointers.
         let code = unsafe { GetLastError() };

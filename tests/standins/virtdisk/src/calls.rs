@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use vmtide_block::ByteRange;
 use vmtide_image::{CreateOptions, Format, create_image};
 use windows_sys::Win32::Foundation::{
-    ERROR_FILE_EXISTS, ERROR_INSUFFICIENT_BUFFER, ERROR_INVALID_PARAMETER, ERROR_NOT_READY,
-    ERROR_SUCCESS, HANDLE,
+    ERROR_FILE_EXISTS, ERROR_INSUFFICIENT_BUFFER, ERROR_INVALID_PARAMETER, ERROR_IO_PENDING,
+    ERROR_NOT_READY, ERROR_SUCCESS, HANDLE,
 };
 use windows_sys::Win32::Storage::Vhd;
 use windows_sys::core::{PCWSTR, PWSTR};
@@ -43,7 +43,7 @@ unsafe extern "system" fn OpenVirtualDisk(
     _kind: *const Vhd::VIRTUAL_STORAGE_TYPE,
     path: PCWSTR,
     access: Vhd::VIRTUAL_DISK_ACCESS_MASK,
-    _flags: Vhd::OPEN_VIRTUAL_DISK_FLAG,
+    flags: Vhd::OPEN_VIRTUAL_DISK_FLAG,
     parameters: *const Vhd::OPEN_VIRTUAL_DISK_PARAMETERS,
     handle: *mut HANDLE,
 ) -> u32 {
@@ -61,14 +61,22 @@ unsafe extern "system" fn OpenVirtualDisk(
         if !read_only {
             faults.code("open.write_error")?;
         }
-        describe::info(&image)?;
-        if !info_only {
-            // The chain is complete, or it does not open.
+        let is_child = describe::info(&image)?.backing.is_some();
+        let with_parents = flags & Vhd::OPEN_VIRTUAL_DISK_FLAG_NO_PARENTS == 0;
+        if with_parents && is_child {
+            faults.code("open.parents_error")?;
+        }
+        if with_parents {
+            // The chain is complete, or it does not open; also for information only.
             vmtide_image::open_read_only(&image, &content::image_options())
                 .map_err(|error| content::code_of(&error))?;
         }
         let (opened, content) = content::new_handle()?;
-        registry::add(opened, Opened { image, content, writable: !read_only, attached: false });
+        let writable = !read_only && !info_only;
+        registry::add(
+            opened,
+            Opened { image, content, with_parents, writable, attached: false, pending: 0 },
+        );
         // SAFETY: the caller's variable.
         unsafe { *handle = opened };
         Ok(())
@@ -88,7 +96,7 @@ unsafe extern "system" fn GetVirtualDiskInformation(
     let version = unsafe { (*info).Version };
     let answer = || {
         let faults = Faults::now();
-        let payload = describe::payload(&registry::get(handle)?.image, version, &faults)?;
+        let payload = describe::payload(&registry::get(handle)?, version, &faults)?;
         let length = PAYLOAD + payload.len();
         let needed = u32::try_from(length).map_err(|_| ERROR_INVALID_PARAMETER)?;
         let refuse = version == Vhd::GET_VIRTUAL_DISK_INFO_CHANGE_TRACKING_STATE
@@ -127,6 +135,14 @@ unsafe extern "system" fn SetVirtualDiskInformation(
     code(registry::get(handle).and_then(|disk| tracking::set(&disk.image, enabled)))
 }
 
+/// Of every `distance` bytes the first half, as far as it begins in `asked`: at most a few more than an array takes.
+fn every_other_half(asked: ByteRange, distance: u64) -> Vec<ByteRange> {
+    let first = asked.offset.div_ceil(distance.max(2));
+    let starts = (first..).map(|number| number.saturating_mul(distance.max(2)));
+    let inside = starts.take_while(|start| *start < asked.end()).take(5000);
+    inside.map(|start| ByteRange::new(start, distance / 2)).collect()
+}
+
 #[unsafe(no_mangle)]
 unsafe extern "system" fn QueryChangesVirtualDisk(
     handle: HANDLE,
@@ -147,6 +163,9 @@ unsafe extern "system" fn QueryChangesVirtualDisk(
         let id = unsafe { string(id) };
         let id = tracking::unpadded(&id.to_string_lossy(), &faults);
         let mut changed = tracking::changes(&disk.image, &id, asked)?;
+        if let Some(distance) = faults.value("query.every") {
+            changed = every_other_half(asked, distance);
+        }
         // SAFETY: the caller's variable: the length of the array.
         let capacity = unsafe { *count } as usize;
         let capacity =
@@ -276,7 +295,7 @@ unsafe extern "system" fn CreateVirtualDisk(
     flags: Vhd::CREATE_VIRTUAL_DISK_FLAG,
     _provider_flags: u32,
     parameters: *const Vhd::CREATE_VIRTUAL_DISK_PARAMETERS,
-    _overlapped: *const c_void,
+    overlapped: *const c_void,
     handle: *mut HANDLE,
 ) -> u32 {
     // SAFETY: the caller's pointers are valid; version 2, which is checked, has these fields.
@@ -287,7 +306,8 @@ unsafe extern "system" fn CreateVirtualDisk(
         (PathBuf::from(string(path)), (*kind).DeviceId, (*parameters).Anonymous.Version2)
     };
     let create = || {
-        Faults::now().code("create.error")?;
+        let faults = Faults::now();
+        faults.code("create.error")?;
         let format = match device {
             Vhd::VIRTUAL_STORAGE_TYPE_DEVICE_VHD => Format::Vhd,
             Vhd::VIRTUAL_STORAGE_TYPE_DEVICE_VHDX => Format::Vhdx,
@@ -307,10 +327,35 @@ unsafe extern "system" fn CreateVirtualDisk(
             .and_then(|writer| writer.finish())
             .map_err(|error| content::code_of(&error))?;
         let (opened, content) = content::new_handle()?;
-        registry::add(opened, Opened { image, content, writable: true, attached: false });
+        let with_parents = true;
+        registry::add(
+            opened,
+            Opened { image, content, with_parents, writable: true, attached: false, pending: 0 },
+        );
         // SAFETY: the caller's variable.
         unsafe { *handle = opened };
-        Ok(())
+        match faults.value("create.pending") {
+            Some(looks) if !overlapped.is_null() => {
+                registry::make_pending(opened, looks);
+                Err(ERROR_IO_PENDING)
+            }
+            _ => Ok(()),
+        }
     };
     code(create())
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "system" fn GetVirtualDiskOperationProgress(
+    handle: HANDLE,
+    _overlapped: *const c_void,
+    progress: *mut Vhd::VIRTUAL_DISK_PROGRESS,
+) -> u32 {
+    let answer = || {
+        let status = if registry::is_pending(handle)? { ERROR_IO_PENDING } else { ERROR_SUCCESS };
+        // SAFETY: the caller's structure.
+        unsafe { (*progress).OperationStatus = status };
+        Ok(())
+    };
+    code(answer())
 }

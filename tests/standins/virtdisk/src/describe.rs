@@ -2,6 +2,7 @@
 
 use crate::content::{code_of, image_options};
 use crate::faults::Faults;
+use crate::registry::Opened;
 use crate::tracking;
 use std::path::Path;
 use vmtide_image::{Format, ImageInfo, image_info, open_chain};
@@ -20,7 +21,8 @@ pub fn info(image: &Path) -> Result<ImageInfo, u32> {
 }
 
 /// What follows the version and its padding.
-pub fn payload(image: &Path, version: i32, faults: &Faults) -> Result<Vec<u8>, u32> {
+pub fn payload(disk: &Opened, version: i32, faults: &Faults) -> Result<Vec<u8>, u32> {
+    let image = &disk.image;
     let info = info(image)?;
     let u32s = |values: &[u32]| values.iter().flat_map(|value| value.to_le_bytes()).collect();
     Ok(match version {
@@ -32,7 +34,7 @@ pub fn payload(image: &Path, version: i32, faults: &Faults) -> Result<Vec<u8>, u
             [sizes, u32s(&[block.unwrap_or(0), sector])].concat()
         }
         Vhd::GET_VIRTUAL_DISK_INFO_IDENTIFIER => guid(&info, &["data_write_guid", "unique_id"])?,
-        Vhd::GET_VIRTUAL_DISK_INFO_PARENT_LOCATION => parent(image, &info)?,
+        Vhd::GET_VIRTUAL_DISK_INFO_PARENT_LOCATION => parent(disk, &info)?,
         Vhd::GET_VIRTUAL_DISK_INFO_VIRTUAL_STORAGE_TYPE => {
             let device = if info.format == Format::Vhd { 2 } else { 3 };
             let vendor = memory(Vhd::VIRTUAL_STORAGE_TYPE_VENDOR_MICROSOFT.data4);
@@ -80,10 +82,11 @@ fn wide(text: &str) -> impl Iterator<Item = u8> + '_ {
     text.encode_utf16().chain([0]).flat_map(u16::to_le_bytes)
 }
 
-/// The path at which the parent was found, else the names the child gives it.
-fn parent(image: &Path, info: &ImageInfo) -> Result<Vec<u8>, u32> {
+/// The path at which the parent was found, where it was looked for, else the names the child gives it.
+fn parent(disk: &Opened, info: &ImageInfo) -> Result<Vec<u8>, u32> {
     let backing = info.backing.as_ref().ok_or(ERROR_VHD_INVALID_TYPE)?;
-    let found = open_chain(image, &image_options()).ok().and_then(|layers| {
+    let chain = disk.with_parents.then(|| open_chain(&disk.image, &image_options()).ok());
+    let found = chain.flatten().and_then(|layers| {
         let path = &layers.get(1)?.path;
         Some(std::path::absolute(path).ok()?.display().to_string())
     });

@@ -5,11 +5,13 @@
 //! | name | effect |
 //! |---|---|
 //! | `open.error` | every open fails with this code |
+//! | `open.parents_error` | opening a differencing disk fails with this code unless its parents are left out |
 //! | `open.write_error` | opening for writing fails with this code, as for the disk of a running machine |
 //! | `attach.error` | attaching fails with this code |
 //! | `attach.handle_error` | attaching without a device fails with this code, so that the device is used |
 //! | `attach.handle_unreadable` | not 0: a disk attached without a device has nothing to read |
 //! | `create.error` | creating fails with this code |
+//! | `create.pending` | creating goes on after its call, until its progress was asked for so often |
 //! | `info.sector` | the logical sector that disks report |
 //! | `tracking.id_length` | tracking ids are filled up with `x` to this many characters |
 //! | `tracking.buffer` | the first answer about tracking says that the buffer is too small |
@@ -18,6 +20,7 @@
 //! | `query.processed` | the call says that it processed this many bytes |
 //! | `query.short` | not 0: half of what was asked is processed |
 //! | `query.count` | the call says that it filled this many elements |
+//! | `query.every` | of every so many bytes the first half has changed, whatever was written |
 //! | `query.outside` | not 0: one more range, past the end of the disk |
 
 use std::collections::HashMap;

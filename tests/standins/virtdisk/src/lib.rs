@@ -11,7 +11,8 @@
 //!   device is the path of that file. So attaching takes as long as reading the disk;
 //! * what is written comes into the image when the disk is *detached*, where it differs, in blocks of 64 KiB;
 //! * closing an attached handle without detaching it loses what was written;
-//! * sectors are not enforced: a request that is not of whole sectors succeeds;
+//! * sectors are not enforced: a request that is not of whole sectors succeeds here. `vmtide-virtdisk-ffi` refuses it
+//!   before it comes here;
 //! * nothing is frozen or merged, and no machine holds a disk unless a fault says so.
 //!
 //! `VMTIDE_STANDIN_DIR` names a directory for the files behind handles. Each is there as long as its handle is

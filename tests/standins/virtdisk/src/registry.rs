@@ -12,10 +12,14 @@ pub struct Opened {
     pub image: PathBuf,
     /// The file behind the handle.
     pub content: PathBuf,
+    /// Whether it was opened with its parents.
+    pub with_parents: bool,
     /// Whether it may be written.
     pub writable: bool,
     /// Whether it is attached.
     pub attached: bool,
+    /// How often it will be said that its making goes on.
+    pub pending: u64,
 }
 
 fn open() -> MutexGuard<'static, HashMap<usize, Opened>> {
@@ -45,6 +49,22 @@ pub fn attach(handle: HANDLE) -> Result<(), u32> {
         disk.attached = true;
     }
     Ok(())
+}
+
+/// Has it said so often that the making of a disk goes on.
+pub fn make_pending(handle: HANDLE, looks: u64) {
+    if let Some(disk) = open().get_mut(&handle.addr()) {
+        disk.pending = looks;
+    }
+}
+
+/// Whether the making of a disk goes on; once less often each time.
+pub fn is_pending(handle: HANDLE) -> Result<bool, u32> {
+    let mut open = open();
+    let disk = open.get_mut(&handle.addr()).ok_or(ERROR_INVALID_HANDLE)?;
+    let is_pending = disk.pending > 0;
+    disk.pending = disk.pending.saturating_sub(1);
+    Ok(is_pending)
 }
 
 /// Marks a disk as not attached.

@@ -16,7 +16,7 @@ fn main() -> std::process::ExitCode {
 mod calls {
     use std::path::{Path, PathBuf};
     use std::process::ExitCode;
-    use vmtide_block::{BlockDevice, ByteRange, WritableBlockDevice};
+    use vmtide_block::{BlockDevice, ByteRange, CancelToken, WritableBlockDevice};
     use vmtide_virtdisk_ffi::{
         AttachedDisk, DiskAccess, ErrorKind, NewVirtualDisk, ReadRoute, TrackingId, VirtdiskError,
         VirtualDisk, for_each_change,
@@ -59,6 +59,7 @@ mod calls {
                     sector_bytes: 0,
                     physical_sector_bytes: 0,
                 },
+                &CancelToken::new(),
             )?;
             Ok(path)
         }
