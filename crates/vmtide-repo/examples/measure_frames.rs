@@ -1,9 +1,16 @@
 //! Compares what can be chosen for frames: how much data is compressed together, and how hard.
 //!
-//! `cargo run --release -p vmtide-repo --example measure_frames -- DISK.raw [EVERY]` takes every
-//! EVERY-th stretch of 4 MiB of a raw disk, leaves out what is zero, and prints stored size and the speed of
-//! one core both ways for each choice. The figures stand in `docs/decisions/0003-frames-and-levels.md`.
+//! `cargo run --release -p vmtide-repo --example measure_frames -- DISK.raw [EVERY [ROUNDS [FRAMES.csv]]]` takes
+//! every EVERY-th stretch of 4 MiB of a raw disk, leaves out what is zero, and prints stored size and the speed of
+//! one core both ways for each choice. The choices take turns on every frame and the quickest of ROUNDS counts, so that
+//! what else the machine does falls on all alike. The file gets a line for each frame, with bytes and nanoseconds
+//! of each choice, to try rules that choose for each frame. The figures stand in
+//! `docs/decisions/0003-frames-and-levels.md`.
 
+#![allow(clippy::cast_precision_loss, reason = "figures for people")]
+
+use std::error::Error;
+use std::fmt::Write as _;
 use vmtide_block::{BlockDevice, OpenMode, RawDevice, is_zero};
 use zstd::bulk::{Compressor, Decompressor};
 use zstd::zstd_safe::{CParameter, Strategy};
@@ -13,76 +20,138 @@ use zstd::zstd_safe::{CParameter, Strategy};
 type Choice = (&'static str, i32, Option<(u32, u32, u32, u32, Strategy)>);
 
 const CHOICES: &[Choice] = &[
-    ("level -1", -1, None),
     ("level 1", 1, None),
     ("level 2", 2, None),
     ("level 3", 3, None),
+    ("level 5", 5, None),
     ("fast h15 mm6", 1, Some((21, 15, 6, 6, Strategy::ZSTD_fast))),
-    ("fast h16 mm5", 1, Some((21, 16, 6, 5, Strategy::ZSTD_fast))),
     ("fast h16 mm6", 1, Some((21, 16, 6, 6, Strategy::ZSTD_fast))),
     ("fast h16 mm7", 1, Some((21, 16, 6, 7, Strategy::ZSTD_fast))),
     ("fast h17 mm5", 1, Some((21, 17, 6, 5, Strategy::ZSTD_fast))),
     ("fast h17 mm6", 1, Some((21, 17, 6, 6, Strategy::ZSTD_fast))),
     ("fast h17 mm7", 1, Some((21, 17, 6, 7, Strategy::ZSTD_fast))),
+    ("fast h18 mm5", 1, Some((21, 18, 6, 5, Strategy::ZSTD_fast))),
     ("fast h18 mm6", 1, Some((21, 18, 6, 6, Strategy::ZSTD_fast))),
-    ("dfast h15 c14 mm5", 3, Some((21, 15, 14, 5, Strategy::ZSTD_dfast))),
+    ("fast h18 mm7", 1, Some((21, 18, 6, 7, Strategy::ZSTD_fast))),
     ("dfast h16 c15 mm5", 3, Some((21, 16, 15, 5, Strategy::ZSTD_dfast))),
+    ("dfast h17 c14 mm5", 3, Some((21, 17, 14, 5, Strategy::ZSTD_dfast))),
+    ("dfast h17 c15 mm5", 3, Some((21, 17, 15, 5, Strategy::ZSTD_dfast))),
     ("dfast h17 c15 mm6", 3, Some((21, 17, 15, 6, Strategy::ZSTD_dfast))),
     ("dfast h17 c16 mm6", 3, Some((21, 17, 16, 6, Strategy::ZSTD_dfast))),
+    ("dfast h18 c16 mm5", 3, Some((21, 18, 16, 5, Strategy::ZSTD_dfast))),
 ];
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// Samples of a frame that a rule might look at: so many bytes from the middle.
+const SAMPLE_BYTES: usize = 64 << 10;
+
+fn main() -> Result<(), Box<dyn Error>> {
     let mut arguments = std::env::args().skip(1);
-    let path = arguments.next().ok_or("usage: measure_frames DISK.raw [EVERY]")?;
+    let usage = "usage: measure_frames DISK.raw [EVERY [ROUNDS [FRAMES.csv]]]";
+    let path = arguments.next().ok_or(usage)?;
     let every: u64 = arguments.next().map_or(Ok(8), |text| text.parse())?;
+    let rounds: usize = arguments.next().map_or(Ok(3), |text| text.parse())?;
+    let table = arguments.next();
     let disk = RawDevice::open(path, OpenMode::ReadOnly)?;
     let data = sample(&disk, every)?;
     println!("{} MiB of data sampled", data.len() >> 20);
-    for frame_bytes in [512 << 10, 1 << 20, 2 << 20, 4 << 20] {
-        for (name, level, settings) in CHOICES {
-            let mut compressor = Compressor::new(*level)?;
-            if let Some((window, hash, chain, shortest, strategy)) = settings {
-                compressor.set_parameter(CParameter::WindowLog(*window))?;
-                compressor.set_parameter(CParameter::HashLog(*hash))?;
-                compressor.set_parameter(CParameter::ChainLog(*chain))?;
-                compressor.set_parameter(CParameter::MinMatch(*shortest))?;
-                compressor.set_parameter(CParameter::Strategy(*strategy))?;
-            }
-            let begun = processor_seconds()?;
-            let mut frames = Vec::new();
-            for frame in data.chunks(frame_bytes) {
-                let mut out = Vec::with_capacity(frame_bytes + (frame_bytes >> 7) + 1024);
-                compressor.compress_to_buffer(frame, &mut out)?;
-                out.shrink_to_fit();
-                frames.push(out);
-            }
-            let packed = processor_seconds()?;
-            let mut decompressor = Decompressor::new()?;
-            let mut content = vec![0; frame_bytes];
-            for frame in &frames {
-                decompressor.decompress_to_buffer(frame, &mut content)?;
-            }
-            let unpacked = processor_seconds()?;
-            let stored: usize = frames.iter().map(Vec::len).sum();
-            let rate = |seconds: f64| (data.len() >> 20) as f64 / seconds;
-            println!(
-                "{:5} KiB  {name:18} {:6.2} %  {:5.0} MiB/s in  {:5.0} MiB/s out",
-                frame_bytes >> 10,
-                stored as f64 * 100.0 / data.len() as f64,
-                rate(packed - begun),
-                rate(unpacked - packed),
-            );
+    let sizes: &[usize] = if table.is_some() { &[2 << 20] } else { &[1 << 20, 2 << 20, 4 << 20] };
+    for frame_bytes in sizes {
+        let lines = compare(&data, *frame_bytes, rounds.max(1))?;
+        if let Some(table) = &table {
+            std::fs::write(table, lines)?;
         }
     }
     Ok(())
 }
 
+/// What a choice made of a frame.
+#[derive(Clone, Copy, Default)]
+struct Made {
+    bytes: usize,
+    sample_bytes: usize,
+    pack_seconds: f64,
+    unpack_seconds: f64,
+}
+
+/// Compares all choices, prints a line for each, and answers with a line for each frame.
+fn compare(data: &[u8], frame_bytes: usize, rounds: usize) -> Result<String, Box<dyn Error>> {
+    let mut compressors = CHOICES.iter().map(compressor).collect::<Result<Vec<_>, _>>()?;
+    let mut decompressor = Decompressor::new()?;
+    let mut content = vec![0; frame_bytes];
+    let mut out = Vec::with_capacity(zstd::zstd_safe::compress_bound(frame_bytes));
+    let mut totals = vec![Made::default(); CHOICES.len()];
+    let mut lines = String::from("bytes");
+    for (name, _, _) in CHOICES {
+        write!(lines, ",{name},{name} sample,{name} ns")?;
+    }
+    for frame in data.chunks(frame_bytes) {
+        write!(lines, "\n{}", frame.len())?;
+        let mut made = vec![Made::default(); CHOICES.len()];
+        let middle = (frame.len() / 2).saturating_sub(SAMPLE_BYTES / 2);
+        let sample = &frame[middle..(middle + SAMPLE_BYTES).min(frame.len())];
+        for round in 0..rounds {
+            for (compressor, made) in compressors.iter_mut().zip(&mut made) {
+                if round == 0 {
+                    made.sample_bytes = compressor.compress_to_buffer(sample, &mut out)?;
+                }
+                let begun = processor_seconds()?;
+                made.bytes = compressor.compress_to_buffer(frame, &mut out)?;
+                let packed = processor_seconds()?;
+                decompressor.decompress_to_buffer(&out, &mut content)?;
+                let unpacked = processor_seconds()?;
+                if round == 0 || packed - begun < made.pack_seconds {
+                    made.pack_seconds = packed - begun;
+                }
+                if round == 0 || unpacked - packed < made.unpack_seconds {
+                    made.unpack_seconds = unpacked - packed;
+                }
+            }
+        }
+        for (total, made) in totals.iter_mut().zip(made) {
+            total.bytes += made.bytes;
+            total.pack_seconds += made.pack_seconds;
+            total.unpack_seconds += made.unpack_seconds;
+            write!(lines, ",{},{},{:.0}", made.bytes, made.sample_bytes, made.pack_seconds * 1e9)?;
+        }
+    }
+    let rate = |seconds: f64| data.len() as f64 / 1_048_576.0 / seconds;
+    for ((name, _, _), total) in CHOICES.iter().zip(&totals) {
+        println!(
+            "{:5} KiB  {name:18} {:6.2} %  {:5.0} MiB/s in  {:5.0} MiB/s out",
+            frame_bytes >> 10,
+            total.bytes as f64 * 100.0 / data.len() as f64,
+            rate(total.pack_seconds),
+            rate(total.unpack_seconds),
+        );
+    }
+    Ok(lines)
+}
+
+fn compressor(choice: &Choice) -> std::io::Result<Compressor<'static>> {
+    let (_, level, settings) = choice;
+    let mut compressor = Compressor::new(*level)?;
+    if let Some((window, hash, chain, shortest, strategy)) = *settings {
+        compressor.set_parameter(CParameter::WindowLog(window))?;
+        compressor.set_parameter(CParameter::HashLog(hash))?;
+        compressor.set_parameter(CParameter::ChainLog(chain))?;
+        compressor.set_parameter(CParameter::MinMatch(shortest))?;
+        compressor.set_parameter(CParameter::Strategy(strategy))?;
+    }
+    Ok(compressor)
+}
+
 /// The processor time this thread has had, in seconds: what else the machine does counts less than
 /// by the clock.
-fn processor_seconds() -> Result<f64, Box<dyn std::error::Error>> {
-    let text = std::fs::read_to_string("/proc/thread-self/schedstat")?;
-    let nanoseconds: f64 = text.split(' ').next().ok_or("schedstat is empty")?.parse()?;
-    Ok(nanoseconds / 1e9)
+#[cfg(unix)]
+#[allow(clippy::unnecessary_wraps, reason = "the other one can fail")]
+fn processor_seconds() -> Result<f64, Box<dyn Error>> {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Ok(time.tv_sec as f64 + time.tv_nsec as f64 / 1e9)
+}
+
+#[cfg(not(unix))]
+fn processor_seconds() -> Result<f64, Box<dyn Error>> {
+    Ok(std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_secs_f64())
 }
 
 fn sample(disk: &RawDevice, every: u64) -> Result<Vec<u8>, vmtide_block::BlockError> {

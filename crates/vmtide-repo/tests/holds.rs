@@ -288,7 +288,7 @@ fn a_credential_that_may_not_remove_does_all_but_forget_prune_and_removing_keys(
     Repository::init(Arc::clone(&deny), &init_options(true), Some(&password)).unwrap();
     let writer = reopen(&deny).unwrap();
     // Enough backups for the index to be compacted.
-    let points: Vec<_> = (0..20).map(|seed| add_point(&writer, seed)).collect();
+    let points: Vec<_> = (0..36).map(|seed| add_point(&writer, seed)).collect();
     assert_restores(&writer, &points[3], 3);
     let kdf = init_options(true).kdf;
     let key = writer.add_key("second", &Password::new("two"), &kdf).unwrap();
@@ -300,7 +300,7 @@ fn a_credential_that_may_not_remove_does_all_but_forget_prune_and_removing_keys(
     };
     let before = memory.names();
     denied(writer.forget(&[points[0].id]).unwrap_err(), &["forget", "may not remove"]);
-    assert_eq!(writer.points().unwrap().points.len(), 20);
+    assert_eq!(writer.points().unwrap().points.len(), 36);
     denied(writer.remove_key(key.id).unwrap_err(), &["key"]);
     assert_eq!(writer.keys().unwrap().keys.len(), 2);
 
@@ -319,7 +319,7 @@ fn a_credential_that_may_not_remove_does_all_but_forget_prune_and_removing_keys(
         "{left:?}"
     );
     prune(&admin).unwrap();
-    assert_restores(&writer, &points[19], 19);
+    assert_restores(&writer, &points[35], 35);
 }
 
 #[test]

@@ -24,9 +24,15 @@ const ENOUGH_RUNS: usize = 3 << 18;
 /// The stretch of disk whose runs are asked for at once: a window has at most so many more.
 const STEP_BLOCKS: u64 = 1 << 18;
 
-/// The frames that a worker takes at a time: many enough that neighbours are fetched together, few
-/// enough that the last ones are shared.
-const TASK_FRAMES: u32 = 8;
+/// What a worker takes at a time, in blocks of content with what is no longer needed between them: 16 MiB. Enough that
+/// neighbours are fetched together, little enough that the last ones are shared. Counted in blocks, not in frames:
+/// those of scattered changes are small.
+const TASK_BLOCKS: u32 = 4096;
+
+/// Stored bytes between two wanted frames that are fetched and thrown away rather than asked for around: a request to a
+/// distant store takes as long as a megabyte, a seek of a disk as half of one. More is a waste where the store is fast: a
+/// hundredth of a frame's decoding for each 16 KiB.
+const GAP_BYTES: u64 = 128 << 10;
 
 /// Some blocks of the disk that are neighbours in one frame.
 #[derive(Clone, Copy, Debug)]
@@ -99,34 +105,73 @@ impl Window {
         self.pieces.sort_unstable_by_key(|piece| (piece.pack, piece.ordinal, piece.first_block));
     }
 
+    /// Takes pieces that were resolved beside these.
+    fn append(&mut self, other: Self) -> Result<()> {
+        let numbers =
+            other.packs.iter().map(|id| self.number_of(*id)).collect::<Result<Vec<u32>>>()?;
+        let renumbered = |piece: Piece| Piece { pack: numbers[piece.pack as usize], ..piece };
+        self.pieces.extend(other.pieces.into_iter().map(renumbered));
+        Ok(())
+    }
+
     /// Follows every run to the pack it is in now and cuts it into pieces of frames. Opens each pack
-    /// that is named once, whatever the order of the runs on the disk.
-    fn resolve(mut self, packs: &PackSet) -> Result<Self> {
+    /// that is named once, whatever the order of the runs on the disk, and as many at a time as there are workers: the
+    /// disk of a machine that was backed up for a year lies in hundreds of packs, and opening one takes two requests.
+    fn resolve(mut self, packs: &PackSet, workers: usize, cancel: &CancelToken) -> Result<Self> {
         self.sort();
-        let mut resolved =
-            Self { pieces: Vec::with_capacity(self.pieces.len()), ..Self::default() };
         let is_healed = !packs.repairs()?.healed.is_empty();
-        for runs in self.pieces.chunk_by(|a, b| a.pack == b.pack) {
-            let pack = self.packs[runs[0].pack as usize];
-            match packs.place(pack) {
-                Ok(Place::Pack(pack)) if !is_healed => {
-                    runs.iter().try_for_each(|run| resolved.add_pieces(&pack, *run))?;
-                }
-                // Moved, damaged or healed: run by run.
-                _ => runs.iter().try_for_each(|run| resolved.follow(packs, pack, *run))?,
+        let groups: Vec<_> = self.pieces.chunk_by(|a, b| a.pack == b.pack).collect();
+        let next = AtomicUsize::new(0);
+        let work = || -> Result<Vec<(usize, Self)>> {
+            let mut done = Vec::new();
+            loop {
+                let number = next.fetch_add(1, Ordering::Relaxed);
+                let Some(runs) = groups.get(number) else { return Ok(done) };
+                cancel.check()?;
+                let pack = self.packs[runs[0].pack as usize];
+                let resolved =
+                    Self::resolve_group(packs, pack, runs, is_healed).inspect_err(|_| {
+                        // The others need not go on.
+                        next.store(groups.len(), Ordering::Relaxed);
+                    })?;
+                done.push((number, resolved));
             }
-        }
+        };
+        let mut parts = on_threads(workers.min(groups.len()), &work)?;
+        // In the order of the disk, as far as packs have one: so a restore writes it about from front to back.
+        parts.sort_unstable_by_key(|(number, _)| *number);
+        let mut resolved = Self::default();
+        parts.into_iter().try_for_each(|(_, part)| resolved.append(part))?;
         resolved.sort();
         Ok(resolved)
     }
 
-    /// The pieces of some frames of one pack each.
+    /// The pieces of the runs that the map has in one pack.
+    fn resolve_group(
+        packs: &PackSet,
+        pack: ObjectId,
+        runs: &[Piece],
+        is_healed: bool,
+    ) -> Result<Self> {
+        let mut resolved = Self::default();
+        match packs.place(pack) {
+            Ok(Place::Pack(pack)) if !is_healed => {
+                runs.iter().try_for_each(|run| resolved.add_pieces(&pack, *run))?;
+            }
+            // Moved, damaged or healed: run by run.
+            _ => runs.iter().try_for_each(|run| resolved.follow(packs, pack, *run))?,
+        }
+        Ok(resolved)
+    }
+
+    /// The pieces of some whole frames of one pack each.
     fn tasks(&self) -> Vec<Range<usize>> {
         let mut tasks = Vec::new();
         let mut first = 0;
-        for (at, piece) in self.pieces.iter().enumerate() {
-            let begun = self.pieces[first];
-            if piece.pack != begun.pack || piece.frame - begun.frame >= TASK_FRAMES {
+        for (at, pair) in (1..).zip(self.pieces.windows(2)) {
+            let (begun, last, piece) = (self.pieces[first], pair[0], pair[1]);
+            let is_far = piece.ordinal.saturating_sub(begun.ordinal) >= TASK_BLOCKS;
+            if piece.pack != begun.pack || (is_far && piece.frame != last.frame) {
                 tasks.push(first..at);
                 first = at;
             }
@@ -230,6 +275,10 @@ impl PointDisk {
                 let (this, after) = std::mem::take(&mut stored).split_at_mut(length);
                 stored = after;
                 let count = rest.iter().take_while(|piece| piece.frame as usize == number).count();
+                if count == 0 {
+                    // Only fetched because it lies between two that are wanted.
+                    continue;
+                }
                 let (now, later) = rest.split_at(count);
                 let content = &mut worker.content[..pack.content_length(number)];
                 pack.decode(number, this, content, &mut worker.decoder)?;
@@ -247,22 +296,46 @@ impl PointDisk {
     }
 }
 
-/// The frames at the beginning of `pieces` that are neighbours and worth fetching together.
+/// The frames at the beginning of `pieces` that are worth fetching together: neighbours, and those with little between
+/// them.
 fn batch(pack: &Pack, pieces: &[Piece]) -> Range<usize> {
     let first = pieces.first().map_or(0, |piece| piece.frame as usize);
-    let (mut end, mut bytes) = (first, 0);
-    for piece in pieces {
-        let frame = piece.frame as usize;
-        if frame < end {
-            continue;
-        }
-        bytes += u64::from(pack.frames()[frame].stored_length);
-        if frame > end || (end > first && bytes > FETCH_BYTES) {
+    let frames = pack.frames();
+    let end_of = |frame: usize| frames[frame].offset + u64::from(frames[frame].stored_length);
+    let begin = frames[first].offset;
+    let mut last = first;
+    for frame in pieces.iter().map(|piece| piece.frame as usize) {
+        let gap = frames[frame].offset.saturating_sub(end_of(last));
+        if gap > GAP_BYTES || (frame > first && end_of(frame) - begin > FETCH_BYTES) {
             break;
         }
-        end = frame + 1;
+        last = frame;
     }
-    first..end
+    first..last + 1
+}
+
+/// Runs `work` on so many threads and puts together what they made, or answers with the error of one.
+fn on_threads<T: Send>(
+    threads: usize,
+    work: &(dyn Fn() -> Result<Vec<T>> + Sync),
+) -> Result<Vec<T>> {
+    if threads <= 1 {
+        return work();
+    }
+    let (mut all, mut failed) = (Vec::new(), None);
+    std::thread::scope(|scope| {
+        let handles: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+        for handle in handles {
+            match handle.join() {
+                Ok(Ok(made)) => all.extend(made),
+                Ok(Err(error)) => failed = failed.take().or(Some(error)),
+                Err(_) => {
+                    failed = Some(RepoError::Invalid("a reader ended abnormally".into()));
+                }
+            }
+        }
+    });
+    failed.map_or(Ok(all), Err)
 }
 
 impl StorageOrder for PointDisk {
@@ -277,7 +350,8 @@ impl StorageOrder for PointDisk {
             cancel.check()?;
             let (window, next) = self.window(at)?;
             if !window.pieces.is_empty() {
-                self.read_window(&window.resolve(&self.packs)?, workers, cancel, take)?;
+                let window = window.resolve(&self.packs, workers, cancel)?;
+                self.read_window(&window, workers, cancel, take)?;
             }
             at = next;
         }

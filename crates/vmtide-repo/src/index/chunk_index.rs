@@ -8,20 +8,27 @@ use super::{CACHED_PAGES, Key};
 use crate::context::RepoContext;
 use crate::envelope::ObjectKind;
 use crate::{Location, ObjectId, RepoError, Result};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 /// Live segments above which [`ChunkIndex::compact`] merges. Every lookup of unknown content asks
-/// the filter of each: more make backups slower, fewer make merges more frequent.
-const MAX_LIVE: usize = 16;
+/// the filter of each, and every backup opens each: more make backups slower, fewer make merges more frequent. With
+/// 16, of which a merge left 8, 365 daily incrementals wrote every entry 3.8 times, with 32 and 24 it is 2.0
+/// (`docs/decisions/0013-layout.md`).
+const MAX_LIVE: usize = 32;
 
 /// Live segments that a merge leaves at most, so that the next is some backups away.
-const LIVE_AFTER: usize = 8;
+const LIVE_AFTER: usize = 24;
 
 /// A merge goes on to the next larger segment while that has at most this many times the entries
-/// gathered so far.
-const ABSORB_FACTOR: u64 = 2;
+/// gathered so far. Above 1 it takes what an earlier merge made along with the next batch, and writes it once more for
+/// nothing; below 1 segments that are nearly alike are not merged, and the merges of small ones come too often.
+const ABSORB_FACTOR: u64 = 1;
+
+/// The segments that are kept open between the first look at them, which tells what is superseded, and their
+/// use. Others are opened twice: there may be thousands before a prune, and each holds an open file and its tables.
+const KEPT_OPEN: usize = 2 * MAX_LIVE;
 
 /// Segments one job can add. At 512 Ki chunks each that is 64 TiB of new 64 KiB chunks in one job;
 /// each is one more filter to ask until the next merge.
@@ -55,16 +62,19 @@ impl ChunkIndex {
     /// `Io`, `Denied`.
     pub fn open(ctx: &Arc<RepoContext>) -> Result<Self> {
         let mut skipped = Vec::new();
-        // Two passes, so that superseded segments, of which there may be thousands before a prune,
-        // are open one at a time.
         let mut ids = Vec::new();
         let mut named: HashSet<ObjectId> = HashSet::new();
+        let mut open: HashMap<ObjectId, SegmentHead> = HashMap::new();
         for id in Self::list(ctx)? {
             if let Some(head) = tolerate(id, SegmentHead::open(ctx, id), &mut skipped)? {
                 named.extend(head.superseded());
                 ids.push(id);
+                if open.len() < KEPT_OPEN {
+                    open.insert(id, head);
+                }
             }
         }
+        open.retain(|id, _| !named.contains(id));
         let (mut dead, live): (Vec<_>, Vec<_>) = ids.into_iter().partition(|id| named.contains(id));
         // That a segment is damaged does not matter any more when another took its place.
         let (replaced, kept): (Vec<_>, Vec<_>) =
@@ -73,7 +83,8 @@ impl ChunkIndex {
         dead.extend(replaced.into_iter().map(|(id, _)| id));
         let mut segments = Vec::new();
         for id in live {
-            let opened = SegmentHead::open(ctx, id).and_then(IndexSegment::from_head);
+            let head = open.remove(&id).map_or_else(|| SegmentHead::open(ctx, id), Ok);
+            let opened = head.and_then(IndexSegment::from_head);
             segments.extend(tolerate(id, opened, &mut skipped)?.map(Slot::new));
         }
         segments.sort_by_key(|slot| std::cmp::Reverse(slot.segment.entries()));
@@ -214,7 +225,7 @@ impl ChunkIndex {
         Err(RepoError::Invalid(format!("one job cannot add more than {MAX_ADDED} index segments")))
     }
 
-    /// Merges small segments into one when there are more than 16; `None` where there is no need.
+    /// Merges small segments into one when there are more than 32; `None` where there is no need.
     /// The new segment supersedes them and is used by whoever opens the index next; this
     /// index goes on with what it has. To be called when a restore point is committed; a failure
     /// hurts nothing.

@@ -2,15 +2,15 @@
 //!
 //! Split into lines of one cache line (Putze, Sanders, Singler: "Cache-, Hash- and Space-Efficient
 //! Bloom Filters", 2007), and each line into eight words with one bit per key in each, so that a
-//! lookup touches one line and the eight positions come from 48 bits without overlap. With 10 bits
-//! per key about 1.2 % of absent keys pass. Keys are keyed hashes: nobody can aim at a line.
+//! lookup touches one line and the eight positions come from 48 bits without overlap. With 12 bits
+//! per key about 0.6 % of absent keys pass. Keys are keyed hashes: nobody can aim at a line.
 
 use super::Key;
 
-/// Filter bits per key. Fewer lets more absent keys through to a page read (8 bits: 2.5 %); more
-/// is memory for little (12 bits: 0.6 %). Only the writer uses it: readers take the number of
-/// lines from the directory.
-const BITS_PER_KEY: u64 = 10;
+/// Filter bits per key. Fewer lets more absent keys through to a page read of each of the segments (8 bits: 2.5 %, 10 bits:
+/// 1.2 %), which on a distant store is a request; with more, the index of 1 TiB and the filter of a merge beside it
+/// pass 64 MiB. Only the writer uses it: readers take the number of lines from the directory.
+const BITS_PER_KEY: u64 = 12;
 
 /// The length of a line: a cache line.
 pub(super) const LINE_BYTES: usize = 64;

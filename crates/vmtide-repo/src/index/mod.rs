@@ -8,9 +8,9 @@
 //! page in memory. Every backup adds segments; when they are many, the small ones are merged into
 //! one that supersedes them ([`ChunkIndex::compact`]).
 //!
-//! Memory: 10 bits of filter and 24/170 bytes of page table per entry, 16 bytes per pack, and a
+//! Memory: 12 bits of filter and 24/170 bytes of page table per entry, 16 bytes per pack, and a
 //! cache of [`CACHED_PAGES`] pages: for 1 TiB of unique 64 KiB chunks (16 Mi entries) in 64 MiB
-//! packs 20 + 2.3 + 0.25 MiB, and 8 MiB once. While segments are merged, the new filter comes on top.
+//! packs 24 + 2.3 + 0.25 MiB, and 8 MiB once. While segments are merged, the new filter comes on top.
 
 mod chunk_index;
 mod directory;

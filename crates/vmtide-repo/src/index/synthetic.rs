@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use vmtide_block::CancelToken;
 
 /// Segments of equal length: what compaction leaves alive at most when it is done.
-const SEGMENTS: usize = 8;
+const SEGMENTS: usize = 24;
 
 /// Chunks of one pack: 64 MiB stored of chunks of 64 KiB, compressed to some half.
 const PACK_CHUNKS: u64 = 2048;

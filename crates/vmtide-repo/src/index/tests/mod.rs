@@ -107,13 +107,13 @@ fn small_segments_are_merged_when_they_are_many() {
         most = most.max(index.segment_count());
         assert!(index.skipped().is_empty());
     }
-    assert_eq!(most, 17);
+    assert_eq!(most, 33);
     let index = ChunkIndex::open(&ctx).unwrap();
-    assert!(index.segment_count() <= 16);
+    assert!(index.segment_count() <= 32);
     assert!(!index.superseded().is_empty());
     assert_knows(&index, 0..40_010);
-    // 40 bytes would be each entry once; merged again and again, a few times.
-    assert!(written < 10_000 * 30 * 8, "{written} bytes for 10000 entries");
+    // Some 26 bytes are each entry once. Three merges of some 33 segments take all of them once.
+    assert!(written < 11_000 * 26 * 5 / 4, "{written} bytes for 11000 entries");
     // What is superseded is not needed.
     for id in index.superseded() {
         store.remove(&ObjectKind::IndexSegment.object_name(*id)).unwrap();
@@ -180,13 +180,13 @@ fn the_filter_lets_few_absent_keys_through() {
     let passed = (count..2 * count).filter(|&number| filter.may_contain(&key(number))).count();
     let percent = passed as f64 * 100.0 / count as f64;
     println!("{percent:.2} % of absent keys pass");
-    assert!(percent < 1.6, "{percent} % of absent keys pass");
+    assert!(percent < 0.8, "{percent} % of absent keys pass");
 }
 
 #[test]
 fn the_filter_is_what_the_format_says() {
     // Key bytes 0..8 big-endian choose one of the lines, bytes 8..16 little-endian the bits.
-    let mut filter = super::filter::Filter::for_keys(512 * 3 / 10);
+    let mut filter = super::filter::Filter::for_keys(512 * 3 / 12);
     assert_eq!(filter.line_count(), 3);
     let mut key = [0; 16];
     key[0] = 0xaa; // 0xaa… × 3 >> 64 = 1
