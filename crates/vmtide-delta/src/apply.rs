@@ -7,7 +7,8 @@
 
 use crate::create::read_base;
 use crate::format::{HEAD_BYTES, RecordHead, shorten};
-use crate::frame::{Decoder, EncodedFrame, Frame};
+use crate::frame::{Decoder, EncodedFrame, for_each};
+use crate::page_buffer::PageBuffer;
 use crate::pipeline::{default_workers, run_in_order};
 use crate::{DeltaError, DeltaFile, DeltaHeader, DeltaReader, DeltaSummary, Result};
 use serde::Serialize;
@@ -131,14 +132,13 @@ impl<'a> ApplyPlan<'a> {
                 }
                 Ok(frame)
             },
-            || (Vec::new(), Decoder::new(), Frame::default()),
-            |(body, decoder, frame), place| {
+            || (PageBuffer::default(), Decoder::new(), PageBuffer::default()),
+            |(body, decoder, memory), place| {
                 let extents = self.delta.read_body(&place, body)?;
-                let decoder = usable(decoder)?;
-                decoder
-                    .decode(&place.head, extents, body, frame)
+                let data = usable(decoder)?
+                    .data_at_page(&place.head, body.bytes(), memory)
                     .map_err(|detail| self.delta.wrong(&place, &detail))?;
-                let written = write_frame(frame, header.size_bytes, target)?;
+                let written = write_frame(&extents, data, header.size_bytes, target)?;
                 progress.add_done(HEAD_BYTES as u64 + place.head.body_bytes());
                 progress.add_transferred(written.data_bytes);
                 Ok(written)
@@ -174,16 +174,16 @@ pub fn apply_stream<R: Read + Send>(
         options.workers,
         cancel,
         || delta.next_frame(),
-        || (Decoder::new(), Frame::default()),
-        |(decoder, frame), encoded: EncodedFrame| {
+        || (Decoder::new(), PageBuffer::default()),
+        |(decoder, memory), encoded: EncodedFrame| {
             let head = encoded.head;
             if options.looks_at_target() {
                 check_base(&name, &head, &encoded.extents, target)?;
             }
-            usable(decoder)?
-                .decode(&head, encoded.extents, &encoded.body, frame)
+            let data = usable(decoder)?
+                .data_at_page(&head, &encoded.body, memory)
                 .map_err(|detail| DeltaError::damaged(&name, format!("a frame has {detail}")))?;
-            let written = write_frame(frame, header.size_bytes, target)?;
+            let written = write_frame(&encoded.extents, data, header.size_bytes, target)?;
             progress.add_done(written.data_bytes + written.zeroed_bytes);
             progress.add_transferred(written.data_bytes);
             Ok(written)
@@ -299,12 +299,13 @@ fn fit_size(header: &DeltaHeader, target: &dyn WritableBlockDevice) -> Result<()
 }
 
 fn write_frame(
-    frame: &Frame,
+    extents: &[Extent],
+    data: &[u8],
     size_bytes: u64,
     target: &dyn WritableBlockDevice,
 ) -> Result<Written> {
     let mut written = Written::default();
-    frame.for_each(|extent, data| {
+    for_each(extents, data, |extent, data| {
         if extent.range.end() > size_bytes {
             // Checked already by whoever read the head; nothing is written past the disk in any case.
             return Err(DeltaError::damaged("a delta", "an extent past the end of its disk"));

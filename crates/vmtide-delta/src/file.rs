@@ -5,7 +5,8 @@ use crate::format::{
     DeltaTotals, HEAD_BYTES, INDEX_ENTRY_BYTES, Ledger, MAX_INDEX_ENTRIES, PRELUDE_BYTES,
     RecordHead, RecordKind, TRAILER_BYTES, Trailer,
 };
-use crate::frame::check_body;
+use crate::frame::{check_body, table_bytes};
+use crate::page_buffer::PageBuffer;
 use crate::pipeline::run_in_order;
 use crate::writer::to_hex;
 use crate::{DeltaError, DeltaHeader, DeltaSummary, Result};
@@ -115,12 +116,13 @@ impl DeltaFile {
         self.header_bytes.len() as u64
     }
 
-    /// Reads the body of a frame and checks it. Answers with the extents.
-    pub(crate) fn read_body(&self, frame: &FrameRef, body: &mut Vec<u8>) -> Result<Vec<Extent>> {
-        // `frame_at` found all of it inside the file.
-        body.resize(usize::try_from(frame.head.body_bytes()).unwrap_or(usize::MAX), 0);
-        self.file.read_at(body, frame.position + HEAD_BYTES as u64)?;
-        check_body(&frame.head, body).map_err(|detail| self.wrong(frame, &detail))
+    /// Reads the body of a frame, so that its data begin a page, and checks it. Answers with the extents.
+    pub(crate) fn read_body(&self, frame: &FrameRef, body: &mut PageBuffer) -> Result<Vec<Extent>> {
+        // `frame_at` found all of it inside the file, and the parts of it below their limits.
+        let length = usize::try_from(frame.head.body_bytes()).unwrap_or(0);
+        let room = body.room(table_bytes(&frame.head), length);
+        self.file.read_at(room, frame.position + HEAD_BYTES as u64)?;
+        check_body(&frame.head, room).map_err(|detail| self.wrong(frame, &detail))
     }
 
     pub(crate) fn wrong(&self, frame: &FrameRef, detail: &str) -> DeltaError {
@@ -165,7 +167,7 @@ impl DeltaFile {
                     .map_err(|detail| self.wrong(&frame, &detail))?;
                 Ok(Some(frame))
             },
-            Vec::new,
+            PageBuffer::default,
             |body, frame| {
                 let extents = self.read_body(&frame, body)?;
                 also(&frame.head, &extents)?;
@@ -242,7 +244,7 @@ impl DeltaFile {
         mut visit: impl FnMut(Extent) -> Result<()>,
     ) -> Result<()> {
         let mut position = self.position_for(range.offset)?;
-        let mut body = Vec::new();
+        let mut body = PageBuffer::default();
         while let Some((frame, _)) = self.frame_at(position)? {
             cancel.check()?;
             if frame.head.first >= range.end() {

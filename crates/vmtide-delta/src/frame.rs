@@ -4,6 +4,7 @@ use crate::format::{
     EXTENT_BYTES, Encoding, RecordHead, RecordKind, ShortDigest, decode_extents, encode_extents,
     short_digest,
 };
+use crate::page_buffer::{PageBuffer, begins_page};
 use crate::{DeltaError, Result};
 use vmtide_block::{ByteRange, Extent, ExtentKind, push_extent};
 
@@ -26,26 +27,27 @@ impl Frame {
     pub fn push_empty(&mut self, range: ByteRange, kind: ExtentKind) {
         push_extent(&mut self.extents, Extent { range, kind });
     }
+}
 
-    /// Calls `visit` with every extent and its data, which is empty where it has none.
-    pub fn for_each<E>(
-        &self,
-        mut visit: impl FnMut(Extent, &[u8]) -> std::result::Result<(), E>,
-    ) -> std::result::Result<(), E> {
-        let mut rest = self.data.as_slice();
-        for extent in &self.extents {
-            let length = match extent.kind {
-                ExtentKind::Data => {
-                    usize::try_from(extent.range.length).unwrap_or(usize::MAX).min(rest.len())
-                }
-                ExtentKind::Zero | ExtentKind::Unallocated => 0,
-            };
-            let (data, after) = rest.split_at(length);
-            rest = after;
-            visit(*extent, data)?;
-        }
-        Ok(())
+/// Calls `visit` with every extent of a frame and its data, which is empty where it has none.
+pub(crate) fn for_each<E>(
+    extents: &[Extent],
+    data: &[u8],
+    mut visit: impl FnMut(Extent, &[u8]) -> std::result::Result<(), E>,
+) -> std::result::Result<(), E> {
+    let mut rest = data;
+    for extent in extents {
+        let length = match extent.kind {
+            ExtentKind::Data => {
+                usize::try_from(extent.range.length).unwrap_or(usize::MAX).min(rest.len())
+            }
+            ExtentKind::Zero | ExtentKind::Unallocated => 0,
+        };
+        let (data, after) = rest.split_at(length);
+        rest = after;
+        visit(*extent, data)?;
     }
+    Ok(())
 }
 
 /// A frame as it stands in a stream.
@@ -148,17 +150,53 @@ impl Decoder {
                     .map_err(|error| format!("data that zstd refuses: {error}"))?;
             }
         }
-        if frame.data.len() != length {
-            return Err(format!("{} bytes of data instead of {length}", frame.data.len()));
+        check_length(frame.data.len(), length)
+    }
+
+    /// The data of a frame, beginning at a page: what stands in `body` where that does already, otherwise in
+    /// `memory`. As for [`decode`](Self::decode) both were checked.
+    pub fn data_at_page<'a>(
+        &mut self,
+        head: &RecordHead,
+        body: &'a [u8],
+        memory: &'a mut PageBuffer,
+    ) -> Result<&'a [u8], String> {
+        let stored = stored_part(head, body);
+        let length = usize::try_from(head.data_bytes).unwrap_or(usize::MAX);
+        match head.encoding {
+            Encoding::Plain => {
+                check_length(stored.len(), length)?;
+                if begins_page(stored) {
+                    return Ok(stored);
+                }
+                memory.room(0, length).copy_from_slice(stored);
+            }
+            Encoding::Zstd => {
+                let count = self
+                    .decompressor
+                    .decompress_to_buffer(stored, memory.room(0, length))
+                    .map_err(|error| format!("data that zstd refuses: {error}"))?;
+                check_length(count, length)?;
+            }
         }
-        Ok(())
+        Ok(memory.bytes())
     }
 }
 
+fn check_length(found: usize, expected: usize) -> Result<(), String> {
+    if found == expected {
+        return Ok(());
+    }
+    Err(format!("{found} bytes of data instead of {expected}"))
+}
+
+/// The bytes of a frame's table, which stands before its data.
+pub(crate) fn table_bytes(head: &RecordHead) -> usize {
+    usize::try_from(head.extent_count).unwrap_or(usize::MAX).saturating_mul(EXTENT_BYTES)
+}
+
 fn stored_part<'a>(head: &RecordHead, body: &'a [u8]) -> &'a [u8] {
-    let table =
-        usize::try_from(head.extent_count).unwrap_or(usize::MAX).saturating_mul(EXTENT_BYTES);
-    body.get(table..).unwrap_or_default()
+    body.get(table_bytes(head)..).unwrap_or_default()
 }
 
 /// Checks the body of a frame against its head. Answers with the extents.
@@ -203,7 +241,15 @@ mod tests {
             let mut back = Frame::default();
             let mut decoder = Decoder::new().unwrap();
             decoder.decode(&encoded.head, extents, &encoded.body, &mut back).unwrap();
-            assert_eq!((back.extents, back.data), (frame.extents, frame.data));
+            assert_eq!((&back.extents, &back.data), (&frame.extents, &frame.data));
+            // From wherever the body stands.
+            let mut memory = PageBuffer::default();
+            for page_at in [table_bytes(&encoded.head), 1] {
+                let mut body = PageBuffer::default();
+                body.room(page_at, encoded.body.len()).copy_from_slice(&encoded.body);
+                let data = decoder.data_at_page(&encoded.head, body.bytes(), &mut memory).unwrap();
+                assert!(begins_page(data) && data == frame.data);
+            }
             let mut torn = encoded.body.clone();
             torn.pop();
             check_body(&encoded.head, &torn).unwrap_err();

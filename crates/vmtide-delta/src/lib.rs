@@ -24,6 +24,7 @@ mod frame;
 #[doc(hidden)]
 pub mod fuzzing;
 mod merge;
+mod page_buffer;
 mod pipeline;
 mod reader;
 mod writer;
