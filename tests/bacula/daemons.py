@@ -63,6 +63,8 @@ class Bacula:
         # A regular file: the daemon passes over links without a word.
         shutil.copy(plugin, directory / "plugins/vmtide-fd.so")
         self.resources = []
+        # More directives of the pool.
+        self.pool = ""
         with sqlite3.connect(self.catalogue) as catalogue:
             catalogue.executescript(SCHEMA.read_text())
 
@@ -93,7 +95,8 @@ Messages {{ Name = M; append = "{path}/work/dir/bacula.log" = all, !skipped; cat
 Storage {{ Name = S; Address = 127.0.0.1; SDPort = {port + 1}; Password = "{PASSWORD}"; Device = D; Media Type = F
   Maximum Concurrent Jobs = 10 }}
 Storage {{ Name = Tiny; Address = 127.0.0.1; SDPort = {port + 1}; Password = "{PASSWORD}"; Device = T; Media Type = T }}
-Pool {{ Name = P; Pool Type = Backup; Label Format = "Vol-"; Maximum Volumes = 50; Recycle = no; AutoPrune = no }}
+Pool {{ Name = P; Pool Type = Backup; Label Format = "Vol-"; Maximum Volumes = 50; Recycle = no; AutoPrune = no
+  {self.pool} }}
 Pool {{ Name = TinyPool; Pool Type = Backup; Label Format = "Tiny-"; Maximum Volumes = 1
   Maximum Volume Bytes = 3000000
   Recycle = no; AutoPrune = no }}

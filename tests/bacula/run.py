@@ -3,8 +3,8 @@
 
     tests/bacula/run.py [--keep] [TEST…]
 
-Needs Bacula 15 (scripts/test.sh installs it), QEMU, and vmtide with its plugin built: VMTIDE_BIN names vmtide and
-VMTIDE_FD_PLUGIN the plugin, else the newest ones in the target directory are taken.
+Needs Bacula 15 (scripts/test.sh installs it), QEMU, Samba, and vmtide with its plugin and the stand-in for a Hyper-V host
+built: VMTIDE_BIN names vmtide and VMTIDE_FD_PLUGIN the plugin, else the newest ones in the target directory are taken.
 """
 
 import argparse
@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "e2e"))
 
 from daemons import CANCELLED, FATAL, GOOD, WARNINGS, Bacula  # noqa: E402
+from hosts import Agent, HypervHost, write_settings  # noqa: E402
 from lab.machine import MIB, Disk, Machine, make_disks  # noqa: E402
 from lab.processes import Tally, TestFailure, Workspace, kill, need_tools, run, start, wait_until  # noqa: E402
 from lab.vmtide import binary  # noqa: E402
@@ -162,6 +163,23 @@ class Tests:
         bacula.add_job("machine", "fs-machine")
         bacula.add_fileset("fs-machine-2", [f'Plugin = "vmtide: {source} consistency=crash disk=dev-alpha,dev-beta"'])
         bacula.add_job("machine-two", "fs-machine-2")
+        self.configure_hosts()
+
+    def configure_hosts(self):
+        """A Hyper-V host without anything installed, and an agent's disk. Secrets are in the settings of vmtide."""
+        self.hyperv = HypervHost(self.path / "hyperv")
+        self.agent = Agent(self.path / "agent")
+        self.hosts = [self.hyperv, self.agent]
+        image = self.images["agent"] = Image(self.path / "agent/disks/mail.raw", IMAGE_BYTES, "agent")
+        for name, source in (
+            ("hyperv", f"{self.hyperv.source} consistency=app"),
+            ("agent", f"{self.agent.source(image.path)} track=yes"),
+        ):
+            self.bacula.add_fileset(f"fs-{name}", [f'Plugin = "vmtide: source={source}"'])
+            self.bacula.add_job(name, f"fs-{name}")
+        settings = self.path / "vmtide.toml"
+        write_settings(settings, self.hyperv.settings, self.agent.settings)
+        self.bacula.environment["VMTIDE_CONFIG"] = str(settings)
 
     # --- images ---
 
@@ -451,6 +469,73 @@ class Tests:
         machine.wait_running()
         self.check_machine("vmtide-machine", [*jobs, job.id], machine.contents(), ["gamma"])
 
+    # --- hosts ---
+
+    def restored_disks(self, name, jobs):
+        """The disks that a restore of these jobs makes, by name, each with its path."""
+        shutil.rmtree(self.path / "restore/@hyperv", ignore_errors=True)
+        self.bacula.restore(jobs).must_be(GOOD)
+        return sorted((self.path / f"restore/@hyperv/{name}").glob("*.raw"))
+
+    def levels_of(self, name, change, contents, sound):
+        """Full, incremental, differential, incremental of a tracked source: small, and each restored, byte by byte. `change`
+        is what happens between two jobs, and answers with at most how many bytes it changed; `sound` is asked after each."""
+        full = self.bacula.run(name).must_be(GOOD)
+        sound("a full")
+        states, chain, since_full = [([full.id], contents())], [full.id], 0
+        for level in ("Incremental", "Differential", "Incremental"):
+            changed = change()
+            since_full += changed
+            job = self.bacula.run(name, level).must_be(GOOD)
+            sound(level)
+            if "sent whole" in job.report:
+                raise TestFailure(f"change tracking was not used:\n{job.report}")
+            limit = (since_full if level == "Differential" else changed) * 1.1 + 65536
+            if job.bytes > limit:
+                raise TestFailure(f"{level} sent {job.bytes} bytes, more than {limit}:\n{job.report}")
+            chain = [full.id, job.id] if level == "Differential" else [*chain, job.id]
+            states.append((list(chain), contents()))
+        return states
+
+    def test_hyperv_host(self):
+        """A VM of a host on which nothing was installed: over WS-Management and SMB, by the host's own change tracking."""
+
+        def change():
+            self.hyperv.tell("write")
+            # Eight writes of at most 16 KiB, at any sector of a unit of 4 KiB.
+            return 8 * (16384 + 2 * 4096)
+
+        states = self.levels_of("hyperv", change, lambda: self.hyperv.settled_disks(self.path), self.hyperv.assert_nothing_left)
+        for jobs, contents in states:
+            found = self.restored_disks("web", jobs)
+            if len(found) != len(contents):
+                raise TestFailure(f"restored were {found}, and the VM has {len(contents)} disks")
+            for path, content in zip(found, contents):
+                must_be_same(path, content, f"jobs {jobs}")
+        estimate = self.bacula.console("estimate job=hyperv level=Full listing")
+        if estimate.count("/@hyperv/web/") < 3:
+            raise TestFailure(f"estimate: {estimate}")
+
+    def test_agent_disk(self):
+        """A disk of an agent: what changed is tracked there."""
+        image = self.images["agent"]
+
+        def change():
+            content = bytearray(image.data)
+            places = image.random.sample(range(len(content) // 65536), 3)
+            for number, block in enumerate(places):
+                at = block * 65536
+                content[at : at + 65536] = bytes(65536) if number == 2 else image.random.randbytes(65536)
+            self.agent.write(image.path, content)
+            image.data = content
+            # Where something differs, a restore in place writes up to a MiB.
+            return MIB * len(places)
+
+        states = self.levels_of("agent", change, lambda: [bytes(image.data)], lambda when: None)
+        for jobs, contents in states:
+            (path,) = self.restored_disks("mail", jobs)
+            must_be_same(path, contents[0], f"jobs {jobs}")
+
     # --- all ---
 
     def run_all(self, only):
@@ -470,6 +555,8 @@ class Tests:
             version = self.bacula.console("status client=t-fd")
             if "vmtide" not in version:
                 raise TestFailure(f"the daemon does not list the plugin: {version[:600]}")
+        for host in self.hosts:
+            host.stop()
 
 
 def main():
@@ -478,7 +565,7 @@ def main():
     parser.add_argument("tests", nargs="*", help="only these")
     arguments = parser.parse_args()
     with Workspace("bacula", arguments.keep) as path, Tally("tests/bacula/run.py --keep shows the files") as tally:
-        need_tools("nbdkit", "bacula-fd", "bacula-sd", "bconsole", "qemu-system-x86_64", "qemu-img")
+        need_tools("nbdkit", "bacula-fd", "bacula-sd", "bconsole", "qemu-system-x86_64", "qemu-img", "smbd", "smbpasswd")
         tests = Tests(path, tally)
         tests.configure()
         tests.run_all(arguments.tests)

@@ -68,6 +68,7 @@ pub(crate) fn open_source(
         guardian: options.guardian.clone(),
         track: command.track,
         agent: (options.agent)(&command.source_text)?,
+        hyperv: (options.hyperv)(&command.source_text)?,
         tracked,
         ..SourceOptions::default()
     })?;

@@ -34,9 +34,13 @@ use job::{Job, Purpose};
 use link::Link;
 use std::path::PathBuf;
 use vmtide_agent_client::AgentOptions;
+use vmtide_engine::hyperv::HypervAccess;
 
 /// How to get at the agent that a source names, with the key where it is one.
 pub type AgentAccess = Box<dyn Fn(&str) -> vmtide_engine::Result<AgentOptions>>;
+
+/// How to get at the Hyper-V host that a source names, with the password where it is one.
+pub type HypervLogin = Box<dyn Fn(&str) -> vmtide_engine::Result<HypervAccess>>;
 
 /// What a backend needs to know beside the job.
 pub struct BackendOptions {
@@ -46,6 +50,8 @@ pub struct BackendOptions {
     pub guardian: Option<PathBuf>,
     /// How to get at agents; asked with the source of the plugin line.
     pub agent: AgentAccess,
+    /// How to get at Hyper-V hosts without agents; asked with the source of the plugin line.
+    pub hyperv: HypervLogin,
 }
 
 /// Does one job of the plugin at the other end of `link`. The reason of a failure is in the job's report.

@@ -8,6 +8,10 @@ use crate::stream::{BLOCK_BYTES, MomentId, Record, Records, Tally};
 use std::path::PathBuf;
 use vmtide_block::{BlockDevice, ByteRange, RangeSet};
 
+/// The most bytes in one frame of data: some of the daemon's blocks, so that it asks for few heads of frames, and
+/// none of its blocks is cut. Larger frames are looked at and sent when they have left the processor's cache.
+const FRAME_BYTES: usize = 8 * BLOCK_BYTES;
+
 /// What of a disk is sent.
 pub enum Selection {
     /// Everything that is not zero.
@@ -141,19 +145,33 @@ impl Sending<'_> {
     fn data(&mut self, offset: u64, bytes: &[u8], notes: &[Note]) -> Result<()> {
         let piece = ByteRange::new(offset, bytes.len() as u64);
         let forced = if self.everything { RangeSet::new() } else { self.forced.within(piece) };
-        let mut at = offset;
+        // Blocks that go are sent together, as far as they follow each other.
+        let (mut begun, mut at) = (0, 0);
         for (block, note) in bytes.chunks(BLOCK_BYTES).zip(notes) {
-            let range = ByteRange::new(at, block.len() as u64);
+            let range = ByteRange::new(offset + at as u64, block.len() as u64);
+            let end = at + block.len();
             let differs = self.compare(range, *note)?;
-            if self.is_wanted(range, differs, &forced) {
-                if note.is_zero {
+            let wanted = self.is_wanted(range, differs, &forced);
+            if !wanted || note.is_zero {
+                self.put_run(offset + begun as u64, bytes.get(begun..at).unwrap_or_default())?;
+                begun = end;
+                if wanted {
                     self.zero(range)?;
-                } else {
-                    self.put(at, block)?;
-                    self.tally.data(at, block);
                 }
             }
-            at = range.end();
+            at = end;
+        }
+        self.put_run(offset + begun as u64, bytes.get(begun..at).unwrap_or_default())
+    }
+
+    /// Sends data that follow each other.
+    fn put_run(&mut self, offset: u64, run: &[u8]) -> Result<()> {
+        let mut at = offset;
+        for piece in run.chunks(FRAME_BYTES) {
+            self.tally.data(at, piece);
+            self.go_to(at, piece.len())?;
+            self.link.send_data(piece)?;
+            at += piece.len() as u64;
         }
         Ok(())
     }
@@ -187,16 +205,17 @@ impl Sending<'_> {
 
     fn record(&mut self, record: &Record) -> Result<()> {
         let (offset, block) = self.records.block(record)?;
-        self.put(offset, &block)
+        self.go_to(offset, block.len())?;
+        self.link.send_data(&block)
     }
 
-    /// Sends one block; where it does not continue the last one, its offset first.
-    fn put(&mut self, offset: u64, block: &[u8]) -> Result<()> {
+    /// Says where the next bytes belong, unless they continue the last ones.
+    fn go_to(&mut self, offset: u64, length: usize) -> Result<()> {
         if self.position != Some(offset) {
             self.link.command(&format!("At {offset}"))?;
         }
-        self.position = offset.checked_add(block.len() as u64);
-        self.link.send_data(block)
+        self.position = offset.checked_add(length as u64);
+        Ok(())
     }
 
     fn finish(mut self, is_compared: bool) -> Result<Sent> {

@@ -20,9 +20,10 @@ pub fn run(app: &App, _: &BaculaArgs) -> Result<Exit> {
     let (input, output) =
         pipe().map_err(|error| EngineError::io("take the plugin's pipe", error))?;
     let mut link = Link::new(Box::new(input), Box::new(output), cancel);
-    let agents = app.global.agents.clone();
+    let (agents, hyperv) = (app.global.agents.clone(), app.global.hyperv.clone());
     let options = BackendOptions {
         agent: Box::new(move |source| agents.options(source)),
+        hyperv: Box::new(move |source| hyperv.options(source)),
         state_directory: app.state_directory(),
         guardian: std::env::current_exe().ok(),
     };
