@@ -149,7 +149,7 @@ check_scripts() {
 }
 
 check_python() {
-    PYTHONPYCACHEPREFIX="$LOGS/pycache" python3 -m compileall -q "$REPO_ROOT/tests/e2e" "$REPO_ROOT/tests/agent" "$REPO_ROOT/tests/wine" "$REPO_ROOT/tests/bacula" "$REPO_ROOT/tests/wsman" "$REPO_ROOT/bench" "$REPO_ROOT/tools" \
+    PYTHONPYCACHEPREFIX="$LOGS/pycache" python3 -m compileall -q "$REPO_ROOT/tests/e2e" "$REPO_ROOT/tests/agent" "$REPO_ROOT/tests/wine" "$REPO_ROOT/tests/bacula" "$REPO_ROOT/tests/wsman" "$REPO_ROOT/bench" "$REPO_ROOT/tools" "$REPO_ROOT/scripts" \
         "$REPO_ROOT/clients/python"
 }
 
@@ -263,7 +263,7 @@ part_bacula() {
 ensure_bacula() {
     local cache="$HOME/.cache/vmtide-tests/bacula" codename version download
     local -a packages=(bacula-fd bacula-sd bacula-console bacula-common bacula-common-sqlite3 bacula-director-sqlite3)
-    ensure_packages "the tests with Bacula" nbdkit
+    ensure_packages "the tests with Bacula" nbdkit samba qemu-utils
     codename="$(os_codename)"
     # shellcheck disable=SC2016 # dpkg-query fills it in, not the shell
     if ! dpkg-query -W -f '${Version}' bacula-fd 2>/dev/null | grep -q '^15\.' || ! package_installed bacula-director-sqlite3; then

@@ -142,6 +142,18 @@ fn structures_and_numbers_are_as_they_were_released() {
         .arg(format!("{HERE}/include/vmtide.h")));
 }
 
+/// The program was compiled with the header of 0.1, and is kept as it was built (abi/archive.sh).
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+#[test]
+fn a_program_of_0_1_runs_with_the_library_of_today() {
+    let directory = tempfile::tempdir().unwrap();
+    let program = format!("{HERE}/abi/program-0.1-x86_64-linux");
+    let printed = run(Command::new(program)
+        .arg(directory.path())
+        .env("LD_LIBRARY_PATH", prefix().join("lib")));
+    assert!(printed.contains("0 handles left"), "{printed}");
+}
+
 #[test]
 fn the_example_in_c_runs() {
     let directory = tempfile::tempdir().unwrap();
