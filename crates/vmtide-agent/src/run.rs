@@ -94,7 +94,8 @@ pub fn run(
 
 /// Reads what the agent needs before it listens.
 fn prepare(options: &AgentOptions, platform: Platform) -> Result<Shared> {
-    let roots = Roots::new(&options.roots)?;
+    let host_path = platform.vms.as_ref().and_then(|vms| vms.host_path.clone());
+    let roots = Roots::new(&options.roots)?.with_host_path(host_path);
     let keys = Arc::new(KeyStore::open(&options.auth_key_file)?);
     make_state_directory(&options.state_directory)?;
     let audit_log =

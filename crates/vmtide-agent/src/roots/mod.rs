@@ -30,7 +30,9 @@ pub mod windows_names;
 mod pin;
 
 use crate::error::{AgentError, Result};
+use crate::vms::HostPath;
 use pin::Pin;
+use std::fmt;
 use std::io;
 use std::path::{Component, Path, PathBuf};
 use thiserror::Error;
@@ -62,9 +64,17 @@ pub enum Refusal {
 }
 
 /// The directories whose disks are served.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Roots {
     roots: Vec<Root>,
+    /// How names of Windows are found where this is no Windows; none where there are no such files.
+    host_path: Option<HostPath>,
+}
+
+impl fmt::Debug for Roots {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Roots").field("roots", &self.roots).finish_non_exhaustive()
+    }
 }
 
 /// One directory.
@@ -105,7 +115,13 @@ impl Roots {
             return Err(AgentError::usage("no directory to serve: give at least one --root"));
         }
         let roots = directories.iter().map(|directory| Root::new(directory));
-        Ok(Self { roots: roots.collect::<Result<_>>()? })
+        Ok(Self { roots: roots.collect::<Result<_>>()?, host_path: None })
+    }
+
+    /// The same, where the platform has names of its own for files: a stand-in for a host of Windows. What a name
+    /// means must lie below the directories like any other.
+    pub fn with_host_path(self, host_path: Option<HostPath>) -> Self {
+        Self { host_path, ..self }
     }
 
     /// The directories, links followed.
@@ -186,7 +202,12 @@ impl Roots {
 
     /// The path of a name that is good as text and names a place inside a root.
     fn inside(&self, requested: &str) -> std::result::Result<PathBuf, Refusal> {
-        let path = parse(requested)?;
+        let path = match &self.host_path {
+            Some(host_path) if !cfg!(windows) && windows_names::check(requested).is_ok() => {
+                host_path(requested)
+            }
+            _ => parse(requested)?,
+        };
         let is_inside =
             |root: &Root| is_below(&path, &root.configured) || is_below(&path, &root.real);
         if self.roots.iter().any(is_inside) { Ok(path) } else { Err(Refusal::Outside) }

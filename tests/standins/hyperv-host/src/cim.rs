@@ -96,7 +96,18 @@ impl Cim for Connection {
         if !class.is_path(path) || state.instance_at(path).is_none() {
             return Err(not_found(path, "not found (0x80041002)"));
         }
-        let answer = state.call(path, method, &arguments)?;
+        if let Some(name) = state.faults.unknown_in(parameters) {
+            return Err(CimError::Fault {
+                action: format!("{}.{method}", class.name),
+                detail: format!("a parameter holds {name}, which this version does not know"),
+                code: Some(0x8004_102F),
+            });
+        }
+        let late = state.faults.late.clone().filter(|(name, _)| name == method);
+        let answer = match late {
+            Some((_, ms)) => state.begin_late(path, method, &arguments, ms),
+            None => state.call(path, method, &arguments)?,
+        };
         state.note(format!("{method} answered {}", answer.code));
         drop(state);
         let mut output = CimInstance::new("");
@@ -178,6 +189,8 @@ impl Connection {
 
     /// An instance as this connection shows it.
     fn formed(&self, mut instance: CimInstance, of_query: bool) -> CimInstance {
+        let unknown = self.world.lock().faults.unknown_properties.clone();
+        instance.properties.retain(|(name, _)| !unknown.contains(name));
         if self.form == AnswerForm::Typed {
             return instance;
         }

@@ -105,12 +105,31 @@ impl State {
         let local = self.own(&self.disks[&key].live.clone());
         let writer = images::write(&local)?;
         // Whoever writes past the host leaves tracking without knowledge of it.
+        if !self.options.ids_survive_offline_writes {
+            let mut random = self.random.clone();
+            if let Some(disk) = self.disks.get_mut(&key) {
+                disk.tracking.reset(&mut random);
+            }
+            self.random = random;
+        }
+        Ok(writer)
+    }
+
+    /// Takes note of what somebody has written into the file of a disk past the host.
+    pub(crate) fn reread_disk(&mut self, key: u64) -> vmtide_block::Result<()> {
+        self.close_writer(key)?;
+        let device = images::open(&self.own(&self.disks[&key].live.clone()))?;
+        let content = Content::of(&*device)?;
+        let forgets = !self.options.ids_survive_offline_writes;
         let mut random = self.random.clone();
         if let Some(disk) = self.disks.get_mut(&key) {
-            disk.tracking.reset(&mut random);
+            disk.content = content;
+            if forgets {
+                disk.tracking.reset(&mut random);
+            }
         }
         self.random = random;
-        Ok(writer)
+        Ok(())
     }
 
     /// Freezes a disk: what was written so far stays as it is, and a new file takes what comes.

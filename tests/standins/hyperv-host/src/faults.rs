@@ -2,6 +2,7 @@
 
 use crate::random::Random;
 use std::collections::BTreeSet;
+use vmtide_cim::CimValue;
 
 /// The faults that are switched on. None by default; each stays until it is switched off.
 #[derive(Clone, Debug, Default)]
@@ -54,6 +55,12 @@ pub struct Faults {
     pub jobs_vanish: bool,
     /// Jobs of this method never end.
     pub endless_job: Option<String>,
+    /// This method does its work only so many milliseconds after it was called, and its job cannot be stopped: a host
+    /// that completes when nobody waits any more.
+    pub late: Option<(String, u64)>,
+    /// Properties that the host's version does not know: they are not shown, and a call whose parameters hold one is
+    /// refused.
+    pub unknown_properties: BTreeSet<String>,
     /// Methods do their work at once and answer 0 with the result, without a job.
     pub synchronous: bool,
     /// The answer to this method is lost, once; whether it took effect.
@@ -97,6 +104,16 @@ pub enum PointIds {
 }
 
 impl Faults {
+    /// A property within the parameters of a call that the host does not know; none where it knows all.
+    pub(crate) fn unknown_in(&self, parameters: &[(&str, CimValue)]) -> Option<&String> {
+        let is_in = |name: &&String| {
+            let element = format!("NAME=\"{name}\"");
+            let mut texts = parameters.iter().flat_map(|(_, value)| value.elements());
+            texts.any(|value| value.as_str().is_some_and(|text| text.contains(&element)))
+        };
+        self.unknown_properties.iter().find(is_in)
+    }
+
     /// One fault or none, by chance; never one after which nothing can succeed for ever.
     pub fn any(random: &mut Random) -> Self {
         let mut faults = Self::default();

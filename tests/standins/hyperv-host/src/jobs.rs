@@ -1,5 +1,6 @@
 //! Jobs: work that takes simulated time, its states, its end and what it leaves to be read.
 
+use crate::services::arguments::Arguments;
 use crate::services::reference::ConvertPoint;
 use crate::services::snapshot::NewSnapshot;
 use crate::state::{State, guid};
@@ -61,8 +62,19 @@ pub(crate) enum Effect {
     Apply(Uuid),
     /// Brings a VM into a state.
     ChangeState(Uuid, u16),
+    /// Calls the method only when its time has come, whether or not anybody still waits for it.
+    Late(Box<LateCall>),
     /// Anything that is done when the method is called, with its result.
     Done(Result<Vec<(ObjectPath, u16)>, JobError>),
+}
+
+/// A call whose work comes long after its answer.
+pub(crate) struct LateCall {
+    path: ObjectPath,
+    method: String,
+    arguments: Arguments,
+    /// The file that it names, which a host reads when it is asked.
+    file: Option<(std::path::PathBuf, Vec<u8>)>,
 }
 
 /// What a method answers: its code, and its out parameters by name.
@@ -126,6 +138,60 @@ impl State {
         Answer::code(4096).with("Job", &self.path_of_id("Msvm_ConcreteJob", &guid(id)))
     }
 
+    /// Begins a job that does all its work after `ms`, and cannot be stopped.
+    pub(crate) fn begin_late(
+        &mut self,
+        path: &ObjectPath,
+        method: &str,
+        arguments: &Arguments,
+        ms: u64,
+    ) -> Answer {
+        let id = self.random.guid();
+        let file = self.local(arguments.text("SystemDefinitionFile"));
+        let file = file.and_then(|file| Some((file.clone(), std::fs::read(file).ok()?)));
+        let call = LateCall {
+            file,
+            path: path.clone(),
+            method: method.to_owned(),
+            arguments: arguments.clone(),
+        };
+        let job = Job {
+            id,
+            method: method.to_owned(),
+            caption: "Working slowly".into(),
+            begun_ms: self.now_ms,
+            due_ms: Some(self.now_ms + ms),
+            effect: Some(Effect::Late(Box::new(call))),
+            end: None,
+            affected: Vec::new(),
+        };
+        self.jobs.insert(id, job);
+        Answer::code(4096).with("Job", &self.path_of_id("Msvm_ConcreteJob", &guid(id)))
+    }
+
+    fn call_late(&mut self, late: &LateCall) -> Result<Vec<(ObjectPath, u16)>, JobError> {
+        let gone = late.file.as_ref().filter(|(file, _)| !file.exists());
+        if let Some((file, content)) = gone {
+            let directory = file.parent().expect("a file has a directory");
+            let made = std::fs::create_dir_all(directory);
+            made.and_then(|()| std::fs::write(file, content)).expect("the file is there again");
+        }
+        let synchronous = std::mem::replace(&mut self.faults.synchronous, true);
+        let answer = self.call(&late.path, &late.method, &late.arguments);
+        self.faults.synchronous = synchronous;
+        if let Some((file, _)) = gone {
+            std::fs::remove_file(file).expect("the file goes again");
+        }
+        let answer = answer.map_err(|error| JobError::new(32768, error.to_string()))?;
+        if answer.code != 0 {
+            let code = u16::try_from(answer.code).unwrap_or(32768);
+            return Err(JobError::new(code, "The operation failed (standin)."));
+        }
+        let made = answer.parameters.iter().flat_map(|(_, value)| value.elements());
+        let made = made.filter_map(CimValue::as_reference);
+        Ok(made.map(|path| (path, EFFECT_CREATE)).collect())
+    }
+
     /// Whether the result of a method is not told.
     fn hides(&self, method: &str) -> bool {
         self.faults.no_resulting_point && method == "ConvertToReferencePoint"
@@ -180,6 +246,7 @@ impl State {
             Effect::DestroyPoint(id) => self.destroy_point(id),
             Effect::Apply(id) => self.apply_snapshot(id),
             Effect::ChangeState(vm, state) => self.set_vm_state(vm, state).map(|()| Vec::new()),
+            Effect::Late(late) => self.call_late(&late),
             Effect::Done(result) => result,
         }
     }
@@ -187,9 +254,9 @@ impl State {
     /// Ends a job before its time; whether it was still under way.
     pub(crate) fn terminate(&mut self, id: Uuid) -> bool {
         let now_ms = self.now_ms;
-        let Some(job) = self.jobs.get_mut(&id).filter(|job| job.end.is_none()) else {
-            return false;
-        };
+        let ends =
+            |job: &&mut Job| job.end.is_none() && !matches!(job.effect, Some(Effect::Late(_)));
+        let Some(job) = self.jobs.get_mut(&id).filter(ends) else { return false };
         job.effect = None;
         job.end = Some(End { at_ms: now_ms, state: 8, error: None });
         true

@@ -42,6 +42,9 @@ pub struct WorldOptions {
     pub points_name_checkpoint_disks: bool,
     /// Whether tracking ids stay known without a reference point or checkpoint.
     pub ids_last: bool,
+    /// Whether tracking ids stay known when a disk is written past the host, without the host's knowledge of what was
+    /// written.
+    pub ids_survive_offline_writes: bool,
     /// Whether a change of its size makes a disk's earlier ids unknown.
     pub resize_loses_ids: bool,
     /// Whether a VM may have several checkpoints for backups at once.
@@ -69,6 +72,7 @@ impl Default for WorldOptions {
             short_point_ids: false,
             points_name_checkpoint_disks: false,
             ids_last: false,
+            ids_survive_offline_writes: false,
             resize_loses_ids: false,
             many_recovery_snapshots: false,
             physical_disks: 2,
@@ -237,6 +241,21 @@ impl World {
         state.catch_up();
         if state.vms.get(&vm).is_some_and(|vm| vm.state == 2) {
             state.write_disk(key, offset, data).expect("the guest writes");
+        }
+    }
+
+    /// Starts a VM, or turns it off as if the plug were pulled.
+    pub fn power(&self, vm: Uuid, on: bool) {
+        let done = self.lock().set_vm_state(vm, if on { 2 } else { 3 });
+        done.unwrap_or_else(|error| panic!("the VM does not change its state: {error:?}"));
+    }
+
+    /// Takes note of what clients have written into the files of a VM that is off, past this host's own
+    /// [`files`](Self::files), such as over a share.
+    pub fn reread(&self, vm: Uuid) {
+        for disk in 0..self.disks(vm).len() {
+            let key = self.key(vm, disk);
+            self.lock().reread_disk(key).expect("the file of a disk");
         }
     }
 

@@ -205,7 +205,8 @@ impl State {
                 let is_mac = mac.len() == 12 && mac.bytes().all(|b| b.is_ascii_hexdigit());
                 if mac.is_empty() || is_mac { Ok(()) } else { Err(INVALID_PARAMETER) }
             }
-            33 if !first.is_empty() => {
+            // One that is not in force may remember a switch of another host.
+            33 if !first.is_empty() && number(wanted, "EnabledState") != Some(3) => {
                 let path: ObjectPath = first.parse().map_err(|_| INVALID_PARAMETER)?;
                 let known = path.class == "Msvm_VirtualEthernetSwitch"
                     && path

@@ -109,7 +109,8 @@ impl State {
         id: Uuid,
     ) -> Result<Vec<(ObjectPath, u16)>, JobError> {
         let written = if let Some(vm) = self.vms.get(&id) {
-            self.write_vm_files(vm)
+            // One that is planned is nowhere but in the host's memory.
+            if vm.planned { Ok(()) } else { self.write_vm_files(vm) }
         } else if let Some(snapshot) = self.snapshots.get(&id) {
             self.write_snapshot_files(snapshot)
         } else {
