@@ -21,7 +21,10 @@ const MAX_LIST_BYTES: usize = 32 << 20;
 /// A host's files as its agent gives them. Disks are read at rest: whoever opens one sees to it that nobody writes it.
 pub struct AgentFiles {
     client: AgentClient,
+    /// Ends what is done with disks.
     cancel: CancelToken,
+    /// Never cancelled: small files and directories are what a job that was cancelled has to remove.
+    small: CancelToken,
 }
 
 #[derive(Deserialize)]
@@ -37,9 +40,10 @@ struct EntryDocument {
 }
 
 impl AgentFiles {
-    /// Those of the host whose agent `client` talks to; `cancel` ends what is under way.
-    pub const fn new(client: AgentClient, cancel: CancelToken) -> Self {
-        Self { client, cancel }
+    /// Those of the host whose agent `client` talks to; `cancel` ends what is done with disks, and not the little that
+    /// has to be undone then.
+    pub fn new(client: AgentClient, cancel: CancelToken) -> Self {
+        Self { client, cancel, small: CancelToken::new() }
     }
 
     fn told(&self, path: &str, error: AgentError) -> HypervisorError {
@@ -59,7 +63,7 @@ impl AgentFiles {
         let request =
             Request::get(format!("/v1/files?path={}", segment(path))).at_most(MAX_LIST_BYTES);
         let transport = &self.client.shared().transport;
-        match transport.document(&request, &self.cancel) {
+        match transport.document(&request, &self.small) {
             Ok(body) => Ok(Some(json(&transport.agent, &body)?)),
             Err(AgentError::NotFound { .. }) => Ok(None),
             Err(error) => Err(self.told(path, error)),
@@ -68,7 +72,7 @@ impl AgentFiles {
 
     /// Sends a request that is right to send again, and drops the answer.
     fn send(&self, path: &str, request: &Request) -> Result<()> {
-        let sent = self.client.shared().transport.document(request, &self.cancel);
+        let sent = self.client.shared().transport.document(request, &self.small);
         sent.map(drop).map_err(|error| self.told(path, error))
     }
 }
@@ -127,7 +131,7 @@ impl HostFiles for AgentFiles {
         let limit = usize::try_from(limit_bytes).unwrap_or(usize::MAX);
         let target = format!("/v1/files/content?path={}", segment(path));
         let transport = &self.client.shared().transport;
-        match transport.document(&Request::get(target).at_most(limit), &self.cancel) {
+        match transport.document(&Request::get(target).at_most(limit), &self.small) {
             Ok(body) => Ok(Some(body.to_vec())),
             Err(AgentError::NotFound { .. }) => Ok(None),
             Err(error) => Err(self.told(path, error)),
@@ -154,8 +158,8 @@ impl HostFiles for AgentFiles {
         let request =
             Request::new(Method::POST, target).body("application/octet-stream", content.to_vec());
         let transport = &self.client.shared().transport;
-        let written = transport.persist(&self.cancel, |earlier| {
-            let Err(failure) = transport.attempt(&request, &self.cancel) else { return Ok(()) };
+        let written = transport.persist(&self.small, |earlier| {
+            let Err(failure) = transport.attempt(&request, &self.small) else { return Ok(()) };
             if earlier == 0 || failure.error.code() != "exists" {
                 return Err(failure);
             }

@@ -220,17 +220,22 @@ impl HypervAccess {
     }
 }
 
-/// The ways to a host by the agent on it: its management objects and its files; for this host, its own.
+/// The ways to a host by the agent on it: its management objects and its files; for this host, its own. `cancel` ends
+/// what is done with disks.
 ///
 /// # Errors
 /// Those of the options of the agent; [`EngineError::Usage`] where the URL means this host and it has no Hyper-V.
-pub fn connect_agent(url: &HypervUrl, options: &AgentOptions) -> Result<HypervHost> {
+pub fn connect_agent(
+    url: &HypervUrl,
+    options: &AgentOptions,
+    cancel: &CancelToken,
+) -> Result<HypervHost> {
     if url.authority().is_none() {
         return connect_local(url);
     }
     let client = AgentClient::for_vms(url, options)?;
     let host = Host::new(Arc::new(AgentCim::new(client.clone())), HostOptions::default());
-    Ok(HypervHost { host, files: Arc::new(AgentFiles::new(client, CancelToken::new())) })
+    Ok(HypervHost { host, files: Arc::new(AgentFiles::new(client, cancel.clone())) })
 }
 
 /// The VMs of a host by the agent there, or this machine's own.

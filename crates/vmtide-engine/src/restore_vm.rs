@@ -51,8 +51,13 @@ pub struct RestoreVmJob<'a> {
 pub enum VmTarget {
     /// A new VM.
     New(NewVmOptions),
-    /// The disks of one that is off, by name or id.
-    InPlace(String),
+    /// The disks of one that is off.
+    InPlace {
+        /// Its name or id.
+        vm: String,
+        /// Whether it may be another VM than that of the restore point, and its disks others.
+        into_other_vm: bool,
+    },
 }
 
 /// What a new VM is to be like.
@@ -99,7 +104,7 @@ pub struct RestoreVmSummary {
 /// A new VM is then not there. One that was changed in place is marked as incomplete, and the error is
 /// [`EngineError::Incomplete`] where anything may have been written.
 pub fn restore_vm(job: &RestoreVmJob<'_>, context: JobContext<'_>) -> Result<RestoreVmSummary> {
-    if job.salvage && matches!(job.to, VmTarget::InPlace(_)) {
+    if job.salvage && matches!(job.to, VmTarget::InPlace { .. }) {
         return Err(EngineError::usage(
             "--salvage makes zeros of what cannot be read, and in place these would overwrite what the VM still \
              has: salvage to a new VM or to files",
@@ -128,7 +133,7 @@ pub fn restore_vm(job: &RestoreVmJob<'_>, context: JobContext<'_>) -> Result<Res
     Ok(RestoreVmSummary {
         point: job.point.id,
         vm: job.point.vm.clone(),
-        in_place: matches!(job.to, VmTarget::InPlace(_)),
+        in_place: matches!(job.to, VmTarget::InPlace { .. }),
         restored,
         disks,
         verified: job.verify,
@@ -153,7 +158,7 @@ fn given_up(
 fn incomplete(job: &RestoreVmJob<'_>, target: String, error: EngineError) -> EngineError {
     match job.to {
         VmTarget::New(_) => error,
-        VmTarget::InPlace(_) => EngineError::Incomplete { target, source: Box::new(error) },
+        VmTarget::InPlace { .. } => EngineError::Incomplete { target, source: Box::new(error) },
     }
 }
 
@@ -196,7 +201,7 @@ fn begin(
             };
             Ok((job.restorer.begin(&request)?, name))
         }
-        VmTarget::InPlace(name) => {
+        VmTarget::InPlace { vm: name, into_other_vm } => {
             context.phase(Phase::Prepare, name);
             let request = InPlaceRequest {
                 vm: name.clone(),
@@ -204,6 +209,7 @@ fn begin(
                 point: job.point.id.to_string(),
                 job: JobId::random(),
                 disks,
+                into_other_vm: *into_other_vm,
                 known_tracking: known_tracking(job)?,
                 cancel: context.cancel.clone(),
             };

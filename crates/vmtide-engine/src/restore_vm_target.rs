@@ -4,6 +4,7 @@ use crate::hyperv::{HypervAccess, HypervHost, HypervUrl, WinrmUrl, connect_agent
 use crate::{EngineError, Result};
 use std::path::PathBuf;
 use vmtide_agent_client::AgentOptions;
+use vmtide_block::CancelToken;
 use vmtide_hyperv::HypervRestorer;
 use vmtide_hypervisor::VmRestorer;
 
@@ -16,6 +17,8 @@ pub struct VmTargetOptions {
     pub agent: AgentOptions,
     /// Where journals and locks are kept.
     pub state_directory: PathBuf,
+    /// Ends what is done with disks by way of an agent.
+    pub cancel: CancelToken,
 }
 
 /// A platform, and the VM that was named.
@@ -28,7 +31,7 @@ pub struct OpenVmTarget {
     pub display: String,
 }
 
-/// Whether a target is a whole VM: `hyperv+winrm://HOST/NAME` or `hyperv://HOST/NAME`.
+/// Whether a target is a whole VM: `hyperv+winrm://HOST/NAME`, `hyperv://HOST/NAME`, or `hyperv:///NAME` of this host.
 pub fn is_vm_target(text: &str) -> bool {
     WinrmUrl::is_winrm_url(text) || HypervUrl::is_hyperv_url(text)
 }
@@ -44,7 +47,7 @@ pub fn open_vm_target(text: &str, options: &VmTargetOptions) -> Result<OpenVmTar
     } else if HypervUrl::is_hyperv_url(text) {
         let url = HypervUrl::parse(text)?;
         let name = url.vm().map(str::to_owned);
-        (connect_agent(&url, &options.agent)?, name, url.to_string())
+        (connect_agent(&url, &options.agent, &options.cancel)?, name, url.to_string())
     } else {
         return Err(EngineError::usage(format!(
             "a VM is restored to hyperv+winrm://HOST/NAME or hyperv://HOST/NAME, not to {text}"

@@ -186,6 +186,10 @@ fn written(platform: &Platform) -> Vec<Vec<u8>> {
     platform.disks.lock().iter().map(|disk| disk.memory.to_bytes()).collect()
 }
 
+fn in_place() -> VmTarget {
+    VmTarget::InPlace { vm: "web".into(), into_other_vm: false }
+}
+
 #[test]
 fn a_new_vm_gets_every_byte_and_its_warnings_once() {
     let (source, hypervisor, point) = backed_up();
@@ -213,7 +217,7 @@ fn what_reads_back_differently_or_fails_makes_no_vm() {
         assert_eq!(error.to_string().contains("reads back differently"), loses, "{error}");
         assert_eq!(*platform.ends.lock(), ["abort"]);
         // In place the user has to know that the VM is in between.
-        let error = go(&source, &point, &platform, VmTarget::InPlace("web".into())).unwrap_err();
+        let error = go(&source, &point, &platform, in_place()).unwrap_err();
         assert!(matches!(error, EngineError::Incomplete { .. }), "{error}");
         assert_eq!(platform.ends.lock().len(), 2);
     }
@@ -227,7 +231,7 @@ fn in_place_nothing_that_cannot_be_read_overwrites_what_is_there() {
         repository: &source.repository,
         point: &point,
         restorer: &platform,
-        to: VmTarget::InPlace("web".into()),
+        to: in_place(),
         disk: None,
         workers: Some(2),
         verify: false,
@@ -255,7 +259,7 @@ fn in_place_only_what_may_differ_is_read_and_what_differs_written() {
         let platform = Platform::default();
         *platform.before.lock() = before.clone();
         *platform.content.lock() = Some(content.clone());
-        let done = go(&source, &point, &platform, VmTarget::InPlace("web".into())).unwrap();
+        let done = go(&source, &point, &platform, in_place()).unwrap();
         assert!(written(&platform) == originals(&hypervisor), "{content:?}");
         let read: u64 = done.disks.iter().map(|disk| disk.read_bytes).sum();
         if matches!(content, DiskContent::DiffersWithin(_)) {

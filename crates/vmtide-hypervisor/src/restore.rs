@@ -28,8 +28,9 @@ pub trait VmRestorer: Send + Sync {
     /// the VM as incomplete first.
     ///
     /// # Errors
-    /// Where the VM runs, is saved, or has checkpoints; where a disk of the restore point is missing or
-    /// has another size. Nothing has been changed then.
+    /// Where the VM runs, is saved, or has checkpoints; where it is another VM than that of the restore point,
+    /// or a disk is missing, is another one, or is smaller. Its disks have not been written then, and it is
+    /// not marked; change tracking that writing would have made untrue may be gone already.
     fn begin_in_place(&self, request: &InPlaceRequest) -> Result<Box<dyn RestoringVm>>;
 
     /// Removes what killed restores of ours left: VMs that never got their name, and their files. What is
@@ -78,6 +79,10 @@ pub struct InPlaceRequest {
     pub job: JobId,
     /// The disks to be written.
     pub disks: Vec<DiskToRestore>,
+    /// Whether the VM may be another than that of the restore point, and its disks others: they are then
+    /// overwritten by their places. For a copy that is to be refreshed; without it nothing of another VM, and
+    /// no other disk, is ever written.
+    pub into_other_vm: bool,
     /// The tracking ids of all restore points of this VM. What they name becomes untrue by writing behind
     /// the platform's back, and must not be built on by the next backup.
     pub known_tracking: Vec<TrackingId>,

@@ -25,6 +25,9 @@ const LEAST_CHANGES_BYTES: u64 = 1 << 20;
 /// The answers from one slice on after which twice as much is asked for again.
 const GROW_AFTER: u64 = 16;
 
+/// `STATUS_DIRECTORY_NOT_EMPTY`.
+const DIRECTORY_NOT_EMPTY: u32 = 0xC000_0101;
+
 /// Asks the host what changed: path, tracking id, range. Normally `GetVirtualDiskChanges`.
 pub type AskChanges =
     Arc<dyn Fn(&str, &str, ByteRange) -> Result<ChangePage, ChangesError> + Send + Sync>;
@@ -260,5 +263,14 @@ impl HostFiles for SmbFiles {
         let place = self.locate(path)?;
         let removed = self.client.with_open(&place, Purpose::Remove, |_, _, _, _| Ok(()));
         none_where_missing(removed).map(drop)
+    }
+
+    fn remove_directory(&self, path: &str) -> Result<()> {
+        let place = self.locate(path)?;
+        // Windows takes the request for one that is not empty, and leaves it; Samba refuses it.
+        match self.client.with_open(&place, Purpose::RemoveDirectory, |_, _, _, _| Ok(())) {
+            Err(SmbError::Refused { status: DIRECTORY_NOT_EMPTY, .. }) => Ok(()),
+            removed => none_where_missing(removed).map(drop),
+        }
     }
 }

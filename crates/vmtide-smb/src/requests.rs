@@ -25,6 +25,8 @@ pub(crate) enum Purpose {
     CreateDirectory,
     /// To remove it.
     Remove,
+    /// To remove a directory, which must be empty.
+    RemoveDirectory,
 }
 
 const READ_DATA: u32 = 1;
@@ -74,6 +76,10 @@ impl Purpose {
             }
             Self::Remove => {
                 let options = NON_DIRECTORY_FILE | DELETE_ON_CLOSE;
+                (DELETE | READ_ATTRIBUTES | SYNCHRONIZE, SHARE_ALL, OPEN, options, 0)
+            }
+            Self::RemoveDirectory => {
+                let options = DIRECTORY_FILE | DELETE_ON_CLOSE;
                 (DELETE | READ_ATTRIBUTES | SYNCHRONIZE, SHARE_ALL, OPEN, options, 0)
             }
         }

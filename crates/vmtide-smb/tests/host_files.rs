@@ -194,6 +194,14 @@ fn a_restore_writes_disks_and_files() {
     files.remove_file(r"C:\VMs\restored\web.vmcx").unwrap();
     files.remove_file(r"C:\VMs\restored\web.vmcx").unwrap();
     assert!(!samba.path("vms/restored/web.vmcx").exists());
+
+    files.create_directory(r"C:\VMs\restored\Virtual Machines").unwrap();
+    files.remove_directory(r"C:\VMs\restored\Virtual Machines").unwrap();
+    files.remove_directory(r"C:\VMs\restored\Virtual Machines").unwrap();
+    assert!(!samba.path("vms/restored/Virtual Machines").exists());
+    // One with files in it stays.
+    files.remove_directory(r"C:\VMs\restored").unwrap();
+    assert!(samba.path("vms/restored/fixed.vhdx").exists());
 }
 
 #[test]

@@ -156,6 +156,11 @@ impl Job {
         self.cancel.is_cancelled()
     }
 
+    /// What an interruption cancels.
+    pub const fn cancel(&self) -> &CancelToken {
+        &self.cancel
+    }
+
     /// Runs one step with its progress shown. A step that fails after the user interrupted it was
     /// interrupted, whatever it says.
     ///

@@ -7,6 +7,7 @@ use crate::cycle::exclusions;
 use crate::cycle::gate::Gates;
 use crate::cycle::points::same_point;
 use crate::cycle::token::{BaseToken, FileFacts};
+use crate::restore::OutdatedPoints;
 use crate::{Configuration, DiskAttachment, FrozenFile, ReferencePointRecord, VmRecord};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -80,6 +81,20 @@ impl<'a> Bases<'a> {
                 && !points.iter().any(|point| same_point(&point.instance_id, &known.point))
             {
                 *token = Err("its reference point is gone from the host".into());
+            }
+        }
+    }
+
+    /// Believes no base whose reference point a restore in place has outdated.
+    pub fn forget_points(&mut self, outdated: &OutdatedPoints) {
+        for token in self.tokens.values_mut() {
+            if let Ok(known) = token
+                && outdated.holds(&known.point)
+            {
+                *token = Err(
+                    "a restore in place has written its disks since, which the host does not track"
+                        .into(),
+                );
             }
         }
     }

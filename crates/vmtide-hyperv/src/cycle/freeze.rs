@@ -91,6 +91,7 @@ impl HypervHypervisor {
             Err(HypervisorError::Unsupported { .. }) => Vec::new(),
             points => points?,
         });
+        bases.forget_points(&crate::restore::outdated_points(self.host(), self.files(), &vm)?);
         let directory = &self.options().state_directory;
         let mut ledger = Ledger::open(directory, vm.id)?;
         warnings.extend(self.drop_useless_points(

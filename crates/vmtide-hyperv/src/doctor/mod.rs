@@ -5,7 +5,7 @@
 mod system;
 mod vm;
 
-use crate::{Host, HostFiles, VmRecord};
+use crate::{Host, HostFiles, VmRecord, restore};
 use vmtide_hypervisor::{HealthCheck, HypervisorError};
 
 /// The most VMs that are looked at one by one.
@@ -38,8 +38,41 @@ pub fn examine(host: &Host, files: Option<&dyn HostFiles>, vm: Option<&str>) -> 
             "name one VM to look at it",
         ));
     }
+    checks.extend(unfinished_restores(host, files, &vms));
     for vm in vms.iter().take(MAX_VMS) {
         checks.extend(vm::examine(host, files, vm, exclusions.as_ref()));
+    }
+    checks
+}
+
+/// VMs that restores have not finished.
+fn unfinished_restores(
+    host: &Host,
+    files: Option<&dyn HostFiles>,
+    vms: &[VmRecord],
+) -> Vec<HealthCheck> {
+    let mut checks = Vec::new();
+    for vm in vms.iter().take(MAX_VMS) {
+        if restore::is_being_restored(vm) {
+            checks.push(HealthCheck::warn(
+                "restores",
+                format!("{} is a VM that a restore is making, or has left", vm.name),
+                "where no restore runs: the next restore from the machine that began it removes it; else \
+                 remove it and its directory (Remove-VM)",
+            ));
+        } else if files.is_some_and(|files| {
+            // What cannot be looked at is told by the checks of the VM.
+            restore::is_incomplete(host, files, vm).unwrap_or(false)
+        }) {
+            checks.push(HealthCheck::warn(
+                "restores",
+                format!(
+                    "a restore of {} in place was not finished, and it is not backed up",
+                    vm.name
+                ),
+                "run the restore again, with all the disks that it was to write",
+            ));
+        }
     }
     checks
 }

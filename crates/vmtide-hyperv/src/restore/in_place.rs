@@ -6,8 +6,9 @@
 //! started again, goes on. Its settings stay as they are.
 
 use super::host_path::{directory_of, extension_of, file_name_of, join, same};
-use super::journal::{RestoreJournal, Step, leftovers};
+use super::journal::{RestoreJournal, Step, leftovers, lock_name};
 use super::management::Management;
+use super::outdated::Notes;
 use super::pairing::{self, Pair};
 use super::{HypervRestorer, refused, tracking};
 use crate::cycle::lock_key;
@@ -48,6 +49,8 @@ pub(super) fn begin(restorer: &HypervRestorer, request: &InPlaceRequest) -> Resu
     // What was found before the lock may be another's work by now.
     let vm = host.vm(found.id)?;
     let name = vm.name.strip_suffix(SUFFIX).unwrap_or(&vm.name).to_owned();
+    // The journal goes by the name: nobody must take it for that of a job that was killed.
+    let by_name = lock_name(state, host.peer(), &name, &request.job)?;
     check_at_rest(host, &vm)?;
     // Also of a VM that somebody has given its old name again, or whose name has no room for the mark.
     let was_marked = vm.name != name || has_mark(host, restorer.files(), &vm)?;
@@ -59,7 +62,8 @@ pub(super) fn begin(restorer: &HypervRestorer, request: &InPlaceRequest) -> Resu
             pair.content = DiskContent::Unknown(FullReason::TrackingLost(why.into()));
         }
     }
-    let mut journal = RestoreJournal::begin(state, &request.job, host.peer(), &name, lock)?;
+    let locks = vec![lock, by_name];
+    let mut journal = RestoreJournal::begin(state, &request.job, host.peer(), &name, locks)?;
     let files = pairs.iter().map(|pair| pair.attachment.host_resource.clone()).collect();
     journal.record(&Step::InPlace { id: vm.id, files })?;
     let mut in_place = InPlaceVm {
@@ -67,7 +71,7 @@ pub(super) fn begin(restorer: &HypervRestorer, request: &InPlaceRequest) -> Resu
         name,
         marks: Vec::new(),
         disks: Vec::new(),
-        warnings: pairs.iter().filter_map(Pair::warning).collect(),
+        warnings: pairs.iter().flat_map(Pair::warnings).collect(),
         journal: Some(journal),
         vm,
     };
@@ -116,7 +120,7 @@ fn check_covers(
     request: &InPlaceRequest,
 ) -> Result<()> {
     let host = restorer.host();
-    let earlier = leftovers(&restorer.inner.state_directory, host.peer(), None)?;
+    let earlier = leftovers(&restorer.inner.state_directory, host.peer(), Some(name))?;
     let tries: Vec<_> =
         earlier.jobs.iter().filter_map(|job| files_written(&job.steps, vm.id)).collect();
     let is_known = !tries.is_empty() && tries.iter().all(|files| !files.is_empty());
@@ -241,7 +245,7 @@ impl InPlaceVm {
              do not start the VM; it is not backed up. Run the same restore again to go on.\r\n",
             self.name, request.point, request.job
         );
-        for directory in directories {
+        for directory in &directories {
             let present = files.list(directory)?.unwrap_or_default();
             let path = join(directory, &name);
             let is_there = present.iter().any(|entry| entry.name.eq_ignore_ascii_case(&name));
@@ -252,18 +256,17 @@ impl InPlaceVm {
             }
         }
         let state = &restorer.inner.state_directory;
-        let others = tracking::destroy_points(
-            host,
-            state,
-            self.vm.id,
-            &request.known_tracking,
-            &request.cancel,
-        )?;
-        if others > 0 {
+        let (known, cancel) = (&request.known_tracking, &request.cancel);
+        let others = tracking::destroy_points(host, state, self.vm.id, known, cancel)?;
+        let attached = host.disks(&self.vm.settings)?;
+        let notes = Notes::beside(files, self.vm.id, &attached);
+        notes.replace(&directories, &others)?;
+        if !others.is_empty() {
             self.warnings.push(format!(
-                "{others} reference points of other programs, installations or repositories were left: whoever \
-                 made them has to read the disks in full once, because the host does not track what a restore \
-                 writes"
+                "{} reference points of other programs, installations or repositories were left: other programs \
+                 that made them have to read the disks in full once, because the host does not track what a \
+                 restore writes; vmtide does so by itself, by a note beside the disks",
+                others.len()
             ));
         }
         for pair in pairs {

@@ -6,7 +6,9 @@
 //! VM just imported has its old name for a moment; see [`super::undo`].
 
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 use uuid::Uuid;
 use vmtide_hypervisor::{HypervisorError, JobId, Journal, Result, VmLock};
 
@@ -46,6 +48,8 @@ pub(super) enum Step {
         /// Whether it goes when all is done too.
         temporary: bool,
     },
+    /// The host is asked for a VM from here on: it may go on when nobody waits any more.
+    Registering,
     /// A VM may be planned by an import.
     Import {
         /// The planned VMs that there are.
@@ -67,6 +71,12 @@ pub(super) enum Step {
         /// Its id.
         id: Uuid,
     },
+    /// All was undone, and the host may still be at something that it was asked for: what comes of that is looked
+    /// for by the VM's name and id. Files and directories of steps before this are no longer ours.
+    GivenUp {
+        /// When, in seconds since 1970 by this machine's clock.
+        unix_s: i64,
+    },
     /// The disks of a VM may be changed in place: what stands there is neither what it was nor what it
     /// is to be.
     InPlace {
@@ -78,21 +88,27 @@ pub(super) enum Step {
     },
 }
 
-/// The journal of one restore, with the lock on what it restores.
+/// The journal of one restore, with the locks on what it restores.
 #[derive(Debug)]
 pub(super) struct RestoreJournal {
     journal: Journal,
-    _lock: VmLock,
+    _locks: Vec<VmLock>,
 }
 
 impl RestoreJournal {
-    /// Begins the journal under a lock that the caller took.
+    /// Begins the journal under the locks that the caller took, that of `name` among them.
     ///
     /// # Errors
     /// Where it cannot be written.
-    pub fn begin(state: &Path, job: &JobId, peer: &str, name: &str, lock: VmLock) -> Result<Self> {
+    pub fn begin(
+        state: &Path,
+        job: &JobId,
+        peer: &str,
+        name: &str,
+        locks: Vec<VmLock>,
+    ) -> Result<Self> {
         let journal = Journal::begin(state, job.clone(), &target_of(peer))?;
-        let mut journal = Self { journal, _lock: lock };
+        let mut journal = Self { journal, _locks: locks };
         journal.record(&Step::Begin { name: name.to_owned() })?;
         Ok(journal)
     }
@@ -102,10 +118,7 @@ impl RestoreJournal {
     /// # Errors
     /// Where that fails: then the step must not be taken.
     pub fn record(&mut self, step: &Step) -> Result<()> {
-        let value = serde_json::to_value(step).map_err(|error| {
-            HypervisorError::failed("write the journal of a restore", error.to_string())
-        })?;
-        self.journal.record(value)
+        record(&mut self.journal, step)
     }
 
     /// The steps so far.
@@ -127,12 +140,21 @@ impl RestoreJournal {
     }
 }
 
+/// When a job was given up, where it was; the steps before that are of no use for files any more.
+pub(super) fn given_up_at(steps: &[Step]) -> Option<i64> {
+    steps.iter().rev().find_map(|step| match step {
+        Step::GivenUp { unix_s } => Some(*unix_s),
+        _ => None,
+    })
+}
+
 /// What a killed restore left: its journal, under the lock now.
 ///
 /// # Errors
 /// Where the state directory cannot be read or locked.
 pub(super) fn leftovers(state: &Path, peer: &str, held: Option<&str>) -> Result<Leftovers> {
     let mut found = Leftovers::default();
+    let mut locks: BTreeMap<String, Arc<VmLock>> = BTreeMap::new();
     for journal in Journal::leftovers(state, &target_of(peer))? {
         let steps = read_steps(&journal);
         let name = steps.iter().find_map(|step| match step {
@@ -140,19 +162,25 @@ pub(super) fn leftovers(state: &Path, peer: &str, held: Option<&str>) -> Result<
             _ => None,
         });
         let name = name.unwrap_or_default();
+        let key = name.to_lowercase();
         // The lock of a name that the caller itself holds: nobody else works on it.
-        let is_held = held.is_some_and(|held| held.to_lowercase() == name.to_lowercase());
-        let lock = if is_held {
-            None
-        } else {
-            match lock_name(state, peer, &name, &journal.entry().job) {
-                Ok(lock) => Some(lock),
+        let is_held = held.is_some_and(|held| held.to_lowercase() == key);
+        let lock = match locks.get(&key) {
+            _ if is_held => None,
+            // Several jobs of one name.
+            Some(lock) => Some(Arc::clone(lock)),
+            None => match lock_name(state, peer, &name, &journal.entry().job) {
+                Ok(lock) => {
+                    let lock = Arc::new(lock);
+                    locks.insert(key, Arc::clone(&lock));
+                    Some(lock)
+                }
                 Err(HypervisorError::Busy { .. }) => {
                     found.in_use.push(name);
                     continue;
                 }
                 Err(error) => return Err(error),
-            }
+            },
         };
         // Until the lock was taken its job may have ended well.
         let job = journal.entry().job.clone();
@@ -181,7 +209,24 @@ pub(super) struct Leftover {
     pub steps: Vec<Step>,
     /// The name the VM was to have.
     pub name: String,
-    _lock: Option<VmLock>,
+    _lock: Option<Arc<VmLock>>,
+}
+
+impl Leftover {
+    /// All was undone at `unix_s`, and the host may still be at something.
+    ///
+    /// # Errors
+    /// Where that cannot be written.
+    pub fn give_up(&mut self, unix_s: i64) -> Result<()> {
+        record(&mut self.journal, &Step::GivenUp { unix_s })
+    }
+}
+
+fn record(journal: &mut Journal, step: &Step) -> Result<()> {
+    let value = serde_json::to_value(step).map_err(|error| {
+        HypervisorError::failed("write the journal of a restore", error.to_string())
+    })?;
+    journal.record(value)
 }
 
 /// Takes the name of a VM to be restored on a host, for one job of this machine.

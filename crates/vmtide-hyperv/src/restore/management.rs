@@ -3,13 +3,14 @@
 
 use super::host_path::is_within;
 use crate::host::{Host, from_cim};
-use crate::job::JobOutcome;
+use crate::job::{JobEnd, JobOutcome, vanished};
+use crate::model::codes;
 use crate::model::read::{self, guid};
 use crate::model::types::VmSettings;
 use uuid::Uuid;
 use vmtide_block::CancelToken;
 use vmtide_cim::{CimInstance, CimType, CimValue, ObjectPath, wql};
-use vmtide_hypervisor::Result;
+use vmtide_hypervisor::{HypervisorError, Result};
 
 /// The class of planned VMs.
 const PLANNED_SYSTEM: &str = "Msvm_PlannedComputerSystem";
@@ -176,13 +177,32 @@ impl<'a> Management<'a> {
 
     fn call(&self, method: &str, parameters: &[(&str, CimValue)], what: &str) -> Result<Done> {
         self.cancel.check()?;
-        let (output, outcome) =
-            self.host.call(&self.service, method, parameters, what, self.cancel)?;
+        let (output, job) = self.host.begin(&self.service, method, parameters, what)?;
+        let outcome = match job {
+            None => JobOutcome::default(),
+            Some(job) => match self.host.follow(&job, what, self.cancel)? {
+                JobEnd::Done(outcome) => outcome,
+                JobEnd::Failed { code, detail } if codes::is_last_word(code) => {
+                    return Err(codes::error(what, code, &detail));
+                }
+                // Nobody knows how it ended, or whether it has.
+                JobEnd::Failed { code, detail } => {
+                    return Err(self.open_end(&codes::error(what, code, &detail)));
+                }
+                JobEnd::Vanished => return Err(self.open_end(&vanished(what))),
+            },
+        };
         Ok(Done { output: output.parameters, outcome })
+    }
+
+    /// The host may still be at it: an error of the class that says so.
+    fn open_end(&self, error: &HypervisorError) -> HypervisorError {
+        HypervisorError::protocol(self.host.peer(), error.to_string())
     }
 }
 
 /// What a method has done.
+#[derive(Debug)]
 struct Done {
     output: CimInstance,
     outcome: JobOutcome,

@@ -30,13 +30,17 @@ mod management;
 mod native;
 mod network;
 mod new_vm;
+mod outdated;
 mod pairing;
 mod portable;
 mod tracking;
 mod typed;
 mod undo;
 
+pub(crate) use outdated::{OutdatedPoints, outdated_points};
+
 use crate::{Host, HostFiles, VmRecord};
+use journal::{Leftover, Step};
 use management::Management;
 use std::fmt;
 use std::path::PathBuf;
@@ -45,6 +49,10 @@ use vmtide_block::CancelToken;
 use vmtide_hypervisor::{
     HypervisorError, InPlaceRequest, NewVmRequest, ReapReport, RestoringVm, Result, VmRestorer,
 };
+
+/// How long after a restore was given up it is looked for what the host makes all the same, in seconds: far
+/// longer than any of its jobs takes. A look costs three queries.
+const LOOKED_FOR_S: i64 = 24 * 3600;
 
 /// A Hyper-V host as a place to restore VMs to. Clones share the connections.
 #[derive(Clone)]
@@ -86,27 +94,44 @@ impl HypervRestorer {
         let state = &self.inner.state_directory;
         let leftovers = journal::leftovers(state, self.host().peer(), held)?;
         let mut report = ReapReport { removed: Vec::new(), in_use: leftovers.in_use };
+        let is_alone = report.in_use.is_empty();
         let mut failed = None;
-        // A cancelled job must not keep what it left from being removed.
-        let cancel = CancelToken::new();
         for leftover in leftovers.jobs {
-            let management = Management::of(self.host(), &cancel)?;
-            if in_place::is_unfinished(self.host(), self.files(), &leftover.steps)? {
-                // Only the same restore, run again, makes that VM whole.
-                report.in_use.push(format!("{} (restored in place, not finished)", leftover.name));
+            // What a job that was given up may have left is told by ids that a living one may use as well.
+            if !is_alone && journal::given_up_at(&leftover.steps).is_some() {
                 continue;
             }
-            let job = leftover.journal.entry().job.clone();
-            match undo::undo(&management, self.files(), &job, &leftover.steps) {
-                Ok(undone) => {
-                    report.removed.extend(undone.removed);
-                    report.removed.extend(undone.left);
-                    leftover.journal.finish()?;
-                }
-                Err(error) => failed = failed.or(Some(error)),
+            if let Err(error) = self.reap_one(leftover, &mut report) {
+                failed = failed.or(Some(error));
             }
         }
         failed.map_or(Ok(report), Err)
+    }
+
+    fn reap_one(&self, mut leftover: Leftover, report: &mut ReapReport) -> Result<()> {
+        // A cancelled job must not keep what it left from being removed.
+        let cancel = CancelToken::new();
+        let management = Management::of(self.host(), &cancel)?;
+        if in_place::is_unfinished(self.host(), self.files(), &leftover.steps)? {
+            // Only the same restore, run again, makes that VM whole.
+            report.in_use.push(format!("{} (restored in place, not finished)", leftover.name));
+            return Ok(());
+        }
+        let job = leftover.journal.entry().job.clone();
+        let undone = undo::undo(&management, self.files(), &job, &leftover.steps)?;
+        report.removed.extend(undone.removed);
+        report.removed.extend(undone.left);
+        let now_s = self.host().options().clock.unix_s();
+        match journal::given_up_at(&leftover.steps) {
+            // The host may still be at it.
+            Some(since_s) if (since_s..since_s.saturating_add(LOOKED_FOR_S)).contains(&now_s) => {
+                Ok(())
+            }
+            None if !undone.is_complete && leftover.steps.contains(&Step::Registering) => {
+                leftover.give_up(now_s)
+            }
+            _ => leftover.journal.finish(),
+        }
     }
 }
 
@@ -133,6 +158,11 @@ pub(crate) fn is_incomplete(host: &Host, files: &dyn HostFiles, vm: &VmRecord) -
         return Ok(true);
     }
     in_place::has_mark(host, files, vm)
+}
+
+/// Whether a VM of this name is one that a restore of vmtide's, here or on another machine, is making or has left.
+pub(crate) fn is_being_restored(vm: &VmRecord) -> bool {
+    journal::is_temporary_name(&vm.name)
 }
 
 /// An error that says what cannot be and what to do instead.

@@ -119,6 +119,48 @@ impl NativeSettings {
                 missing.push(format!("the VM had {what}, which it has not any more"));
             }
         }
+        missing.extend(self.port_settings_not_made_again());
+        missing
+    }
+
+    /// What is set for adapters and disks beyond what connects them, where it is not what every VM has.
+    fn port_settings_not_made_again(&self) -> Vec<String> {
+        let is_set = |one: &CimInstance, names: &[&str]| {
+            names.iter().any(|name| {
+                let value = one.value(name);
+                value.is_some_and(|value| {
+                    value.as_bool() == Some(true) || value.as_u64().is_some_and(|number| number > 0)
+                })
+            })
+        };
+        let mut missing = Vec::new();
+        for (class, names, what) in [
+            (
+                "Msvm_EthernetSwitchPortSecuritySettingData",
+                &[
+                    "AllowMacSpoofing",
+                    "EnableDhcpGuard",
+                    "EnableRouterGuard",
+                    "AllowTeaming",
+                    "MonitorMode",
+                ][..],
+                "security settings of network adapters (Set-VMNetworkAdapter)",
+            ),
+            (
+                "Msvm_EthernetSwitchPortBandwidthSettingData",
+                &["Limit", "Reservation"][..],
+                "bandwidth settings of network adapters (Set-VMNetworkAdapter)",
+            ),
+            (
+                "Msvm_StorageAllocationSettingData",
+                &["IOPSLimit", "IOPSReservation"][..],
+                "quality of service of disks (Set-VMHardDiskDrive)",
+            ),
+        ] {
+            if self.of_class(class).any(|one| is_set(one, names)) {
+                missing.push(format!("the VM had {what}, which are not set any more"));
+            }
+        }
         missing
     }
 }

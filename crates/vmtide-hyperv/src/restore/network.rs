@@ -82,18 +82,22 @@ pub(super) fn adapter_settings(adapter: &Adapter) -> CimInstance {
     settings
 }
 
-/// The settings of a new connection of `port` to `switch`.
+/// The settings of a new connection of `port` to `switch`; to none, it is there and switched off.
 pub(super) fn connection_settings(
     management: &Management<'_>,
     port: &ObjectPath,
-    switch: &ObjectPath,
+    switch: Option<&ObjectPath>,
 ) -> CimInstance {
-    CimInstance::new(CONNECTION_CLASS)
+    let settings = CimInstance::new(CONNECTION_CLASS)
         .with("ResourceType", CimValue::Uint16(CONNECTION))
         .with("ResourceSubType", "Microsoft:Hyper-V:Ethernet Connection")
-        .with("Parent", management.text_of(port))
-        .with("HostResource", CimValue::strings([management.text_of(switch)]))
-        .with("EnabledState", CimValue::Uint16(CONNECTED))
+        .with("Parent", management.text_of(port));
+    match switch {
+        Some(switch) => settings
+            .with("HostResource", CimValue::strings([management.text_of(switch)]))
+            .with("EnabledState", CimValue::Uint16(CONNECTED)),
+        None => settings.with("EnabledState", CimValue::Uint16(DISCONNECTED)),
+    }
 }
 
 /// The change that disconnects a connection.

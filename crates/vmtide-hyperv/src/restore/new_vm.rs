@@ -7,7 +7,7 @@ use super::layout::Layout;
 use super::management::Management;
 use super::native::{ConfigurationFiles, NativeSettings};
 use super::portable::Portable;
-use super::undo::undo;
+use super::undo::{Undone, undo};
 use super::{HypervRestorer, host_path, refused, tracking};
 use crate::files::NewDisk;
 use crate::model::types::VmRecord;
@@ -65,7 +65,7 @@ pub(super) fn begin(restorer: &HypervRestorer, request: &NewVmRequest) -> Result
     let management = Management::of(restorer.host(), &request.cancel)?;
     let plan = Plan::make(restorer, &management, request)?;
     warnings.extend(plan.warnings(request));
-    let journal = RestoreJournal::begin(state, &request.job, peer, &request.name, lock)?;
+    let journal = RestoreJournal::begin(state, &request.job, peer, &request.name, vec![lock])?;
     let mut vm = NewVm {
         restorer: restorer.clone(),
         request: request.clone(),
@@ -76,7 +76,11 @@ pub(super) fn begin(restorer: &HypervRestorer, request: &NewVmRequest) -> Result
     };
     match vm.make_files() {
         Ok(()) => Ok(vm),
-        Err(error) => Err(vm.undo_after(error)),
+        Err(error) => {
+            // Nothing was asked of the host that it could still be at.
+            vm.undone(false);
+            Err(error)
+        }
     }
 }
 
@@ -214,18 +218,18 @@ fn original_id(
     };
     let id = config.id.as_deref().and_then(|id| Uuid::parse_str(id).ok());
     let Some(id) = id.filter(|_| wants && config.platform == PLATFORM) else { return Ok(None) };
-    let mut taken = vms.iter().find(|vm| vm.id == id).map(|vm| vm.name.clone());
+    let mut taken = vms.iter().find(|vm| vm.id == id).map(|vm| format!("the VM {}", vm.name));
     if taken.is_none() {
         let planned = management.planned()?.into_iter().find(|planned| planned.settings.vm == id);
-        taken = planned.map(|planned| planned.settings.name);
+        taken = planned.map(|planned| {
+            format!("the planned VM {} (Msvm_PlannedComputerSystem)", planned.settings.name)
+        });
     }
     match (taken, request.identity) {
         (None, _) => Ok(Some(id)),
-        (Some(name), VmIdentity::Original) => Err(refused(
+        (Some(vm), VmIdentity::Original) => Err(refused(
             format!("restore {} with its own id", config.name),
-            format!(
-                "the VM {name} of the host has it: remove that VM, or restore a copy (--new-id)"
-            ),
+            format!("{vm} of the host has it: remove it, or restore a copy (--new-id)"),
         )),
         (Some(_), _) => Ok(None),
     }
@@ -329,6 +333,7 @@ impl NewVm {
 
     /// Registers the VM, complete but for its name.
     fn register(&mut self) -> Result<(VmRecord, RestoreRoute)> {
+        self.record(&Step::Registering)?;
         // The files are closed before the host opens them.
         let paths: Vec<_> = self.disks.drain(..).map(|disk| disk.path).collect();
         for path in &paths {
@@ -416,7 +421,8 @@ impl NewVm {
             directory: &self.plan.layout.directory,
             name: &name,
         };
-        let vm = route.define()?;
+        let (vm, warnings) = route.define()?;
+        self.warnings.extend(warnings);
         let warnings = route.equip(&vm)?;
         self.warnings.extend(warnings);
         let wants_id =
@@ -444,30 +450,32 @@ impl NewVm {
         }
     }
 
-    /// What is left when the VM is complete. Nothing of it can make the restore fail.
+    /// What is left when the VM is complete. Nothing of it can make the restore fail. Answers whether it was
+    /// started.
     fn tidy_up(&mut self, vm: &VmRecord, power_on: bool) -> bool {
         let cancel = CancelToken::new();
-        let mut is_tidy = false;
-        match Management::of(self.restorer.host(), &cancel) {
-            Ok(management) => {
-                let steps = self.journal.as_ref().map(RestoreJournal::steps).unwrap_or_default();
-                match undo(&management, self.restorer.files(), &self.request.job, &steps) {
-                    Ok(_) => is_tidy = true,
-                    Err(error) => {
-                        self.warnings.push(format!("not all temporary files are gone: {error}"))
-                    }
-                }
-                if power_on && let Err(error) = management.start(&vm.path, &self.request.name) {
-                    self.warnings.push(format!("the VM is complete and was not started: {error}"));
-                } else if power_on {
-                    self.end(is_tidy);
-                    return true;
-                }
-            }
-            Err(error) => self.warnings.push(format!("the VM is complete, but: {error}")),
+        let steps = self.journal.as_ref().map(RestoreJournal::steps).unwrap_or_default();
+        let tidied = Management::of(self.restorer.host(), &cancel).and_then(|management| {
+            undo(&management, self.restorer.files(), &self.request.job, &steps)
+        });
+        let is_tidy = tidied.is_ok();
+        if let Err(error) = tidied {
+            self.warnings
+                .push(format!("the VM is complete, but not all temporary files are gone: {error}"));
         }
+        let powered_on = power_on && self.start(vm);
         self.end(is_tidy);
-        false
+        powered_on
+    }
+
+    fn start(&mut self, vm: &VmRecord) -> bool {
+        let cancel = CancelToken::new();
+        let started = Management::of(self.restorer.host(), &cancel)
+            .and_then(|management| management.start(&vm.path, &self.request.name));
+        if let Err(error) = &started {
+            self.warnings.push(format!("the VM is complete and was not started: {error}"));
+        }
+        started.is_ok()
     }
 
     fn end(&mut self, is_tidy: bool) {
@@ -479,23 +487,45 @@ impl NewVm {
         }
     }
 
-    /// Undoes everything. Answers with the error that was the reason.
-    fn undo_after(&mut self, error: HypervisorError) -> HypervisorError {
-        if let Err(failed) = self.undo() {
-            tracing::warn!(%failed, "a restore could not be undone at once and is left to the next one");
+    /// Undoes everything. Answers whether that found the VM complete.
+    fn undone(&mut self, may_go_on: bool) -> bool {
+        match self.undo(may_go_on) {
+            Ok(undone) => undone.is_complete,
+            Err(failed) => {
+                tracing::warn!(%failed, "a restore could not be undone at once and is left to the next one");
+                false
+            }
         }
-        error
     }
 
-    fn undo(&mut self) -> Result<()> {
+    /// Undoes everything; where the host may still be at something, the journal stays, so that what comes of
+    /// it is removed later.
+    fn undo(&mut self, may_go_on: bool) -> Result<Undone> {
         self.disks.clear();
-        let Some(journal) = self.journal.take() else { return Ok(()) };
+        let Some(mut journal) = self.journal.take() else { return Ok(Undone::default()) };
         // Not the job's: that one may be cancelled.
         let cancel = CancelToken::new();
-        let management = Management::of(self.restorer.host(), &cancel)?;
-        undo(&management, self.restorer.files(), journal.job(), &journal.steps())?;
-        journal.finish()
+        let host = self.restorer.host();
+        let management = Management::of(host, &cancel)?;
+        let undone = undo(&management, self.restorer.files(), journal.job(), &journal.steps())?;
+        if may_go_on && !undone.is_complete {
+            journal.record(&Step::GivenUp { unix_s: host.options().clock.unix_s() })?;
+        } else {
+            journal.finish()?;
+        }
+        Ok(undone)
     }
+}
+
+/// Whether the host may still be at what it was asked for when this came of it.
+fn may_go_on(error: &HypervisorError) -> bool {
+    matches!(
+        error,
+        HypervisorError::Timeout { .. }
+            | HypervisorError::Unreachable { .. }
+            | HypervisorError::Protocol { .. }
+            | HypervisorError::Block(_)
+    )
 }
 
 impl RestoringVm for NewVm {
@@ -508,15 +538,24 @@ impl RestoringVm for NewVm {
     }
 
     fn finish(mut self: Box<Self>, power_on: bool) -> Result<RestoredVm> {
-        let registered = self.register().and_then(|(vm, route)| {
-            self.commit(&vm)?;
-            Ok((vm, route))
-        });
-        let (vm, route) = match registered {
+        let (vm, route) = match self.register() {
             Ok(done) => done,
-            Err(error) => return Err(self.undo_after(error)),
+            Err(error) => {
+                self.undone(may_go_on(&error));
+                return Err(error);
+            }
         };
-        let powered_on = self.tidy_up(&vm, power_on);
+        let powered_on = match self.commit(&vm) {
+            Ok(()) => self.tidy_up(&vm, power_on),
+            // The call may have had its effect and only its answer been lost.
+            Err(error) if self.undone(may_go_on(&error)) => {
+                self.warnings.push(format!(
+                    "the VM is complete, although the host's answer to giving it its name was lost ({error})"
+                ));
+                power_on && self.start(&vm)
+            }
+            Err(error) => return Err(error),
+        };
         let known = self.request.config.id.as_deref().and_then(|id| Uuid::parse_str(id).ok());
         Ok(RestoredVm {
             name: self.request.name.clone(),
@@ -530,14 +569,15 @@ impl RestoringVm for NewVm {
     }
 
     fn abort(mut self: Box<Self>) -> Result<()> {
-        self.undo()
+        // Before `finish` the host is asked for files only.
+        self.undo(false).map(drop)
     }
 }
 
 impl Drop for NewVm {
     fn drop(&mut self) {
         if self.journal.is_some()
-            && let Err(error) = self.undo()
+            && let Err(error) = self.undo(false)
         {
             tracing::warn!(%error, "a restore that was dropped is left to the next one");
         }

@@ -2,10 +2,13 @@
 //!
 //! The place of a disk alone does not tell: disks are swapped, and controllers are counted anew where one is
 //! added. Writing one disk's content over another could not be undone. So where the restore point knows the id
-//! in the image (`VIRTUAL_DISK_ID`), the disk must have it, in its old place or in another.
+//! in the image (`VIRTUAL_DISK_ID`), the disk must have it, in its old place or in another. Only a user who says
+//! that the VM is another one ([`InPlaceRequest::into_other_vm`]), such as a copy that is to be refreshed, has
+//! disks without that id matched by their places.
 
 use super::hardware::PLATFORM;
 use super::host_path::{extension_of, file_name_of};
+use super::outdated::Notes;
 use super::{HypervRestorer, refused, tracking};
 use crate::cycle::{BaseToken, FileFacts, changed_since, same_point};
 use crate::model::read::parse_uuid;
@@ -20,17 +23,30 @@ pub(super) struct Pair<'a> {
     pub wanted: &'a DiskToRestore,
     pub attachment: DiskAttachment,
     pub content: DiskContent,
+    /// How many bytes larger than in the restore point it is.
+    larger_by_bytes: u64,
     /// Whether another disk of the VM has the same id, so that what the host tracks may be the other's.
     twin: bool,
 }
 
 impl Pair<'_> {
     /// What the user should know of it.
-    pub fn warning(&self) -> Option<String> {
+    pub fn warnings(&self) -> Vec<String> {
         let place = self.attachment.location.to_string();
-        (place != self.wanted.id.0).then(|| {
-            format!("the disk {} of the restore point is {place} now, by its id", self.wanted.id)
-        })
+        let id = &self.wanted.id;
+        let mut warnings = Vec::new();
+        if place != id.0 {
+            warnings.push(format!("the disk {id} of the restore point is {place} now, by its id"));
+        }
+        // Less is what a platform added to have whole sectors.
+        if self.larger_by_bytes >= 4096 {
+            warnings.push(format!(
+                "disk {id} has grown by {} bytes since the restore point: what lies behind its end then is left \
+                 as it is, and the partition table of the guest does not know of it",
+                self.larger_by_bytes
+            ));
+        }
+        warnings
     }
 }
 
@@ -46,12 +62,13 @@ pub(super) fn pairs_of<'a>(
     let what = || format!("restore {} in place", vm.name);
     let config = &request.config;
     let own = config.id.as_ref().and_then(|id| parse_uuid(id));
-    if config.platform == PLATFORM && own.is_some_and(|id| id != vm.id) {
+    let is_other = config.platform == PLATFORM && own.is_some_and(|id| id != vm.id);
+    if is_other && !request.into_other_vm {
         return Err(refused(
             what(),
             format!(
                 "it is not the VM of the restore point, {} with the id {}: name that one, or restore to a \
-                 new VM",
+                 new VM; --into-other-vm overwrites this one's disks",
                 config.name,
                 own.unwrap_or_default()
             ),
@@ -71,7 +88,9 @@ pub(super) fn pairs_of<'a>(
         }
         pairs.push(pair);
     }
-    let points = tracking::points_of(restorer.host(), vm.id)?;
+    let mut points = tracking::points_of(restorer.host(), vm.id)?;
+    let outdated = Notes::beside(restorer.files(), vm.id, &attached).read()?;
+    points.retain(|point| !outdated.holds(&point.instance_id));
     for pair in &mut pairs {
         if let Some(content) = tracked_content(restorer, vm, pair, &points, request)? {
             pair.content = content;
@@ -91,7 +110,7 @@ fn pair_of<'a>(
     let what = || format!("restore {} in place", vm.name);
     let found = |attachment: &DiskAttachment, twin| {
         let content = DiskContent::Unknown(FullReason::NoTrackingId);
-        Ok(Pair { wanted, attachment: attachment.clone(), content, twin })
+        Ok(Pair { wanted, attachment: attachment.clone(), content, larger_by_bytes: 0, twin })
     };
     let is_in_place = |disk: &&DiskAttachment| disk.location.to_string() == wanted.id.0;
     let in_place = attached.iter().find(is_in_place);
@@ -122,12 +141,16 @@ fn pair_of<'a>(
     }
     match (others.as_slice(), in_place) {
         ([one], _) => found(one, false),
+        (_, Some(disk)) if request.into_other_vm => {
+            tracing::info!(disk = %disk.host_resource, "is overwritten, whatever disk it was");
+            found(disk, false)
+        }
         ([], None) => Err(missing()),
         ([], Some(disk)) => Err(refused(
             what(),
             format!(
                 "{} ({}) is another disk than in the restore point: its id was {known} and is {}; \
-                 attach the disk that it was, or restore to a new VM",
+                 attach the disk that it was, or restore to a new VM; --into-other-vm overwrites it",
                 wanted.id,
                 disk.host_resource,
                 now.map_or_else(|| "not known".to_owned(), |id| id.to_string())
@@ -176,7 +199,7 @@ fn check_writable(vm: &VmRecord, wanted: &DiskToRestore, disk: &DiskAttachment) 
 fn tracked_content(
     restorer: &HypervRestorer,
     vm: &VmRecord,
-    pair: &Pair<'_>,
+    pair: &mut Pair<'_>,
     points: &[ReferencePointRecord],
     request: &InPlaceRequest,
 ) -> Result<Option<DiskContent>> {
@@ -192,6 +215,7 @@ fn tracked_content(
             ),
         ));
     }
+    pair.larger_by_bytes = size_bytes - pair.wanted.size_bytes;
     let Some(tracking) = &pair.wanted.tracking else { return Ok(None) };
     let unknown = |reason| Ok(Some(DiskContent::Unknown(reason)));
     let token = match BaseToken::parse(tracking) {

@@ -46,9 +46,39 @@ pub(super) struct Portable<'a> {
 }
 
 impl Portable<'_> {
-    /// Defines the VM, with default devices only.
-    pub fn define(&self) -> Result<VmRecord> {
-        let mut settings = self.hardware.system.clone();
+    /// Defines the VM, with default devices only. Answers with it and warnings.
+    ///
+    /// A host does not take settings that its version does not know. So where it refuses them, the VM is defined
+    /// with what all versions have, and then given all, or else those that it shows.
+    pub fn define(&self) -> Result<(VmRecord, Vec<String>)> {
+        let wanted = &self.hardware.system;
+        let error = match self.define_with(wanted) {
+            Ok(()) => return Ok((self.defined()?, Vec::new())),
+            Err(error) if is_refusal(&error) && !wanted.properties.is_empty() => error,
+            Err(error) => return Err(error),
+        };
+        tracing::info!(%error, "the host does not take all settings of the VM at once");
+        self.define_with(&CimInstance::new(&wanted.class))?;
+        let vm = self.defined()?;
+        let set = |settings: &CimInstance| {
+            let mut settings = settings.clone();
+            settings.set("InstanceID", vm.settings.instance_id.as_str());
+            self.management.modify_system(&settings, "give the VM its settings")
+        };
+        let mut warnings = Vec::new();
+        if let Err(error) = set(wanted) {
+            let (known, unknown) = split_known(wanted, &vm.settings.instance);
+            if !is_refusal(&error) || unknown.is_empty() {
+                return Err(error);
+            }
+            set(&known)?;
+            warnings.push(not_known(&unknown));
+        }
+        Ok((self.management.host.vm(vm.id)?, warnings))
+    }
+
+    fn define_with(&self, settings: &CimInstance) -> Result<()> {
+        let mut settings = settings.clone();
         settings.set("ElementName", self.name);
         let subtype = match self.hardware.generation {
             Generation::One => "Microsoft:Hyper-V:SubType:1",
@@ -58,7 +88,11 @@ impl Portable<'_> {
         for root in ROOTS {
             settings.set(root, self.directory);
         }
-        self.management.define(&settings)?;
+        self.management.define(&settings)
+    }
+
+    /// The VM that was defined.
+    fn defined(&self) -> Result<VmRecord> {
         let vms = self.management.host.vms()?;
         vms.into_iter().find(|vm| vm.name == self.name).ok_or_else(|| {
             HypervisorError::protocol(
@@ -70,7 +104,7 @@ impl Portable<'_> {
 
     /// Gives the VM all its devices. Answers with warnings.
     pub fn equip(&self, vm: &VmRecord) -> Result<Vec<String>> {
-        self.set_sizes(vm)?;
+        let mut warnings = self.set_sizes(vm)?;
         let mut added = Added::new(self.management, vm)?;
         let controllers = self.add_controllers(&mut added)?;
         for (id, location) in &self.hardware.disks {
@@ -80,14 +114,14 @@ impl Portable<'_> {
             let drive = drive(self.management, &controllers, *location, DVD_DRIVE)?;
             added.add(&drive, "a DVD drive")?;
         }
-        let mut warnings = self.add_adapters(&mut added)?;
+        warnings.extend(self.add_adapters(&mut added)?);
         warnings.extend(boot::set_order(self.management, vm, self.hardware)?);
         Ok(warnings)
     }
 
-    /// Memory and processors, which every VM has from the beginning.
-    fn set_sizes(&self, vm: &VmRecord) -> Result<()> {
-        let mut changed = Vec::new();
+    /// Memory and processors, which every VM has from the beginning. Answers with warnings.
+    fn set_sizes(&self, vm: &VmRecord) -> Result<Vec<String>> {
+        let mut warnings = Vec::new();
         for wanted in [&self.hardware.memory, &self.hardware.processor] {
             if wanted.properties.is_empty() {
                 continue;
@@ -100,11 +134,21 @@ impl Portable<'_> {
                 )
             })?;
             let id = present.text("InstanceID").map_err(from_cim)?;
-            let mut settings = CimInstance::new(&wanted.class).with("InstanceID", id);
-            settings.properties.extend(wanted.properties.iter().cloned());
-            changed.push(settings);
+            let set = |settings: &CimInstance| {
+                let mut settings = settings.clone();
+                settings.set("InstanceID", id);
+                let what = "set memory and processors of the VM";
+                self.management.modify_resources(std::slice::from_ref(&settings), what)
+            };
+            let Err(error) = set(wanted) else { continue };
+            let (known, unknown) = split_known(wanted, present);
+            if !is_refusal(&error) || unknown.is_empty() {
+                return Err(error);
+            }
+            set(&known)?;
+            warnings.push(not_known(&unknown));
         }
-        self.management.modify_resources(&changed, "set memory and processors of the VM")
+        Ok(warnings)
     }
 
     /// All controllers by kind and number; IDE ones are there, SCSI ones are made. They are numbered as a
@@ -158,34 +202,87 @@ impl Portable<'_> {
         for adapter in &self.hardware.adapters {
             let port =
                 added.add(&adapter_settings(adapter), &format!("adapter {}", adapter.name))?;
-            if let Err(warning) = self.connect(added, &mut switches, adapter, &port)? {
-                warnings.push(warning);
-            }
+            warnings.extend(self.connect(added, &mut switches, adapter, &port)?);
         }
         Ok(warnings)
     }
 
-    /// Connects an adapter where that is planned. The inner error says why it stays disconnected.
+    /// Connects an adapter where that is planned. One in a VLAN has a connection in any case, switched off, so
+    /// that it is in its VLAN when somebody connects it. Answers with warnings.
     fn connect(
         &self,
         added: &mut Added<'_>,
         switches: &mut Switches,
         adapter: &Adapter,
         port: &ObjectPath,
-    ) -> Result<Result<(), String>> {
-        let Some(network) = &adapter.connect_to else { return Ok(Ok(())) };
-        let Some(switch) = switches.find(self.management, network)? else {
-            return Ok(Err(switches.missing(&adapter.name, network)));
+    ) -> Result<Vec<String>> {
+        let mut warnings = Vec::new();
+        let switch = match &adapter.connect_to {
+            Some(network) => {
+                let found = switches.find(self.management, network)?;
+                if found.is_none() {
+                    warnings.push(switches.missing(&adapter.name, network));
+                }
+                found
+            }
+            None => None,
         };
-        let connection = connection_settings(self.management, port, &switch);
-        let connection =
-            added.add(&connection, &format!("the connection of adapter {}", adapter.name))?;
+        if switch.is_none() && adapter.vlan.is_none() {
+            return Ok(warnings);
+        }
+        let connection = connection_settings(self.management, port, switch.as_ref());
+        let what = format!("the connection of adapter {}", adapter.name);
+        let connection = match added.add(&connection, &what) {
+            Ok(connection) => connection,
+            Err(error) if switch.is_none() && is_refusal(&error) => {
+                warnings.push(format!(
+                    "adapter {} was in a VLAN, which a host that takes no disconnected connection does not \
+                     keep ({error}): set it before you connect it (Set-VMNetworkAdapterVlan)",
+                    adapter.name
+                ));
+                return Ok(warnings);
+            }
+            Err(error) => return Err(error),
+        };
         if let Some(feature) = &adapter.vlan {
             let what = format!("set the VLAN of adapter {}", adapter.name);
             self.management.add_feature(&connection, feature, &what)?;
         }
-        Ok(Ok(()))
+        Ok(warnings)
     }
+}
+
+/// Whether the host has refused something, and will not do it later.
+fn is_refusal(error: &HypervisorError) -> bool {
+    matches!(
+        error,
+        HypervisorError::Failed { .. }
+            | HypervisorError::Unsupported { .. }
+            | HypervisorError::NotFound { .. }
+    )
+}
+
+/// The settings that `shown`, an instance of the host, has as well, and the names of those that it has not.
+fn split_known(wanted: &CimInstance, shown: &CimInstance) -> (CimInstance, Vec<String>) {
+    let is_known =
+        |name: &str| shown.properties.iter().any(|(known, _)| known.eq_ignore_ascii_case(name));
+    let mut known = CimInstance::new(&wanted.class);
+    let mut unknown = Vec::new();
+    for (name, value) in &wanted.properties {
+        if is_known(name) {
+            known.properties.push((name.clone(), value.clone()));
+        } else {
+            unknown.push(name.clone());
+        }
+    }
+    (known, unknown)
+}
+
+fn not_known(names: &[String]) -> String {
+    format!(
+        "the host does not know {}: these settings of the VM are the host's defaults now",
+        names.join(", ")
+    )
 }
 
 /// Where a VM keeps its files.

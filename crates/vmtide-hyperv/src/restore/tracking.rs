@@ -5,7 +5,7 @@
 //! write the reference points of ours are destroyed, and the files in which the host keeps its tracking
 //! (`.rct`, `.mrt` beside the disk) are removed: an id from before is then unknown, which means reading the
 //! disk in full. Reference points of other products stay: they are not ours; with the files gone the host
-//! refuses their ids too.
+//! refuses their ids too, and where it does not, [`super::outdated`] has backups of vmtide read in full.
 
 use super::host_path::{directory_of, file_name_of, join, stem_of};
 use crate::cycle::{BaseToken, Ledger, same_point};
@@ -52,7 +52,7 @@ pub(super) fn points_of(host: &Host, vm: Uuid) -> Result<Vec<ReferencePointRecor
 }
 
 /// Destroys the reference points of ours on a VM: those written down on this machine, and those that restore
-/// points name. Answers with how many are left, which are others'.
+/// points name. Answers with those that are left, which are others'.
 ///
 /// # Errors
 /// Where one is there and cannot be destroyed: then nothing must be written.
@@ -62,19 +62,19 @@ pub(super) fn destroy_points(
     vm: Uuid,
     named: &[TrackingId],
     cancel: &CancelToken,
-) -> Result<usize> {
+) -> Result<Vec<ReferencePointRecord>> {
     let mut ledger = Ledger::open(state_directory, vm)?;
     let mut ours: Vec<String> = ledger.all().map(|point| point.id.clone()).collect();
     let tokens = named.iter().filter_map(|id| BaseToken::parse(id).ok());
     ours.extend(tokens.filter(|token| token.vm == vm).map(|token| token.point));
-    let mut others = 0;
+    let mut others = Vec::new();
     for point in points_of(host, vm)? {
         if ours.iter().any(|id| same_point(id, &point.instance_id)) {
             host.destroy_reference_point(&point, cancel)?;
+            ledger.remove(&point.instance_id)?;
         } else {
-            others += 1;
+            others.push(point);
         }
-        ledger.remove(&point.instance_id)?;
     }
     for gone in ours {
         ledger.remove(&gone)?;

@@ -9,9 +9,10 @@
 //! | within an import | perhaps a planned VM under its old name | told by its id, or by its disks and origin, and removed; then the files |
 //! | after it | a VM or planned VM under the job's name, or by its id | removed; then the files |
 //! | at the commit | the VM under its name, or still under the job's | kept; or removed with its files |
+//! | while the host is still at something | what it makes after this | told as above by later looks, and removed; its files are gone |
 
 use super::host_path::{extension_of, is_absolute, join, same};
-use super::journal::{Step, temporary_name};
+use super::journal::{Step, given_up_at, is_temporary_name, temporary_name};
 use super::management::{Management, PlannedVm};
 use crate::files::HostFiles;
 use crate::model::types::VmRecord;
@@ -20,6 +21,9 @@ use vmtide_hypervisor::{JobId, Result};
 /// The extensions of the files that a VM's configuration and its guest's state lie in.
 const CONFIGURATION: [&str; 4] = ["vmcx", "vmrs", "vmgs", "xml"];
 
+/// The directories that a host makes in that of a VM.
+const OF_HOST: [&str; 2] = ["Virtual Machines", "Snapshots"];
+
 /// What was undone.
 #[derive(Debug, Default)]
 pub(super) struct Undone {
@@ -27,6 +31,8 @@ pub(super) struct Undone {
     pub removed: Vec<String>,
     /// What was left because somebody uses it, one line each.
     pub left: Vec<String>,
+    /// The VM is complete under its name: it was kept.
+    pub is_complete: bool,
 }
 
 /// Undoes the steps of `job`.
@@ -39,8 +45,8 @@ pub(super) fn undo(
     job: &JobId,
     steps: &[Step],
 ) -> Result<Undone> {
-    let mut undone = Undone::default();
     let complete = complete(management, job, steps)?;
+    let mut undone = Undone { is_complete: complete.is_some(), ..Undone::default() };
     if complete.is_none() {
         undone.removed = remove_systems(management, job, steps)?;
     }
@@ -78,10 +84,15 @@ pub(super) fn remove_systems(
     }
     // After an import the disks are those of the original, until they are changed.
     for planned in management.planned()? {
-        if planned.settings.name == name
-            || is_known(&planned, steps)
-            || is_import(management, &planned, steps)?
-        {
+        // Another job keeps the same id, and has got further.
+        let is_others = planned.settings.name != name && is_temporary_name(&planned.settings.name);
+        let is_ours = planned.settings.name == name
+            || match given_up_at(steps) {
+                // Later somebody may import the VM by other means: its id and its disks prove nothing then.
+                Some(_) => comes_from_import(&planned, steps),
+                None => is_known(&planned, steps) || is_import(management, &planned, steps)?,
+            };
+        if is_ours && !is_others {
             management
                 .destroy(&planned.system(), &format!("the planned VM {}", planned.settings.name))?;
             removed.push(format!("the planned VM {}", planned.settings.name));
@@ -93,6 +104,16 @@ pub(super) fn remove_systems(
 /// Whether its id was written down as ours.
 fn is_known(planned: &PlannedVm, steps: &[Step]) -> bool {
     steps.iter().any(|step| matches!(step, Step::System { id } if *id == planned.settings.vm))
+}
+
+/// Whether its configuration lies where we imported from, which was a directory of our own.
+fn comes_from_import(planned: &PlannedVm, steps: &[Step]) -> bool {
+    steps.iter().any(|step| match step {
+        Step::Import { before, directory, .. } => {
+            !before.contains(&planned.settings.vm) && planned.comes_from(directory)
+        }
+        _ => false,
+    })
 }
 
 /// Whether it came of our import and was not renamed yet: it was not there before, and has the id we kept,
@@ -127,7 +148,9 @@ fn remove_files(
     let in_use = used_files(management)?;
     let is_configuration = |path: &str| complete.is_some_and(|vm| may_be_configuration(vm, path));
     let mut failed = None;
-    for step in steps.iter().rev() {
+    // A later restore may have made files of the same names since.
+    let is_late = given_up_at(steps).is_some();
+    for step in steps.iter().rev().filter(|_| !is_late) {
         let Step::File { path, temporary } = step else { continue };
         if complete.is_some() && !temporary {
             continue;
@@ -146,8 +169,12 @@ fn remove_files(
         if complete.is_some() && !temporary {
             continue;
         }
-        if let Err(error) = files.remove_directory(path) {
-            failed = failed.or(Some(error));
+        // Those that the host has made in it by itself; none is removed that is not empty.
+        let of_host = OF_HOST.iter().filter(|_| complete.is_none()).map(|name| join(path, name));
+        for path in of_host.chain([path.clone()]) {
+            if let Err(error) = files.remove_directory(&path) {
+                failed = failed.or(Some(error));
+            }
         }
     }
     failed.map_or(Ok(()), Err)

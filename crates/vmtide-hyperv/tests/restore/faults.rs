@@ -143,3 +143,29 @@ fn what_somebody_uses_by_now_is_left() {
     assert!(report.removed.iter().any(|line| line.contains("was left")), "{report:?}");
     assert!(fake.inventory().iter().any(|line| line.contains(path)), "{:?}", fake.inventory());
 }
+
+#[test]
+fn a_vm_that_is_complete_is_not_told_to_have_failed() {
+    let system = web();
+    let config = config_of(&system, &origin(&system));
+    for route in [RestoreRoute::Exact, RestoreRoute::Portable] {
+        let (fake, state) = (target(&system), tempfile::tempdir().unwrap());
+        restore(&restorer(&fake, state.path()), &request(&config, "web", route)).unwrap();
+        let naming = {
+            let log = &fake.0.lock().log;
+            log.iter().rposition(|call| call == "ModifySystemSettings").unwrap() + 1
+        };
+        // The answer to giving it its name is lost, and so is the look whether it has it.
+        let (fake, state) = (target(&system), tempfile::tempdir().unwrap());
+        fake.change(|state| {
+            state.fault = Some((naming, Fault::Lost));
+            state.fault_again = Some((naming + 1, Fault::Refused));
+        });
+        let restorer = restorer(&fake, state.path());
+        let done = restore(&restorer, &request(&config, "web", route)).unwrap();
+        assert!(done.warnings.iter().any(|one| one.contains("was lost")), "{:?}", done.warnings);
+        assert_disks(&fake, &config, Uuid::parse_str(&done.id).unwrap());
+        assert!(!fake.inventory().iter().any(|line| line.contains("INCOMPLETE")));
+        assert_eq!(restorer.reap_restores().unwrap(), vmtide_hypervisor::ReapReport::default());
+    }
+}

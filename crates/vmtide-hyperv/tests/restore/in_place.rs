@@ -57,6 +57,7 @@ fn request(name: &str) -> InPlaceRequest {
             data_bytes: None,
             tracking: Some(tracking()),
         }],
+        into_other_vm: false,
         known_tracking: vec![tracking()],
         cancel: CancelToken::new(),
     }

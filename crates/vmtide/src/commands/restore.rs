@@ -14,8 +14,8 @@ const EXAMPLES: &str = "\
 TARGET is a file (one disk), a directory (a file VM-DISK.FORMAT for each disk and vm-config.json), a
 block device, an NBD export (nbd://HOST/EXPORT, nbd+unix:///EXPORT?socket=PATH), a disk of a host
 where `vmtide agent` runs (agent+https://HOST/PATH), which is made where it is not there, or a whole VM on
-a Hyper-V host (hyperv+winrm://HOST/NAME, or hyperv://HOST/NAME with an agent there), also of a VM of
-another platform. Without NAME it has the one it had.
+a Hyper-V host (hyperv+winrm://HOST/NAME, hyperv://HOST/NAME with an agent there, or hyperv:///NAME where
+vmtide runs on the host), also of a VM of another platform. Without NAME it has the one it had.
 
 A new file has its name only when it is complete, and so has a VM. Files are sparse.
 
@@ -32,7 +32,9 @@ Examples:
   vmtide restore web@latest -r /backup --to hyperv+winrm://hv1/web                as it was
   vmtide restore web@latest -r /backup --to hyperv+winrm://hv1/web-test --new-id \\
       --directory 'D:\\VMs' --network-map LAN=Lab --power-on                       a copy, to look at
-  vmtide restore web@latest -r /backup --to hyperv+winrm://hv1/web --in-place     only what differs";
+  vmtide restore web@latest -r /backup --to hyperv+winrm://hv1/web --in-place     only what differs
+  vmtide restore web@latest -r /backup --to hyperv+winrm://hv1/web-test --in-place --into-other-vm
+                                                              refresh a test copy; what it holds is lost";
 
 /// The options of `restore`.
 #[derive(Debug, Args)]

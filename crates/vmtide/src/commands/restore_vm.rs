@@ -42,6 +42,10 @@ pub struct RestoreVmArgs {
     /// Read back what was written and compare it, before the VM is made of it
     #[arg(long)]
     verify: bool,
+    /// With --in-place: OVERWRITE the disks of another VM than the restore point's, or disks that have
+    /// been exchanged since, place by place; to refresh a test copy. What they hold is lost
+    #[arg(long, requires = "in_place")]
+    into_other_vm: bool,
     /// Start the VM when it is complete
     #[arg(long)]
     power_on: bool,
@@ -73,6 +77,7 @@ impl RestoreVmArgs {
             || !self.network_map.is_empty()
             || self.generation.is_some()
             || self.verify
+            || self.into_other_vm
             || self.power_on
     }
 
@@ -131,10 +136,12 @@ pub fn run(app: &App, args: &RestoreArgs) -> Result<Exit> {
     if args.in_place {
         args.vm.check_in_place()?;
     }
+    let job = app.begin_job()?;
     let options = VmTargetOptions {
         hyperv: app.global.hyperv.options(&args.to)?,
         agent: app.global.agents.options(&args.to)?,
         state_directory: app.state_directory(),
+        cancel: job.cancel().clone(),
     };
     let target = vmtide_engine::open_vm_target(&args.to, &options)?;
     let repository = repository::open(app)?;
@@ -142,10 +149,12 @@ pub fn run(app: &App, args: &RestoreArgs) -> Result<Exit> {
     let _lease = repository.lease(vmtide_repo::Purpose::Read)?;
     let point = resolve(&repository, &args.point)?;
     let to = match args.in_place {
-        true => VmTarget::InPlace(target.name.unwrap_or_else(|| point.vm.clone())),
+        true => VmTarget::InPlace {
+            vm: target.name.unwrap_or_else(|| point.vm.clone()),
+            into_other_vm: args.vm.into_other_vm,
+        },
         false => VmTarget::New(args.vm.new_vm(target.name)),
     };
-    let job = app.begin_job()?;
     let restore_job = RestoreVmJob {
         repository: &repository,
         point: &point,

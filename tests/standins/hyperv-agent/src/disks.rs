@@ -4,10 +4,10 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use vmtide_agent::provider::{
-    ChangePage, DiskInfo, DiskProvider, FrozenDisks, NewDisk, ProviderError, Result, TrackingState,
-    of_this_host,
+    ChangePage, DiskInfo, DiskProvider, FrozenDisks, NewDisk, OpenDisks, ProviderError, Result,
+    TrackingState, of_this_host,
 };
-use vmtide_block::{BlockDevice, ByteRange, WritableBlockDevice};
+use vmtide_block::{BlockDevice, ByteRange, CancelToken, WritableBlockDevice};
 use vmtide_hyperv::{ChangesError, HostFiles};
 use vmtide_standin_hyperv_host::World;
 
@@ -78,8 +78,12 @@ impl DiskProvider for HostDisks {
         self.files.open_writable(path)
     }
 
-    fn create(&self, path: &Path, disk: &NewDisk) -> Result<()> {
-        self.files.create(path, disk)
+    fn create(&self, path: &Path, disk: &NewDisk, cancel: &CancelToken) -> Result<()> {
+        self.files.create(path, disk, cancel)
+    }
+
+    fn open_disks(&self) -> OpenDisks {
+        self.files.open_disks()
     }
 
     fn freeze(&self, paths: &[PathBuf]) -> Result<Box<dyn FrozenDisks>> {

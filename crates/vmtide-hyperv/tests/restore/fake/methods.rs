@@ -241,7 +241,10 @@ fn add(state: &mut State, settings: &ObjectPath, resource: CimInstance) -> Resul
                 && files.iter().all(|file| is_closed_disk(state, file))
         }
         (SYNTHETIC, 10) => parent.is_none(),
-        (CONNECTION, 33) => matches!(parent_kind(state), Some(10)) && has_switch(state, &resource),
+        (CONNECTION, 33) => {
+            let is_off = resource.number::<u16>("EnabledState") == Ok(3);
+            matches!(parent_kind(state), Some(10)) && (is_off || has_switch(state, &resource))
+        }
         _ => false,
     };
     if !fits {

@@ -61,6 +61,8 @@ pub struct State {
     pub manners: Manners,
     pub calls: usize,
     pub fault: Option<(usize, Fault)>,
+    /// A second one.
+    pub fault_again: Option<(usize, Fault)>,
     pub dead: bool,
     pub space_bytes: u64,
     /// What was done, in words, for tests of order.
@@ -143,7 +145,8 @@ impl FakeHost {
             return Err(Fault::Dead);
         }
         state.calls += 1;
-        let fault = state.fault.filter(|(at, _)| *at == state.calls).map(|(_, fault)| fault);
+        let mut faults = [state.fault, state.fault_again].into_iter().flatten();
+        let fault = faults.find(|(at, _)| *at == state.calls).map(|(_, fault)| fault);
         state.log.push(what.to_owned());
         match fault {
             None => Ok(None),
