@@ -26,7 +26,7 @@ tests=("$@")
 
 mapfile -t built < <("$REPO_ROOT/scripts/build-windows.sh" -p vmtide -p vmtide-standin-virtdisk -p vmtide-capi)
 mapfile -t units < <("$REPO_ROOT/scripts/build-windows.sh" -p vmtide-windows-ffi -p vmtide-wmi-ffi -p vmtide-virtdisk-ffi \
-    -p vmtide-service-ffi -p vmtide-hyperv -p vmtide-agent --tests)
+    -p vmtide-service-ffi -p vmtide-hyperv --tests)
 [ "${#units[@]}" -gt 0 ] || die "the tests of the libraries were not built"
 
 # place DIRECTORY NAME…: what was built under these names, alone in a directory: Windows takes libraries from the
