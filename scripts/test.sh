@@ -173,6 +173,8 @@ part_lint() {
     check "clippy without warnings" cargo clippy --quiet --workspace --all-targets --locked -- -D warnings
     check "shellcheck" check_scripts
     check "Python compiles" check_python
+    ensure_cargo_tool cbindgen "checking the C header" || { failed 1 "cbindgen cannot be installed"; return; }
+    check "the C header is that of the code (cbindgen)" "$REPO_ROOT/scripts/check-c-header.py"
 }
 
 part_deny() {
