@@ -113,7 +113,7 @@ pub fn copy_device(
 }
 
 impl Copier<'_> {
-    /// Zeros first, then data as the source hands it over.
+    /// Zeros first, and room for the data; then the data as the source hands it over.
     fn copy_in_storage_order(&self, storage: &dyn StorageOrder) -> Result<()> {
         let spare: Mutex<Vec<Vec<u8>>> = Mutex::default();
         let present_bytes = if self.options.differing_only { MAX_PIECE_BYTES } else { 0 };
@@ -127,6 +127,8 @@ impl Copier<'_> {
                 if extent.kind.reads_as_zero() {
                     self.make_zero(extent.range, &mut present)?;
                     self.progress.add_done(extent.range.length);
+                } else if self.options.target_is_zero {
+                    self.target.expect_data(extent.range);
                 }
                 Ok(())
             })?;

@@ -93,6 +93,11 @@ pub trait WritableBlockDevice: BlockDevice {
     /// every byte and does not push out what others need. Only a hint; results are the same.
     fn expect_bulk_writes(&self) {}
 
+    /// Says that all of `range`, which reads as zeros now, will be written soon, from several threads. A device
+    /// may set aside room for it, so that the writers do not wait for each other while that is done. Called for
+    /// many ranges before the first write. Only a hint: what is then not written reads as zeros as before.
+    fn expect_data(&self, _range: ByteRange) {}
+
     /// Changes the size. New bytes read as zeros; bytes past a smaller size are gone.
     ///
     /// # Errors

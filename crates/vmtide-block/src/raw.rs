@@ -248,6 +248,14 @@ impl WritableBlockDevice for RawDevice {
         }
     }
 
+    fn expect_data(&self, range: ByteRange) {
+        if let Some(Some(direct)) = self.direct.get()
+            && self.check_write(range).is_ok()
+        {
+            direct.set_aside(range);
+        }
+    }
+
     fn write_zeroes(&self, range: ByteRange) -> Result<()> {
         self.check_write(range)?;
         if range.is_empty() || files::punch_hole(&self.file, range) {
