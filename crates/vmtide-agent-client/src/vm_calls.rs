@@ -78,9 +78,17 @@ pub(crate) fn health(transport: &Transport, vm: Option<&str>) -> Result<Vec<Heal
     Ok(list.checks.into_iter().take(MAX_CHECKS).map(clean).collect())
 }
 
-pub(crate) fn reap(transport: &Transport) -> Result<ReapReport> {
-    let request = Request::new(Method::POST, "/v1/vms/reap");
-    json(&transport.agent, &transport.document(&request, &CancelToken::new())?)
+/// Has the agent remove what killed jobs left, and with `orphans` what carries our name and no job of its knows; an
+/// older agent refuses that.
+pub(crate) fn reap(transport: &Transport, orphans: bool) -> Result<ReapReport> {
+    let target = if orphans { "/v1/vms/reap?orphans=true" } else { "/v1/vms/reap" };
+    let request = Request::new(Method::POST, target);
+    let mut report: ReapReport =
+        json(&transport.agent, &transport.document(&request, &CancelToken::new())?)?;
+    for line in report.removed.iter_mut().chain(&mut report.in_use).chain(&mut report.notes) {
+        *line = words(line);
+    }
+    Ok(report)
 }
 
 /// Why a VM was not frozen.

@@ -142,7 +142,14 @@ impl Hypervisor for AgentHypervisor {
 
     fn reap(&self) -> Result<ReapReport> {
         self.need_vms(&CancelToken::new())?;
-        vm_calls::reap(&self.client.shared().transport).map_err(|error| self.of_vm("*", error))
+        let report = vm_calls::reap(&self.client.shared().transport, false);
+        report.map_err(|error| self.of_vm("*", error))
+    }
+
+    fn reap_orphans(&self) -> Result<ReapReport> {
+        self.need_vms(&CancelToken::new())?;
+        let report = vm_calls::reap(&self.client.shared().transport, true);
+        report.map_err(|error| self.of_vm("*", error))
     }
 }
 

@@ -174,6 +174,7 @@ const OPERATIONS: &[Operation] = &[
     .gives(200, Answer::Json("HealthChecks")),
     operation("/v1/vms/reap", "post", "reap", "Removes what killed jobs left")
         .writes()
+        .query(&["orphans"])
         .gives(200, Answer::Json("ReapReport")),
     operation("/v1/vms/freezes", "get", "listVmFreezes", "The freezes of VMs of this key")
         .gives(200, Answer::Json("VmFreezes")),
@@ -563,7 +564,7 @@ fn add_vm_schemas(add: &mut impl FnMut(&str, Value) -> Option<Value>) {
     // What to do is left out where there is nothing to do.
     add("HealthCheck", wanted(&check));
     add("HealthChecks", object(&[("checks", list_of("HealthCheck"))]));
-    add("ReapReport", object(&[("removed", texts()), ("in_use", texts())]));
+    add("ReapReport", object(&[("removed", texts()), ("in_use", texts()), ("notes", texts())]));
     let base = [("disk", text()), ("tracking_id?", or_null("string")), ("size_bytes", integer())];
     add("VmBase", wanted(&base));
     add(

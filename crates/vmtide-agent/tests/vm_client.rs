@@ -92,6 +92,7 @@ fn a_vm_of_an_agent_is_a_vm_like_any_other() {
     assert!(matches!(hypervisor.reap(), Err(HypervisorError::Denied { .. })));
     let writer = AgentHypervisor::new(client(&agent, &agent.keys.writer));
     assert_eq!(writer.reap().unwrap().removed, ["a checkpoint"]);
+    assert_eq!(writer.reap_orphans().unwrap().removed, ["an orphan"]);
 
     let mut frozen = hypervisor.freeze(&request()).unwrap();
     assert_eq!(

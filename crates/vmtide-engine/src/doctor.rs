@@ -73,19 +73,32 @@ pub fn worst(checks: &[Check]) -> CheckStatus {
 /// # Errors
 /// None: what fails is among the checks.
 pub fn check_source(spec: &SourceSpec, options: &SourceOptions) -> Vec<Check> {
+    look_over(spec, options, false)
+}
+
+/// As [`check_source`], and removes as well what carries vmtide's name there and belongs to no job that is known here. The
+/// user vouches for it that no other installation of vmtide is at work.
+///
+/// # Errors
+/// None: what fails is among the checks.
+pub fn check_source_and_remove_orphans(spec: &SourceSpec, options: &SourceOptions) -> Vec<Check> {
+    look_over(spec, options, true)
+}
+
+fn look_over(spec: &SourceSpec, options: &SourceOptions, remove_orphans: bool) -> Vec<Check> {
     let mut findings = Findings::default();
     check_state_directory(&mut findings, &options.state_directory);
     match spec.open(options) {
         Ok(source) => {
             findings.ok("open", format!("{} can be opened", source.display));
-            check_open_source(&mut findings, &source);
+            check_open_source(&mut findings, &source, remove_orphans);
         }
         Err(error) => findings.fail("open", error.to_string(), advice_for(&error)),
     }
     findings.0
 }
 
-fn check_open_source(findings: &mut Findings, source: &OpenSource) {
+fn check_open_source(findings: &mut Findings, source: &OpenSource, remove_orphans: bool) {
     // Of a host without a VM, or with a pattern for several, only the platform's own findings tell.
     let one_vm = !source.vm.is_empty() && !source.vm.contains(['*', '?']);
     let examined = source.hypervisor.examine(one_vm.then_some(source.vm.as_str()));
@@ -108,7 +121,9 @@ fn check_open_source(findings: &mut Findings, source: &OpenSource) {
             }
         }
     }
-    match source.hypervisor.reap() {
+    let hypervisor = &source.hypervisor;
+    let report = if remove_orphans { hypervisor.reap_orphans() } else { hypervisor.reap() };
+    match report {
         Ok(report) => {
             for what in &report.removed {
                 findings.warn(
@@ -120,7 +135,10 @@ fn check_open_source(findings: &mut Findings, source: &OpenSource) {
             for what in &report.in_use {
                 findings.ok("jobs", format!("another job is at work: {what}"));
             }
-            if report.removed.is_empty() {
+            for what in &report.notes {
+                findings.warn("leftovers", what.clone(), "see what it says");
+            }
+            if report.removed.is_empty() && report.notes.is_empty() {
                 findings.ok("leftovers", "nothing left by killed jobs");
             }
         }

@@ -10,30 +10,30 @@
     reason = "a test that panics has failed, and its disks are small"
 )]
 
+#[path = "../../vmtide-hyperv/tests/support/host.rs"]
+#[allow(dead_code, reason = "shared with the tests of the cycle, which use all of it")]
+mod host;
 #[allow(dead_code, reason = "shared by test programs that each use a part of it")]
 mod support;
-#[path = "../../vmtide-hyperv/tests/support/world.rs"]
-#[allow(dead_code, reason = "shared with the tests of the cycle, which use all of it")]
-mod world;
 
+use host::TestHost;
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use support::TestRepository;
 use vmtide_block::{BlockDevice, CancelToken, Progress};
+use vmtide_cim::CimValue;
 use vmtide_engine::{
     BackupJob, BackupSummary, JobContext, LevelChoice, Limits, Result, Silent, backup, run_limited,
 };
-use vmtide_hyperv::{Host, HostOptions, HypervHypervisor, HypervOptions};
+use vmtide_hyperv::{HypervHypervisor, HypervOptions};
 use vmtide_hypervisor::{Hypervisor, VmSelector};
 use vmtide_repo::{BackupOptions, Level};
-use world::World;
+use vmtide_standin_hyperv_host::VmSpec;
 
 const SIZE: usize = 256 * 1024;
 
-fn hypervisor(world: &World, state: &std::path::Path) -> HypervHypervisor {
-    let options = HostOptions { clock: Arc::new(world.clone()), ..HostOptions::default() };
-    let host = Host::new(Arc::new(world.clone()), options);
-    HypervHypervisor::new(host, Arc::new(world.clone()), HypervOptions::new(state))
+fn hypervisor(world: &TestHost, state: &std::path::Path) -> HypervHypervisor {
+    let (host, files) = world.connect();
+    HypervHypervisor::new(host, files, HypervOptions::new(state))
 }
 
 fn run(
@@ -63,23 +63,23 @@ fn run(
 }
 
 /// The newest restore point of a name is what the disks of the VM hold.
-fn assert_restores(repository: &TestRepository, world: &World, vm: usize) {
-    let state = world.0.lock();
-    let vm = &state.vms[vm];
-    let point = repository.repository.latest(&vm.name).unwrap().unwrap();
-    assert_eq!(point.disks.len(), vm.disks.len());
-    for disk in &vm.disks {
-        let id = format!("scsi0:{}", disk.location);
+fn assert_restores(repository: &TestRepository, world: &TestHost, vm: usize) {
+    let name = world.world().setting(world.id(vm), "ElementName").unwrap();
+    let name = name.as_str().unwrap();
+    let point = repository.repository.latest(name).unwrap().unwrap();
+    assert_eq!(point.disks.len(), world.disks(vm));
+    for disk in 0..world.disks(vm) {
+        let id = format!("scsi0:{}", world.location(vm, disk));
         let device = repository.repository.open_disk(&point, &id).unwrap();
-        let mut bytes = vec![0; disk.data.len()];
+        let mut bytes = vec![0; world.size(vm, disk)];
         device.read_at(&mut bytes, 0).unwrap();
-        assert!(bytes == disk.data, "{} {id}", vm.name);
+        assert!(bytes == world.data(vm, disk), "{name} {id}");
     }
 }
 
 #[test]
 fn a_line_of_restore_points_goes_by_the_vm_and_its_disks() {
-    let (repository, world) = (TestRepository::new(), World::new());
+    let (repository, world) = (TestRepository::new(), TestHost::new());
     let state = tempfile::tempdir().unwrap();
     let id = world.add_vm("web", &[SIZE, 2 * SIZE]).to_string();
     world.write(0, 0, 1000, &[1; 50_000]);
@@ -88,22 +88,12 @@ fn a_line_of_restore_points_goes_by_the_vm_and_its_disks() {
     assert_eq!((first.level, first.consistency.as_str()), (Level::Full, "app"));
     assert_eq!(first.warnings, Vec::<String>::new());
     // The restore point has the id of the reference point, which came after all was read.
-    assert!(
-        first.disks[0]
-            .tracking
-            .id
-            .as_ref()
-            .unwrap()
-            .contains(&world.points(0)[0].replace('\\', r"\\"))
-    );
+    let tracking = first.disks[0].tracking.id.as_ref().unwrap().to_lowercase();
+    assert!(tracking.contains(&world.points(0)[0]), "{tracking}");
     assert_restores(&repository, &world, 0);
     // It is renamed, and its disks trade places.
-    {
-        let mut state = world.0.lock();
-        state.vms[0].name = "shop".into();
-        state.vms[0].disks[0].location = 1;
-        state.vms[0].disks[1].location = 0;
-    }
+    world.world().rename(world.id(0), "shop");
+    world.swap(0, 0, 1);
     world.write(0, 1, 300_000, &[2; 100]);
     let second = run(&repository, &hypervisor, &id, LevelChoice::Auto).unwrap();
     assert_eq!((second.level, second.vm.as_str()), (Level::Incremental, "shop"));
@@ -114,7 +104,8 @@ fn a_line_of_restore_points_goes_by_the_vm_and_its_disks() {
     assert!(read <= 3 * 65_536, "{read}");
     assert_restores(&repository, &world, 0);
     // Another VM gets the old name: it has no base, and leaves the first one's alone.
-    world.add_vm("web", &[SIZE]);
+    let directory = r"C:\VMs\another".to_owned();
+    world.add(&VmSpec { directory, ..VmSpec::new("web", &[SIZE as u64]) });
     let third = run(&repository, &hypervisor, "web", LevelChoice::Auto).unwrap();
     assert_eq!(third.level, Level::Full);
     assert_restores(&repository, &world, 1);
@@ -129,13 +120,13 @@ fn a_line_of_restore_points_goes_by_the_vm_and_its_disks() {
 #[test]
 fn fifty_vms_four_at_a_time_stay_in_their_memory() {
     const VMS: usize = 50;
-    let (repository, world) = (TestRepository::new(), World::new());
+    let (repository, world) = (TestRepository::new(), TestHost::new());
     let state = tempfile::tempdir().unwrap();
     for n in 0..VMS {
         world.add_vm(&format!("vm{n:02}"), &[SIZE, SIZE]);
         world.write(n, 0, n * 100, &vec![n as u8 + 1; 60_000]);
     }
-    world.0.lock().vms[7].notes = "vmtide:tag=gold".into();
+    world.world().set(world.id(7), "Notes", CimValue::strings(["vmtide:tag=gold"]));
     let hypervisor = hypervisor(&world, state.path());
     let selector: VmSelector = "vm*".parse().unwrap();
     for (round, level) in [Level::Full, Level::Incremental].into_iter().enumerate() {

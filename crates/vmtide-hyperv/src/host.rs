@@ -98,6 +98,7 @@ struct Inner {
     /// The singletons whose methods are called, by class. Their paths hold the host's name and do not change.
     services: Mutex<HashMap<String, ObjectPath>>,
     os_version: OnceLock<Option<String>>,
+    identity: OnceLock<String>,
 }
 
 impl fmt::Debug for Host {
@@ -115,6 +116,7 @@ impl Host {
                 options,
                 services: Mutex::default(),
                 os_version: OnceLock::new(),
+                identity: OnceLock::new(),
             }),
         }
     }
@@ -184,6 +186,17 @@ impl Host {
         let path = path_of(instance, &SERVICE_KEYS)?;
         known().insert(class.to_owned(), path.clone());
         Ok(path)
+    }
+
+    /// The name that the host gives itself, in lower case: the same whatever address it is called by, and another on every
+    /// node of a cluster. None where it does not tell.
+    pub(crate) fn identity(&self) -> Option<String> {
+        if let Some(known) = self.inner.identity.get() {
+            return Some(known.clone());
+        }
+        let service = self.service("Msvm_VirtualSystemSnapshotService").ok()?;
+        let name = service.key("SystemName").filter(|name| !name.is_empty())?.to_lowercase();
+        Some(self.inner.identity.get_or_init(|| name).clone())
     }
 
     /// The version of the host's Windows, e.g. `10.0.20348`; none where this user may not see it. Asked once.

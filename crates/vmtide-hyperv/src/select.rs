@@ -1,8 +1,7 @@
 //! Tags of VMs. Hyper-V has no field for them that every administrator can set; the notes of a VM (`Set-VM -Notes`, or
 //! its settings in Hyper-V Manager) are one: a line `vmtide:tag=nightly` in them, or several tags with commas.
 
-use crate::VmRecord;
-use vmtide_hypervisor::VmSelector;
+use vmtide_cim::CimInstance;
 
 /// What a line of the notes that is meant for vmtide begins with.
 const LINE: &str = "vmtide:tag=";
@@ -10,14 +9,9 @@ const LINE: &str = "vmtide:tag=";
 /// The most tags that are read of one VM.
 const MAX_TAGS: usize = 256;
 
-/// Whether a selection means the VM.
-pub(crate) fn matches(selector: &VmSelector, vm: &VmRecord) -> bool {
-    selector.matches(&vm.name, Some(&vm.id.to_string()), &tags_of(vm))
-}
-
-/// The tags in a VM's notes.
-fn tags_of(vm: &VmRecord) -> Vec<String> {
-    let notes = vm.settings.instance.texts("Notes").unwrap_or_default();
+/// The tags in the notes of a VM with these settings.
+pub(crate) fn tags_of(settings: &CimInstance) -> Vec<String> {
+    let notes = settings.texts("Notes").unwrap_or_default();
     tags_in(notes.iter().flat_map(|text| text.lines()))
 }
 

@@ -14,14 +14,14 @@
 mod support;
 
 use support::driver::{Machine, point_of};
-use support::world::{Cut, World};
+use support::host::{Cut, TestHost};
 use vmtide_hypervisor::Hypervisor;
 
 const SIZE: usize = 16 * 1024;
 
 /// A host with one VM that has been backed up once and written to since, and things of another product.
-fn prepared() -> (World, Machine) {
-    let world = World::new();
+fn prepared() -> (TestHost, Machine) {
+    let world = TestHost::new();
     world.add_vm("web", &[SIZE, 2 * SIZE]);
     world.add_foreign(0);
     world.write(0, 0, 0, b"before the first backup");
@@ -33,7 +33,7 @@ fn prepared() -> (World, Machine) {
 
 /// What must hold after a backup that was cut short somehow, when time has passed and the next one has run. Answers whether
 /// a checkpoint was left of which nothing proves whose it is.
-fn assert_recovers(world: &World, machine: &mut Machine, what: &str) -> bool {
+fn assert_recovers(world: &TestHost, machine: &mut Machine, what: &str) -> bool {
     let foreign = world.points(0).first().cloned().unwrap();
     assert!(machine.base_is_alive(0), "{what}: the base was destroyed early");
     world.cut(None);
@@ -47,8 +47,8 @@ fn assert_recovers(world: &World, machine: &mut Machine, what: &str) -> bool {
     let outcome = machine.backup("web").unwrap_or_else(|error| panic!("{what}: {error}"));
     assert_eq!(outcome.full.is_empty(), had_base, "{what}: the base was lost: {:?}", outcome.full);
     let last = machine.points.last().unwrap();
-    for (stored, disk) in last.disks.values().zip(&world.0.lock().vms[0].disks) {
-        assert!(stored.bytes == disk.data, "{what}: the restore point is not the disk");
+    for (disk, stored) in last.disks.values().enumerate() {
+        assert!(stored.bytes == world.data(0, disk), "{what}: the restore point is not the disk");
     }
     let mut needed: Vec<_> =
         last.disks.values().map(|disk| point_of(disk.tracking.as_ref().unwrap())).collect();
@@ -66,14 +66,14 @@ fn assert_recovers(world: &World, machine: &mut Machine, what: &str) -> bool {
 
 /// Whether a killed job left a checkpoint of which nothing tells that it is ours: it is left alone and named, and the
 /// administrator removes it.
-fn is_left_in_doubt(world: &World, machine: &Machine, what: &str) -> bool {
+fn is_left_in_doubt(world: &TestHost, machine: &Machine, what: &str) -> bool {
     if world.nameless(0).is_empty() {
         return false;
     }
     let report = machine.hypervisor().reap().unwrap();
     let Some(name) = world.nameless(0).pop() else { return false };
     let told = |line: &String| line.contains(&name) && line.contains("may be another program's");
-    assert!(report.in_use.iter().any(told), "{what}: {report:?}");
+    assert!(report.notes.iter().any(told), "{what}: {report:?}");
     assert_eq!(machine.state_files("journal").len(), 1, "{what}");
     world.remove_nameless(0);
     world.pass(10_000);
@@ -189,14 +189,14 @@ fn the_reaping_itself_may_be_killed_at_any_call() {
 fn a_point_that_nothing_proves_to_be_ours_is_left_alone_and_named() {
     // Over the network the files do not tell the ids that they were sealed under.
     let (world, mut machine) = prepared();
-    world.0.lock().faults.no_most_recent = true;
+    world.set_agentless(true);
     world.cut(None);
     machine.backup("web").unwrap();
     let calls = world.calls();
     let mut left = 0;
     for call in 1..=calls {
         let (world, mut machine) = prepared();
-        world.0.lock().faults.no_most_recent = true;
+        world.set_agentless(true);
         world.cut(Some(Cut::DieAfter(call)));
         let _ = machine.backup("web");
         world.cut(None);
@@ -209,6 +209,20 @@ fn a_point_that_nothing_proves_to_be_ours_is_left_alone_and_named() {
         let (named, points) = (named.count(), world.points(0).len());
         assert_eq!(points, 2 + named, "killed after {call} of {calls}: {:?}", outcome.warnings);
         left += named;
+        if named > 0 {
+            // Backups say it once, and who looks after the host is told until it is gone.
+            let outcome = machine.backup("web").unwrap();
+            let says =
+                |lines: &[String]| lines.iter().any(|line| line.contains("another program's"));
+            assert!(!says(&outcome.warnings), "{:?}", outcome.warnings);
+            assert_eq!(machine.state_files("journal").len(), 1);
+            let report = machine.hypervisor().reap().unwrap();
+            assert!(says(&report.notes), "{report:?}");
+            let doubtful = world.points(0).remove(1);
+            world.remove_point(0, &doubtful);
+            assert_eq!(machine.hypervisor().reap().unwrap().notes, Vec::<String>::new());
+            assert_eq!(machine.state_files("journal"), Vec::<String>::new(), "after {call}");
+        }
     }
     assert!((1..10).contains(&left), "{left} of {calls}");
 }

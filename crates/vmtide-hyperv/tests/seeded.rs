@@ -1,6 +1,7 @@
 //! Seeded runs of the cycle: a VM lives its life, writes, changes its disks and its name, the host misbehaves in every way
-//! the stand-in knows, and jobs are killed, lose answers and find the repository full. After each backup everything that
-//! must hold is looked at.
+//! the stand-in knows, and jobs are killed, lose answers and find the repository full. Its disks are VHDX chains. Each restore
+//! point is compared byte by byte with what the guest had written, and after each backup everything that must hold is
+//! looked at.
 //!
 //! 300 runs are part of the tests. All 10,000:
 //! `cargo test -p vmtide-hyperv --release --test seeded -- --ignored`, from another seed with `VMTIDE_SEED=N`.
@@ -20,9 +21,9 @@ mod support;
 use std::sync::Arc;
 use support::Random;
 use support::driver::{Machine, hypervisor, point_of};
-use support::world::{Cut, Faults, World, guest_write};
-use vmtide_hyperv::ChangesError;
-use vmtide_hypervisor::{Changes, Hypervisor};
+use support::host::{Cut, TestHost, options};
+use vmtide_hypervisor::{Changes, DiskId, Hypervisor};
+use vmtide_standin_hyperv_host::{ChangesFault, Faults, PointIds, WorldOptions};
 
 const SIZE: usize = 16 * 1024;
 
@@ -35,137 +36,158 @@ struct Met {
     incremental: usize,
     full: usize,
     without_base: usize,
+    reverted: usize,
+    /// Checkpoints and reference points of which nothing proved whose they are.
     doubtful: usize,
+    doubtful_points: usize,
 }
 
 /// Something the host does wrong, or nothing.
 fn any_faults(random: &mut Random) -> Faults {
-    let mut faults =
-        Faults { merge_ms: [0, 500, 3000, 20_000][random.below(4)], ..Faults::default() };
-    faults.unnamed = random.once_in(4);
-    faults.job_warns = random.once_in(5);
-    faults.over_report = random.once_in(5);
-    faults.page_ranges = random.once_in(3).then(|| 1 + random.below(3));
-    match random.below(16) {
-        0 => faults.changes = Some(ChangesError::UnknownId("0xC03A0029".into())),
-        1 => faults.changes = Some(ChangesError::NotTracked("0xC03A002A".into())),
-        2 => faults.changes = Some(ChangesError::Failed("0xC03A0030".into())),
-        3 => faults.no_progress = true,
-        4 => faults.no_ids = true,
-        5 => faults.fewer_ids = true,
+    let merge_ms = Some([0, 500, 3000, 20_000][random.below(4)]);
+    let mut faults = Faults { merge_ms, ..Faults::default() };
+    faults.nothing_named = random.once_in(4);
+    faults.job_warnings = random.once_in(5);
+    faults.over_report_bytes = random.once_in(5).then_some(4096);
+    faults.changes_page = random.once_in(3).then(|| 1 + random.below(3));
+    faults.foreign_at_refusal = random.once_in(10);
+    faults.disk_at_checkpoint = random.once_in(20);
+    match random.below(28) {
+        0 => faults.changes = Some(ChangesFault::InvalidId),
+        1 => faults.changes = Some(ChangesFault::Disabled),
+        2 => faults.changes = Some(ChangesFault::Missing),
+        3 => faults.changes = Some(ChangesFault::NothingProcessed),
+        4 => faults.point_ids = PointIds::Empty,
+        5 => faults.point_ids = PointIds::Shorter,
         6 => faults.point_kind = Some(1),
-        7 => faults.convert_code = Some(32775),
+        7 => faults.conversion_code = Some(32775),
         8 => faults.vss_fails = true,
         9 => faults.point_consistency = Some(2),
         10 => faults.sharing_violation = true,
-        11 => faults.points_stick = true,
-        12 => faults.create_code = Some(32768),
-        13 => faults.job_vanishes = true,
+        11 => faults.point_destruction_code = Some(32775),
+        12 => faults.creation_code = Some(32768),
+        13 => faults.jobs_vanish = true,
         14 => faults.skipped_disk = Some(random.below(3)),
+        15 => faults.unsorted_ranges = true,
+        16 => faults.ranges_outside = true,
+        17 => faults.conversion_job = Some(32768),
+        18 => faults.synchronous = true,
+        19 => faults.affected_without_effect = true,
+        20 => faults.creation_job = Some(32768),
+        21 => faults.point_ids = PointIds::Blank,
+        22 => faults.most_recent_differs = true,
+        23 => {
+            let methods = ["CreateSnapshot", "ConvertToReferencePoint", "DestroyReferencePoint"];
+            faults.lost_answer = Some((methods[random.below(3)].into(), random.once_in(2)));
+        }
         _ => {}
     }
     faults
 }
 
 /// Something that happens to a VM between two backups.
-fn any_event(world: &World, random: &mut Random, short_ids: bool) {
-    let mut state = world.0.lock();
-    state.faults.short_point_ids = short_ids;
-    let vm = &mut state.vms[0];
-    match random.below(12) {
-        0 => vm.name = format!("vm{}", random.below(1000)),
-        1 => {
-            // Disks trade places.
-            let (a, b) = (random.below(vm.disks.len()), random.below(vm.disks.len()));
-            let location = vm.disks[a].location;
-            vm.disks[a].location = vm.disks[b].location;
-            vm.disks[b].location = location;
-        }
+fn any_event(host: &TestHost, random: &mut Random, met: &mut Met) {
+    let (world, vm) = (host.world(), host.id(0));
+    let disks = host.disks(0);
+    let of_users = || -> Vec<_> {
+        let all = world.snapshots(vm).into_iter();
+        all.filter(|(_, _, recovery)| !recovery).map(|(id, _, _)| id).collect()
+    };
+    match random.below(20) {
+        0 => world.rename(vm, &format!("vm{}", random.below(1000))),
+        1 => host.swap(0, random.below(disks), random.below(disks)),
         2 => {
-            let disk = random.below(vm.disks.len());
-            let size = vm.disks[disk].data.len() + 4096;
-            vm.disks[disk].data.resize(size, 0xee);
+            let disk = random.below(disks);
+            world.resize(vm, disk, host.size(0, disk) as u64 + 4096);
         }
-        3 if vm.disks.len() < 4 => {
+        3 if disks < 4 => {
             let location = 20 + random.below(20) as u32;
-            let free = vm.disks.iter().all(|disk| disk.location != location);
-            drop(state);
-            if free {
-                world.add_disk(0, location, SIZE);
+            if (0..disks).all(|disk| host.location(0, disk) != location) {
+                host.add_disk(0, location, SIZE);
             }
         }
+        4 if disks > 1 => world.detach(vm, random.below(disks)),
+        5 | 6 if of_users().len() < 3 => {
+            host.pass(60_000);
+            let _ = world.user_checkpoint(vm);
+        }
+        7 => {
+            if let Some(id) = of_users().pop() {
+                world.remove_checkpoint(id);
+            }
+        }
+        8..=10 => {
+            let all = of_users();
+            // Only where no backup holds the VM, and nothing is being merged.
+            host.pass(60_000);
+            if !all.is_empty() && world.snapshots(vm).iter().all(|(_, _, recovery)| !recovery) {
+                world.revert(all[random.below(all.len())]);
+                met.reverted += 1;
+            }
+        }
+        11 => {
+            world.set_running(vm, false);
+            world.set_running(vm, true);
+        }
+        12 => world.crash(),
+        13 => world.live_migrate(vm),
+        14 => world.configure(|options| options.short_point_ids = true),
         _ => {}
     }
 }
 
-fn write_some(world: &World, random: &mut Random) {
-    let mut state = world.0.lock();
+fn write_some(host: &TestHost, random: &mut Random) {
     for _ in 0..random.below(6) {
-        let vm = &mut state.vms[0];
-        let disk = random.below(vm.disks.len());
-        let offset = random.below(vm.disks[disk].data.len() - 600);
+        let disk = random.below(host.disks(0));
+        let offset = random.below(host.size(0, disk) - 600);
         let bytes = vec![random.next() as u8; 1 + random.below(600)];
-        guest_write(vm, disk, offset, &bytes);
+        host.write(0, disk, offset, &bytes);
     }
 }
 
 /// A guest that goes on writing while it is backed up.
-fn busy_guest(seed: u64) -> Box<dyn FnMut(&mut Vec<support::world::Vm>) + Send> {
+fn busy_guest(seed: u64) -> Box<dyn FnMut(&TestHost) + Send> {
     let mut random = Random(seed);
-    Box::new(move |vms| {
-        if random.once_in(3) {
-            let disk = random.below(vms[0].disks.len());
-            let offset = random.below(vms[0].disks[disk].data.len() - 8);
-            let bytes = random.next().to_le_bytes();
-            guest_write(&mut vms[0], disk, offset, &bytes);
+    Box::new(move |host| {
+        if random.once_in(10) {
+            let disk = random.below(host.disks(0));
+            let offset = random.below(host.size(0, disk) - 8);
+            host.write(0, disk, offset, &random.next().to_le_bytes());
         }
     })
 }
 
 /// The administrator removes a checkpoint of which nothing tells that it is ours, where vmtide has told of it.
-fn clear_doubt(world: &World, machine: &Machine, met: &mut Met) {
-    if world.nameless(0).is_empty() {
+fn clear_doubt(host: &TestHost, machine: &Machine, met: &mut Met) {
+    if host.nameless(0).is_empty() {
         return;
     }
     let report = machine.hypervisor().reap();
-    if let (Some(name), Ok(report)) = (world.nameless(0).pop(), report) {
-        assert!(report.in_use.iter().any(|line| line.contains(&name)), "{report:?}");
+    if let (Some(name), Ok(report)) = (host.nameless(0).pop(), report) {
+        assert!(report.notes.iter().any(|line| line.contains(&name)), "{report:?}");
         met.doubtful += 1;
     }
-    world.remove_nameless(0);
-    world.pass(60_000);
+    host.remove_nameless(0);
+    host.pass(60_000);
 }
 
-fn one_backup(
-    world: &World,
-    machine: &mut Machine,
-    agentless: bool,
-    random: &mut Random,
-    met: &mut Met,
-) {
-    clear_doubt(world, machine, met);
-    world.0.lock().guest = Some(busy_guest(random.next()));
-    world.0.lock().faults = any_faults(random);
-    world.0.lock().faults.no_most_recent = agentless;
+fn one_backup(host: &TestHost, machine: &mut Machine, random: &mut Random, met: &mut Met) {
+    clear_doubt(host, machine, met);
+    host.set_guest(Some(busy_guest(random.next())));
+    host.set_faults(any_faults(random));
     machine.commit_fails = random.once_in(12);
     machine.killed_after_commit = random.once_in(15);
     machine.host_dies = random.once_in(3);
     machine.full = random.once_in(15);
     machine.allow_downgrade = !random.once_in(5);
-    let call = 1 + random.below(140) as u64;
-    // Without the ids of the frozen files or of the point, the reference point of a killed conversion cannot be told
-    // from another program's: that is another test.
-    let provable = {
-        let faults = &world.0.lock().faults;
-        !(agentless || faults.no_ids || faults.fewer_ids)
-    };
-    world.cut(match random.below(8) {
-        0 if provable => Some(Cut::DieBefore(call)),
-        1 if provable => Some(Cut::DieAfter(call)),
-        2 if provable => Some(Cut::LoseAnswer(call)),
+    let call = 1 + random.below(170) as u64;
+    host.cut(match random.below(8) {
+        0 => Some(Cut::DieBefore(call)),
+        1 => Some(Cut::DieAfter(call)),
+        2 => Some(Cut::LoseAnswer(call)),
         _ => None,
     });
-    let id = world.0.lock().vms[0].id.to_string();
+    let id = host.id(0).to_string();
     let had = machine.points.len();
     match machine.backup(&id) {
         Ok(outcome) if outcome.full.is_empty() => met.incremental += 1,
@@ -173,66 +195,94 @@ fn one_backup(
         Err(_) => met.failed += 1,
     }
     met.committed += machine.points.len() - had;
-    met.killed += usize::from(world.is_dead());
+    met.killed += usize::from(host.is_dead());
     assert!(machine.base_is_alive(0), "the base of the newest restore point is gone");
-    world.cut(None);
-    world.0.lock().guest = None;
+    host.cut(None);
+    host.set_guest(None);
 }
 
 /// A backup without any fault puts everything right.
-fn assert_all_is_right(world: &World, machine: &mut Machine, met: &mut Met) {
-    world.0.lock().faults = Faults { merge_ms: 1000, ..Faults::default() };
+fn assert_all_is_right(host: &TestHost, machine: &mut Machine, foreign: &[String], met: &mut Met) {
+    host.set_faults(Faults { merge_ms: Some(1000), ..Faults::default() });
     (machine.commit_fails, machine.killed_after_commit, machine.full) = (false, false, false);
     (machine.host_dies, machine.allow_downgrade) = (false, true);
-    let id = world.0.lock().vms[0].id.to_string();
-    clear_doubt(world, machine, met);
-    // A merge of a job that was killed may be under way.
-    world.pass(60_000);
+    let id = host.id(0).to_string();
+    // A job or a merge of a job that was killed may be under way.
+    host.pass(60_000);
+    clear_doubt(host, machine, met);
     let outcome = machine.backup(&id).unwrap();
     assert_eq!(outcome.left, Vec::<String>::new());
     met.without_base += usize::from(!outcome.full.is_empty());
     let newest = machine.points.last().unwrap();
-    for disk in &world.0.lock().vms[0].disks {
-        let id = vmtide_hypervisor::DiskId(format!("scsi0:{}", disk.location));
-        assert!(newest.disks[&id].bytes == disk.data, "the restore point is not the disk {id}");
+    assert_eq!(newest.disks.len(), host.disks(0));
+    for disk in 0..host.disks(0) {
+        let id = DiskId(format!("scsi0:{}", host.location(0, disk)));
+        assert!(newest.disks[&id].bytes == host.data(0, disk), "{id} is not what was written");
     }
-    let mut needed: Vec<_> =
-        newest.disks.values().map(|disk| point_of(disk.tracking.as_ref().unwrap())).collect();
+    let tokens = newest.disks.values().filter_map(|disk| disk.tracking.as_ref());
+    let mut needed: Vec<_> = tokens.map(point_of).collect();
+    assert_eq!(needed.len(), newest.disks.len(), "{:?}", outcome.warnings);
     needed.dedup();
-    let mut points = world.points(0);
-    let foreign =
-        points.iter().position(|point| !needed.contains(point)).map(|at| points.remove(at));
-    assert!(foreign.is_some(), "the other product's reference point is gone");
-    assert_eq!(points, needed, "reference points are left");
-    let leftovers = world.leftovers();
-    assert!(leftovers.len() == 1 && leftovers[0].ends_with("- Backup"), "{leftovers:?}");
-    world.pass(3600 * 1000);
-    machine.hypervisor().reap().unwrap();
-    assert_eq!(machine.state_files("journal"), Vec::<String>::new());
+    let points = host.points(0);
+    for point in needed.iter().chain(foreign) {
+        assert!(points.contains(point), "{point} is gone");
+    }
+    let is_ours = |name: &String| !name.ends_with("- Backup") && !name.ends_with("- Other");
+    let left: Vec<_> = host.leftovers().into_iter().filter(is_ours).collect();
+    assert_eq!(left, Vec::<String>::new(), "left on the host");
+    // A reference point that nothing proves to be ours is told until the administrator has removed it.
+    let told = machine.hypervisor().reap().unwrap().notes;
+    for point in points.iter().filter(|one| !needed.contains(one) && !foreign.contains(one)) {
+        let is_told = |line: &&String| line.to_lowercase().contains(point.as_str());
+        assert!(told.iter().any(|line| is_told(&line)), "{point} is left: {told:?}");
+        met.doubtful_points += 1;
+        host.remove_point(0, point);
+    }
+    // One of another product's that appeared when a killed job asked for its own is told until that product removes it.
+    for (id, name, _) in host.world().snapshots(host.id(0)) {
+        if name.ends_with("- Other") {
+            host.world().remove_checkpoint(id);
+        }
+    }
+    host.pass(3600 * 1000);
+    let report = machine.hypervisor().reap().unwrap();
+    assert_eq!(machine.state_files("journal"), Vec::<String>::new(), "{report:?}");
 }
 
 fn one_run(seed: u64, met: &mut Met) {
     let mut random = Random(seed);
-    let world = World::new();
+    let host = TestHost::with(WorldOptions {
+        seed,
+        granularity_bytes: [1, 512, 4096, 65_536][random.below(4)],
+        points_name_checkpoint_disks: random.once_in(2),
+        resize_loses_ids: random.once_in(2),
+        ids_survive_revert: random.once_in(2),
+        ..options()
+    });
     let sizes: Vec<usize> = (0..1 + random.below(3)).map(|n| SIZE + n * 4096).collect();
-    world.add_vm("web", &sizes);
-    world.add_foreign(0);
-    let mut machine = Machine::new(&world);
-    let (short_ids, agentless) = (random.once_in(2), random.once_in(5));
+    host.add_vm("web", &sizes);
+    host.set_agentless(random.once_in(4));
+    // With another product's checkpoint no user can go back to one of his.
+    if random.once_in(2) {
+        host.add_foreign(0);
+    }
+    let foreign = host.points(0);
+    let mut machine = Machine::new(&host);
     for _ in 0..2 + random.below(4) {
-        write_some(&world, &mut random);
-        any_event(&world, &mut random, short_ids);
-        one_backup(&world, &mut machine, agentless, &mut random, met);
-        world.pass(random.below(100_000) as u64);
+        write_some(&host, &mut random);
+        any_event(&host, &mut random, met);
+        write_some(&host, &mut random);
+        one_backup(&host, &mut machine, &mut random, met);
+        host.pass(random.below(100_000) as u64);
         if random.once_in(4) {
             // Somebody runs `reap`, perhaps killed, too.
-            world.cut(random.once_in(2).then(|| Cut::DieAfter(1 + random.below(30) as u64)));
+            host.cut(random.once_in(2).then(|| Cut::DieAfter(1 + random.below(30) as u64)));
             let _ = machine.hypervisor().reap();
-            world.cut(None);
+            host.cut(None);
         }
     }
-    write_some(&world, &mut random);
-    assert_all_is_right(&world, &mut machine, met);
+    write_some(&host, &mut random);
+    assert_all_is_right(&host, &mut machine, &foreign, met);
 }
 
 fn runs(count: u64) {
@@ -253,6 +303,7 @@ fn runs(count: u64) {
         met.incremental > least && met.full > least && met.without_base > least / 10,
         "{met:?}"
     );
+    assert!(met.reverted > least / 10 && (met.doubtful > 0 || count < 1000), "{met:?}");
 }
 
 #[test]
@@ -269,21 +320,21 @@ fn ten_thousand_seeded_runs_leave_nothing_and_lose_nothing() {
 #[test]
 fn eight_disks_show_one_moment_under_load() {
     const DISKS: usize = 8;
-    let world = World::new();
+    let world = TestHost::new();
     let sizes: Vec<usize> = (0..DISKS).map(|n| (4 << (n % 4)) * 1024).collect();
     world.add_vm("db", &sizes);
     let mut machine = Machine::new(&world);
     // The guest counts, one disk after the other, at every call to the host and between.
     let mut counter = 0_u64;
-    world.0.lock().guest = Some(Box::new(move |vms| {
+    world.set_guest(Some(Box::new(move |world| {
         for _ in 0..3 {
             counter += 1;
             let disk = counter as usize % DISKS;
-            guest_write(&mut vms[0], disk, 0, &counter.to_le_bytes());
+            world.write(0, disk, 0, &counter.to_le_bytes());
             let slot = 64 + counter as usize / DISKS % 50 * 8;
-            guest_write(&mut vms[0], disk, slot, &counter.to_le_bytes());
+            world.write(0, disk, slot, &counter.to_le_bytes());
         }
-    }));
+    })));
     for round in 0..20 {
         let outcome = machine.backup("db").unwrap();
         let point = machine.points.last().unwrap();
@@ -299,7 +350,7 @@ fn eight_disks_show_one_moment_under_load() {
         }
     }
     // With a host that reports exactly, an incremental reads what changed and no more.
-    world.0.lock().guest = None;
+    world.set_guest(None);
     machine.backup("db").unwrap();
     for disk in 0..DISKS {
         world.write(0, disk, 1000, &[9; 1000]);
@@ -309,7 +360,7 @@ fn eight_disks_show_one_moment_under_load() {
 
 #[test]
 fn fifty_vms_four_at_a_time_wait_for_nobodys_merge() {
-    let world = World::new();
+    let world = TestHost::new();
     for n in 0..50 {
         world.add_vm(&format!("vm{n:02}"), &[SIZE, SIZE]);
     }
@@ -319,13 +370,13 @@ fn fifty_vms_four_at_a_time_wait_for_nobodys_merge() {
     let next = Arc::new(std::sync::atomic::AtomicUsize::new(0));
     let done = Arc::new(std::sync::atomic::AtomicUsize::new(0));
     // The merge of the first one takes longer than everything.
-    world.0.lock().faults.merge_ms = 24 * 3600 * 1000;
+    world.faults(|faults| faults.merge_ms = Some(24 * 3600 * 1000));
     let request = machine.request("vm00");
     let mut first = hypervisor.freeze(&request).unwrap();
     first.seal().unwrap();
     let left = first.commit().unwrap();
     assert!(left[0].contains("merged"), "{left:?}");
-    world.0.lock().faults.merge_ms = 1000;
+    world.faults(|faults| faults.merge_ms = Some(1000));
     std::thread::scope(|scope| {
         for _ in 0..4 {
             let (next, done, hypervisor, machine) = (&next, &done, &hypervisor, &machine);

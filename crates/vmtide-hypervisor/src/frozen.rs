@@ -56,6 +56,16 @@ pub trait Hypervisor: Send + Sync {
     /// Where something of ours is there but could not be removed.
     fn reap(&self) -> Result<ReapReport>;
 
+    /// As [`reap`](Self::reap), and removes as well what carries our name but belongs to no job that is known here: of
+    /// another installation, or of one whose state was lost. Only somebody who knows that no such job runs can ask
+    /// for it. The default removes no more than [`reap`](Self::reap).
+    ///
+    /// # Errors
+    /// As [`reap`](Self::reap).
+    fn reap_orphans(&self) -> Result<ReapReport> {
+        self.reap()
+    }
+
     /// Looks the platform over, and one VM of it or all of them: rights, versions, what backups need and
     /// what stands in their way. Changes nothing. What cannot be looked at is among the answers.
     fn examine(&self, _vm: Option<&str>) -> Vec<HealthCheck> {
@@ -70,10 +80,27 @@ pub struct VmSummary {
     pub name: String,
     /// The platform's own id, where it has one.
     pub id: Option<String>,
-    /// Running, paused, shut off, … in the platform's word.
+    /// Running, paused, shut off, … in the platform's word; of a VM that cannot be read, why, as
+    /// [`unreadable`](Self::unreadable) writes it.
     pub state: String,
-    /// The number of disks a backup would hold.
+    /// The number of disks a backup would hold; 0 where it cannot be told.
     pub disks: usize,
+}
+
+/// What the state of a VM begins with that cannot be read; the reason follows.
+const UNREADABLE: &str = "unreadable: ";
+
+impl VmSummary {
+    /// A VM that is there and of which no more than its name can be told. It is listed all the same: one that is left
+    /// out of a list is left out of backups without a word.
+    pub fn unreadable(name: impl Into<String>, id: Option<String>, reason: &str) -> Self {
+        Self { name: name.into(), id, state: format!("{UNREADABLE}{reason}"), disks: 0 }
+    }
+
+    /// Why the VM cannot be read; none where it can.
+    pub fn problem(&self) -> Option<&str> {
+        self.state.strip_prefix(UNREADABLE)
+    }
 }
 
 /// What a backup wants of a frozen VM.
@@ -212,4 +239,23 @@ pub struct ReapReport {
     pub removed: Vec<String>,
     /// What belongs to a job that is still alive and was left alone.
     pub in_use: Vec<String>,
+    /// What else is left, or could not be looked at, and what a person can do about it; one line each.
+    #[serde(default)]
+    pub notes: Vec<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vm_that_cannot_be_read_says_why_also_to_another_process() {
+        let vm = VmSummary::unreadable("web", None, "its storage is offline");
+        let read: VmSummary = serde_json::from_value(serde_json::to_value(&vm).unwrap()).unwrap();
+        assert_eq!(read.problem(), Some("its storage is offline"));
+        let running = VmSummary { state: "running".into(), ..vm };
+        assert_eq!(running.problem(), None);
+        let old: ReapReport = serde_json::from_str(r#"{"removed":["a"],"in_use":[]}"#).unwrap();
+        assert_eq!((old.removed.len(), old.notes.len()), (1, 0));
+    }
 }

@@ -104,10 +104,11 @@ impl Hypervisor for QemuVm {
         match self.lock(&JobId::random()) {
             Ok(_lock) => {
                 let report = self.reap_locked(&self.connect()?)?;
-                Ok(ReapReport { removed: report.removed, in_use: Vec::new() })
+                Ok(ReapReport { removed: report.removed, ..ReapReport::default() })
             }
             Err(HypervisorError::Busy { vm, detail }) => {
-                Ok(ReapReport { removed: Vec::new(), in_use: vec![format!("{vm}: {detail}")] })
+                let in_use = vec![format!("{vm}: {detail}")];
+                Ok(ReapReport { in_use, ..ReapReport::default() })
             }
             Err(error) => Err(error),
         }

@@ -80,7 +80,7 @@ pub(super) async fn health(State(state): State<Shared>, asked: Asked) -> Result<
     json(&serde_json::json!({ "checks": checks }))
 }
 
-/// `POST /v1/vms/reap`: what it removes of jobs that were killed, checkpoints and unfinished restores, is gone for good,
+/// `POST /v1/vms/reap[?orphans=true]`: what it removes of jobs that were killed, checkpoints and unfinished restores, is gone for good,
 /// so it needs a key that may write, and has a line in the audit log before it begins.
 pub(super) async fn reap(
     State(state): State<Shared>,
@@ -89,12 +89,24 @@ pub(super) async fn reap(
 ) -> Response {
     let note = Note { call: Some("reap".to_owned()), ..asked.note() };
     let answer = async {
-        asked.parameters.only(&[])?;
+        asked.parameters.only(&["orphans"])?;
+        let orphans = match asked.parameters.get("orphans")? {
+            None | Some("false") => false,
+            Some("true") => true,
+            Some(_) => return Err(ApiError::bad_request("orphans is true or false")),
+        };
         asked.may_write()?;
         vms_of(&state)?;
         let begun = Record::begun(peer.map(|peer| peer.0), note.clone(), "POST", "/v1/vms/reap");
         state.audit.write(begun);
-        json(&ask(&state, |hypervisor| hypervisor.reap()).await?)
+        let report =
+            ask(
+                &state,
+                move |hypervisor| {
+                    if orphans { hypervisor.reap_orphans() } else { hypervisor.reap() }
+                },
+            );
+        json(&report.await?)
     };
     let answer: Result<Response> = answer.await;
     noted(answer.into_response(), note)

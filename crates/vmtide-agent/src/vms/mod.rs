@@ -67,6 +67,9 @@ impl Vms {
                 for line in report.removed {
                     tracing::info!(removed = line, "left by an earlier job");
                 }
+                for note in report.notes {
+                    tracing::warn!(note, "left by an earlier job");
+                }
             }
             Err(error) => tracing::warn!(%error, "what earlier jobs left could not be removed"),
         };

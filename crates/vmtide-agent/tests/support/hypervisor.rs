@@ -142,7 +142,11 @@ impl Hypervisor for TestHypervisor {
 
     fn reap(&self) -> Result<ReapReport> {
         self.script.reaps.fetch_add(1, Ordering::SeqCst);
-        Ok(ReapReport { removed: vec!["a checkpoint".into()], in_use: Vec::new() })
+        Ok(ReapReport { removed: vec!["a checkpoint".into()], ..ReapReport::default() })
+    }
+
+    fn reap_orphans(&self) -> Result<ReapReport> {
+        Ok(ReapReport { removed: vec!["an orphan".into()], ..ReapReport::default() })
     }
 }
 

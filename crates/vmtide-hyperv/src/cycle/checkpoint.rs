@@ -11,8 +11,8 @@ use vmtide_hypervisor::{Consistency, FreezeRequest, HypervisorError, JobId, Jour
 /// seconds, when an unnamed checkpoint is held against the time at which a killed job asked for one.
 const CLOCK_TOLERANCE_S: i64 = 10 * 60;
 
-/// How old a checkpoint with our name must be, in seconds, for it to be a leftover although no journal here knows it:
-/// another installation may be working with it, whose lock cannot be seen from here. No backup takes three days.
+/// How old a checkpoint with our name that no journal here knows must be, in seconds, for it to keep no backup waiting: another
+/// installation may be working with it, whose lock cannot be seen from here. Hardly a backup takes three days.
 pub(crate) const ORPHAN_AGE_S: i64 = 3 * 24 * 3600;
 
 /// A checkpoint with the consistency it was made with.

@@ -5,8 +5,9 @@ use crate::cycle::changes::changed_since;
 use crate::cycle::device::FrozenDevice;
 use crate::cycle::exclusions;
 use crate::cycle::gate::Gates;
+use crate::cycle::line::Line;
 use crate::cycle::points::same_point;
-use crate::cycle::token::{BaseToken, FileFacts};
+use crate::cycle::token::{self, BaseToken, FileFacts};
 use crate::restore::OutdatedPoints;
 use crate::{Configuration, DiskAttachment, FrozenFile, ReferencePointRecord, VmRecord};
 use std::collections::BTreeMap;
@@ -26,6 +27,8 @@ pub(crate) struct OpenDisk {
     pub attachment: DiskAttachment,
     /// What the file says of itself.
     pub file: FileFacts,
+    /// What is kept of the checkpoints of users, by which a revert shows at the next backup.
+    pub held: String,
     /// The disk it was at the base, where it stood elsewhere.
     pub moved_from: Option<DiskId>,
     /// Whether its changes can be tracked.
@@ -44,6 +47,8 @@ pub(crate) struct HeldDisks {
     /// Those that the user leaves out. They are opened all the same, only to learn which disks they are: their places
     /// are no proof of that.
     pub excluded: Vec<DiskAttachment>,
+    /// The checkpoints of users beside it.
+    pub line: Line,
 }
 
 /// The bases of a request by disk, with their tokens read.
@@ -167,13 +172,17 @@ pub(crate) fn open(
         let changes = match (untracked, base) {
             (Some(reason), _) => Changes::Everything(reason),
             (None, None) => Changes::Everything(FullReason::FirstBackup),
-            (None, Some(base)) => changes(hyperv, vm, &attachment, file, bases, base, request)?,
+            (None, Some(base)) => {
+                let disk = Frozen { attachment: &attachment, file, line: &held.line };
+                changes(hyperv, vm, &disk, bases, base, request)?
+            }
         };
         // A disk that is read in full is stored on top of what was in its place, and no worse for it.
         let moved_from = base.filter(|base| **base != id && matches!(changes, Changes::Ranges(_)));
         let moved_from = moved_from.cloned();
+        let kept = held.line.to_keep(&attachment.host_resource);
         let open = open_disk(vm, id, attachment, file, changes);
-        opened.push(OpenDisk { moved_from, trackable, ..open });
+        opened.push(OpenDisk { moved_from, trackable, held: kept, ..open });
     }
     Ok(opened)
 }
@@ -204,6 +213,7 @@ fn open_disk(
         device,
         attachment,
         file: FileFacts::from(file),
+        held: String::new(),
         moved_from: None,
         trackable: true,
     }
@@ -223,12 +233,18 @@ pub(super) fn open_file(
     })
 }
 
+/// A disk as the checkpoint holds it.
+struct Frozen<'a> {
+    attachment: &'a DiskAttachment,
+    file: &'a FrozenFile,
+    line: &'a Line,
+}
+
 /// What may differ from the base.
 fn changes(
     hyperv: &HypervHypervisor,
     vm: &VmRecord,
-    attachment: &DiskAttachment,
-    file: &FrozenFile,
+    disk: &Frozen<'_>,
     bases: &Bases<'_>,
     base: &DiskId,
     request: &FreezeRequest,
@@ -239,7 +255,13 @@ fn changes(
         Some(Err(why)) => return full(FullReason::TrackingLost(why.clone())),
         Some(Ok(token)) => token,
     };
-    if let Some(reason) = token.doubt(vm.id, &FileFacts::from(file)) {
+    let Frozen { attachment, file, line } = disk;
+    let newest = file.most_recent_tracking_id.as_deref();
+    let doubt = token
+        .doubt(vm.id, &FileFacts::from(*file))
+        .or_else(|| line.doubt(attachment, token.held.as_deref()))
+        .or_else(|| token::order_doubt(&token.rct, newest, true));
+    if let Some(reason) = doubt {
         return full(reason);
     }
     let size_bytes = file.device.size_bytes();

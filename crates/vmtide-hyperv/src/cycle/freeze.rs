@@ -5,9 +5,12 @@ use crate::cycle::disks::{self, Bases, HeldDisks, OpenDisk};
 use crate::cycle::frozen::FrozenHyperv;
 use crate::cycle::gate::Gates;
 use crate::cycle::ledger::Ledger;
+use crate::cycle::line::Line;
+use crate::cycle::reap::ReapFor;
 use crate::cycle::steps::{self, Step};
 use crate::cycle::undo::{Fate, Undo, Undone};
 use crate::cycle::{HypervHypervisor, merge};
+use crate::restore::Completeness;
 use crate::{DiskAttachment, VmRecord};
 use vmtide_block::CancelToken;
 use vmtide_hypervisor::{
@@ -65,14 +68,8 @@ impl HypervHypervisor {
         request.cancel.check()?;
         let vm = self.host().find(&request.vm)?;
         let lock = self.lock(&vm.name, vm.id, &request.job)?;
-        if crate::restore::is_incomplete(self.host(), self.files(), &vm)? {
-            return Err(HypervisorError::failed(
-                format!("back up {}", vm.name),
-                "a restore of it was not finished, so its disks are neither what they were nor what they \
-                 are to be: run the restore again first",
-            ));
-        }
-        let reaped = self.reap_vm(&vm, true, &request.cancel)?;
+        let mut warnings = self.check_complete(&vm)?;
+        let reaped = self.reap_vm(&vm, ReapFor::Backup, &request.cancel)?;
         for what in &reaped.removed {
             tracing::info!(what, vm = %vm.name, "removed what a killed job left");
         }
@@ -83,7 +80,7 @@ impl HypervHypervisor {
             // It may be why the host refuses what follows, and then no restore point tells of it.
             tracing::warn!(note, vm = %vm.name, "left by an earlier job");
         }
-        let mut warnings = reaped.notes;
+        warnings.extend(reaped.notes);
         warnings.extend(reaped.others);
         let mut bases = Bases::of(&request.bases);
         bases.require_points(&match self.host().reference_points(vm.id) {
@@ -118,6 +115,24 @@ impl HypervHypervisor {
             _lock: lock,
         };
         self.make(session, request, &bases, &attachments, &gates, warnings)
+    }
+
+    /// Refuses a VM that a restore has left in the middle. Answers with a warning where that cannot be seen.
+    fn check_complete(&self, vm: &VmRecord) -> Result<Vec<String>> {
+        let state = &self.options().state_directory;
+        match crate::restore::completeness(self.host(), self.files(), state, vm)? {
+            Completeness::Complete => Ok(Vec::new()),
+            Completeness::NotSeen(directories) => Ok(vec![format!(
+                "whether a restore of the VM was left unfinished by another machine cannot be seen, because {} may not \
+                 be listed: give the account the right to list it",
+                directories.join(", ")
+            )]),
+            Completeness::Incomplete => Err(HypervisorError::failed(
+                format!("back up {}", vm.name),
+                "a restore of it was not finished, so its disks are neither what they were nor what they \
+                 are to be: run the restore again first",
+            )),
+        }
     }
 
     /// Makes everything, or nothing.
@@ -199,7 +214,11 @@ fn make_all(
     gates: &Gates,
     warnings: &mut Vec<String>,
 ) -> Result<Parts> {
-    let begun = Step::Begun { vm: session.vm.name.clone(), lineage: request.lineage.clone() };
+    let begun = Step::Begun {
+        vm: session.vm.name.clone(),
+        lineage: request.lineage.clone(),
+        host: session.hyperv.host().identity(),
+    };
     session.record(&begun)?;
     let made = checkpoint::make(&session.hyperv, &session.vm, request, &mut session.journal)?;
     request.cancel.check()?;
@@ -221,7 +240,8 @@ fn make_all(
     session.record(&Step::Frozen { leaves: leaves.clone(), tracking: Vec::new() })?;
     let is_held = |id: &DiskId| held.iter().any(|disk| disks::id_of(disk) == *id);
     configuration.config.disks.retain(|disk| is_held(&disk.id));
-    let held = HeldDisks { wanted: held, excluded };
+    let line = Line::of(session.hyperv.host(), session.vm.id, &made.snapshot.settings)?;
+    let held = HeldDisks { wanted: held, excluded, line };
     let opened =
         disks::open(&session.hyperv, &session.vm, held, bases, gates, &mut configuration, request)?;
     warnings.append(&mut configuration.warnings);

@@ -7,6 +7,7 @@ use crate::cycle::ledger::OwnPoint;
 use crate::cycle::points::{self, SealedDisk};
 use crate::cycle::steps::{JobState, Step};
 use crate::cycle::token::{BaseToken, SealedBy};
+use crate::cycle::undo::Undone;
 use crate::{Host, ReferencePointRecord, SnapshotRecord};
 use vmtide_block::CancelToken;
 use vmtide_hypervisor::{
@@ -94,13 +95,16 @@ impl FrozenHyperv {
             Ok(Some(point)) if !points::is_among(&point.instance_id, &before) => Ok(point),
             Ok(_) => find(session, &before, None),
             Err(HypervisorError::Block(error)) => return Err(error.into()),
+            Err(error) if is_lost(&error) => {
+                await_lost(session, &snapshot, &before, error, &cancel)
+            }
             Err(error) => find(session, &before, Some(error)),
         };
         if let Ok(point) = &found {
             let id = point.instance_id.clone();
             session.record(&Step::Converted { point: id.clone() })?;
             let (lineage, job) = (session.lineage.clone(), session.job.to_string());
-            session.ledger.add(OwnPoint { id, lineage, job })?;
+            session.ledger.add(OwnPoint { id, lineage, job, host: host.identity() })?;
         }
         Ok(found)
     }
@@ -114,8 +118,8 @@ impl FrozenHyperv {
             seal.warnings.push(no_tracking(&format!("the reference point is of no use: {defect}")));
             return Ok(seal);
         }
-        let by = SealedBy { vm, point: &point.instance_id, line: &line };
         for disk in self.open.iter().filter(|disk| disk.trackable) {
+            let by = SealedBy { vm, point: &point.instance_id, line: &line, held: &disk.held };
             match token_of(point, disk, &by) {
                 Ok(token) => {
                     seal.tracking.insert(disk.frozen.id.clone(), token);
@@ -198,6 +202,38 @@ fn again<T>(host: &Host, ask: impl Fn() -> Result<T>) -> Result<T> {
             other => return other,
         }
     }
+}
+
+/// How long a conversion whose answer was lost is waited for, in milliseconds. It takes a host some seconds; a restore
+/// point without a base costs a full read.
+const LOST_WAIT_MS: u64 = 60 * 1000;
+
+/// Whether the host may be doing what an error says nothing of.
+fn is_lost(error: &HypervisorError) -> bool {
+    matches!(error, HypervisorError::Unreachable { .. } | HypervisorError::Protocol { .. })
+}
+
+/// Finds the reference point of a conversion whose answer was lost: the host may still be at it, as long as the checkpoint is
+/// there.
+fn await_lost(
+    session: &Session,
+    snapshot: &SnapshotRecord,
+    before: &[String],
+    error: HypervisorError,
+    cancel: &CancelToken,
+) -> Result<ReferencePointRecord, String> {
+    let host = session.hyperv.host();
+    let clock = host.options().clock.as_ref();
+    let deadline = clock.now_ms().saturating_add(LOST_WAIT_MS);
+    let id = &snapshot.settings.instance_id;
+    while clock.now_ms() < deadline && !cancel.is_cancelled() {
+        let Ok(snapshots) = again(host, || host.snapshots(session.vm.id)) else { break };
+        if !snapshots.iter().any(|other| other.settings.instance_id == *id) {
+            break;
+        }
+        clock.sleep_ms(AGAIN_MS);
+    }
+    find(session, before, Some(error))
 }
 
 /// Finds the reference point that a conversion made although its answer does not say so. After an error only what proves
@@ -314,7 +350,7 @@ impl FrozenVm for FrozenHyperv {
         self.session()?.record(&step)?;
         let session = self.session.take().ok_or_else(ended)?;
         let done = session.undo(true)?;
-        Ok(done.left().into_iter().chain(done.doubtful).collect())
+        Ok(done.left())
     }
 
     fn abort(mut self: Box<Self>) -> Result<()> {
@@ -323,7 +359,12 @@ impl FrozenVm for FrozenHyperv {
         let session = self.session.take().ok_or_else(ended)?;
         let vm = session.vm.name.clone();
         let done = session.undo(wait)?;
-        if done.stuck.is_empty() && done.points_left.is_empty() && done.nameless.is_empty() {
+        // Merges go on by themselves, and a point holds no data.
+        let harmless = Undone { merging: Vec::new(), doubtful: Vec::new(), ..done.clone() };
+        if harmless.left().is_empty() {
+            for doubt in &done.doubtful {
+                tracing::warn!(doubt, vm, "left by a failed backup");
+            }
             return Ok(());
         }
         Err(HypervisorError::failed(format!("undo the freeze of {vm}"), done.left().join("; ")))

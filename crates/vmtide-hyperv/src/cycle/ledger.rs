@@ -4,6 +4,7 @@
 //! is somebody else's and is never touched. Only the holder of the VM's lock reads and writes the file.
 
 use crate::cycle::points::same_point;
+use crate::cycle::steps::is_same_host;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::{ErrorKind, Write};
@@ -17,6 +18,9 @@ const DIRECTORY: &str = "hyper-v";
 /// The longest ledger that is read: some ten thousand points, and a VM has one for each repository.
 const MAX_LEDGER_BYTES: u64 = 4 << 20;
 
+/// The most points that are kept; a VM has one for each repository. The oldest are forgotten first.
+const MAX_POINTS: usize = 4096;
+
 /// One reference point of ours.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct OwnPoint {
@@ -26,6 +30,9 @@ pub(crate) struct OwnPoint {
     pub lineage: String,
     /// The job that made it.
     pub job: String,
+    /// The host it was made on, where that is known.
+    #[serde(default)]
+    pub host: Option<String>,
 }
 
 /// The ledger of one VM.
@@ -79,7 +86,22 @@ impl Ledger {
     pub fn add(&mut self, point: OwnPoint) -> Result<()> {
         self.points.retain(|known| !same_point(&known.id, &point.id));
         self.points.push(point);
+        // Of a host that is never asked again nobody learns that its points are gone.
+        let excess = self.points.len().saturating_sub(MAX_POINTS);
+        self.points.drain(..excess);
         self.save()
+    }
+
+    /// Forgets a point that is not there on `host`, durably; not one that was made on another host: the VM may be there
+    /// as well, or have left it there.
+    ///
+    /// # Errors
+    /// As [`remove`](Self::remove).
+    pub fn remove_missing(&mut self, id: &str, host: Option<&str>) -> Result<()> {
+        let is_it = |known: &OwnPoint| {
+            same_point(&known.id, id) && is_same_host(known.host.as_deref(), host)
+        };
+        if self.points.iter().any(is_it) { self.remove(id) } else { Ok(()) }
     }
 
     /// Forgets a point that is gone, durably.
@@ -120,7 +142,7 @@ mod tests {
     use super::*;
 
     fn point(id: &str, lineage: &str) -> OwnPoint {
-        OwnPoint { id: id.into(), lineage: lineage.into(), job: "j".into() }
+        OwnPoint { id: id.into(), lineage: lineage.into(), job: "j".into(), host: None }
     }
 
     #[test]
@@ -138,6 +160,28 @@ mod tests {
         again.remove("a").unwrap();
         again.remove("b").unwrap();
         assert_eq!(std::fs::read_dir(state.path().join(DIRECTORY)).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_point_of_another_host_is_not_forgotten_where_it_is_missing() {
+        let state = tempfile::tempdir().unwrap();
+        let vm = Uuid::from_u128(1);
+        let mut ledger = Ledger::open(state.path(), vm).unwrap();
+        ledger.add(OwnPoint { host: Some("hv1".into()), ..point("a", "l1") }).unwrap();
+        ledger.add(point("b", "l1")).unwrap();
+        for id in ["a", "b"] {
+            ledger.remove_missing(id, Some("hv2")).unwrap();
+        }
+        let mut ledger = Ledger::open(state.path(), vm).unwrap();
+        assert_eq!(ledger.all().map(|point| point.id.as_str()).collect::<Vec<_>>(), ["a"]);
+        ledger.remove_missing("a", Some("HV1")).unwrap();
+        assert_eq!(ledger.all().count(), 0);
+        for number in 0..MAX_POINTS + 2 {
+            ledger.points.push(point(&format!("p{number}"), "l1"));
+        }
+        ledger.add(point("new", "l1")).unwrap();
+        assert_eq!(ledger.all().count(), MAX_POINTS);
+        assert!(ledger.all().any(|point| point.id == "new"));
     }
 
     #[test]

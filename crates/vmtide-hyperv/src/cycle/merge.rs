@@ -5,7 +5,7 @@
 //! is nothing left: merges that never end are the commonest complaint about backups of Hyper-V.
 
 use crate::cycle::HypervHypervisor;
-use crate::{DiskAttachment, SnapshotKind, gates};
+use crate::{DiskAttachment, gates};
 use uuid::Uuid;
 use vmtide_block::CancelToken;
 use vmtide_hypervisor::{HypervisorError, Result};
@@ -13,7 +13,7 @@ use vmtide_hypervisor::{HypervisorError, Result};
 /// The first pause between two looks, in milliseconds; they grow to that of the host's options.
 const FIRST_PAUSE_MS: u64 = 200;
 
-/// The most checkpoints of users whose disks are looked at to tell whether they hold a leaf.
+/// The most checkpoints whose disks are looked at to tell whether they hold a leaf.
 const MAX_SNAPSHOTS: usize = 256;
 
 /// The leaves of a checkpoint among the files that its VM writes to: where it holds a disk, the VM writes to a
@@ -29,8 +29,8 @@ pub(crate) fn leaves(live: &[DiskAttachment], held: &[DiskAttachment]) -> Vec<St
     live.iter().filter(is_leaf).map(|disk| disk.host_resource.clone()).collect()
 }
 
-/// The leaves that are still there: the VM writes to them, or their files exist and no checkpoint of a user's has
-/// taken them over.
+/// The leaves that are still there: the VM writes to them, or their files exist and no checkpoint of a user's or another
+/// product's has taken them over.
 ///
 /// # Errors
 /// Where the host cannot be asked.
@@ -51,7 +51,7 @@ pub(crate) fn left(hyperv: &HypervHypervisor, vm: Uuid, leaves: &[String]) -> Re
     let (mut left, idle): (Vec<_>, Vec<_>) = leaves.iter().cloned().partition(is_live);
     let mut present: Vec<String> = idle.into_iter().filter(|leaf| exists(hyperv, leaf)).collect();
     if !present.is_empty() {
-        let held = held_by_users(hyperv, vm)?;
+        let held = held_by_checkpoints(hyperv, vm)?;
         present.retain(|leaf| !held.iter().any(|path| path.eq_ignore_ascii_case(leaf)));
         left.append(&mut present);
     }
@@ -96,13 +96,12 @@ fn exists(hyperv: &HypervHypervisor, path: &str) -> bool {
     }
 }
 
-/// The files that checkpoints of users hold.
-fn held_by_users(hyperv: &HypervHypervisor, vm: Uuid) -> Result<Vec<String>> {
+/// The files that checkpoints hold. One of ours holds no leaf of ours: it was made over them, and holds what was before.
+fn held_by_checkpoints(hyperv: &HypervHypervisor, vm: Uuid) -> Result<Vec<String>> {
     let host = hyperv.host();
     let mut held = Vec::new();
     let snapshots = host.snapshots(vm)?;
-    let of_users = snapshots.iter().filter(|snapshot| snapshot.kind != SnapshotKind::Recovery);
-    for snapshot in of_users.take(MAX_SNAPSHOTS) {
+    for snapshot in snapshots.iter().take(MAX_SNAPSHOTS) {
         held.extend(host.disks(&snapshot.settings)?.into_iter().map(|disk| disk.host_resource));
     }
     Ok(held)

@@ -24,6 +24,7 @@ mod freeze;
 mod frozen;
 mod gate;
 mod ledger;
+mod line;
 mod merge;
 mod points;
 mod reap;
@@ -34,10 +35,11 @@ mod undo;
 
 pub(crate) use changes::changed_since;
 pub(crate) use ledger::Ledger;
+pub(crate) use line::Line;
 pub(crate) use points::same_point;
 pub(crate) use steps::target_of as lock_key;
 pub(crate) use time::seconds_of;
-pub(crate) use token::{BaseToken, FileFacts};
+pub(crate) use token::{BaseToken, FileFacts, order_doubt};
 
 use crate::{BackupType, Host, HostFiles, HypervRestorer, VmRecord, select};
 use std::fmt;
@@ -45,9 +47,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use uuid::Uuid;
 use vmtide_block::CancelToken;
+use vmtide_cim::CimInstance;
 use vmtide_hypervisor::{
-    FreezeRequest, FrozenVm, HealthCheck, Hypervisor, JobId, ReapReport, Result, VmConfig, VmLock,
-    VmRestorer, VmSelector, VmSummary,
+    FreezeRequest, FrozenVm, HealthCheck, Hypervisor, HypervisorError, JobId, ReapReport, Result,
+    VmConfig, VmLock, VmRestorer, VmSelector, VmSummary,
 };
 
 /// How long a job waits for the merge of its own disks, in milliseconds. Whoever waits longer keeps others waiting for
@@ -124,20 +127,70 @@ impl HypervHypervisor {
         VmLock::acquire(&self.options().state_directory, name, &steps::target_of(vm), job)
     }
 
+    /// The VMs that are wanted by name, id and settings; also those that cannot be read, with the reason.
+    fn summaries(
+        &self,
+        is_wanted: impl Fn(&str, Option<String>, &CimInstance) -> bool,
+    ) -> Result<Vec<VmSummary>> {
+        let (vms, unreadable) = self.host().all_vms()?;
+        let mut found = Vec::new();
+        for vm in &vms {
+            if is_wanted(&vm.name, Some(vm.id.to_string()), &vm.settings.instance) {
+                found.push(self.summary(vm)?);
+            }
+        }
+        for vm in unreadable {
+            let id = vm.id.map(|id| id.to_string());
+            if is_wanted(&vm.name, id.clone(), &vm.settings) {
+                found.push(VmSummary::unreadable(vm.name, id, &vm.error.to_string()));
+            }
+        }
+        found.sort_by(|a, b| (&a.name, &a.id).cmp(&(&b.name, &b.id)));
+        Ok(found)
+    }
+
     fn summary(&self, vm: &VmRecord) -> Result<VmSummary> {
-        let disks = self.host().disks(&vm.settings)?;
+        let (name, id) = (vm.name.clone(), Some(vm.id.to_string()));
+        let disks = match self.host().disks(&vm.settings) {
+            Ok(disks) => disks,
+            Err(error) if is_of_connection(&error) => return Err(error),
+            Err(error) => return Ok(VmSummary::unreadable(name, id, &error.to_string())),
+        };
         Ok(VmSummary {
-            name: vm.name.clone(),
-            id: Some(vm.id.to_string()),
+            name,
+            id,
             state: describe::state_word(vm.state).into(),
             disks: disks.iter().filter(|disk| !disk.pass_through).count(),
         })
     }
+
+    fn reap_all(&self, orphans: bool) -> Result<ReapReport> {
+        let inner = &self.inner;
+        let state = &inner.options.state_directory;
+        let restorer = HypervRestorer::new(inner.host.clone(), inner.files.clone(), state);
+        let restores = restorer.reap_restores();
+        let mut report = self.reap_host(orphans, &CancelToken::new())?;
+        let restores = restores?;
+        report.removed.extend(restores.removed);
+        report.in_use.extend(restores.in_use);
+        report.notes.extend(restores.notes);
+        Ok(report)
+    }
+}
+
+/// Whether an error is none of the one VM that was asked for.
+fn is_of_connection(error: &HypervisorError) -> bool {
+    matches!(
+        error,
+        HypervisorError::Unreachable { .. }
+            | HypervisorError::Timeout { .. }
+            | HypervisorError::Denied { .. }
+    )
 }
 
 impl Hypervisor for HypervHypervisor {
     fn list(&self) -> Result<Vec<VmSummary>> {
-        self.host().vms()?.iter().map(|vm| self.summary(vm)).collect()
+        self.summaries(|_, _, _| true)
     }
 
     fn describe(&self, vm: &str) -> Result<VmConfig> {
@@ -154,20 +207,17 @@ impl Hypervisor for HypervHypervisor {
     }
 
     fn select(&self, selector: &VmSelector) -> Result<Vec<VmSummary>> {
-        let chosen = self.host().vms()?.into_iter().filter(|vm| select::matches(selector, vm));
-        chosen.map(|vm| self.summary(&vm)).collect()
+        self.summaries(|name, id, settings| {
+            selector.matches(name, id.as_deref(), &select::tags_of(settings))
+        })
     }
 
     fn reap(&self) -> Result<ReapReport> {
-        let inner = &self.inner;
-        let state = &inner.options.state_directory;
-        let restorer = HypervRestorer::new(inner.host.clone(), inner.files.clone(), state);
-        let restores = restorer.reap_restores();
-        let mut report = self.reap_host(&CancelToken::new())?;
-        let restores = restores?;
-        report.removed.extend(restores.removed);
-        report.in_use.extend(restores.in_use);
-        Ok(report)
+        self.reap_all(false)
+    }
+
+    fn reap_orphans(&self) -> Result<ReapReport> {
+        self.reap_all(true)
     }
 
     fn examine(&self, vm: Option<&str>) -> Vec<HealthCheck> {

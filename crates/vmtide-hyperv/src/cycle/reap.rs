@@ -7,10 +7,22 @@ use crate::cycle::ledger::Ledger;
 use crate::cycle::points::{is_among, same_point};
 use crate::cycle::steps;
 use crate::cycle::undo::{self, Fate, Undo};
-use crate::gates::Checkpoints;
+use crate::gates::{Checkpoints, job_of_checkpoint};
 use crate::{SnapshotRecord, VmRecord};
 use vmtide_block::CancelToken;
 use vmtide_hypervisor::{HypervisorError, JobId, Journal, ReapReport, Result};
+
+/// What a VM is reaped for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ReapFor {
+    /// For a backup of it: merges are waited for, and what is left is told as long as it matters to a backup.
+    Backup,
+    /// Because somebody looks after the host: all that is left is told.
+    Host {
+        /// Whether what carries our name and belongs to no job of here goes as well.
+        orphans: bool,
+    },
+}
 
 /// What was done on one VM.
 #[derive(Debug, Default)]
@@ -26,11 +38,16 @@ pub(crate) struct VmReap {
 }
 
 impl HypervHypervisor {
-    /// Removes what killed jobs left on every VM of the host that no living job works on.
-    pub(super) fn reap_host(&self, cancel: &CancelToken) -> Result<ReapReport> {
+    /// Removes what killed jobs left on every VM of the host that no living job works on; with `orphans` also checkpoints with
+    /// our name that no job of here knows.
+    pub(super) fn reap_host(&self, orphans: bool, cancel: &CancelToken) -> Result<ReapReport> {
         let mut report = ReapReport::default();
         let mut failed = Vec::new();
-        for vm in self.host().vms()? {
+        let (vms, unreadable) = self.host().all_vms()?;
+        report.notes.extend(unreadable.iter().map(|vm| {
+            format!("{}: what killed jobs left on it was not looked for: {}", vm.name, vm.error)
+        }));
+        for vm in vms {
             let _lock = match self.lock(&vm.name, vm.id, &JobId::random()) {
                 Ok(lock) => lock,
                 Err(HypervisorError::Busy { vm, detail }) => {
@@ -39,11 +56,12 @@ impl HypervHypervisor {
                 }
                 Err(error) => return Err(error),
             };
-            match self.reap_vm(&vm, false, cancel) {
+            match self.reap_vm(&vm, ReapFor::Host { orphans }, cancel) {
                 Ok(reaped) => {
                     let named = |what: String| format!("{}: {what}", vm.name);
                     report.removed.extend(reaped.removed.into_iter().map(named));
-                    report.in_use.extend(reaped.in_use.into_iter().chain(reaped.notes).map(named));
+                    report.in_use.extend(reaped.in_use.into_iter().map(named));
+                    report.notes.extend(reaped.notes.into_iter().map(named));
                 }
                 // The others are worth it all the same.
                 Err(error) => failed.push(format!("{}: {error}", vm.name)),
@@ -55,14 +73,14 @@ impl HypervHypervisor {
         Err(HypervisorError::failed("remove what earlier jobs left", failed.join("; ")))
     }
 
-    /// Removes what killed jobs left on a VM, which is locked. `wait` says whether merges are waited for.
+    /// Removes what killed jobs left on a VM, which is locked.
     ///
     /// # Errors
     /// Where a checkpoint of ours cannot be removed; where the host cannot be asked.
     pub(super) fn reap_vm(
         &self,
         vm: &VmRecord,
-        wait: bool,
+        what_for: ReapFor,
         cancel: &CancelToken,
     ) -> Result<VmReap> {
         let mut reap = VmReap::default();
@@ -76,49 +94,90 @@ impl HypervHypervisor {
                 journal: &mut journal,
                 fate: Fate::Unknown,
                 ledger: &mut ledger,
-                wait,
+                wait: what_for == ReapFor::Backup,
             };
-            let done = undo.run(cancel)?;
+            let mut done = undo.run(cancel)?;
             if !done.stuck.is_empty() {
                 return Err(HypervisorError::failed(
                     format!("remove what an earlier job left on {}", vm.name),
                     done.stuck.join("; "),
                 ));
             }
+            let mut complete = done.is_complete();
+            match what_for {
+                ReapFor::Backup => {
+                    // Neither stands in the way of a backup. A point is told by the first one, and then to who asks.
+                    if let Some(elsewhere) = done.elsewhere.take() {
+                        tracing::info!(elsewhere, vm = %vm.name, "left by an earlier job");
+                    }
+                    if !done.is_new_doubt {
+                        done.doubtful.clear();
+                    }
+                }
+                ReapFor::Host { orphans } => {
+                    if orphans && done.elsewhere.is_some() {
+                        let job = &journal.entry().job;
+                        reap.removed.push(format!("the journal of job {job}, of another host"));
+                        done.elsewhere = None;
+                        complete = done.is_complete();
+                    }
+                }
+            }
             reap.notes.extend(done.left());
-            reap.notes.extend(done.doubtful.iter().cloned());
-            let complete = done.is_complete();
             reap.removed.extend(done.removed);
             if complete {
                 journal.finish()?;
             }
         }
-        self.reap_names(vm, &mut reap, cancel)?;
+        let orphans = what_for == ReapFor::Host { orphans: true };
+        self.reap_names(vm, orphans, &mut reap, cancel)?;
         Ok(reap)
     }
 
-    /// Checkpoints with our name that no journal here knows: of another installation, or of one whose state was lost.
-    fn reap_names(&self, vm: &VmRecord, reap: &mut VmReap, cancel: &CancelToken) -> Result<()> {
+    /// Checkpoints with our name that no journal here knows: of another installation, or of one whose state was lost. They are
+    /// not ours to remove, however old: a job of another installation may read them. With `orphans` a person has said
+    /// that there is none.
+    fn reap_names(
+        &self,
+        vm: &VmRecord,
+        orphans: bool,
+        reap: &mut VmReap,
+        cancel: &CancelToken,
+    ) -> Result<()> {
         let checkpoints = Checkpoints::of(self.host().snapshots(vm.id)?);
         reap.others = checkpoints.warning();
         for snapshot in &checkpoints.ours {
             let name = &snapshot.settings.name;
-            if self.is_orphan(snapshot) {
+            // A journal that is kept has told of it already, and tries again.
+            if self.is_journalled(vm, name)? {
+                continue;
+            }
+            if orphans {
                 self.host().destroy_snapshot(snapshot, cancel)?;
                 reap.removed.push(format!("checkpoint {name:?}, which no job of here knows"));
-            } else {
-                reap.in_use.push(format!(
-                    "checkpoint {name:?} of another installation of vmtide; if no backup of it runs, \
-                     remove it with: Get-VMSnapshot -VMName '{}' -Name '{name}' | Remove-VMSnapshot",
-                    vm.name
-                ));
+                continue;
             }
+            let told = format!(
+                "checkpoint {name:?} is of another installation of vmtide, or of one whose state directory was lost; if \
+                 no backup of it runs, remove it with vmtide doctor --remove-leftovers, or with: Get-VMSnapshot \
+                 -VMName '{}' -Name '{name}' | Remove-VMSnapshot",
+                vm.name
+            );
+            if self.is_old(snapshot) { reap.notes.push(told) } else { reap.in_use.push(told) }
         }
         Ok(())
     }
 
-    fn is_orphan(&self, snapshot: &SnapshotRecord) -> bool {
-        // Both times are of the host's clock.
+    /// Whether the job whose checkpoint has this name has a journal here.
+    fn is_journalled(&self, vm: &VmRecord, name: &str) -> Result<bool> {
+        let Some(job) = job_of_checkpoint(name) else { return Ok(false) };
+        let journals =
+            Journal::leftovers(&self.options().state_directory, &steps::target_of(vm.id))?;
+        Ok(journals.iter().any(|journal| journal.entry().job.as_str() == job))
+    }
+
+    /// Whether a checkpoint is so old that hardly a backup still reads it. Both times are of the host's clock.
+    fn is_old(&self, snapshot: &SnapshotRecord) -> bool {
         created_s(snapshot)
             .is_some_and(|created| created.saturating_add(ORPHAN_AGE_S) < self.host().unix_s())
     }
@@ -143,11 +202,15 @@ impl HypervHypervisor {
             return Ok(Vec::new());
         }
         let points = self.host().reference_points(vm.id)?;
+        let here = self.host().identity();
         let mut left = Vec::new();
         for id in useless {
             let error = match points.iter().find(|point| same_point(&point.instance_id, &id)) {
                 Some(point) => undo::destroy_point(self, point, cancel)?,
-                None => None,
+                None => {
+                    ledger.remove_missing(&id, here.as_deref())?;
+                    continue;
+                }
             };
             match error {
                 None => ledger.remove(&id)?,

@@ -17,6 +17,9 @@ pub(crate) enum Step {
         vm: String,
         /// The lineage.
         lineage: String,
+        /// The name of the host; none where it does not tell, or in journals of before it was kept.
+        #[serde(default)]
+        host: Option<String>,
     },
     /// A recovery checkpoint is about to be made.
     Checkpointing {
@@ -34,6 +37,11 @@ pub(crate) enum Step {
     Refused,
     /// It was made.
     Checkpointed {
+        /// Its `InstanceID`.
+        snapshot: String,
+    },
+    /// A checkpoint was removed, or is gone.
+    Removed {
         /// Its `InstanceID`.
         snapshot: String,
     },
@@ -58,6 +66,12 @@ pub(crate) enum Step {
     Converted {
         /// Its `InstanceID`.
         point: String,
+    },
+    /// The conversion was not heard of, and these reference points have appeared since it began, of which nothing proves whose
+    /// they are. Those that appear later are not of this job.
+    Doubted {
+        /// Their `InstanceID`s.
+        points: Vec<String>,
     },
     /// The restore point stands: older reference points of the lineage are of no more use.
     Committed {
@@ -99,11 +113,15 @@ pub(crate) struct Making {
 pub(crate) struct JobState {
     /// The lineage.
     pub lineage: String,
+    /// The host that the job worked on, where that is known.
+    pub host: Option<String>,
     /// The makings of checkpoints of which none is known to have made one. More than one where the first was refused and a
     /// lesser one was tried.
     pub making: Vec<Making>,
     /// The checkpoints that were made.
     pub snapshots: Vec<String>,
+    /// Those of them that are gone.
+    pub removed: Vec<String>,
     /// The files that the VM writes to.
     pub leaves: Vec<String>,
     /// The ids of the frozen files.
@@ -114,6 +132,8 @@ pub(crate) struct JobState {
     pub convert_job: Option<ObjectPath>,
     /// The reference point that was made.
     pub point: Option<String>,
+    /// The reference points that may be it, where it was not heard of and somebody has looked.
+    pub doubted: Option<Vec<String>>,
     /// What the commit wants, where the restore point is known to stand.
     pub committed: Option<(Option<String>, Vec<String>)>,
 }
@@ -134,7 +154,7 @@ impl JobState {
     /// Takes a step into account.
     pub fn add(&mut self, step: Step) {
         match step {
-            Step::Begun { lineage, .. } => self.lineage = lineage,
+            Step::Begun { lineage, host, .. } => (self.lineage, self.host) = (lineage, host),
             Step::Checkpointing { before, at } => {
                 self.making.push(Making { before, at, job: None, settled: false });
             }
@@ -153,14 +173,34 @@ impl JobState {
                 self.making.clear();
                 self.snapshots.push(snapshot);
             }
+            Step::Removed { snapshot } => self.removed.push(snapshot),
             Step::Frozen { leaves, tracking } => (self.leaves, self.tracking) = (leaves, tracking),
             Step::Converting { before } => self.converting = Some(before),
             Step::ConvertJob { job } => self.convert_job = Some(job),
             Step::Converted { point } => self.point = Some(point),
+            Step::Doubted { points } => self.doubted = Some(points),
             Step::Committed { keep, destroy } => self.committed = Some((keep, destroy)),
             Step::Merging => {}
         }
     }
+
+    /// Whether a checkpoint of the job may stand: one was asked for, and what is written down does not say that none
+    /// came of it, that it was removed, or that it became a reference point.
+    pub fn may_have_checkpoint(&self) -> bool {
+        let is_open = self.making.iter().any(|making| !making.settled);
+        is_open
+            || self.point.is_none() && self.snapshots.iter().any(|id| !self.removed.contains(id))
+    }
+
+    /// Whether the job worked on this host, as far as is known.
+    pub fn is_of(&self, host: Option<&str>) -> bool {
+        is_same_host(self.host.as_deref(), host)
+    }
+}
+
+/// Whether two names of hosts are of one host; so is one that is not known.
+pub(crate) fn is_same_host(one: Option<&str>, other: Option<&str>) -> bool {
+    one.zip(other).is_none_or(|(one, other)| one.eq_ignore_ascii_case(other))
 }
 
 /// The name that a checkpoint of ours gets, so that an administrator recognises a leftover.
@@ -186,14 +226,16 @@ mod tests {
         let mut journal = Journal::begin(directory.path(), JobId::random(), &target).unwrap();
         let job = ObjectPath::new("Msvm_ConcreteJob", &[("InstanceID", "j")]);
         for step in [
-            Step::Begun { vm: "web".into(), lineage: "l".into() },
+            Step::Begun { vm: "web".into(), lineage: "l".into(), host: Some("hv1".into()) },
             Step::Checkpointing { before: vec!["a".into()], at: 5 },
             Step::Refused,
             Step::Checkpointing { before: vec!["b".into()], at: 7 },
             Step::Checkpointed { snapshot: "c".into() },
+            Step::Removed { snapshot: "c".into() },
             Step::Frozen { leaves: vec!["f".into()], tracking: vec!["t".into()] },
             Step::Converting { before: vec![] },
             Step::ConvertJob { job: job.clone() },
+            Step::Doubted { points: vec!["d".into()] },
             Step::Converted { point: "p".into() },
             Step::Committed { keep: Some("p".into()), destroy: vec!["o".into()] },
             Step::Merging,
@@ -204,16 +246,49 @@ mod tests {
         let read = Journal::leftovers(directory.path(), &target).unwrap();
         let expected = JobState {
             lineage: "l".into(),
+            host: Some("hv1".into()),
             making: Vec::new(),
             snapshots: vec!["c".into()],
+            removed: vec!["c".into()],
             leaves: vec!["f".into()],
             tracking: vec!["t".into()],
             converting: Some(vec![]),
             convert_job: Some(job),
             point: Some("p".into()),
+            doubted: Some(vec!["d".into()]),
             committed: Some((Some("p".into()), vec!["o".into()])),
         };
         assert_eq!(JobState::of(read[0].entry()), expected);
+    }
+
+    #[test]
+    fn what_may_stand_on_a_host_is_told_by_the_steps() {
+        let state = |steps: &[Step]| {
+            let mut state = JobState::default();
+            steps.iter().cloned().for_each(|step| state.add(step));
+            state
+        };
+        let making = Step::Checkpointing { before: vec![], at: 5 };
+        let made = Step::Checkpointed { snapshot: "c".into() };
+        let removed = Step::Removed { snapshot: "c".into() };
+        let converted = Step::Converted { point: "p".into() };
+        let begun = Step::Begun { vm: "w".into(), lineage: "l".into(), host: Some("HV1".into()) };
+        for (steps, may) in [
+            (vec![begun.clone()], false),
+            (vec![making.clone()], true),
+            (vec![making.clone(), Step::Refused], false),
+            (vec![making.clone(), made.clone()], true),
+            (vec![making.clone(), made.clone(), removed], false),
+            (vec![making, made, converted], false),
+        ] {
+            assert_eq!(state(&steps).may_have_checkpoint(), may, "{steps:?}");
+        }
+        let state = state(&[begun]);
+        assert!(state.is_of(Some("hv1")) && state.is_of(None) && !state.is_of(Some("hv2")));
+        // As it was written before the host was kept.
+        let older: Step =
+            serde_json::from_str(r#"{"step":"begun","vm":"w","lineage":"l"}"#).unwrap();
+        assert_eq!(older, Step::Begun { vm: "w".into(), lineage: "l".into(), host: None });
     }
 
     #[test]

@@ -41,6 +41,10 @@ pub(crate) struct BaseToken {
     pub sector: u32,
     /// `fixed`, `dynamic` or `differencing`.
     pub subtype: String,
+    /// The name of the frozen file where checkpoints of users stood that the VM could be taken back to, and empty where
+    /// none did; none in records of before this was kept. See [`Line`](super::line::Line).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held: Option<String>,
 }
 
 /// What is known of a frozen file after it is closed.
@@ -78,6 +82,8 @@ pub(crate) struct SealedBy<'a> {
     pub point: &'a str,
     /// The lineage.
     pub line: &'a str,
+    /// What is kept of the checkpoints of users.
+    pub held: &'a str,
 }
 
 impl BaseToken {
@@ -93,6 +99,7 @@ impl BaseToken {
             size: file.size_bytes,
             sector: file.logical_sector_bytes,
             subtype: file.subtype.clone(),
+            held: Some(by.held.into()),
         }
     }
 
@@ -150,6 +157,24 @@ impl BaseToken {
     }
 }
 
+/// Why an id may be of another past of its file than the base; none where it is not, or where the way to the file cannot
+/// tell. `newest` is the most recent id that the file knows.
+///
+/// The counter in ids goes up with every checkpoint. A file of which an older copy was put back, or that was taken back to a
+/// checkpoint, counts on from there: what is asked of the base's id is then answered for another moment. With
+/// `is_sealed` the file was frozen by a checkpoint of its own since the base, so that its id is a later one.
+pub(crate) fn order_doubt(base: &str, newest: Option<&str>, is_sealed: bool) -> Option<FullReason> {
+    let newest = newest?;
+    let is_same = newest.eq_ignore_ascii_case(base);
+    if is_not_later(base, newest) && !(is_sealed && is_same) {
+        return None;
+    }
+    Some(FullReason::AnswerDoubtful(format!(
+        "the newest tracking id of its file is {newest}, which does not follow that of the base, {base}: another copy of \
+         the file may be in its place, or the VM was taken back to a checkpoint"
+    )))
+}
+
 /// The subtype of a file that holds changes to another.
 const DIFFERENCING: &str = "differencing";
 
@@ -204,7 +229,8 @@ mod tests {
     }
 
     fn token() -> BaseToken {
-        let by = SealedBy { vm: Uuid::from_u128(1), point: r"Microsoft:A\B", line: "0123" };
+        let by =
+            SealedBy { vm: Uuid::from_u128(1), point: r"Microsoft:A\B", line: "0123", held: "" };
         BaseToken::new(RCT, Uuid::from_u128(7), &file(4096), &by)
     }
 
@@ -213,6 +239,23 @@ mod tests {
         let text = token().encode().unwrap();
         assert!(text.0.len() < 400, "{}", text.0);
         assert_eq!(BaseToken::parse(&text).unwrap(), token());
+        // Written before what users' checkpoints hold was kept.
+        let older = TrackingId(text.0.replace(",\"held\":\"\"", ""));
+        assert_eq!(BaseToken::parse(&older).unwrap().held, None);
+        assert_ne!(older, text);
+    }
+
+    #[test]
+    fn only_an_id_that_follows_the_bases_is_of_the_same_past() {
+        let id = |counter: u32| format!("rctX:5bfde23b:ce75:4303:b54f:6c18394f105c:{counter:08}");
+        let doubt =
+            |newest: &str, is_sealed| order_doubt(&id(4), Some(newest), is_sealed).is_some();
+        assert!(!doubt(&id(5), true) && !doubt(&id(5), false));
+        assert!(doubt(&id(4), true), "every checkpoint seals an id of its own");
+        assert!(!doubt(&id(4), false));
+        assert!(doubt(&id(3), true) && doubt(&id(3), false));
+        assert!(doubt("rctX:other:00000009", true) && doubt("", false));
+        assert_eq!(order_doubt(&id(4), None, true), None);
     }
 
     #[test]

@@ -20,10 +20,10 @@ use crate::cycle::ledger::{Ledger, OwnPoint};
 use crate::cycle::points::same_point;
 use crate::cycle::steps::{self, JobState, Step};
 use crate::cycle::{HypervHypervisor, merge, points};
-use crate::{ReferencePointRecord, SnapshotKind, SnapshotRecord};
+use crate::{ReferencePointRecord, SnapshotRecord};
 use uuid::Uuid;
 use vmtide_block::CancelToken;
-use vmtide_hypervisor::{HypervisorError, Journal, Result};
+use vmtide_hypervisor::{HypervisorError, JobId, Journal, Result};
 
 /// What is known of the restore point that the job was for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,8 +45,12 @@ pub(crate) struct Undone {
     pub points_left: Vec<String>,
     /// Checkpoints that may be ours or another program's: left alone, and told until they are gone.
     pub nameless: Vec<String>,
-    /// Reference points that may be ours or another program's: left alone, and told once.
+    /// Reference points that may be ours or another program's: left alone, and told until they are gone.
     pub doubtful: Vec<String>,
+    /// Whether that was found just now, and not by an earlier look.
+    pub is_new_doubt: bool,
+    /// Why the journal is kept for another host, where it is.
+    pub elsewhere: Option<String>,
     /// Files that the host has not merged yet.
     pub merging: Vec<String>,
     /// Whether the host may still be making what the job asked for.
@@ -60,6 +64,8 @@ impl Undone {
             && self.points_left.is_empty()
             && self.merging.is_empty()
             && self.nameless.is_empty()
+            && self.doubtful.is_empty()
+            && self.elsewhere.is_none()
             && !self.unsettled
     }
 
@@ -68,6 +74,8 @@ impl Undone {
         let mut left = self.stuck.clone();
         left.extend(self.points_left.iter().cloned());
         left.extend(self.nameless.iter().cloned());
+        left.extend(self.doubtful.iter().cloned());
+        left.extend(self.elsewhere.clone());
         if !self.merging.is_empty() {
             left.push(merge::describe(&self.merging));
         }
@@ -96,8 +104,29 @@ impl Undo<'_> {
         let mut done = Undone::default();
         let job = self.journal.entry().job.clone();
         let mut state = JobState::of(self.journal.entry());
+        match self.hyperv.host().vm(self.vm) {
+            Ok(_) => {}
+            // What the job made went with the VM, and is looked for where that comes up again; points are in the ledger.
+            Err(HypervisorError::NotFound { .. }) => {
+                done.elsewhere = state
+                    .may_have_checkpoint()
+                    .then(|| format!("{}: the VM is not there", kept(&job, &state)));
+                return Ok(done);
+            }
+            Err(error) => return Err(error),
+        }
         let snapshots = self.hyperv.host().snapshots(self.vm)?;
-        let found = checkpoint::ours(self.hyperv, &snapshots, &job, &state);
+        let mut found = checkpoint::ours(self.hyperv, &snapshots, &job, &state);
+        if !state.is_of(self.hyperv.host().identity().as_deref()) {
+            if found.ours.is_empty() && state.may_have_checkpoint() {
+                // It did not come with the VM: this is its twin, or the job's own host has removed it since.
+                done.elsewhere =
+                    Some(format!("{}: no checkpoint of it is here", kept(&job, &state)));
+                return Ok(done);
+            }
+            // What was there before, and when, was written down of the other host.
+            (found.doubtful, found.unsettled) = (Vec::new(), false);
+        }
         done.nameless = found.doubtful;
         done.unsettled = found.unsettled;
         let converted = found.ours.is_empty();
@@ -124,8 +153,8 @@ impl Undo<'_> {
     /// Writes down which files the VM writes to because of a checkpoint, where the job did not come to that: nobody can
     /// tell when it is gone.
     ///
-    /// Where a user has made a checkpoint since, the VM writes to that one's files and ours are held by it: those are
-    /// the user's now, and nothing is waited for.
+    /// Where somebody has made a checkpoint since, a user or another product, the VM writes to that one's files and ours are
+    /// held by it: those are not ours any more, and nothing is waited for.
     fn note_leaves(
         &mut self,
         snapshot: &SnapshotRecord,
@@ -134,7 +163,8 @@ impl Undo<'_> {
     ) -> Result<()> {
         let made = checkpoint::created_s(snapshot);
         let is_later = |other: &SnapshotRecord| {
-            other.kind != SnapshotKind::Recovery && checkpoint::created_s(other) >= made
+            other.settings.instance_id != snapshot.settings.instance_id
+                && checkpoint::created_s(other) >= made
         };
         if !state.leaves.is_empty() || all.iter().any(is_later) {
             return Ok(());
@@ -150,25 +180,23 @@ impl Undo<'_> {
     }
 
     fn destroy_snapshot(
-        &self,
+        &mut self,
         snapshot: &SnapshotRecord,
         done: &mut Undone,
         cancel: &CancelToken,
     ) -> Result<()> {
         let what = format!("checkpoint {:?}", snapshot.settings.name);
         let host = self.hyperv.host();
-        let Err(error) = host.destroy_snapshot(snapshot, cancel) else {
-            done.removed.push(what);
-            return Ok(());
-        };
-        // The answer may have been lost on its way, and not the call.
         let id = &snapshot.settings.instance_id;
-        if host.snapshots(self.vm)?.iter().any(|other| other.settings.instance_id == *id) {
-            done.stuck.push(format!("{what}: {error}"));
-        } else {
-            done.removed.push(what);
+        if let Err(error) = host.destroy_snapshot(snapshot, cancel) {
+            // The answer may have been lost on its way, and not the call.
+            if host.snapshots(self.vm)?.iter().any(|other| other.settings.instance_id == *id) {
+                done.stuck.push(format!("{what}: {error}"));
+                return Ok(());
+            }
         }
-        Ok(())
+        done.removed.push(what);
+        steps::record(self.journal, &Step::Removed { snapshot: id.clone() })
     }
 
     fn points(
@@ -191,7 +219,7 @@ impl Undo<'_> {
             .and_then(|before| points::made_of(&points, before, &state.tracking, named))
             .map(|point| point.instance_id.clone());
         if let Some(before) = unheard.filter(|_| made.is_none() && converted) {
-            done.doubtful.extend(unexplained(&points, before));
+            self.doubt(state, &points, before, done)?;
         }
         let mut useless: Vec<String> = Vec::new();
         match (&state.point, &state.committed) {
@@ -208,9 +236,44 @@ impl Undo<'_> {
         for id in useless {
             match points.iter().find(|point| same_point(&point.instance_id, &id)) {
                 Some(point) => self.destroy_point(point, done, cancel)?,
-                None => self.ledger.remove(&id)?,
+                None => {
+                    let here = self.hyperv.host().identity();
+                    self.ledger.remove_missing(&id, here.as_deref())?;
+                }
             }
         }
+        Ok(())
+    }
+
+    /// Tells of the points that may be what became of the checkpoint. At the first look they are written down: what
+    /// appears later is another job's, or another program's.
+    fn doubt(
+        &mut self,
+        state: &JobState,
+        points: &[ReferencePointRecord],
+        before: &[String],
+        done: &mut Undone,
+    ) -> Result<()> {
+        let doubted = match &state.doubted {
+            Some(doubted) => doubted.clone(),
+            None => {
+                let is_ours = |id: &str| self.ledger.all().any(|point| same_point(&point.id, id));
+                let ids = points.iter().map(|point| &point.instance_id);
+                let new = ids.filter(|id| !points::is_among(id, before) && !is_ours(id));
+                let new: Vec<String> = new.cloned().collect();
+                steps::record(self.journal, &Step::Doubted { points: new.clone() })?;
+                done.is_new_doubt = true;
+                new
+            }
+        };
+        let ids = points.iter().map(|point| &point.instance_id);
+        let left = ids.filter(|id| points::is_among(id, &doubted));
+        done.doubtful.extend(left.map(|id| {
+            format!(
+                "reference point {id} appeared while a killed job converted its checkpoint; it may be another program's, so it \
+                 is left alone; it holds no data"
+            )
+        }));
         Ok(())
     }
 
@@ -220,6 +283,7 @@ impl Undo<'_> {
             id: point.to_owned(),
             lineage: state.lineage.clone(),
             job: self.journal.entry().job.to_string(),
+            host: state.host.clone(),
         })
     }
 
@@ -256,18 +320,15 @@ pub(crate) fn destroy_point(
         return Ok(None);
     };
     let points = host.reference_points(point.vm)?;
-    let is_there = points.iter().any(|other| other.instance_id == point.instance_id);
+    let is_there = points.iter().any(|other| same_point(&other.instance_id, &point.instance_id));
     Ok(is_there.then_some(error))
 }
 
-/// Points that appeared since the conversion began, and that nothing proves to be ours.
-fn unexplained(points: &[ReferencePointRecord], before: &[String]) -> Vec<String> {
-    let new = points.iter().filter(|point| !points::is_among(&point.instance_id, before));
-    new.map(|point| {
-        format!(
-            "reference point {} appeared while a killed job converted its checkpoint; it may be another program's",
-            point.instance_id
-        )
-    })
-    .collect()
+/// What is told of a job whose journal is kept.
+fn kept(job: &JobId, state: &JobState) -> String {
+    let host = state.host.as_deref().unwrap_or("this host");
+    format!(
+        "the journal of job {job}, which may have left a checkpoint on {host}, is kept until that is found (vmtide doctor \
+         on {host}, or on the host that the VM has moved to)"
+    )
 }

@@ -15,10 +15,10 @@ const MAX_VMS: usize = 256;
 pub fn examine(host: &Host, files: Option<&dyn HostFiles>, vm: Option<&str>) -> Vec<HealthCheck> {
     let mut checks = Vec::new();
     let vms = match vm {
-        Some(vm) => host.find(vm).map(|vm| vec![vm]),
-        None => host.vms(),
+        Some(vm) => host.find(vm).map(|vm| (vec![vm], Vec::new())),
+        None => host.all_vms(),
     };
-    let vms = match vms {
+    let (vms, unreadable) = match vms {
         Ok(vms) => vms,
         Err(error) => {
             checks.push(unreachable(host, &error));
@@ -38,6 +38,13 @@ pub fn examine(host: &Host, files: Option<&dyn HostFiles>, vm: Option<&str>) -> 
             "name one VM to look at it",
         ));
     }
+    checks.extend(unreadable.iter().take(MAX_VMS).map(|vm| {
+        HealthCheck::fail(
+            "VM",
+            format!("{} cannot be read, and is not backed up: {}", vm.name, vm.error),
+            "see that its storage is online, and its state in Hyper-V Manager; a VM that is no more can be removed there",
+        )
+    }));
     checks.extend(unfinished_restores(host, files, &vms));
     for vm in vms.iter().take(MAX_VMS) {
         checks.extend(vm::examine(host, files, vm, exclusions.as_ref()));

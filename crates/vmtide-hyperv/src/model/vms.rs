@@ -19,19 +19,20 @@ impl Host {
     /// # Errors
     /// As [`from_cim`] says.
     pub fn vms(&self) -> Result<Vec<VmRecord>> {
-        self.vms_unless(&|_, error| Err(error))
+        let (vms, unreadable) = self.all_vms()?;
+        unreadable.into_iter().next().map_or(Ok(vms), |vm| Err(vm.error))
     }
 
-    /// All VMs; what becomes of one that cannot be read, `unreadable` says by its name: the error, or it is left out.
-    fn vms_unless(
-        &self,
-        unreadable: &dyn Fn(&str, HypervisorError) -> Result<()>,
-    ) -> Result<Vec<VmRecord>> {
+    /// All VMs as [`vms`](Self::vms), and apart from them those that cannot be read.
+    ///
+    /// # Errors
+    /// As [`from_cim`] says; not for a VM of which the host tells less than it should.
+    pub(crate) fn all_vms(&self) -> Result<(Vec<VmRecord>, Vec<UnreadableVm>)> {
         let settings = self.query(&format!(
             "SELECT * FROM Msvm_VirtualSystemSettingData WHERE VirtualSystemType='{REALIZED}'"
         ))?;
         if settings.is_empty() {
-            return Ok(Vec::new());
+            return Ok((Vec::new(), Vec::new()));
         }
         let systems = self.query("SELECT * FROM Msvm_ComputerSystem")?;
         let mut systems: HashMap<Uuid, CimInstance> = systems
@@ -42,22 +43,19 @@ impl Host {
                 Some((id, system))
             })
             .collect();
-        let mut vms = Vec::new();
+        let (mut vms, mut unreadable) = (Vec::new(), Vec::new());
         for instance in settings {
-            let name = instance.optional_text("ElementName").ok().flatten().map(str::to_owned);
-            let settings = match read::settings(instance) {
-                Ok(settings) => settings,
-                Err(error) => {
-                    unreadable(name.as_deref().unwrap_or_default(), error)?;
-                    continue;
-                }
-            };
-            if let Some(system) = systems.remove(&settings.vm) {
-                vms.push(record(&system, settings)?);
+            let read = read::settings(instance.clone()).and_then(|settings| {
+                let system = systems.remove(&settings.vm);
+                system.map(|system| record(&system, settings)).transpose()
+            });
+            match read {
+                Ok(vm) => vms.extend(vm),
+                Err(error) => unreadable.push(UnreadableVm::of(instance, error)),
             }
         }
         vms.sort_by(|a, b| (&a.name, a.id).cmp(&(&b.name, b.id)));
-        Ok(vms)
+        Ok((vms, unreadable))
     }
 
     /// One VM by its id.
@@ -94,13 +92,13 @@ impl Host {
             }
         }
         // One whose storage is offline may tell nothing of itself; the others are worth finding all the same.
-        let vms = self.vms_unless(&|name, error| {
-            if name.is_empty() || name.to_lowercase() == name_or_id.to_lowercase() {
+        let (vms, unreadable) = self.all_vms()?;
+        for UnreadableVm { name, is_named, error, .. } in unreadable {
+            if !is_named || name.to_lowercase() == name_or_id.to_lowercase() {
                 return Err(error);
             }
             tracing::warn!(name, %error, "a VM cannot be read");
-            Ok(())
-        })?;
+        }
         let exact: Vec<_> = vms.iter().filter(|vm| vm.name == name_or_id).collect();
         let folded = name_or_id.to_lowercase();
         let found = match exact.is_empty() {
@@ -121,6 +119,34 @@ impl Host {
                 ))
             }
         }
+    }
+}
+
+/// A VM that is there and of which the host tells less than it should, as where its storage is offline.
+#[derive(Debug)]
+pub(crate) struct UnreadableVm {
+    /// Its name, or what else names it.
+    pub name: String,
+    /// Whether that is its name.
+    pub is_named: bool,
+    /// Its id, where that is told.
+    pub id: Option<Uuid>,
+    /// Its settings, as far as they go.
+    pub settings: CimInstance,
+    /// Why it cannot be read.
+    pub error: HypervisorError,
+}
+
+impl UnreadableVm {
+    fn of(settings: CimInstance, error: HypervisorError) -> Self {
+        let text =
+            |name| settings.optional_text(name).ok().flatten().filter(|text| !text.is_empty());
+        let id = text("VirtualSystemIdentifier").and_then(read::parse_uuid);
+        let named = text("ElementName").map(str::to_owned);
+        let is_named = named.is_some();
+        let name = named.or_else(|| id.map(|id| id.to_string()));
+        let name = name.unwrap_or_else(|| "a VM without a name".into());
+        Self { name, is_named, id, settings, error }
     }
 }
 

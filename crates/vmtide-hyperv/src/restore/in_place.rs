@@ -15,6 +15,7 @@ use crate::cycle::lock_key;
 use crate::model::types::{VmRecord, VmState};
 use crate::{Host, HostFiles};
 use std::collections::BTreeSet;
+use std::path::Path;
 use vmtide_block::CancelToken;
 use vmtide_hypervisor::{
     DiskContent, DiskId, FullReason, HypervisorError, InPlaceRequest, RestoredVm, RestoringDisk,
@@ -198,6 +199,27 @@ pub(super) fn is_unfinished(host: &Host, files: &dyn HostFiles, steps: &[Step]) 
 /// # Errors
 /// Where the disks or their directories cannot be listed; a directory that must not be is passed over.
 pub(super) fn has_mark(host: &Host, files: &dyn HostFiles, vm: &VmRecord) -> Result<bool> {
+    look_for_mark(host, files, vm).map(|(found, _)| found)
+}
+
+/// Whether a job that was killed on this machine may have written into the disks of the VM `id`.
+///
+/// # Errors
+/// Where the state directory cannot be read.
+pub(super) fn is_journalled(state: &Path, peer: &str, id: uuid::Uuid) -> Result<bool> {
+    let found = leftovers(state, peer, None)?;
+    Ok(found.jobs.iter().any(|job| files_written(&job.steps, id).is_some()))
+}
+
+/// As [`has_mark`]; also the directories that may not be listed, in which one may lie.
+///
+/// # Errors
+/// Where the disks or their directories cannot be listed for another reason.
+pub(super) fn look_for_mark(
+    host: &Host,
+    files: &dyn HostFiles,
+    vm: &VmRecord,
+) -> Result<(bool, Vec<String>)> {
     let name = mark_name(vm.id);
     let disks = host.disks(&vm.settings)?;
     let directories: BTreeSet<_> = disks
@@ -205,17 +227,21 @@ pub(super) fn has_mark(host: &Host, files: &dyn HostFiles, vm: &VmRecord) -> Res
         .filter(|disk| !disk.pass_through)
         .map(|disk| directory_of(&disk.host_resource))
         .collect();
+    let mut not_seen = Vec::new();
     for directory in directories {
         let present = match files.list(directory) {
             // Who may read the disks need not be allowed to list what lies beside them.
-            Err(HypervisorError::Denied { .. }) => continue,
+            Err(HypervisorError::Denied { .. }) => {
+                not_seen.push(directory.to_owned());
+                continue;
+            }
             present => present?.unwrap_or_default(),
         };
         if present.iter().any(|entry| entry.name.eq_ignore_ascii_case(&name)) {
-            return Ok(true);
+            return Ok((true, not_seen));
         }
     }
-    Ok(false)
+    Ok((false, not_seen))
 }
 
 impl InPlaceVm {

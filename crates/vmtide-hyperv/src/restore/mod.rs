@@ -43,7 +43,7 @@ use crate::{Host, HostFiles, VmRecord};
 use journal::{Leftover, Step};
 use management::Management;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use vmtide_block::CancelToken;
 use vmtide_hypervisor::{
@@ -93,7 +93,7 @@ impl HypervRestorer {
     fn reap_all(&self, held: Option<&str>) -> Result<ReapReport> {
         let state = &self.inner.state_directory;
         let leftovers = journal::leftovers(state, self.host().peer(), held)?;
-        let mut report = ReapReport { removed: Vec::new(), in_use: leftovers.in_use };
+        let mut report = ReapReport { in_use: leftovers.in_use, ..ReapReport::default() };
         let is_alone = report.in_use.is_empty();
         let mut failed = None;
         for leftover in leftovers.jobs {
@@ -149,15 +149,54 @@ impl VmRestorer for HypervRestorer {
     }
 }
 
+/// What is known of restores of a VM.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Completeness {
+    /// None was left in the middle.
+    Complete,
+    /// One was.
+    Incomplete,
+    /// Nothing says so, but these directories may not be listed, in which a mark may lie.
+    NotSeen(Vec<String>),
+}
+
+/// Whether a VM's name, a file beside its disks, or the journal of a killed job says that a restore of it was not
+/// finished.
+///
+/// # Errors
+/// Where the host cannot be asked for its disks, or their directories cannot be listed for another reason than a
+/// lacking right.
+pub(crate) fn completeness(
+    host: &Host,
+    files: &dyn HostFiles,
+    state_directory: &Path,
+    vm: &VmRecord,
+) -> Result<Completeness> {
+    if is_named_incomplete(vm) {
+        return Ok(Completeness::Incomplete);
+    }
+    let (is_marked, not_seen) = in_place::look_for_mark(host, files, vm)?;
+    Ok(if is_marked {
+        Completeness::Incomplete
+    } else if not_seen.is_empty() {
+        Completeness::Complete
+    } else if in_place::is_journalled(state_directory, host.peer(), vm.id)? {
+        Completeness::Incomplete
+    } else {
+        Completeness::NotSeen(not_seen)
+    })
+}
+
 /// Whether a VM's name, or a file beside its disks, says that a restore of it was not finished.
 ///
 /// # Errors
 /// Where the host cannot be asked for its disks, or their directories cannot be listed.
 pub(crate) fn is_incomplete(host: &Host, files: &dyn HostFiles, vm: &VmRecord) -> Result<bool> {
-    if journal::is_temporary_name(&vm.name) || vm.name.ends_with(in_place::SUFFIX) {
-        return Ok(true);
-    }
-    in_place::has_mark(host, files, vm)
+    Ok(is_named_incomplete(vm) || in_place::has_mark(host, files, vm)?)
+}
+
+fn is_named_incomplete(vm: &VmRecord) -> bool {
+    journal::is_temporary_name(&vm.name) || vm.name.ends_with(in_place::SUFFIX)
 }
 
 /// Whether a VM of this name is one that a restore of vmtide's, here or on another machine, is making or has left.

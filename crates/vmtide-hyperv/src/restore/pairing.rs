@@ -10,7 +10,7 @@ use super::hardware::PLATFORM;
 use super::host_path::{extension_of, file_name_of};
 use super::outdated::Notes;
 use super::{HypervRestorer, refused, tracking};
-use crate::cycle::{BaseToken, FileFacts, changed_since, same_point};
+use crate::cycle::{BaseToken, FileFacts, Line, changed_since, order_doubt, same_point};
 use crate::model::read::parse_uuid;
 use crate::model::types::{DiskAttachment, ReferencePointRecord, VmRecord};
 use uuid::Uuid;
@@ -223,6 +223,14 @@ fn tracked_content(
         Err(why) => return unknown(FullReason::TrackingLost(why)),
     };
     if let Some(doubt) = token.doubt(vm.id, &FileFacts::from(&file)) {
+        return unknown(doubt);
+    }
+    let line = Line::of(restorer.host(), vm.id, &vm.settings)?;
+    let newest = file.most_recent_tracking_id.as_deref();
+    let reverted = line
+        .doubt(&pair.attachment, token.held.as_deref())
+        .or_else(|| order_doubt(&token.rct, newest, false));
+    if let Some(doubt) = reverted {
         return unknown(doubt);
     }
     if pair.twin {

@@ -76,8 +76,9 @@ pub(super) fn destroy_points(
             others.push(point);
         }
     }
+    let here = host.identity();
     for gone in ours {
-        ledger.remove(&gone)?;
+        ledger.remove_missing(&gone, here.as_deref())?;
     }
     Ok(others)
 }

@@ -41,7 +41,7 @@ fn world() -> FakeHost {
 /// The tracking id that a restore point of this VM has.
 fn tracking() -> TrackingId {
     TrackingId(format!(
-        r#"{{"v":1,"rct":"rctX:5bfde23b:ce75:4303:b54f:6c18394f105c:00000001","disk":"{DISK}","vm":"{VM}","point":"Microsoft:ours","line":"0123456789abcdef","size":{SIZE},"sector":512,"subtype":"dynamic"}}"#
+        r#"{{"v":1,"rct":"rctX:5bfde23b:ce75:4303:b54f:6c18394f105c:00000001","disk":"{DISK}","vm":"{VM}","point":"Microsoft:ours","line":"0123456789abcdef","size":{SIZE},"sector":512,"subtype":"dynamic","held":""}}"#
     ))
 }
 

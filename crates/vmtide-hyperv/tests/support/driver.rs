@@ -1,13 +1,13 @@
 //! A stand-in for the engine with its repository: it asks for bases as the engine does, puts the restore point together
-//! from the base and what it was told changed, and compares it byte by byte with the frozen disks.
+//! from the base and what it was told changed, and compares it byte by byte with what the guest had written at that moment,
+//! which the stand-in host keeps apart from every image.
 
-use super::world::World;
+use super::host::{Cut, TestHost, bare};
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Arc;
 use tempfile::TempDir;
 use vmtide_block::{BlockDevice, CancelToken};
-use vmtide_hyperv::{Host, HostOptions, HypervHypervisor, HypervOptions};
+use vmtide_hyperv::{HypervHypervisor, HypervOptions};
 use vmtide_hypervisor::{
     Base, Changes, Consistency, DiskId, FreezeRequest, FrozenVm, FullReason, Hypervisor,
     HypervisorError, JobId, TrackingId,
@@ -40,7 +40,7 @@ pub struct Outcome {
 
 /// One machine that backs up one VM into one repository.
 pub struct Machine {
-    pub world: World,
+    pub world: TestHost,
     pub state: TempDir,
     pub points: Vec<StoredPoint>,
     pub lineage: String,
@@ -58,17 +58,16 @@ pub struct Machine {
 }
 
 /// The hypervisor of a new process on this state directory.
-pub fn hypervisor(world: &World, state: &Path) -> HypervHypervisor {
-    let options = HostOptions { clock: Arc::new(world.clone()), ..HostOptions::default() };
-    let host = Host::new(Arc::new(world.clone()), options);
-    HypervHypervisor::new(host, Arc::new(world.clone()), HypervOptions::new(state))
+pub fn hypervisor(world: &TestHost, state: &Path) -> HypervHypervisor {
+    let (host, files) = world.connect();
+    HypervHypervisor::new(host, files, HypervOptions::new(state))
 }
 
 impl Machine {
-    pub fn new(world: &World) -> Self {
+    pub fn new(world: &TestHost) -> Self {
         Self {
             world: world.clone(),
-            state: tempfile::tempdir().unwrap(),
+            state: super::host::directory(),
             points: Vec::new(),
             lineage: "0123456789abcdef".into(),
             consistency: Consistency::Application,
@@ -107,14 +106,14 @@ impl Machine {
     pub fn backup(&mut self, vm: &str) -> Result<Outcome, HypervisorError> {
         let request = self.request(vm);
         let mut frozen = self.hypervisor().freeze(&request)?;
-        match self.store(frozen.as_mut()) {
+        match self.store(frozen.as_mut(), vm) {
             Ok((point, mut outcome)) => {
                 if self.world.is_dead() && !self.host_dies {
                     return Err(HypervisorError::failed("go on", "killed"));
                 }
                 self.points.push(point);
                 if self.killed_after_commit {
-                    self.world.cut(Some(super::world::Cut::DieBefore(1)));
+                    self.world.cut(Some(Cut::DieBefore(1)));
                     drop(frozen);
                     return Err(HypervisorError::failed("go on", "killed"));
                 }
@@ -132,7 +131,12 @@ impl Machine {
         }
     }
 
-    fn store(&self, frozen: &mut dyn FrozenVm) -> Result<(StoredPoint, Outcome), HypervisorError> {
+    fn store(
+        &self,
+        frozen: &mut dyn FrozenVm,
+        vm: &str,
+    ) -> Result<(StoredPoint, Outcome), HypervisorError> {
+        let truth = self.world.world().frozen_at(self.world.find(vm));
         let mut outcome = Outcome { warnings: frozen.warnings().to_vec(), ..Outcome::default() };
         let mut disks = BTreeMap::new();
         for disk in frozen.disks() {
@@ -140,10 +144,12 @@ impl Machine {
             let newest = self.points.last().filter(|_| !self.full);
             let base = newest.and_then(|point| point.disks.get(from)).map(|disk| &disk.bytes);
             let bytes = assemble(disk.device.as_ref(), &disk.changes, base, &mut outcome)?;
-            let mut truth = vec![0; bytes.len()];
-            disk.device.read_at(&mut truth, 0)?;
+            let location: u32 = disk.id.0.rsplit(':').next().unwrap().parse().unwrap();
+            let content = &truth[&location];
+            assert_eq!(bytes.len() as u64, content.size_bytes(), "disk {}", disk.id);
+            let written = content.read(0, bytes.len());
             let missed =
-                bytes.iter().zip(&truth).position(|(stored, true_byte)| stored != true_byte);
+                bytes.iter().zip(&written).position(|(stored, true_byte)| stored != true_byte);
             assert_eq!(missed, None, "SILENTLY INCOMPLETE: disk {}, {:?}", disk.id, disk.changes);
             if let Changes::Everything(reason) = &disk.changes {
                 outcome.full.insert(disk.id.to_string(), reason.clone());
@@ -189,10 +195,10 @@ impl Machine {
     }
 }
 
-/// The reference point that a token names.
+/// The reference point that a token names, as [`bare`] writes it.
 pub fn point_of(token: &TrackingId) -> String {
     let value: serde_json::Value = serde_json::from_str(&token.0).unwrap();
-    value["point"].as_str().unwrap().to_owned()
+    bare(value["point"].as_str().unwrap())
 }
 
 fn assemble(

@@ -1,9 +1,9 @@
-//! What the tests of the cycle share: a stand-in host in memory and a stand-in for the engine and its repository.
+//! What the tests of the cycle share: the stand-in host and a stand-in for the engine and its repository.
 
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
 pub mod driver;
-pub mod world;
+pub mod host;
 
 /// A small generator of numbers that look random (splitmix64): the same seed gives the same run.
 pub struct Random(pub u64);

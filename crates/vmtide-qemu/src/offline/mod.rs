@@ -232,7 +232,8 @@ impl Hypervisor for OfflineImage {
         match self.lock(&image, &JobId::random()) {
             Ok(_lock) => self.reap_locked(&image),
             Err(HypervisorError::Busy { vm, detail }) => {
-                Ok(ReapReport { removed: Vec::new(), in_use: vec![format!("{vm}: {detail}")] })
+                let in_use = vec![format!("{vm}: {detail}")];
+                Ok(ReapReport { in_use, ..ReapReport::default() })
             }
             Err(error) => Err(error),
         }

@@ -65,7 +65,7 @@ pub fn select(args: &ManyArgs, open: &OpenSource) -> Result<Option<Vec<VmSummary
     let mut vms = hypervisor.select(&selector)?;
     for excluded in &args.exclude_vm {
         let out: Vec<VmSummary> = hypervisor.select(excluded)?;
-        vms.retain(|vm| !out.iter().any(|other| other.id == vm.id));
+        vms.retain(|vm| !out.iter().any(|other| (&other.id, &other.name) == (&vm.id, &vm.name)));
     }
     if vms.is_empty() {
         return Err(EngineError::NotFound {

@@ -15,10 +15,13 @@ const EXAMPLES: &str = "\
 Examples:
   vmtide doctor qemu+unix:///run/web.qmp     a source: reachable, tracking, leftovers of killed jobs
   vmtide doctor hyperv+winrm://hv1/web        a Hyper-V host: logins, rights, versions, leftovers, space
+  vmtide doctor hyperv+winrm://hv1 --remove-leftovers
+                                             also what another, lost installation of vmtide left
   vmtide doctor /backup                      a repository: opens, keys, restore points, rights, space
   vmtide doctor s3://backups/vm              also: which guarantees the server gives
 
-Removes on a source what killed jobs left there, as the next backup would.
+Removes on a source what killed jobs left there, as the next backup would. What carries vmtide's name but belongs
+to no job that this state directory knows is told, and removed with --remove-leftovers.
 Ends with code 1 where something fails, 3 where something should be looked at.";
 
 /// The options of `doctor`.
@@ -28,6 +31,10 @@ pub struct DoctorArgs {
     /// Sources and repositories [default: the repository of -r]
     #[arg(value_name = "SOURCE|REPO")]
     target: Vec<String>,
+    /// Remove from a source also what carries vmtide's name but belongs to no job that is known here; only where no
+    /// other installation of vmtide backs it up at the moment
+    #[arg(long)]
+    remove_leftovers: bool,
 }
 
 /// Looks all of them over.
@@ -41,7 +48,7 @@ pub fn run(app: &App, args: &DoctorArgs) -> Result<Exit> {
     };
     let mut all = Vec::new();
     for target in &targets {
-        let checks = check(app, target)?;
+        let checks = check(app, target, args.remove_leftovers)?;
         show(app, target, &checks);
         for check in &checks {
             let event = serde_json::json!({ "target": target, "check": check });
@@ -58,7 +65,7 @@ pub fn run(app: &App, args: &DoctorArgs) -> Result<Exit> {
     })
 }
 
-fn check(app: &App, target: &str) -> Result<Vec<Check>> {
+fn check(app: &App, target: &str, remove_leftovers: bool) -> Result<Vec<Check>> {
     if !is_repository(target) {
         let spec = SourceSpec::parse(target)?;
         let options = SourceOptions {
@@ -67,7 +74,11 @@ fn check(app: &App, target: &str) -> Result<Vec<Check>> {
             hyperv: app.global.hyperv.options(target)?,
             ..SourceOptions::default()
         };
-        return Ok(doctor::check_source(&spec, &options));
+        return Ok(if remove_leftovers {
+            doctor::check_source_and_remove_orphans(&spec, &options)
+        } else {
+            doctor::check_source(&spec, &options)
+        });
     }
     if repository::is_s3(target) {
         return check_s3(app, target);

@@ -186,14 +186,19 @@ fn list(app: &App, source: &OpenSource) -> Result<Exit> {
     for vm in &vms {
         table.row([
             vm.name.clone(),
-            vm.state.clone(),
+            if vm.problem().is_some() { "unreadable".into() } else { vm.state.clone() },
             vm.disks.to_string(),
             vm.id.clone().unwrap_or_default(),
         ]);
     }
     app.output.lines(table.lines());
+    let problems = vms.iter().filter_map(|vm| Some((&vm.name, vm.problem()?)));
+    let problems: Vec<_> = problems.collect();
+    for (name, problem) in &problems {
+        app.output.warning(&format!("{name} cannot be read: {problem}"));
+    }
     app.output.summary(&serde_json::json!({ "vms": vms }));
-    Ok(Exit::Done)
+    Ok(Exit::with_warnings(!problems.is_empty()))
 }
 
 fn show(app: &App, source: &OpenSource) -> Result<Exit> {

@@ -59,6 +59,8 @@ pub struct DiskSpec {
     pub logical_sector_bytes: u32,
     /// Whether the allocation says that VMs share it.
     pub shared: bool,
+    /// The id in the file, as of a copy of another disk; none for one of its own.
+    pub disk_id: Option<Uuid>,
 }
 
 /// The kinds of disks.
@@ -126,6 +128,7 @@ impl DiskSpec {
             block_bytes: 1 << 20,
             logical_sector_bytes: 512,
             shared: false,
+            disk_id: None,
         }
     }
 }
@@ -207,15 +210,7 @@ impl World {
 
     /// Makes a disk and attaches it to a VM, as an administrator does while it runs.
     pub fn attach_disk(&self, vm: Uuid, disk: &DiskSpec) {
-        let mut state = self.lock();
-        let configuration = state.vms[&vm].configuration.clone();
-        let mut spec = VmSpec::new(configuration.text("ElementName"), &[]);
-        configuration.text("ConfigurationDataRoot").clone_into(&mut spec.directory);
-        spec.name = format!("{}-{}", spec.name, state.number());
-        let mut resources = configuration.resources;
-        state.add_disk_resources(vm, &spec, disk, &mut resources);
-        let found = state.vms.get_mut(&vm).expect("the VM is there");
-        found.configuration.resources = resources;
+        self.lock().attach_disk(vm, disk);
     }
 }
 
@@ -292,6 +287,18 @@ fn base_resources(spec: &VmSpec) -> Vec<Resource> {
 }
 
 impl State {
+    /// Makes a disk and attaches it to a VM.
+    pub(crate) fn attach_disk(&mut self, vm: Uuid, disk: &DiskSpec) {
+        let configuration = self.vms[&vm].configuration.clone();
+        let mut spec = VmSpec::new(configuration.text("ElementName"), &[]);
+        configuration.text("ConfigurationDataRoot").clone_into(&mut spec.directory);
+        spec.name = format!("{}-{}", spec.name, self.number());
+        let mut resources = configuration.resources;
+        self.add_disk_resources(vm, &spec, disk, &mut resources);
+        let found = self.vms.get_mut(&vm).expect("the VM is there");
+        found.configuration.resources = resources;
+    }
+
     /// The controllers that the disks of a VM need.
     fn add_controllers(&mut self, spec: &VmSpec, resources: &mut Vec<Resource>) {
         if spec.generation == 1 {
@@ -359,7 +366,7 @@ impl State {
                     logical_sector_bytes: disk.logical_sector_bytes,
                     physical_sector_bytes: 4096,
                     fixed: false,
-                    disk_id: Some(self.random.guid()),
+                    disk_id: Some(disk.disk_id.unwrap_or_else(|| self.random.guid())),
                 };
                 self.new_disk(&path, &new).expect("the disk of the VM");
                 path

@@ -162,8 +162,8 @@ impl State {
         let node = Node { parent: Some(frozen_path.clone()), sealed: None };
         disk.files.insert(live.clone(), node);
         disk.live.clone_from(&live);
-        let content = disk.content.clone();
-        Ok(FrozenDisk { disk: key, path: frozen_path, content, sealed })
+        let (content, tracking) = (disk.content.clone(), disk.tracking.clone());
+        Ok(FrozenDisk { disk: key, path: frozen_path, content, sealed, tracking })
     }
 
     /// Goes back to a frozen file: a new file over it takes what comes, the one written to is gone.
@@ -177,6 +177,7 @@ impl State {
         let live = format!(r"{}\{stem}_{guid}.{extension}", images::directory_of(&frozen.path));
         images::create_child(&self.own(&live), &self.own(&frozen.path))?.finish()?;
         images::remove(&self.own(&old))?;
+        let survive = self.options.ids_survive_revert;
         let mut random = self.random.clone();
         let disk = self.disks.get_mut(&frozen.disk).expect("the disk is there");
         disk.files.remove(&old);
@@ -184,7 +185,11 @@ impl State {
         disk.live.clone_from(&live);
         disk.merge = None;
         disk.content = frozen.content.clone();
-        disk.tracking.reset(&mut random);
+        if survive {
+            disk.tracking.go_back(&frozen.tracking);
+        } else {
+            disk.tracking.reset(&mut random);
+        }
         self.random = random;
         Ok(live)
     }
@@ -194,12 +199,39 @@ impl State {
     pub(crate) fn merge_step(&mut self) {
         let keys: Vec<u64> = self.disks.keys().copied().collect();
         for key in keys {
+            self.remove_branches(key);
             // One merge may make the next possible.
             for _ in 0..64 {
                 if !self.merge_disk(key) {
                     break;
                 }
             }
+        }
+    }
+
+    /// Removes files that nothing leads to any more: the ends of branches whose checkpoint was removed after the VM had
+    /// gone back to an earlier one.
+    fn remove_branches(&mut self, key: u64) {
+        loop {
+            let Some(disk) = self.disks.get(&key).filter(|disk| disk.files.len() > 1) else {
+                return;
+            };
+            let held = |path: &str| {
+                let mut snapshots = self.snapshots.values();
+                snapshots.any(|one| one.disks.values().any(|frozen| frozen.path == path))
+            };
+            let has_child =
+                |path: &str| disk.files.values().any(|node| node.parent.as_deref() == Some(path));
+            let is_end = |path: &&String| **path != disk.live && !has_child(path) && !held(path);
+            let Some(end) = disk.files.keys().find(is_end).cloned() else { return };
+            if self.is_open(&end) {
+                return;
+            }
+            drop(images::remove(&self.own(&end)));
+            if let Some(disk) = self.disks.get_mut(&key) {
+                disk.files.remove(&end);
+            }
+            self.note(format!("removed {end}"));
         }
     }
 
@@ -211,7 +243,8 @@ impl State {
             }
             return false;
         };
-        let length = self.options.merge_ms * self.faults.slow_merge.max(1);
+        let merge_ms = self.faults.merge_ms.unwrap_or(self.options.merge_ms);
+        let length = merge_ms * self.faults.slow_merge.max(1);
         let now_ms = self.now_ms;
         let disk = self.disks.get_mut(&key).expect("the disk is there");
         let due = match &disk.merge {

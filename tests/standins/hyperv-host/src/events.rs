@@ -180,6 +180,16 @@ impl World {
         drop(state.set_vm_state(vm, was));
     }
 
+    /// The VM moves to another host and does not come back: what the host had of it is gone, but for its files.
+    pub fn remove_vm(&self, vm: Uuid) {
+        let mut state = self.lock();
+        drop(state.set_vm_state(vm, 3));
+        state.vms.remove(&vm);
+        state.snapshots.retain(|_, snapshot| snapshot.vm != vm);
+        state.points.retain(|_, point| point.vm != vm);
+        state.note(format!("{vm} has left the host"));
+    }
+
     /// Starts a VM or turns it off.
     pub fn set_running(&self, vm: Uuid, running: bool) {
         let mut state = self.lock();

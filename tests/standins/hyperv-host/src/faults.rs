@@ -67,6 +67,30 @@ pub struct Faults {
     pub lost_answer: Option<(String, bool)>,
     /// `Msvm_AffectedJobElement` has no rows with the effect "create", only such with effect 0.
     pub affected_without_effect: bool,
+    /// Jobs do not name what they made, nor do methods.
+    pub nothing_named: bool,
+    /// `ReferencePointType` of new reference points.
+    pub point_kind: Option<u16>,
+    /// `ConsistencyLevel` of new reference points, whatever the checkpoint was made with.
+    pub point_consistency: Option<u8>,
+    /// What `DestroyReferencePoint` answers.
+    pub point_destruction_code: Option<u32>,
+    /// Files do not tell their most recent tracking id, as over SMB.
+    pub no_most_recent_ids: bool,
+    /// No disk can be opened: sharing violation.
+    pub sharing_violation: bool,
+    /// Directories that may not be listed.
+    pub unlistable: BTreeSet<String>,
+    /// Merges take so long, in milliseconds, whatever the options say.
+    pub merge_ms: Option<u64>,
+    /// Checkpoints do not hold this disk of the VM, by its number.
+    pub skipped_disk: Option<usize>,
+    /// While a checkpoint is refused, another product makes its own.
+    pub foreign_at_refusal: bool,
+    /// Once: before a conversion somebody removes the checkpoint, and another product converts a later one.
+    pub foreign_at_conversion: bool,
+    /// Once: while a checkpoint is made somebody attaches a disk.
+    pub disk_at_checkpoint: bool,
     /// An export of the configuration blocks all later merges of the VM, as reported of real hosts, until
     /// `ModifyDiskMergeSettings` allows them again.
     pub export_blocks_merges: bool,

@@ -123,7 +123,7 @@ impl WorldFiles {
                 detail: "there is no such file on the host".into(),
             });
         }
-        if state.faults.unopenable.contains(path) {
+        if state.faults.sharing_violation || state.faults.unopenable.contains(path) {
             return Err(busy(path, "sharing violation (0x80070020)"));
         }
         let key = state.disk_of(path);
@@ -175,7 +175,8 @@ impl HostFiles for WorldFiles {
         }
         let device = images::open(&local)?;
         let handle = Self::handle(&mut state, path);
-        let most_recent_tracking_id = state.most_recent_id(path);
+        let is_told = !state.faults.no_most_recent_ids;
+        let most_recent_tracking_id = state.most_recent_id(path).filter(|_| is_told);
         let id = info.identifiers.get("virtual_disk_id").and_then(|id| id.parse().ok());
         let block = info.block_size_bytes.and_then(|bytes| u32::try_from(bytes).ok());
         Ok(FrozenFile {
@@ -237,6 +238,9 @@ impl HostFiles for WorldFiles {
     fn list(&self, directory: &str) -> Result<Option<Vec<FileEntry>>> {
         let state = self.world.lock();
         let local = self.local(&state, directory.trim_end_matches('\\'))?;
+        if state.faults.unlistable.contains(directory) {
+            return Err(denied(directory));
+        }
         let entries = match std::fs::read_dir(local) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             entries => entries.map_err(context(directory))?,

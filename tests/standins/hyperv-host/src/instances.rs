@@ -226,6 +226,7 @@ impl State {
             ("BuildNumber", self.options.os_version.rsplit('.').next().unwrap_or_default().into()),
             ("CSName", self.options.host_name.as_str().into()),
             ("ProductType", CimValue::Uint32(3)),
+            ("LocalDateTime", timestamp(self.unix_s())),
         ]
     }
 

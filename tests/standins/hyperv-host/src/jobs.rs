@@ -194,7 +194,8 @@ impl State {
 
     /// Whether the result of a method is not told.
     fn hides(&self, method: &str) -> bool {
-        self.faults.no_resulting_point && method == "ConvertToReferencePoint"
+        self.faults.nothing_named
+            || self.faults.no_resulting_point && method == "ConvertToReferencePoint"
     }
 
     /// Does what is due by now.

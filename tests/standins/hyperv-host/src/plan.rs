@@ -1,6 +1,7 @@
 //! Callers that die: connections whose N-th call fails, before or after it took effect.
 
 use parking_lot::Mutex;
+use std::fmt;
 use std::sync::Arc;
 use vmtide_block::{ByteRange, WritableBlockDevice};
 use vmtide_cim::{Association, Cim, CimError, CimInstance, CimValue, MethodOutput, ObjectPath};
@@ -26,12 +27,20 @@ pub enum Kill {
 }
 
 /// Counts the calls of one caller, over its connection and its files together, and ends it at one of them.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct FaultPlan {
     inner: Arc<Mutex<Inner>>,
+    /// What happens before every call that reaches the host.
+    meanwhile: Option<Arc<dyn Fn() + Send + Sync>>,
 }
 
-#[derive(Debug)]
+impl fmt::Debug for FaultPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FaultPlan").field("inner", &self.inner).finish_non_exhaustive()
+    }
+}
+
+#[derive(Clone, Debug)]
 struct Inner {
     calls: u64,
     at: Option<u64>,
@@ -59,7 +68,24 @@ impl FaultPlan {
 
     fn new(at: Option<u64>, when: When, kill: Kill) -> Self {
         let inner = Inner { calls: 0, at, when, kill, dead: false, log: Vec::new() };
-        Self { inner: Arc::new(Mutex::new(inner)) }
+        Self { inner: Arc::new(Mutex::new(inner)), meanwhile: None }
+    }
+
+    /// The plan with something that happens before every call that reaches the host, as a guest that goes on writing.
+    #[must_use]
+    pub fn with_meanwhile(self, happens: impl Fn() + Send + Sync + 'static) -> Self {
+        Self { meanwhile: Some(Arc::new(happens)), ..self }
+    }
+
+    /// Begins anew as `other`, also for callers that are under way.
+    pub fn restart_as(&self, other: &Self) {
+        let other = other.inner.lock().clone();
+        *self.inner.lock() = other;
+    }
+
+    /// Whether the caller was killed: nothing answers it any more.
+    pub fn is_dead(&self) -> bool {
+        self.inner.lock().dead
     }
 
     /// How many calls were made.
@@ -103,6 +129,11 @@ impl FaultPlan {
             }
             strikes.then_some(inner.when)
         };
+        if strikes != Some(When::Before)
+            && let Some(meanwhile) = &self.meanwhile
+        {
+            meanwhile();
+        }
         match strikes {
             Some(When::Before) => None,
             Some(When::After) => {

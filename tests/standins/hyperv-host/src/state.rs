@@ -127,6 +127,8 @@ pub(crate) struct Snapshot {
     pub(crate) disks: BTreeMap<String, FrozenDisk>,
     /// The checkpoint before it.
     pub(crate) parent: Option<Uuid>,
+    /// Grows from one checkpoint to the next.
+    pub(crate) made: u64,
 }
 
 /// A disk as a checkpoint holds it.
@@ -136,6 +138,8 @@ pub(crate) struct FrozenDisk {
     pub(crate) path: String,
     pub(crate) content: Content,
     pub(crate) sealed: Option<u32>,
+    /// What was tracked until then.
+    pub(crate) tracking: Tracking,
 }
 
 /// A reference point.
@@ -149,6 +153,8 @@ pub(crate) struct Point {
     pub(crate) disks: Vec<(u64, String, u32)>,
     /// The tracking ids as the point shows them.
     pub(crate) shown_ids: Vec<String>,
+    /// Grows from one reference point to the next.
+    pub(crate) made: u64,
 }
 
 /// A GUID as WMI writes it.
@@ -224,6 +230,12 @@ impl State {
     pub(crate) fn is_open(&mut self, path: &str) -> bool {
         self.handles.retain(|(_, handle)| handle.strong_count() > 0);
         self.handles.iter().any(|(open, _)| open.eq_ignore_ascii_case(path))
+    }
+
+    /// The newest checkpoint for a backup of a VM.
+    pub(crate) fn newest_recovery(&self, vm: Uuid) -> Option<&Snapshot> {
+        let own = self.snapshots.values().filter(|snapshot| snapshot.vm == vm && snapshot.recovery);
+        own.max_by_key(|snapshot| snapshot.made)
     }
 
     /// A new number.

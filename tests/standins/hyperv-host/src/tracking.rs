@@ -89,6 +89,14 @@ impl Tracking {
         self.known.clear();
     }
 
+    /// Goes on from an earlier state of the disk, without knowing of it: ids of later moments stay known, new ones are
+    /// counted from then, and what was written in between is forgotten.
+    pub(crate) fn go_back(&mut self, earlier: &Self) {
+        self.guid = earlier.guid;
+        self.counter = earlier.counter;
+        self.epochs.clone_from(&earlier.epochs);
+    }
+
     /// The bitmap in memory is lost, and the coarse one of the disk takes its place: what was written since
     /// the last id is reported in multiples of `coarse_bytes`.
     pub(crate) fn coarsen(&mut self, coarse_bytes: u64, size_bytes: u64) {
@@ -136,6 +144,17 @@ mod tests {
         assert_eq!(tracking.since(&id, None), Ok(ranges(&[(512, 512), (4096, 512)])));
         tracking.coarsen(8192, 8000);
         assert_eq!(tracking.since(&tracking.id(second), None), Ok(ranges(&[(0, 8000)])));
+        let mut reverted = tracking.clone();
+        let mut earlier = Tracking::new(&mut Random::new(1), 512);
+        earlier.enabled = true;
+        assert_eq!(earlier.seal(), first);
+        reverted.go_back(&earlier);
+        assert_eq!(reverted.seal(), second, "the id is given once more");
+        assert_eq!(
+            reverted.since(&id, Some(second)),
+            Ok(ranges(&[])),
+            "what was written is forgotten"
+        );
         tracking.keep(&BTreeSet::from([second]));
         assert_eq!(tracking.since(&id, None), Err(INVALID_ID));
         tracking.reset(&mut Random::new(2));

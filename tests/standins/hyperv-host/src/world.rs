@@ -47,6 +47,9 @@ pub struct WorldOptions {
     pub ids_survive_offline_writes: bool,
     /// Whether a change of its size makes a disk's earlier ids unknown.
     pub resize_loses_ids: bool,
+    /// Whether tracking goes on from a checkpoint that is applied as if nothing had been since: ids of later moments stay
+    /// known, and new ones are counted from the checkpoint's. What hosts do is not documented; this is the worst of it.
+    pub ids_survive_revert: bool,
     /// Whether a VM may have several checkpoints for backups at once.
     pub many_recovery_snapshots: bool,
     /// Physical disks of the host that VMs can be given.
@@ -74,6 +77,7 @@ impl Default for WorldOptions {
             ids_last: false,
             ids_survive_offline_writes: false,
             resize_loses_ids: false,
+            ids_survive_revert: false,
             many_recovery_snapshots: false,
             physical_disks: 2,
             free_bytes: 500 << 30,
@@ -154,6 +158,11 @@ impl World {
         change(&mut self.lock().faults)
     }
 
+    /// Changes what the host is like, e.g. when it was upgraded.
+    pub fn configure(&self, change: impl FnOnce(&mut WorldOptions)) {
+        change(&mut self.lock().options);
+    }
+
     /// Lets time go on.
     pub fn advance(&self, ms: u64) {
         let mut state = self.lock();
@@ -203,8 +212,9 @@ impl World {
         for disk in state.disks.values() {
             for (file, node) in &disk.files {
                 let Some(parent) = &node.parent else { continue };
-                let held = state.snapshots.values().flat_map(|s| s.disks.values());
-                if !held.clone().any(|frozen| frozen.path == *parent) {
+                let mut held = state.snapshots.values().flat_map(|s| s.disks.values());
+                // One that a checkpoint holds is merged when that is gone.
+                if !held.any(|frozen| frozen.path == *parent || frozen.path == *file) {
                     unmerged_files.push(file.clone());
                 }
             }
@@ -268,7 +278,7 @@ impl World {
     /// What the disks held when the newest checkpoint for a backup of a VM was made, by the GUID of the disk.
     pub fn frozen_content(&self, vm: Uuid) -> Option<BTreeMap<Uuid, Content>> {
         let state = self.lock();
-        let snapshot = state.snapshots.values().find(|s| s.vm == vm && s.recovery)?;
+        let snapshot = state.newest_recovery(vm)?;
         let disks = snapshot.disks.values();
         Some(disks.map(|d| (state.disks[&d.disk].disk_id, d.content.clone())).collect())
     }
@@ -277,7 +287,7 @@ impl World {
     /// controller; for VMs with one controller.
     pub fn frozen_at(&self, vm: Uuid) -> BTreeMap<u32, Content> {
         let state = self.lock();
-        let snapshot = state.snapshots.values().find(|s| s.vm == vm && s.recovery);
+        let snapshot = state.newest_recovery(vm);
         let disks = snapshot.into_iter().flat_map(|snapshot| &snapshot.disks);
         disks
             .filter_map(|(suffix, frozen)| {
@@ -287,17 +297,37 @@ impl World {
             .collect()
     }
 
+    /// The reference points of a VM by their `InstanceID`s, the oldest first.
+    pub fn reference_points(&self, vm: Uuid) -> Vec<String> {
+        let state = self.lock();
+        let mut own: Vec<_> = state.points.values().filter(|point| point.vm == vm).collect();
+        own.sort_by_key(|point| point.made);
+        own.into_iter().map(|point| state.id_of_point(point)).collect()
+    }
+
+    /// Somebody removes a reference point.
+    pub fn remove_reference_point(&self, instance_id: &str) {
+        let mut state = self.lock();
+        let found = state.points.values().find(|point| state.id_of_point(point) == instance_id);
+        if let Some(id) = found.map(|point| point.id) {
+            drop(state.destroy_point(id));
+        }
+    }
+
     /// The tracking ids of a disk of a VM that the host still knows.
     pub fn known_ids(&self, vm: Uuid, disk: usize) -> Vec<String> {
         let key = self.key(vm, disk);
         self.lock().disks[&key].tracking.known_ids().collect()
     }
 
-    /// The checkpoints of a VM: id, name, and whether it is for a backup.
+    /// The checkpoints of a VM, the oldest first: id, name, and whether it is for a backup.
     pub fn snapshots(&self, vm: Uuid) -> Vec<(Uuid, String, bool)> {
         let state = self.lock();
-        let own = state.snapshots.values().filter(|snapshot| snapshot.vm == vm);
-        own.map(|s| (s.id, s.configuration.text("ElementName").to_owned(), s.recovery)).collect()
+        let mut own: Vec<_> = state.snapshots.values().filter(|s| s.vm == vm).collect();
+        own.sort_by_key(|snapshot| snapshot.made);
+        own.into_iter()
+            .map(|s| (s.id, s.configuration.text("ElementName").to_owned(), s.recovery))
+            .collect()
     }
 
     /// A property of the settings of a VM or checkpoint.

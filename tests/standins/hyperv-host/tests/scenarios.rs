@@ -132,7 +132,7 @@ fn store(
 /// Removes the checkpoints of which nothing tells that they are ours, as an administrator does who was told of them: a job
 /// that was killed, or lost its answer, when the host had just begun to make one.
 fn clear_doubt(hypervisor: &HypervHypervisor, vm: Uuid) {
-    let told = hypervisor.reap().unwrap().in_use;
+    let told = hypervisor.reap().unwrap().notes;
     for snapshot in hypervisor.host().snapshots(vm).unwrap() {
         if snapshot.kind == SnapshotKind::Recovery {
             assert!(told.iter().any(|line| line.contains(&snapshot.settings.name)), "{told:?}");

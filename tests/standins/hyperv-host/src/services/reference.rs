@@ -26,6 +26,9 @@ impl State {
     ) -> Option<Answer> {
         Some(match method {
             "DestroyReferencePoint" => {
+                if let Some(code) = self.faults.point_destruction_code {
+                    return Some(Answer::code(code));
+                }
                 let path = arguments.reference("AffectedReferencePoint");
                 match path.and_then(|path| self.point_of(&path)) {
                     Some(id) => {
@@ -111,10 +114,11 @@ impl State {
         let point = Point {
             id: self.random.guid(),
             vm: snapshot.vm,
-            consistency: snapshot.consistency,
-            kind: BY_TRACKING,
+            consistency: self.faults.point_consistency.unwrap_or(snapshot.consistency),
+            kind: self.faults.point_kind.unwrap_or(BY_TRACKING),
             disks,
             shown_ids,
+            made: self.number(),
         };
         let path = self.path_of_point(&point);
         self.note(format!("reference point {} made", self.id_of_point(&point)));

@@ -72,6 +72,11 @@ impl State {
             .and_then(|settings| settings.value("IgnoreNonSnapshottableDisks"))
             .and_then(CimValue::as_bool)
             .unwrap_or(false);
+        let is_refused = self.faults.creation_code.is_some()
+            || self.faults.vss_fails && number("ConsistencyLevel") == 1;
+        if self.faults.foreign_at_refusal && is_refused {
+            self.foreign_checkpoint(vm, &format!("{name} - Other"));
+        }
         if let Some(code) = self.faults.creation_code {
             return Answer::code(code);
         }
@@ -116,7 +121,15 @@ impl State {
         if !snapshot.recovery {
             return Answer::code(INVALID_STATE);
         }
-        let convert = ConvertPoint { snapshot: snapshot.id };
+        let (id, vm) = (snapshot.id, snapshot.vm);
+        let convert = ConvertPoint { snapshot: id };
+        if std::mem::take(&mut self.faults.foreign_at_conversion) {
+            drop(self.destroy_snapshots(&[id]));
+            if let Some(other) = self.foreign_checkpoint(vm, "other") {
+                drop(self.convert_snapshot(&ConvertPoint { snapshot: other }));
+            }
+            return Answer::code(INVALID_PARAMETER);
+        }
         if let Some(code) = self.faults.conversion_code {
             return Answer::code(code);
         }
@@ -133,6 +146,16 @@ impl State {
         }
         let effect = Effect::Apply(snapshot.id);
         self.begin("ApplySnapshot", "Applying checkpoint".into(), effect, None)
+    }
+
+    /// Another product's checkpoint for its own backup.
+    fn foreign_checkpoint(&mut self, vm: Uuid, name: &str) -> Option<Uuid> {
+        let new = NewSnapshot { vm, recovery: true, consistency: 2, skip_others: true };
+        let made = self.create_snapshot(new).ok()?;
+        let (path, _) = made.last()?;
+        let id = super::arguments::id_of(path.key("InstanceID")?)?;
+        self.snapshots.get_mut(&id)?.configuration.settings.set("ElementName", name);
+        Some(id)
     }
 
     /// Makes a checkpoint: all disks that can be frozen are, at one moment.
@@ -159,7 +182,11 @@ impl State {
             pass_through(&configuration),
             configuration.disk_paths().map(|(a, b)| (a.to_owned(), b.to_owned())).collect(),
         );
-        for (suffix, path) in paths {
+        for (number, (suffix, path)) in paths.into_iter().enumerate() {
+            if self.faults.skipped_disk == Some(number) {
+                configuration.resources.retain(|resource| resource.suffix != suffix);
+                continue;
+            }
             match self.disk_of(&path) {
                 Some(key) if matches!(self.disks[&key].format, Format::Vhdx | Format::Vhd) => {
                     keys.push((suffix, key));
@@ -194,14 +221,28 @@ impl State {
             configuration,
             disks,
             parent,
+            made: self.number(),
         };
         self.write_snapshot_files(&snapshot).map_err(internal)?;
         self.snapshots.insert(id, snapshot);
         if let Some(vm) = self.vms.get_mut(&new.vm).filter(|_| !new.recovery) {
             vm.current_parent = Some(id);
         }
+        self.attach_meanwhile(new.vm);
         let vm = self.vms.get(&new.vm).map(|vm| (self.path_of_vm(vm), 0));
         Ok(vm.into_iter().chain([(self.path_of_settings(id), EFFECT_CREATE)]).collect())
+    }
+
+    /// Somebody attaches a disk while the checkpoint is made, where that is switched on.
+    fn attach_meanwhile(&mut self, vm: Uuid) {
+        if !std::mem::take(&mut self.faults.disk_at_checkpoint) {
+            return;
+        }
+        let taken =
+            self.vms[&vm].configuration.disk_paths().any(|(suffix, _)| suffix.ends_with(r"\40\L"));
+        if !taken {
+            self.attach_disk(vm, &crate::DiskSpec::scsi(40, 1 << 20));
+        }
     }
 
     fn describe_snapshot(
