@@ -11,7 +11,7 @@ use crate::retry::{self, Tries, Verdict};
 use crate::spool::Content;
 use crate::{connect, xml};
 use bytes::{Bytes, BytesMut};
-use http::{HeaderMap, HeaderName, HeaderValue, Method};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use object_store::aws::{AwsAuthorizer, AwsCredential};
 use object_store::client::{HttpRequest, HttpRequestBody};
 use std::io::Error;
@@ -201,7 +201,29 @@ impl Client {
                 tracing::debug!(%method, key, ?cause, ?wait, "S3 fails; trying again");
             }
             tokio::time::sleep(wait).await;
+            if matches!(failed.cause, Cause::Connection(_)) && self.is_there(request).await {
+                return Err(Failure {
+                    cause: Cause::Answer {
+                        status: StatusCode::PRECONDITION_FAILED.as_u16(),
+                        code: "PreconditionFailed".into(),
+                        message: String::new(),
+                        region: None,
+                    },
+                    tries: tries.made(),
+                    elapsed: tries.elapsed(),
+                });
+            }
         }
+    }
+
+    /// Whether the object that `request` makes, and may not replace, is there. Asked after a connection that ended
+    /// while it was sent: either all of it arrived and the answer was lost, and it is not sent again, or the server has
+    /// refused it without taking its content, as some do, and would as often as it is sent.
+    async fn is_there(&self, request: &Request) -> bool {
+        if request.content.is_none() || !request.headers.contains_key(http::header::IF_NONE_MATCH) {
+            return false;
+        }
+        self.try_once(&Request::new(Method::HEAD, &request.key)).await.is_ok()
     }
 
     async fn try_once(&self, request: &Request) -> Result<Answer, TryFailure> {
@@ -414,7 +436,8 @@ mod tests {
         endpoint
     }
 
-    async fn put(endpoint: String, patience: Duration) -> Result<Answer, Failure> {
+    /// A client that hardly waits.
+    fn client(endpoint: String) -> Client {
         let mut options = S3Options::parse("s3://bucket/x").unwrap();
         options.endpoint = Some(endpoint);
         options.retry_time = Duration::from_millis(1);
@@ -423,10 +446,53 @@ mod tests {
             secret_key: "geheim".to_owned().into(),
             token: None,
         });
-        let mut client = Client::new(&options).unwrap();
+        Client::new(&options).unwrap()
+    }
+
+    async fn put(endpoint: String, patience: Duration) -> Result<Answer, Failure> {
+        let mut client = client(endpoint);
         client.patience = patience;
         let content = Content::of(&vec![7; LENGTH], false);
         client.send(&Request::new(Method::PUT, "packs/p").content(content)).await
+    }
+
+    /// Closes while it is being sent to; says of an object that it is there, where `is_there`. Counts what is sent.
+    fn closing_server(is_there: bool) -> (String, Arc<AtomicU64>) {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let endpoint = format!("http://{}", listener.local_addr().unwrap());
+        let puts = Arc::new(AtomicU64::new(0));
+        let count = Arc::clone(&puts);
+        std::thread::spawn(move || {
+            for mut stream in listener.incoming().flatten() {
+                let mut head = [0; 4096];
+                let _ = stream.read(&mut head);
+                if head.starts_with(b"PUT") {
+                    count.fetch_add(1, Ordering::SeqCst);
+                    continue;
+                }
+                let status = if is_there { "200 OK" } else { "404 Not Found" };
+                let answer =
+                    format!("HTTP/1.1 {status}\r\nconnection: close\r\ncontent-length: 0\r\n\r\n");
+                let _ = stream.write_all(answer.as_bytes());
+            }
+        });
+        (endpoint, puts)
+    }
+
+    #[test]
+    fn what_is_there_is_not_sent_again() {
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+        for is_there in [true, false] {
+            let (endpoint, puts) = closing_server(is_there);
+            let mut client = client(endpoint);
+            client.retry_time = Duration::from_secs(2);
+            let content = Content::of(&vec![7; LENGTH], false);
+            let request = Request::new(Method::PUT, "packs/p").content(content);
+            let request = request.header("if-none-match", "*");
+            let failure = runtime.block_on(client.send(&request)).unwrap_err();
+            assert_eq!(failure.is(412, "PreconditionFailed"), is_there, "{failure:?}");
+            assert_eq!(puts.load(Ordering::SeqCst) == 1, is_there);
+        }
     }
 
     #[cfg(unix)]

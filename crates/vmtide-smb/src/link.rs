@@ -556,8 +556,9 @@ impl Shared {
             Some(None) => Ok(()),
             Some(Some(waiting)) if frame.len() > waiting.max_answer_bytes() => {
                 let text = format!("an answer of {} bytes to a request for less", frame.len());
-                // Who waits for it hears of it with all others.
                 let error = SmbError::protocol(text);
+                // Who waits for it, and is told last, finds the connection broken when it hears of it.
+                self.break_off(error.clone());
                 drop(waiting.answer.try_send(Err(error.clone())));
                 Err(error)
             }
