@@ -532,6 +532,25 @@ fn a_merge_that_lasts_is_told_and_looked_after() {
 }
 
 #[test]
+fn a_merge_of_somebody_elses_that_the_host_is_at_is_waited_for() {
+    let (world, mut machine) = one_vm();
+    world.set_faults(Faults { merge_ms: Some(20_000), ..Faults::default() });
+    let vm = world.id(0);
+    let ids: Vec<Uuid> = (0..2).filter_map(|_| world.world().user_checkpoint(vm)).collect();
+    world.world().remove_checkpoint(ids[0]);
+    machine.backup("web").unwrap();
+    // Not for ever.
+    world.set_faults(Faults { merge_ms: Some(3600 * 1000), ..Faults::default() });
+    let point = world.world().user_checkpoint(vm).unwrap();
+    world.world().remove_checkpoint(point);
+    let error = machine.backup("web").unwrap_err().to_string();
+    assert!(error.contains("32775"), "{error}");
+    assert_eq!(machine.state_files("journal"), Vec::<String>::new());
+    world.pass(3600 * 1000);
+    machine.backup("web").unwrap();
+}
+
+#[test]
 fn a_reference_point_that_sticks_is_told_and_tried_again() {
     let (world, mut machine) = one_vm();
     machine.backup("web").unwrap();

@@ -3,6 +3,7 @@
 use crate::cycle::steps::{self, JobState, Step};
 use crate::cycle::{HypervHypervisor, time};
 use crate::gates::job_of_checkpoint;
+use crate::model::NotMade;
 use crate::{BackupType, SnapshotKind, SnapshotRecord, SnapshotRequest, VmRecord};
 use vmtide_cim::ObjectPath;
 use vmtide_hypervisor::{Consistency, FreezeRequest, HypervisorError, JobId, Journal, Result};
@@ -52,6 +53,8 @@ pub(crate) fn make(
     Ok(Made { snapshot, consistency: Consistency::Crash, downgrade: Some(reason) })
 }
 
+/// Makes one. Where the host refuses it because it merges or removes what was before, that is waited for: an earlier job's
+/// checkpoint was removed a moment ago, and with a user's checkpoint above it no leaf of it tells how far the merge is.
 fn make_one(
     hyperv: &HypervHypervisor,
     vm: &VmRecord,
@@ -59,6 +62,33 @@ fn make_one(
     request: &FreezeRequest,
     journal: &mut Journal,
 ) -> Result<SnapshotRecord> {
+    let clock = hyperv.host().options().clock.as_ref();
+    let deadline = clock.now_ms().saturating_add(hyperv.options().merge_wait_ms);
+    loop {
+        let not_made = match try_one(hyperv, vm, consistency, request, journal)? {
+            Ok(snapshot) => return Ok(snapshot),
+            Err(not_made) => not_made,
+        };
+        let waits = not_made.refused && not_made.busy && clock.now_ms() < deadline;
+        if !waits || !hyperv.host().is_at_checkpoints(vm.id).unwrap_or(false) {
+            return Err(not_made.error);
+        }
+        tracing::info!(vm = %vm.name, "the host is at an earlier checkpoint; waiting for it");
+        while clock.now_ms() < deadline && hyperv.host().is_at_checkpoints(vm.id)? {
+            request.cancel.check()?;
+            clock.sleep_ms(hyperv.host().options().poll_interval_ms.max(1));
+        }
+    }
+}
+
+/// Asks for one. What the host says to that is in the answer; where nothing can be said, an error.
+fn try_one(
+    hyperv: &HypervHypervisor,
+    vm: &VmRecord,
+    consistency: Consistency,
+    request: &FreezeRequest,
+    journal: &mut Journal,
+) -> Result<std::result::Result<SnapshotRecord, NotMade>> {
     let host = hyperv.host();
     let before: Vec<String> =
         host.snapshots(vm.id)?.into_iter().map(|snapshot| snapshot.settings.instance_id).collect();
@@ -81,7 +111,10 @@ fn make_one(
             if not_made.refused {
                 steps::record(journal, &Step::Refused)?;
             }
-            adopt(hyperv, vm, &before, named.as_ref(), not_made.error)?
+            match adopt(hyperv, vm, &before, named.as_ref(), &not_made.error) {
+                Some(snapshot) => snapshot,
+                None => return Ok(Err(not_made)),
+            }
         }
     };
     let id = snapshot.settings.instance_id.clone();
@@ -92,7 +125,7 @@ fn make_one(
         // The journal knows it by its id. The name is for people.
         tracing::warn!(%error, vm = %vm.name, "the checkpoint keeps the name that the host gave it");
     }
-    Ok(snapshot)
+    Ok(Ok(snapshot))
 }
 
 fn backup_type(hyperv: &HypervHypervisor, consistency: Consistency) -> BackupType {
@@ -103,32 +136,24 @@ fn backup_type(hyperv: &HypervHypervisor, consistency: Consistency) -> BackupTyp
     }
 }
 
-/// The checkpoint that the host made without its answer arriving, where its job names it; the error where nothing proves
-/// one to be ours. That it is new proves nothing: other products make checkpoints, too.
+/// The checkpoint that the host made without its answer arriving, where its job names it; none where nothing proves one to
+/// be ours. That it is new proves nothing: other products make checkpoints, too.
 fn adopt(
     hyperv: &HypervHypervisor,
     vm: &VmRecord,
     before: &[String],
     job: Option<&ObjectPath>,
-    error: HypervisorError,
-) -> Result<SnapshotRecord> {
+    error: &HypervisorError,
+) -> Option<SnapshotRecord> {
     let was_lost =
         matches!(error, HypervisorError::Unreachable { .. } | HypervisorError::Protocol { .. });
-    let Some(job) = job.filter(|_| was_lost) else {
-        return Err(error);
-    };
-    let Ok(mut snapshots) = hyperv.host().snapshots(vm.id) else {
-        return Err(error);
-    };
+    let job = job.filter(|_| was_lost)?;
+    let mut snapshots = hyperv.host().snapshots(vm.id).ok()?;
     let ours = hyperv.host().snapshots_of_job(job, &snapshots, before);
     snapshots.retain(|snapshot| ours.contains(&snapshot.settings.instance_id));
-    match (snapshots.pop(), snapshots.is_empty()) {
-        (Some(snapshot), true) => {
-            tracing::warn!(%error, vm = %vm.name, "the host made the checkpoint, but its answer was lost");
-            Ok(snapshot)
-        }
-        _ => Err(error),
-    }
+    let snapshot = snapshots.pop().filter(|_| snapshots.is_empty())?;
+    tracing::warn!(%error, vm = %vm.name, "the host made the checkpoint, but its answer was lost");
+    Some(snapshot)
 }
 
 fn is_new_recovery(snapshot: &SnapshotRecord, before: &[String]) -> bool {

@@ -103,6 +103,11 @@ pub(crate) fn is_last_word(code: u32) -> bool {
     !matches!(code, 3 | 32771 | 32772)
 }
 
+/// Whether `code` says that the object is at something else, or in a state in which it will not stay.
+pub(crate) fn is_busy(code: u32) -> bool {
+    matches!(code, 5 | IN_USE | INVALID_STATE)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -11,5 +11,6 @@ pub mod types;
 mod vhd;
 mod vms;
 
+pub(crate) use snapshots::NotMade;
 pub use snapshots::SnapshotRequest;
 pub use vhd::VirtualHardDisk;

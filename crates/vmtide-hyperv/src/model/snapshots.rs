@@ -45,12 +45,14 @@ pub(crate) struct NotMade {
     /// Whether that is the host's last word: what is not there yet will not come of this call. Otherwise the checkpoint
     /// may be there, or come.
     pub refused: bool,
+    /// Whether it was refused for what the VM, or something on it, is at: later it may go well.
+    pub busy: bool,
 }
 
 impl NotMade {
     /// The call was refused, or never made.
     fn refused(error: HypervisorError) -> Self {
-        Self { error, refused: true }
+        Self { error, refused: true, busy: false }
     }
 
     /// The call was not answered, or not with a result.
@@ -63,13 +65,13 @@ impl NotMade {
                 | CimError::Denied { .. }
                 | CimError::NotFound { .. }
         );
-        Self { error: from_cim(error), refused }
+        Self { error: from_cim(error), refused, busy: false }
     }
 }
 
 impl From<HypervisorError> for NotMade {
     fn from(error: HypervisorError) -> Self {
-        Self { error, refused: false }
+        Self { error, refused: false, busy: false }
     }
 }
 
@@ -156,7 +158,8 @@ impl Host {
                     }
                     _ => error,
                 };
-                return Err(NotMade { error, refused: codes::is_last_word(code) });
+                let refused = codes::is_last_word(code);
+                return Err(NotMade { error, refused, busy: codes::is_busy(code) });
             }
             // It may have made one.
             JobEnd::Vanished => return Err(vanished(&what).into()),

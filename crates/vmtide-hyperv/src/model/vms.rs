@@ -12,6 +12,11 @@ use vmtide_hypervisor::{HypervisorError, Result};
 /// The keys of a computer system.
 const SYSTEM_KEYS: [&str; 2] = ["CreationClassName", "Name"];
 
+/// What `Msvm_ComputerSystem.OperationalStatus` says of a VM beside "OK" while the host makes, applies or removes one of its
+/// checkpoints, or merges its disks (page of the class in the "Hyper-V WMI provider (V2)"). An export (32773) and a migration
+/// (32774) are not among them: they last for hours.
+const AT_CHECKPOINTS: [u64; 4] = [32768, 32769, 32770, 32772];
+
 impl Host {
     /// All VMs of the host, without planned ones and checkpoints; by name, then by id. A VM that is
     /// removed while they are read is left out.
@@ -77,6 +82,20 @@ impl Host {
         let systems = self
             .query(&format!("SELECT * FROM Msvm_ComputerSystem WHERE Name={}", wql::quote(&id)))?;
         record(systems.first().ok_or_else(not_found)?, read::settings(settings)?)
+    }
+
+    /// Whether the host says that it is at a VM's checkpoints, or merges its disks.
+    ///
+    /// # Errors
+    /// As [`from_cim`] says. A VM that is not there is at nothing.
+    pub(crate) fn is_at_checkpoints(&self, id: Uuid) -> Result<bool> {
+        let systems = self.query(&format!(
+            "SELECT * FROM Msvm_ComputerSystem WHERE Name={}",
+            wql::quote(&guid(id))
+        ))?;
+        let Some(system) = systems.first() else { return Ok(false) };
+        let status = system.numbers("OperationalStatus").unwrap_or_default();
+        Ok(status.iter().any(|one| AT_CHECKPOINTS.contains(one)))
     }
 
     /// One VM by its id, or else by its name: as it is written, or else without regard to case.
