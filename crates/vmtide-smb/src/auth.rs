@@ -74,6 +74,8 @@ pub(crate) struct Authenticator {
     credentials: Option<CredentialsBuffers>,
     /// Whom Kerberos asks; none for NTLM.
     kdc: Option<Kdc>,
+    /// Whether the first token was made: what comes after it is the server's word, be it empty.
+    has_begun: bool,
     /// Whether the package expects no further token.
     is_complete: bool,
 }
@@ -119,15 +121,17 @@ impl Authenticator {
             package: package.map_err(|error| AuthError::broken(&error))?,
             credentials: Some(CredentialsBuffers::AuthIdentity(identity)),
             kdc,
+            has_begun: false,
             is_complete: false,
         })
     }
 
-    /// The next token, after the server's `answer`; empty for the first.
+    /// The next token, after the server's `answer`; the first is made before there is one.
     ///
     /// # Errors
     /// [`AuthError`]: of Kerberos, whether another way may do.
     pub(crate) fn step(&mut self, answer: &[u8]) -> Result<Vec<u8>, AuthError> {
+        let has_answered = std::mem::replace(&mut self.has_begun, true);
         let mut input = [SecurityBuffer::new(answer.to_vec(), BufferType::Token)];
         let mut output = [SecurityBuffer::new(Vec::new(), BufferType::Token)];
         let mut builder = self
@@ -150,7 +154,7 @@ impl Authenticator {
                 None => generator.resolve_to_result(),
             }
         });
-        let status = result.map_err(|error| self.failed(&error, !answer.is_empty()))?.status;
+        let status = result.map_err(|error| self.failed(&error, has_answered))?.status;
         self.is_complete = status == SecurityStatus::Ok;
         if !matches!(status, SecurityStatus::Ok | SecurityStatus::ContinueNeeded) {
             let detail = format!("the login ended as {status:?}, which is not known here");

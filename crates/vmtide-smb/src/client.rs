@@ -1,8 +1,9 @@
 //! Logins that are kept: one connection to each server, made anew when it broke.
 
-use crate::error::Result;
+use crate::error::{Result, SmbError};
 use crate::link::Traffic;
 use crate::path::SharePath;
+use crate::patience::Patience;
 use crate::requests::{Listed, Opened, Purpose};
 use crate::session::{Session, SmbOptions};
 use parking_lot::Mutex;
@@ -42,12 +43,8 @@ impl SmbClient {
         // Who else wants this server waits for the login; others do not.
         let mut slot = slot.lock();
         if let Some(session) = &slot.session {
-            if !session.link.is_broken()
-                && session.link.is_expired()
-                && let Err(error) = session.renew(&self.options)
-            {
-                tracing::debug!(%server, %error, "the SMB session cannot go on");
-                session.link.end("its Kerberos ticket has expired, and no other was taken");
+            if !session.link.is_broken() && session.link.is_expired() {
+                self.renew(session, server);
             }
             if !session.link.is_broken() {
                 return Ok(session.clone());
@@ -67,6 +64,22 @@ impl SmbClient {
         }
         slot.session = Some(session.clone());
         Ok(session)
+    }
+
+    /// Renews a session or ends it. Where only the domain's server does not answer it is asked again for a while: this one
+    /// keeps all that is open, and what was written to it.
+    fn renew(&self, session: &Session, server: &str) {
+        let mut patience = Patience::new(self.options.reconnect_for / 2);
+        while let Err(error) = session.renew(&self.options) {
+            let may_do = matches!(error, SmbError::Unreachable { .. });
+            if may_do && !session.link.is_broken() && patience.pause() {
+                tracing::debug!(%server, %error, "a new ticket for the SMB session is asked for again");
+                continue;
+            }
+            tracing::debug!(%server, %error, "the SMB session cannot go on");
+            session.link.end("its Kerberos ticket has expired, and no other was taken");
+            return;
+        }
     }
 
     /// How many bytes went over all connections so far.
@@ -89,9 +102,10 @@ impl SmbClient {
         purpose: Purpose,
     ) -> Result<(Arc<Session>, u32, Opened)> {
         let session = self.session(&path.server)?;
+        let renewals = session.link.renewals();
         match session.open(path, purpose) {
             // What is refused because the ticket has expired was not done, whatever it is.
-            Err(_) if session.link.is_expired() && !session.link.is_broken() => {
+            Err(_) if session.link.has_expired_since(renewals) => {
                 let session = self.session(&path.server)?;
                 let (tree, opened) = session.open(path, purpose)?;
                 Ok((session, tree, opened))
@@ -134,3 +148,6 @@ impl SmbClient {
 const fn is_repeatable(purpose: Purpose) -> bool {
     matches!(purpose, Purpose::Read | Purpose::Directory | Purpose::CreateDirectory)
 }
+
+#[cfg(test)]
+mod tests;

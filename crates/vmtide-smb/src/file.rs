@@ -12,6 +12,7 @@
 
 use crate::client::SmbClient;
 use crate::error::{Result, SmbError};
+use crate::link::Ticket;
 use crate::path::SharePath;
 use crate::patience::Patience;
 use crate::requests::{FileId, Purpose};
@@ -68,10 +69,34 @@ struct Identity {
 fn open(client: &SmbClient, path: &SharePath, purpose: Purpose, generation: u64) -> Result<Open> {
     let what = path.to_string();
     let (session, tree, opened) = client.open(path, purpose)?;
-    let number = session.file_number(tree, opened.id, &what)?;
+    // Nobody else can close it.
+    let number = number(client, path, &session, (tree, opened.id))
+        .inspect_err(|_| drop(session.close(tree, opened.id, &what)))?;
     let identity =
         Identity { number, size_bytes: opened.size_bytes, written_at: opened.written_at };
     Ok(Open { session, tree, id: opened.id, identity, generation })
+}
+
+/// The number of a file that was just opened. Where only the ticket has expired since, the handle is as good as before
+/// once the session is renewed.
+fn number(
+    client: &SmbClient,
+    path: &SharePath,
+    session: &Arc<Session>,
+    (tree, id): (u32, FileId),
+) -> Result<u64> {
+    let what = path.to_string();
+    let renewals = session.link.renewals();
+    match session.file_number(tree, id, &what) {
+        Err(error) if session.link.has_expired_since(renewals) => {
+            let now = client.session(&path.server)?;
+            if !Arc::ptr_eq(&now, session) {
+                return Err(error);
+            }
+            session.file_number(tree, id, &what)
+        }
+        asked => asked,
+    }
 }
 
 impl SmbFile {
@@ -182,7 +207,7 @@ impl SmbFile {
             return Ok(());
         }
         let link = &before.session.link;
-        if !link.is_broken() && (link.is_expired() || link.renewals() != renewals) {
+        if link.has_expired_since(renewals) {
             // The server has kept what is open, and what was written.
             let session = self.client.session(&self.path.server)?;
             if Arc::ptr_eq(&session, &before.session) {
@@ -223,31 +248,49 @@ impl SmbFile {
         let mut at = offset;
         for window in buffer.chunks_mut(WINDOW_BYTES) {
             let mut tickets = Vec::with_capacity(window.len().div_ceil(piece));
+            let mut failed = None;
             let mut ask = at;
             for part in window.chunks(piece) {
                 let length = u32::try_from(part.len()).unwrap_or(PIECE_BYTES);
-                tickets.push(open.session.begin_read(open.tree, open.id, ask, length)?);
+                match open.session.begin_read(open.tree, open.id, ask, length) {
+                    Ok(ticket) => tickets.push(ticket),
+                    Err(error) => {
+                        failed = Some(error);
+                        break;
+                    }
+                }
                 ask += u64::from(length);
             }
             for (part, ticket) in window.chunks_mut(piece).zip(tickets) {
-                let mut done = open.session.finish_read(ticket, part, &self.name)?;
-                // Servers may answer with less, where storage is slow.
-                while let Some(rest) = part.get_mut(done..).filter(|rest| !rest.is_empty()) {
-                    if done == 0 {
-                        return Err(SmbError::protocol(format!("{}: an empty read", self.name)));
-                    }
-                    let length = u32::try_from(rest.len()).unwrap_or(PIECE_BYTES);
-                    let from = at + done as u64;
-                    let ticket = open.session.begin_read(open.tree, open.id, from, length)?;
-                    match open.session.finish_read(ticket, rest, &self.name)? {
-                        0 => {
-                            let text = format!("{}: an empty read", self.name);
-                            return Err(SmbError::protocol(text));
-                        }
-                        more => done += more,
-                    }
+                if failed.is_some() {
+                    // What is under way counts in the window until its answer has come.
+                    drop(open.session.link.wait(ticket));
+                    continue;
                 }
+                failed = self.read_piece(open, ticket, part, at).err();
                 at += part.len() as u64;
+            }
+            if let Some(error) = failed {
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes in what was asked for by `ticket`, and asks for the rest of it where less comes.
+    fn read_piece(&self, open: &Open, ticket: Ticket, part: &mut [u8], at: u64) -> Result<()> {
+        let mut done = open.session.finish_read(ticket, part, &self.name)?;
+        // Servers may answer with less, where storage is slow.
+        while let Some(rest) = part.get_mut(done..).filter(|rest| !rest.is_empty()) {
+            if done == 0 {
+                return Err(SmbError::protocol(format!("{}: an empty read", self.name)));
+            }
+            let length = u32::try_from(rest.len()).unwrap_or(PIECE_BYTES);
+            let from = at + done as u64;
+            let ticket = open.session.begin_read(open.tree, open.id, from, length)?;
+            match open.session.finish_read(ticket, rest, &self.name)? {
+                0 => return Err(SmbError::protocol(format!("{}: an empty read", self.name))),
+                more => done += more,
             }
         }
         Ok(())
@@ -259,13 +302,25 @@ impl SmbFile {
         let mut at = offset;
         for window in data.chunks(WINDOW_BYTES) {
             let mut tickets = Vec::with_capacity(window.len().div_ceil(piece));
+            let mut failed = None;
             for part in window.chunks(piece) {
-                let ticket = open.session.begin_write(open.tree, open.id, at, part)?;
-                tickets.push((ticket, part.len()));
+                match open.session.begin_write(open.tree, open.id, at, part) {
+                    Ok(ticket) => tickets.push((ticket, part.len())),
+                    Err(error) => {
+                        failed = Some(error);
+                        break;
+                    }
+                }
                 at += part.len() as u64;
             }
+            // All of them, also behind one that failed: what is under way could else be written after what comes next.
             for (ticket, length) in tickets {
-                open.session.finish_write(ticket, length, &self.name)?;
+                if let Err(error) = open.session.finish_write(ticket, length, &self.name) {
+                    failed.get_or_insert(error);
+                }
+            }
+            if let Some(error) = failed {
+                return Err(error);
             }
         }
         Ok(())

@@ -9,6 +9,10 @@
 //! A server may say that it is still at it (an interim answer, MS-SMB2 3.2.5.1.5): making gigabytes of zeros or flushing a
 //! large cache takes minutes. Then the answer is waited for as long as the server shows that it lives, by answering an
 //! `ECHO` whenever the time of a request has passed, up to [`MAX_PENDING`].
+//!
+//! While a session is told anew who we are ([`hold`](Link::hold)) nothing else is sent: a server refuses it meanwhile, with
+//! a status of its own liking (MS-SMB2 3.3.5.2.9). Whoever sends has its place before it takes credits, so that what
+//! waits does not keep the credits that the login needs; and it keeps that place for no longer than it takes to send.
 
 use crate::crypto::{Cipher, Signer, TRANSFORM, TRANSFORM_BYTES};
 use crate::error::{Result, SmbError, status};
@@ -16,11 +20,11 @@ use crate::header::{
     Command, FLAG_ASYNC, FLAG_SIGNED, HEADER_BYTES, RequestHeader, ResponseHeader,
 };
 use crate::wire::Writer;
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, RwLock, RwLockWriteGuard};
 use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -79,9 +83,11 @@ struct Shared {
     spare: Mutex<Vec<Vec<u8>>>,
     received_bytes: AtomicU64,
     sent_bytes: AtomicU64,
-    /// See [`Link::is_expired`].
-    is_expired: AtomicBool,
+    /// Read while a request is sent, written while the session is renewed.
+    renewing: RwLock<()>,
     renewals: AtomicU64,
+    /// Of the newest request that was refused for its ticket, the number of renewals when it was sent, and one.
+    expired_at: AtomicU64,
 }
 
 struct State {
@@ -141,6 +147,18 @@ impl Reply {
 pub(crate) struct Ticket {
     answer: Receiver<Result<Reply>>,
     message_id: u64,
+    /// How often the session was renewed when it was sent.
+    renewals: u64,
+}
+
+/// How a request stands whose time has passed.
+enum Overdue {
+    /// Its answer is being handed over.
+    Answered,
+    /// The server has said that it is at it.
+    Pending,
+    /// The server has said nothing. The connection counts as broken from now on.
+    Silent(SmbError),
 }
 
 impl Link {
@@ -172,8 +190,9 @@ impl Link {
             spare: Mutex::new(Vec::new()),
             received_bytes: AtomicU64::new(0),
             sent_bytes: AtomicU64::new(0),
-            is_expired: AtomicBool::new(false),
+            renewing: RwLock::new(()),
             renewals: AtomicU64::new(0),
+            expired_at: AtomicU64::new(0),
         });
         let reader = shared.clone();
         std::thread::Builder::new()
@@ -201,9 +220,10 @@ impl Link {
         }
     }
 
-    /// Whether the server asks to be told anew who we are; what is open stays open.
+    /// Whether the server asks to be told anew who we are; what is open stays open. What it refused before it was told
+    /// the last time does not count.
     pub(crate) fn is_expired(&self) -> bool {
-        self.shared.is_expired.load(Ordering::Acquire)
+        self.shared.expired_at.load(Ordering::Acquire) > self.renewals()
     }
 
     /// How often it was told so.
@@ -211,10 +231,20 @@ impl Link {
         self.shared.renewals.load(Ordering::Acquire)
     }
 
-    /// The server was told.
+    /// Whether the connection lives and the ticket has expired, or had and there is another one since `renewals`.
+    pub(crate) fn has_expired_since(&self, renewals: u64) -> bool {
+        (self.is_expired() || self.renewals() != renewals) && !self.is_broken()
+    }
+
+    /// The server was told. To be called while the others are [held](Self::hold).
     pub(crate) fn renewed(&self) {
         self.shared.renewals.fetch_add(1, Ordering::AcqRel);
-        self.shared.is_expired.store(false, Ordering::Release);
+    }
+
+    /// Keeps all others from sending, but for logins and `ECHO`, until what it gives is dropped. What is being sent is sent
+    /// before. Whoever holds it must send nothing else.
+    pub(crate) fn hold(&self) -> RwLockWriteGuard<'_, ()> {
+        self.shared.renewing.write()
     }
 
     /// Ends the connection for all who use it.
@@ -248,23 +278,9 @@ impl Link {
     pub(crate) fn wait(&self, ticket: Ticket) -> Result<Reply> {
         let deadline = Instant::now() + MAX_PENDING;
         let reply = loop {
-            match ticket.answer.recv_timeout(self.shared.timeout) {
-                Ok(reply) => break reply?,
-                Err(RecvTimeoutError::Timeout)
-                    if self.shared.is_pending(ticket.message_id) && Instant::now() < deadline =>
-                {
-                    self.echo()?;
-                }
-                Err(RecvTimeoutError::Timeout) => {
-                    // It may have come in the meantime.
-                    if let Ok(reply) = ticket.answer.try_recv() {
-                        break reply?;
-                    }
-                    let error = self.shared.timed_out();
-                    self.shared.break_off(error.clone());
-                    return Err(error);
-                }
-                Err(RecvTimeoutError::Disconnected) => return Err(self.shared.why_broken()),
+            match self.answer(&ticket, Instant::now() + self.shared.timeout < deadline)? {
+                Some(reply) => break reply,
+                None => self.echo()?,
             }
         };
         if let Err(error) = self.shared.check(&reply, ticket.message_id) {
@@ -272,9 +288,29 @@ impl Link {
             return Err(error);
         }
         if reply.header.status == status::NETWORK_SESSION_EXPIRED {
-            self.shared.is_expired.store(true, Ordering::Release);
+            self.shared.expired_at.fetch_max(ticket.renewals + 1, Ordering::AcqRel);
         }
         Ok(reply)
+    }
+
+    /// Waits for an answer for the time of a request; none where the server has said that it is at it, if it `may_pend`.
+    fn answer(&self, ticket: &Ticket, may_pend: bool) -> Result<Option<Reply>> {
+        loop {
+            match ticket.answer.recv_timeout(self.shared.timeout) {
+                Ok(reply) => return reply.map(Some),
+                Err(RecvTimeoutError::Disconnected) => return Err(self.shared.why_broken()),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            match self.shared.overdue(ticket.message_id, may_pend) {
+                // Whoever has taken it out of those that wait sends it, or drops the sender.
+                Overdue::Answered => {}
+                Overdue::Pending => return Ok(None),
+                Overdue::Silent(error) => {
+                    self.shared.break_off(error.clone());
+                    return Err(error);
+                }
+            }
+        }
     }
 
     /// Succeeds where the server lives.
@@ -289,8 +325,7 @@ impl Link {
             payload_bytes: 0,
         };
         let (ticket, _) = self.submit(&request, 0)?;
-        let answer = ticket.answer.recv_timeout(self.shared.timeout);
-        let answer = answer.unwrap_or_else(|_| Err(self.shared.timed_out()));
+        let answer = self.answer(&ticket, false)?.ok_or_else(|| self.shared.timed_out());
         let checked = answer.and_then(|reply| self.shared.check(&reply, ticket.message_id));
         checked.inspect_err(|error| self.shared.break_off(error.clone()))
     }
@@ -304,6 +339,10 @@ impl Link {
     }
 
     fn submit(&self, request: &Request<'_>, session_id: u64) -> Result<(Ticket, Vec<u8>)> {
+        // Who renews sends logins, and while it waits for their answers asks whether the server lives.
+        let may_be_held = !matches!(request.command, Command::SessionSetup | Command::Echo);
+        let _sending = may_be_held.then(|| self.shared.renewing.read());
+        let renewals = self.renewals();
         let charge = request.payload_bytes.max(1).div_ceil(CREDIT_BYTES);
         let (sender, answer) = sync_channel(1);
         // Whether the server lives is asked to find out, not to wait for.
@@ -311,7 +350,7 @@ impl Link {
         let (message_id, more) = self.shared.admit(charge, sender, is_patient)?;
         let sent = self.shared.transmit(request, message_id, session_id, charge, more);
         match sent {
-            Ok(message) => Ok((Ticket { answer, message_id }, message)),
+            Ok(message) => Ok((Ticket { answer, message_id, renewals }, message)),
             Err(error) => {
                 // The other side may have half a message, and waits for this id for ever.
                 self.shared.break_off(error.clone());
@@ -474,10 +513,19 @@ impl Shared {
         Ok(())
     }
 
-    /// Whether the server has said that it is at a request.
-    fn is_pending(&self, message_id: u64) -> bool {
-        let state = self.state.lock();
-        state.waiting.get(&message_id).is_some_and(|waiting| waiting.is_pending)
+    /// How a request stands whose time has passed. It is decided in one moment with [`dispatch`](Self::dispatch): an answer
+    /// that comes just now is one.
+    fn overdue(&self, message_id: u64, may_pend: bool) -> Overdue {
+        let mut state = self.state.lock();
+        match state.waiting.get(&message_id) {
+            None => Overdue::Answered,
+            Some(waiting) if waiting.is_pending && may_pend => Overdue::Pending,
+            Some(_) => {
+                let error = self.timed_out();
+                state.broken.get_or_insert_with(|| error.clone());
+                Overdue::Silent(error)
+            }
+        }
     }
 
     /// Takes answers in until the connection ends.
@@ -600,5 +648,7 @@ fn check_protection(security: &Security, reply: &Reply, message_id: u64) -> Resu
     security.signer.verify(reply.message(), reply.header.flags, message_id)
 }
 
+#[cfg(test)]
+pub(crate) mod standin;
 #[cfg(test)]
 mod tests;

@@ -48,7 +48,8 @@ pub struct SmbOptions {
     /// How long one request may take before the server counts as gone. What the server says it works on may take longer,
     /// for as long as it lives.
     pub timeout: Duration,
-    /// How long a connection that broke is tried to be made again before a read fails.
+    /// How long a connection that broke is tried to be made again before a read fails. For half of it a domain's server
+    /// that does not answer is asked for a new ticket, before a session is given up whose ticket expired.
     pub reconnect_for: Duration,
 }
 
@@ -148,17 +149,30 @@ impl Session {
     }
 
     /// Tells the server anew who we are, when it says that the ticket has expired (MS-SMB2 3.2.4.2.3.1). Keys, shares and
-    /// what is open stay as they are, so nothing that was written is in doubt.
+    /// what is open stay as they are, so nothing that was written is in doubt. All others are held meanwhile, but not
+    /// while the domain is asked.
     ///
     /// # Errors
-    /// Those of a login. The session is of no more use then.
+    /// Those of a login. [`SmbError::Unreachable`]: the domain's server does not answer, and nothing was said to this one;
+    /// asked again it may do.
     pub(crate) fn renew(&self, options: &SmbOptions) -> Result<()> {
         let failed = |error: AuthError| Failed::of(error, &self.server).error;
         let mut login =
             Authenticator::new(&options.login, self.method, &self.server).map_err(failed)?;
-        let mut answer = Vec::new();
+        let token = login.step(&[]).map_err(failed)?;
+        let _held = self.link.hold();
+        self.log_in_again(&mut login, token).inspect_err(|_| {
+            // Before the others go on: to a server that waits for the rest of a login they could say nothing.
+            self.link.end("its Kerberos ticket has expired, and no other was taken");
+        })?;
+        self.link.renewed();
+        tracing::info!(server = %self.server, "the SMB session goes on with a new ticket");
+        Ok(())
+    }
+
+    fn log_in_again(&self, login: &mut Authenticator, mut token: Vec<u8>) -> Result<()> {
+        let failed = |error: AuthError| Failed::of(error, &self.server).error;
         for _ in 0..MAX_STEPS {
-            let token = login.step(&answer).map_err(failed)?;
             // As any other request it is signed or encrypted by the session's keys, and so is its answer.
             let reply = set_up(&self.link, 0, &token)?.1;
             let code = reply.header.status;
@@ -168,15 +182,15 @@ impl Session {
             if code != status::SUCCESS && code != status::MORE_PROCESSING_REQUIRED {
                 return Err(SmbError::from_status(&format!("login to {}", self.server), code));
             }
-            (_, answer) = setup_answer(reply.message())?;
-            if code == status::SUCCESS {
-                if !login.is_complete() {
-                    login.step(&answer).map_err(failed)?;
-                }
-                self.link.renewed();
-                tracing::info!(server = %self.server, "the SMB session goes on with a new ticket");
-                return Ok(());
+            let (_, answer) = setup_answer(reply.message())?;
+            if code == status::MORE_PROCESSING_REQUIRED {
+                token = login.step(&answer).map_err(failed)?;
+                continue;
             }
+            if !login.is_complete() {
+                login.step(&answer).map_err(failed)?;
+            }
+            return Ok(());
         }
         Err(failed(AuthError::Broken("the login does not come to an end".into())))
     }
@@ -247,6 +261,23 @@ impl Session {
 
     pub(crate) fn traffic(&self) -> Traffic {
         self.link.traffic()
+    }
+}
+
+#[cfg(test)]
+impl Session {
+    /// One that is logged in already, by NTLM, at a server that takes pieces of 64 KiB.
+    pub(crate) fn over(link: Link, server: &str) -> Self {
+        let piece = 64 << 10;
+        let negotiated = Negotiated {
+            encryption: Some(crate::crypto::Encryption::Aes128Gcm),
+            signing: crate::crypto::Signing::Gmac,
+            max_read_bytes: piece,
+            max_write_bytes: piece,
+            max_transact_bytes: piece,
+        };
+        let (trees, server) = (Mutex::default(), server.to_owned());
+        Self { link, negotiated, trees, server, method: Method::Ntlm, fallback: None }
     }
 }
 

@@ -12,7 +12,10 @@ mod support;
 mod warned;
 
 use realm::{REALM, Realm};
-use std::sync::Arc;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use support::{PASSWORD, Samba, pattern};
 use vmtide_block::{BlockDevice, WritableBlockDevice};
@@ -115,11 +118,10 @@ fn without_the_domain_there_is_ntlm_or_nothing() {
     let samba = samba(&realm);
     std::fs::write(samba.path("vms/x"), b"x").unwrap();
     realm.user(samba.user(), PASSWORD, "");
-    let dead =
-        std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
     let without = |method| {
         let mut options = options(&samba, &realm, method, PASSWORD);
-        options.login.kdc = Some(dead.clone());
+        // Nobody listens there.
+        options.login.kdc = Some("127.0.0.1:1".into());
         options
     };
     let error = open(without(Method::Kerberos)).err().unwrap();
@@ -149,6 +151,68 @@ fn without_the_domain_there_is_ntlm_or_nothing() {
     }
 }
 
+/// Somebody between us and the server, who cannot prove to be it, does not get by an empty answer what leads to NTLM.
+#[test]
+fn an_answer_without_a_proof_does_not_lead_to_ntlm() {
+    const SUCCESS: u32 = 0;
+    const MORE_PROCESSING_REQUIRED: u32 = 0xC000_0016;
+    let realm = Realm::start();
+    let samba = samba(&realm);
+    std::fs::write(samba.path("vms/x"), b"x").unwrap();
+    realm.user(samba.user(), PASSWORD, "");
+    for code in [SUCCESS, MORE_PROCESSING_REQUIRED] {
+        let (port, said) = without_token(samba.port, code);
+        let negotiate = SmbOptions { port, ..options(&samba, &realm, Method::Negotiate, PASSWORD) };
+        let error = open(negotiate).err().unwrap();
+        assert!(matches!(error, SmbError::Protocol { .. }), "{code:#x}: {error}");
+        assert!(error.to_string().contains("prove"), "{code:#x}: {error}");
+        let said = said.lock().unwrap().clone();
+        let has = |text: &[u8]| said.windows(text.len()).any(|part| part == text);
+        // A ticket was shown, for the service of this name.
+        assert!(has(b"cifs") && !has(b"NTLMSSP"), "{code:#x}");
+    }
+}
+
+/// Somebody on the way to a server who takes the token out of its answers to logins, and gives them this status. The port,
+/// and what clients said.
+fn without_token(server: u16, code: u32) -> (u16, Arc<Mutex<Vec<u8>>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let said = Arc::new(Mutex::new(Vec::new()));
+    let heard = said.clone();
+    std::thread::spawn(move || {
+        for client in listener.incoming() {
+            let (mut client, heard) = (client.unwrap(), heard.clone());
+            let mut server = TcpStream::connect(("127.0.0.1", server)).unwrap();
+            std::thread::spawn(move || {
+                // One after the other, as a login goes.
+                while let Some(asked) = message(&mut client) {
+                    heard.lock().unwrap().extend_from_slice(&asked);
+                    server.write_all(&asked).unwrap();
+                    let Some(mut answer) = message(&mut server) else { break };
+                    // SESSION_SETUP, behind four bytes of length.
+                    if answer[4 + 12] == 1 {
+                        answer[4 + 8..4 + 12].copy_from_slice(&code.to_le_bytes());
+                        answer[4 + 64 + 6..4 + 64 + 8].fill(0);
+                    }
+                    client.write_all(&answer).unwrap();
+                }
+            });
+        }
+    });
+    (port, said)
+}
+
+/// The next message with its length; none at the end.
+fn message(stream: &mut TcpStream) -> Option<Vec<u8>> {
+    let mut message = vec![0; 4];
+    stream.read_exact(&mut message).ok()?;
+    let length = u32::from_be_bytes(message[..4].try_into().unwrap());
+    message.resize(4 + usize::try_from(length).unwrap(), 0);
+    stream.read_exact(&mut message[4..]).ok()?;
+    Some(message)
+}
+
 /// Samba ends a session with its ticket. Readers and writers go on with a new one; what was written and not flushed when
 /// it ended is not in doubt.
 #[test]
@@ -175,7 +239,9 @@ fn a_session_whose_ticket_ends_goes_on_with_another() {
         drop(SmbFile::create(&client, &place(&format!("{name} 2"))).unwrap());
         std::thread::scope(|scope| {
             let more = scope.spawn(|| writer.write_at(&content, 1 << 20));
-            assert!(read_all(&reader) == content, "{name}");
+            for _ in 0..3 {
+                scope.spawn(|| assert!(read_all(&reader) == content, "{name}"));
+            }
             more.join().unwrap().unwrap();
         });
         writer.flush().unwrap();
@@ -183,6 +249,50 @@ fn a_session_whose_ticket_ends_goes_on_with_another() {
         let written = std::fs::read(samba.path("vms").join(&name)).unwrap();
         assert!(written == [&content[..], &content].concat(), "{name}");
     }
+}
+
+/// The server keeps all that is open while nobody gives another ticket, so that is waited for.
+#[test]
+fn a_ticket_that_is_not_to_be_had_at_once_is_asked_for_again() {
+    let realm = Realm::start();
+    let samba = samba(&realm);
+    realm.user(samba.user(), IN_REALM, "-maxlife 3sec");
+    let (kdc, refusals) = often_dead(&realm.address);
+    let mut options = options(&samba, &realm, Method::Kerberos, IN_REALM);
+    options.login.kdc = Some(kdc);
+    let writer = SmbFile::create(&Arc::new(SmbClient::new(options)), &place("x")).unwrap();
+    writer.resize(4).unwrap();
+    writer.write_at(b"ab", 0).unwrap();
+    std::thread::sleep(UNTIL_EXPIRED);
+    refusals.store(2, Ordering::SeqCst);
+    writer.write_at(b"cd", 2).unwrap();
+    assert_eq!(refusals.load(Ordering::SeqCst), 0);
+    writer.flush().unwrap();
+    drop(writer);
+    assert_eq!(std::fs::read(samba.path("vms/x")).unwrap(), b"abcd");
+}
+
+/// Something before a domain's server that ends as many connections as it is told, and else hands on what comes.
+fn often_dead(server: &str) -> (String, Arc<AtomicU32>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let (server, refusals) = (server.to_owned(), Arc::new(AtomicU32::new(0)));
+    let left = refusals.clone();
+    std::thread::spawn(move || {
+        for client in listener.incoming() {
+            let mut client = client.unwrap();
+            if left.load(Ordering::SeqCst) > 0 {
+                left.fetch_sub(1, Ordering::SeqCst);
+                continue;
+            }
+            let mut server = TcpStream::connect(&server).unwrap();
+            // One question and its answer, each behind its length.
+            let asked = message(&mut client).unwrap();
+            server.write_all(&asked).unwrap();
+            client.write_all(&message(&mut server).unwrap()).unwrap();
+        }
+    });
+    (address, refusals)
 }
 
 /// Where no other ticket is to be had that is what is said, at once.

@@ -53,7 +53,7 @@ impl std::fmt::Debug for WsmanCim {
 enum Repeat {
     /// As often as it takes.
     Question,
-    /// Not by itself: the enumeration that it is a part of is begun anew.
+    /// Only where it certainly was not run; else the enumeration that it is a part of is begun anew.
     Part,
     /// Never, once it may have arrived.
     Once,
@@ -127,7 +127,14 @@ impl WsmanCim {
             match self.pool.exchange(&envelope, action, once, tried > 1) {
                 Ok(bytes) => return self.read(&bytes, action, message_id),
                 Err(failure) => {
-                    let failure = if once { failure.of_call(self.peer()) } else { failure };
+                    let failure = match repeat {
+                        Repeat::Question => failure,
+                        Repeat::Once => failure.of_call(self.peer()),
+                        // A part that was run is lost with its answer, and the next one of the same context is
+                        // another: who has not proven himself cannot say that it was not run.
+                        Repeat::Part if failure.not_run => failure.of_call(self.peer()),
+                        Repeat::Part => failure,
+                    };
                     // What certainly was not run may always be sent again: the connection at rest was closed, then the
                     // host forgot who speaks.
                     let broke = matches!(failure.error, CimError::Unreachable { .. });

@@ -53,7 +53,8 @@ impl Failure {
         Self { error, not_run, unproven: false }
     }
 
-    /// The error of a call that must not be run twice. What nobody has proven says nothing of whether it was run.
+    /// The error of a call, or of a part of an enumeration, that must not be run twice. What nobody has proven says
+    /// nothing of whether it was run.
     pub fn of_call(self, peer: &str) -> Self {
         if !self.unproven {
             return self;

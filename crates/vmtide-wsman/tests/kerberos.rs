@@ -11,6 +11,8 @@ mod support;
 mod warned;
 
 use realm::{REALM, Realm};
+use std::io::{Read, Write};
+use std::sync::{Arc, Mutex};
 use support::{PASSWORD, options, server, tls_options, trusting};
 use vmtide_cim::{Cim, CimError, VIRTUALIZATION_NAMESPACE as NS};
 use vmtide_wsman::{Authentication, WsmanCim, WsmanOptions};
@@ -120,9 +122,8 @@ fn without_the_domain_there_is_ntlm_or_nothing() {
     let users = vec![wsman_server::User::new("admin@lab.example", PASSWORD)];
     let (server, _) =
         server(accepting(&realm, ServerOptions { users, ..ServerOptions::default() }), 1);
-    let dead =
-        std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
-    let kerberos = WsmanOptions { kdc: Some(dead), ..as_user(&server, &realm, "admin", PASSWORD) };
+    let dead = Some("127.0.0.1:1".to_owned());
+    let kerberos = WsmanOptions { kdc: dead, ..as_user(&server, &realm, "admin", PASSWORD) };
     let error = ask(kerberos.clone()).unwrap_err();
     assert!(
         matches!(&error, CimError::Unreachable { detail, .. } if detail.contains("VMTIDE_WINRM_KDC")),
@@ -141,6 +142,65 @@ fn without_the_domain_there_is_ntlm_or_nothing() {
     assert!(warned[0].contains("NTLM is used instead of Kerberos"), "{warned:?}");
     let user = server.log().into_iter().find_map(|seen| seen.user);
     assert!(user.is_some(), "{:?}", server.log());
+}
+
+/// Somebody between us and the host, who cannot prove to be it, does not get by an empty answer what leads to NTLM.
+#[test]
+fn an_answer_without_a_proof_does_not_lead_to_ntlm() {
+    let realm = Realm::start();
+    realm.user("admin", PASSWORD, "");
+    // For its options alone.
+    let (server, _) = server(ServerOptions::default(), 1);
+    // Nothing at all, SPNEGO without a token, SPNEGO that says that all is well, and a token of no bytes.
+    for answer in ["", "Negotiate oQA=", "Negotiate oQcwBaADCgEA", "Negotiate oQYwBKICBAA="] {
+        let (port, said) = nobody(answer);
+        let negotiate = WsmanOptions {
+            port: Some(port),
+            authentication: Authentication::Negotiate,
+            ..as_user(&server, &realm, "admin", PASSWORD)
+        };
+        let error = ask(negotiate).unwrap_err();
+        assert!(matches!(error, CimError::Protocol { .. }), "{answer:?}: {error}");
+        assert!(error.to_string().contains("prove"), "{answer:?}: {error}");
+        let said = said.lock().unwrap().clone();
+        // A ticket was shown. "NTLMSSP" in base64 begins so.
+        assert!(said.contains("Negotiate YI"), "{answer:?}: {said}");
+        assert!(!said.contains("TlRMTVNTU"), "{answer:?}: {said}");
+    }
+}
+
+/// Somebody who answers whatever comes with 200 and this token. Its port, and what was said to it.
+fn nobody(token: &'static str) -> (u16, Arc<Mutex<String>>) {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let said = Arc::new(Mutex::new(String::new()));
+    let heard = said.clone();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let (mut stream, heard) = (stream.unwrap(), heard.clone());
+            std::thread::spawn(move || {
+                let mut buffer = [0; 64 << 10];
+                let mut request = String::new();
+                while let Ok(length @ 1..) = stream.read(&mut buffer) {
+                    let text = String::from_utf8_lossy(&buffer[..length]);
+                    heard.lock().unwrap().push_str(&text);
+                    request.push_str(&text);
+                    // Requests of a login have no body.
+                    if request.ends_with("\r\n\r\n") {
+                        request.clear();
+                        let answer = match token {
+                            "" => String::new(),
+                            token => format!("WWW-Authenticate: {token}\r\n"),
+                        };
+                        let answer =
+                            format!("HTTP/1.1 200 OK\r\n{answer}Content-Length: 0\r\n\r\n");
+                        drop(stream.write_all(answer.as_bytes()));
+                    }
+                }
+            });
+        }
+    });
+    (port, said)
 }
 
 #[test]

@@ -1,111 +1,22 @@
-//! Connections to servers that no real one is on demand: a stand-in that says on the wire exactly what a test tells it to.
+//! Connections to servers that no real one is on demand.
 
+use super::standin::{AMPLE, connected};
 use super::*;
-use crate::crypto::{Encryption, PreauthHash};
-use std::net::TcpListener;
-use std::thread::JoinHandle;
+use std::sync::atomic::AtomicBool;
 
-const SESSION: u64 = 7;
-const KEY: [u8; 32] = [9; 32];
+/// The time of a request where the server does not answer: no stall of the machine changes what comes then.
+const SHORT: Duration = Duration::from_millis(700);
 
-/// How long a request may take here. Much longer than a stand-in needs, so that a slow machine changes nothing.
-const TIME: Duration = Duration::from_millis(700);
-
-/// The server's end of a connection.
-struct Server {
-    stream: TcpStream,
-    cipher: Option<Cipher>,
-}
-
-/// What a client asked.
-struct Asked {
-    command: u16,
-    message_id: u64,
-}
-
-impl Server {
-    /// The next request.
-    fn next(&mut self) -> Asked {
-        let mut head = [0; 4];
-        self.stream.read_exact(&mut head).unwrap();
-        let mut frame = vec![0; usize::try_from(u32::from_be_bytes(head)).unwrap()];
-        self.stream.read_exact(&mut frame).unwrap();
-        let start = self.cipher.as_ref().map_or(0, |cipher| {
-            cipher.open(&mut frame, SESSION).unwrap();
-            TRANSFORM_BYTES
-        });
-        let at = |from: usize, to: usize| &frame[start + from..start + to];
-        Asked {
-            command: u16::from_le_bytes(at(12, 14).try_into().unwrap()),
-            message_id: u64::from_le_bytes(at(24, 32).try_into().unwrap()),
-        }
-    }
-
-    /// An answer with one credit; encrypted where the session is, unless `is_plain`.
-    fn say(&mut self, to: &Asked, status: u32, flags: u32, body: &[u8], is_plain: bool) {
-        let cipher = self.cipher.as_ref().filter(|_| !is_plain);
-        let start = if cipher.is_some() { TRANSFORM_BYTES } else { 0 };
-        let mut writer = Writer::default();
-        writer.zeros(start).bytes(b"\xfeSMB").u16(64).u16(1).u32(status).u16(to.command).u16(1);
-        writer.u32(crate::header::FLAG_RESPONSE | flags).u32(0).u64(to.message_id);
-        writer.u64(0).u64(SESSION).zeros(16).bytes(body);
-        let mut frame = writer.0;
-        if let Some(cipher) = cipher {
-            cipher.seal(&mut frame, start, SESSION).unwrap();
-        }
-        let length = u32::try_from(frame.len()).unwrap();
-        let sent = self.stream.write_all(&length.to_be_bytes());
-        drop(sent.and_then(|()| self.stream.write_all(&frame)));
-    }
-
-    fn answer(&mut self, to: &Asked, status: u32, body: &[u8]) {
-        self.say(to, status, 0, body, false);
-    }
-
-    fn say_that_it_is_at_it(&mut self, asked: &Asked) {
-        self.say(asked, status::PENDING, FLAG_ASYNC, &[9, 0, 0, 0, 0, 0, 0, 0], false);
-    }
-}
-
-/// A client's end, and a server that does as `script` says, and closes when it is joined and dropped.
-fn connected(
-    is_encrypted: bool,
-    script: impl FnOnce(&mut Server) + Send + 'static,
-) -> (Link, JoinHandle<Server>) {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-    let (far, _) = listener.accept().unwrap();
-    let link = Link::start(stream, "hv1:445".into(), TIME).unwrap();
-    let (encryption, preauth) = (Encryption::Aes128Gcm, PreauthHash::new());
-    let cipher = is_encrypted.then(|| Cipher::of_server(encryption, &KEY, &preauth).unwrap());
-    if is_encrypted {
-        link.secure(Security {
-            session_id: SESSION,
-            signer: Signer::new(crate::crypto::Signing::Gmac, &KEY[..16], &preauth).unwrap(),
-            cipher: Some(Cipher::new(encryption, &KEY, &preauth).unwrap()),
-        });
-    }
-    let mut server = Server { stream: far, cipher };
-    let script = move || {
-        script(&mut server);
-        server
-    };
-    (link, std::thread::spawn(script))
-}
+const FLUSH: Request<'static> =
+    Request { command: Command::Flush, tree_id: 1, body: &[24, 0], data: &[], payload_bytes: 0 };
 
 fn flush(link: &Link) -> Result<Reply> {
-    link.call(&Request {
-        command: Command::Flush,
-        tree_id: 1,
-        body: &[24, 0],
-        data: &[],
-        payload_bytes: 0,
-    })
+    link.call(&FLUSH)
 }
 
 /// What a server in an encrypted session answers to a flush, the link after it, and whether it was broken.
 fn after(code: u32, is_plain: bool) -> (Result<Reply>, Link, bool) {
-    let (link, server) = connected(true, move |server| {
+    let (link, server) = connected(true, AMPLE, move |server| {
         let asked = server.next();
         server.say(&asked, code, 0, &[9, 0], is_plain);
     });
@@ -143,9 +54,101 @@ fn a_session_whose_ticket_has_expired_waits_for_another() {
     assert!(link.is_broken());
 }
 
+/// Whoever hears late that the old ticket had expired does not have a good session renewed.
+#[test]
+fn what_was_refused_before_a_renewal_asks_for_no_other() {
+    let (told, renewed) = sync_channel(1);
+    let (link, server) = connected(true, AMPLE, move |server| {
+        let early = [server.next(), server.next()];
+        renewed.recv().unwrap();
+        for asked in early {
+            server.answer(&asked, status::NETWORK_SESSION_EXPIRED, &[9, 0]);
+        }
+        let late = server.next();
+        server.answer(&late, status::NETWORK_SESSION_EXPIRED, &[9, 0]);
+    });
+    link.shared.state.lock().credits = 8;
+    let early = [(); 2].map(|()| link.send(&FLUSH).unwrap());
+    let held = link.hold();
+    link.renewed();
+    drop(held);
+    told.send(()).unwrap();
+    for ticket in early {
+        assert_eq!(link.wait(ticket).unwrap().header.status, status::NETWORK_SESSION_EXPIRED);
+        assert!(!link.is_expired() && link.has_expired_since(0) && !link.has_expired_since(1));
+    }
+    // The new one ends as the old one did.
+    flush(&link).unwrap();
+    assert!(link.is_expired() && link.has_expired_since(1));
+    server.join().unwrap();
+}
+
+/// A server refuses whatever comes between the messages of a login.
+#[test]
+fn nothing_but_the_login_is_sent_while_a_session_is_renewed() {
+    let (link, server) = connected(true, AMPLE, |server| {
+        [(); 3].map(|()| {
+            let asked = server.next();
+            server.answer(&asked, status::SUCCESS, &[4, 0, 0, 0]);
+            asked.command
+        })
+    });
+    let held = link.hold();
+    let answered = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            flush(&link).unwrap();
+            answered.store(true, Ordering::Release);
+        });
+        // So that it would be the first if it could. There is one credit, which it must not take and keep.
+        std::thread::sleep(Duration::from_millis(200));
+        // Nor does it keep from asking whether the server lives.
+        link.call(&Request { command: Command::Echo, ..FLUSH }).unwrap();
+        link.call(&Request { command: Command::SessionSetup, ..FLUSH }).unwrap();
+        assert!(!answered.load(Ordering::Acquire));
+        drop(held);
+    });
+    let (_, commands) = server.join().unwrap();
+    assert_eq!(
+        commands,
+        [Command::Echo, Command::SessionSetup, Command::Flush].map(|command| command as u16)
+    );
+}
+
+/// The answer is taken out of those that wait before it is handed over: a request whose time passes in between has
+/// succeeded.
+#[test]
+fn an_answer_that_is_handed_over_has_come() {
+    let (link, server) = connected(true, SHORT, |server| drop(server.next()));
+    let ticket = link.send(&FLUSH).unwrap();
+    let _open = server.join().unwrap();
+    let waiting = link.shared.state.lock().waiting.remove(&ticket.message_id).unwrap();
+    std::thread::scope(|scope| {
+        let waits = scope.spawn({
+            let link = &link;
+            move || link.answer(&ticket, false)
+        });
+        // Somebody stops the receiver there for longer than the time of the request.
+        std::thread::sleep(SHORT * 2);
+        let frame = vec![0; HEADER_BYTES];
+        let header = ResponseHeader {
+            status: 0,
+            credits: 0,
+            flags: 0,
+            message_id: 0,
+            session_id: 0,
+            tree_id: 0,
+        };
+        let reply = Reply { frame, start: 0, header, is_encrypted: true };
+        assert!(waiting.answer.try_send(Ok(reply)).is_ok());
+        assert!(waits.join().unwrap().unwrap().is_some());
+    });
+    assert!(!link.is_broken());
+}
+
 #[test]
 fn what_the_server_is_at_is_waited_for_while_it_lives() {
-    let (link, server) = connected(true, |server| {
+    let (link, server) = connected(true, Duration::from_secs(3), |server| {
         let asked = server.next();
         server.say_that_it_is_at_it(&asked);
         for _ in 0..2 {
@@ -163,7 +166,7 @@ fn what_the_server_is_at_is_waited_for_while_it_lives() {
 #[test]
 fn a_server_that_falls_silent_is_given_up() {
     for says in [true, false] {
-        let (link, server) = connected(true, move |server| {
+        let (link, server) = connected(true, SHORT, move |server| {
             let asked = server.next();
             if says {
                 server.say_that_it_is_at_it(&asked);
@@ -180,7 +183,7 @@ fn a_server_that_falls_silent_is_given_up() {
 
 #[test]
 fn nobody_else_says_that_the_server_is_at_it() {
-    let (link, server) = connected(true, |server| {
+    let (link, server) = connected(true, AMPLE, |server| {
         let asked = server.next();
         server.say(&asked, status::PENDING, FLAG_ASYNC, &[9, 0], true);
     });
@@ -192,7 +195,7 @@ fn nobody_else_says_that_the_server_is_at_it() {
 #[test]
 fn an_answer_is_no_larger_than_its_credits() {
     let of = |length: usize| {
-        let (link, server) = connected(false, move |server| {
+        let (link, server) = connected(false, AMPLE, move |server| {
             let asked = server.next();
             server.answer(&asked, status::SUCCESS, &vec![0; length]);
         });
@@ -208,7 +211,7 @@ fn an_answer_is_no_larger_than_its_credits() {
 
 #[test]
 fn large_buffers_are_not_kept() {
-    let (link, server) = connected(false, |_| {});
+    let (link, server) = connected(false, AMPLE, |_| {});
     server.join().unwrap();
     for length in [4096, MAX_SPARE_BYTES + 1] {
         let frame = vec![0; length];
@@ -229,7 +232,7 @@ fn large_buffers_are_not_kept() {
 #[test]
 fn a_message_that_is_taken_too_slowly_ends_the_connection() {
     // It has megabytes to read when the test is over: nobody waits for it.
-    let (link, _) = connected(false, |server| {
+    let (link, _) = connected(false, SHORT, |server| {
         let mut little = [0; 16 << 10];
         while matches!(server.stream.read(&mut little), Ok(1..)) {
             std::thread::sleep(Duration::from_millis(20));

@@ -149,6 +149,8 @@ impl Context {
     /// # Errors
     /// [`AuthError`].
     pub fn step(&mut self, token: Option<&[u8]>) -> Result<Vec<u8>, AuthError> {
+        // Be it empty, it is the host that said it.
+        let has_answered = token.is_some();
         let token = token.map(der::mechanism_token).unwrap_or_default();
         if token.len() > MAX_TOKEN_BYTES {
             return Err(AuthError::Broken("its token is too large".into()));
@@ -185,10 +187,10 @@ impl Context {
                     .initialize_security_context_impl(&mut builder)?
                     .resolve_with_client(kdc.as_ref())
             })
-            .map_err(|error| kerberos_error(&error, target, !token.is_empty()))?,
+            .map_err(|error| kerberos_error(&error, target, has_answered))?,
         };
         if let Inner::Kerberos { context, wrap, .. } = &mut self.inner
-            && !token.is_empty()
+            && has_answered
         {
             *wrap = Some(wrap_of(context)?);
         }

@@ -480,6 +480,8 @@ impl Shared {
         let done = self.service.run(&request);
         match seen.effect {
             Some(Effect::CutAfter) => return Reply::Cut,
+            Some(Effect::UnauthorizedAfter) => return Reply::Status(401),
+            Some(Effect::UnavailableAfter) => return Reply::Status(503),
             Some(Effect::TimedOut) => {
                 return self.fault(&request.message_id, &Fault::timed_out(), seen);
             }

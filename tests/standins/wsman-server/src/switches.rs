@@ -43,6 +43,10 @@ pub enum Effect {
     EmptyError,
     /// HTTP 503, as `HTTP.sys` answers while the service starts; the operation is not done.
     Unavailable,
+    /// The operation is done; somebody on the way puts HTTP 401 in the place of the answer.
+    UnauthorizedAfter,
+    /// The operation is done; somebody on the way puts HTTP 503 in the place of the answer.
+    UnavailableAfter,
     /// The operation is done; the answer is an envelope of 64 MiB.
     Oversized,
     /// The operation is done; the answer is no XML.
@@ -57,7 +61,7 @@ pub enum Effect {
 
 impl Effect {
     /// All, by the names of the command line.
-    const NAMED: [(&'static str, Self); 14] = [
+    const NAMED: [(&'static str, Self); 16] = [
         ("unauthorized", Self::Unauthorized),
         ("access-denied", Self::AccessDenied),
         ("expired-enumeration", Self::ExpiredEnumeration),
@@ -67,6 +71,8 @@ impl Effect {
         ("cut-during", Self::CutDuring),
         ("empty-error", Self::EmptyError),
         ("unavailable", Self::Unavailable),
+        ("unauthorized-after", Self::UnauthorizedAfter),
+        ("unavailable-after", Self::UnavailableAfter),
         ("oversized", Self::Oversized),
         ("garbage", Self::Garbage),
         ("nested", Self::Nested),
