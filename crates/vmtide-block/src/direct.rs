@@ -12,7 +12,6 @@
 
 use crate::ByteRange;
 use std::fs::File;
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// What length, offset and memory address must be a multiple of. Enough for devices of 512 and 4096
@@ -34,13 +33,15 @@ pub(crate) struct DirectFile {
 }
 
 impl DirectFile {
-    /// Opens the file that `open` is, or answers `None` where the system cannot. It must be the same
-    /// file: one that was renamed or replaced meanwhile is not opened again by its path.
+    /// Opens the file that `open` is, or answers `None` where the system cannot. Its path is not used: whatever is there
+    /// now, another file, a pipe, a device, is not touched.
     #[cfg(target_os = "linux")]
-    pub(crate) fn open(path: &Path, open: &File) -> Option<Self> {
+    pub(crate) fn open(open: &File) -> Option<Self> {
         use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
         let flags = rustix::fs::OFlags::DIRECT.bits().cast_signed();
-        let file = std::fs::OpenOptions::new().write(true).custom_flags(flags).open(path).ok()?;
+        let mut options = std::fs::OpenOptions::new();
+        options.write(true).custom_flags(flags);
+        let file = crate::files::reopen(open, &options).ok()?;
         let (ours, theirs) = (file.metadata().ok()?, open.metadata().ok()?);
         let is_same = (ours.dev(), ours.ino()) == (theirs.dev(), theirs.ino());
         let sets_aside = AtomicBool::new(is_ext4(&file));
@@ -48,7 +49,7 @@ impl DirectFile {
     }
 
     #[cfg(not(target_os = "linux"))]
-    pub(crate) fn open(_path: &Path, _open: &File) -> Option<Self> {
+    pub(crate) fn open(_open: &File) -> Option<Self> {
         None
     }
 
@@ -101,9 +102,38 @@ fn is_ext4(file: &File) -> bool {
 
 #[cfg(all(test, target_os = "linux"))]
 mod tests {
+    use super::DirectFile;
     use crate::{
         AlignedBuffer, BlockDevice, ByteRange, OpenMode, RawDevice, WritableBlockDevice, is_zero,
     };
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+
+    #[test]
+    fn what_took_the_path_of_an_open_disk_is_not_opened() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        std::fs::write(at("other"), [7; 128 << 10]).unwrap();
+        std::os::unix::fs::symlink("other", at("link")).unwrap();
+        mknodat(CWD, at("pipe"), FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        let mut buffer = AlignedBuffer::new(128 << 10);
+        buffer.fill(9);
+        // The pipe has no reader: whoever opens it for writing waits for ever.
+        for name in ["link", "pipe"] {
+            let path = at("disk");
+            let disk =
+                RawDevice::open(&path, OpenMode::CreateNew { size_bytes: 128 << 10 }).unwrap();
+            let can = DirectFile::open(&disk.file).is_some();
+            std::fs::rename(&path, at("moved")).unwrap();
+            std::fs::rename(at(name), &path).unwrap();
+            disk.expect_bulk_writes();
+            disk.write_at(&buffer, 0).unwrap();
+            disk.flush().unwrap();
+            assert_eq!(DirectFile::open(&disk.file).is_some(), can, "by what it is");
+            assert!(std::fs::read(at("moved")).unwrap().iter().all(|byte| *byte == 9));
+            assert!(std::fs::read(at("other")).unwrap().iter().all(|byte| *byte == 7));
+            std::fs::remove_file(&path).unwrap();
+        }
+    }
 
     #[test]
     fn what_was_expected_and_not_written_reads_as_zeros() {

@@ -244,7 +244,7 @@ impl WritableBlockDevice for RawDevice {
 
     fn expect_bulk_writes(&self) {
         if self.writable && self.flushes {
-            self.direct.get_or_init(|| DirectFile::open(&self.path, &self.file));
+            self.direct.get_or_init(|| DirectFile::open(&self.file));
         }
     }
 

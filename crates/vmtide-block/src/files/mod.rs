@@ -21,6 +21,9 @@ pub(crate) use system::{
     owner_only, punch_hole,
 };
 
+#[cfg(target_os = "linux")]
+pub(crate) use unix::reopen;
+
 /// Reads all of `buffer` from `offset` on. Many threads may read one file at once.
 ///
 /// On Windows the position of the file moves, so nobody may rely on it beside this.
@@ -106,7 +109,7 @@ pub fn canonical(path: &Path) -> Result<PathBuf> {
 }
 
 /// Opens a file by a path without links, or not at all: see [`RawDevice::open_resolved`](crate::RawDevice::open_resolved).
-/// What is no regular file is opened with `options`.
+/// `options` say how, and `writable` whether for writing, too.
 pub(crate) fn open_resolved(
     path: &Path,
     options: &std::fs::OpenOptions,

@@ -3,7 +3,7 @@
 use crate::{ByteRange, Extent};
 use rustix::io::Errno;
 use std::fs::{File, Metadata, OpenOptions};
-use std::io::Result;
+use std::io::{ErrorKind, Result};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -53,33 +53,89 @@ pub(super) fn rename_new(from: &Path, to: &Path) -> Result<()> {
     link_and_unlink(from, to)
 }
 
+/// Where the kernel names the files that this process has open: opening such a name opens that file again, whatever is
+/// at its path now.
+#[cfg(target_os = "linux")]
+const OPEN_FILES: &str = "/proc/self/fd";
+
 #[cfg(target_os = "linux")]
 pub(super) fn open_resolved(path: &Path, options: &OpenOptions, writable: bool) -> Result<File> {
-    use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
-    let access = if writable { OFlags::RDWR } else { OFlags::RDONLY };
-    // Nothing to regular files, and a pipe that came there meanwhile is not waited for.
-    let flags = access | OFlags::CLOEXEC | OFlags::NONBLOCK;
-    let no_links = ResolveFlags::NO_SYMLINKS;
-    let opened = match openat2(CWD, path, flags, Mode::empty(), no_links) {
-        Ok(handle) => File::from(handle),
-        // An old kernel, or a sandbox that does not know the call.
-        Err(Errno::NOSYS | Errno::PERM) => return open_unless_link(path, options),
-        Err(error) => return Err(error.into()),
-    };
-    // A device may be claimed by how it is opened.
-    if opened.metadata()?.is_file() { Ok(opened) } else { open_unless_link(path, options) }
+    use rustix::fs::OFlags;
+    // A handle that only names the file: nothing happens to what is there, and nothing is waited for.
+    let named = walk(path, OFlags::PATH)?;
+    match open_named(&named, options, OPEN_FILES) {
+        // Most likely there is no /proc. Whoever may not open the file may not here, either.
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::PermissionDenied) => {
+            open_again(path, &named, writable)
+        }
+        opened => opened,
+    }
 }
 
 #[cfg(not(target_os = "linux"))]
 pub(super) fn open_resolved(path: &Path, options: &OpenOptions, _: bool) -> Result<File> {
-    open_unless_link(path, options)
-}
-
-fn open_unless_link(path: &Path, options: &OpenOptions) -> Result<File> {
     if std::fs::symlink_metadata(path)?.is_symlink() {
         return Err(Errno::LOOP.into());
     }
     options.open(path)
+}
+
+/// Opens what is at `path`, of which no part is a link.
+#[cfg(target_os = "linux")]
+fn walk(path: &Path, flags: rustix::fs::OFlags) -> Result<File> {
+    use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, open, openat2};
+    let flags = flags | OFlags::CLOEXEC;
+    match openat2(CWD, path, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS) {
+        // An old kernel, or a sandbox that does not know the call: the last part at least is no link.
+        Err(Errno::NOSYS | Errno::PERM) => {
+            Ok(open(path, flags | OFlags::NOFOLLOW, Mode::empty())?.into())
+        }
+        opened => Ok(opened?.into()),
+    }
+}
+
+/// Opens the file or block device that `named` names by its name in `open_files`.
+#[cfg(target_os = "linux")]
+fn open_named(named: &File, options: &OpenOptions, open_files: &str) -> Result<File> {
+    use std::os::fd::AsRawFd;
+    let found = named.metadata()?;
+    if found.is_symlink() {
+        return Err(Errno::LOOP.into());
+    }
+    if !found.is_file() && !is_block_device(&found) {
+        let what = "is neither a file nor a block device any more";
+        return Err(std::io::Error::new(ErrorKind::InvalidInput, what));
+    }
+    options.open(format!("{open_files}/{}", named.as_raw_fd()))
+}
+
+/// Opens what is at `path` where it still is the file that `named` names. A pipe that came there meanwhile is not waited
+/// for, and a device that is written is claimed as by [`claim`].
+#[cfg(target_os = "linux")]
+fn open_again(path: &Path, named: &File, writable: bool) -> Result<File> {
+    use rustix::fs::OFlags;
+    let wanted = named.metadata()?;
+    let access = if writable { OFlags::RDWR } else { OFlags::RDONLY };
+    let claim = match writable && is_block_device(&wanted) {
+        true => OFlags::EXCL,
+        false => OFlags::empty(),
+    };
+    let opened = walk(path, access | claim | OFlags::NONBLOCK)?;
+    let found = opened.metadata()?;
+    if (found.dev(), found.ino()) != (wanted.dev(), wanted.ino()) {
+        let what = "somebody exchanged it while it was opened";
+        return Err(std::io::Error::new(ErrorKind::InvalidInput, what));
+    }
+    Ok(opened)
+}
+
+/// Opens the file that `open` is once more, whatever is at its path now.
+///
+/// # Errors
+/// What the system says; where there is no `/proc`.
+#[cfg(target_os = "linux")]
+pub(crate) fn reopen(open: &File, options: &OpenOptions) -> Result<File> {
+    open_named(open, options, OPEN_FILES)
 }
 
 /// Renames without replacing: a link is only made where the name is free.
@@ -113,7 +169,7 @@ pub(super) fn check_writable(directory: &Path) -> Result<()> {
 }
 
 pub(super) fn is_in_use(error: &std::io::Error) -> bool {
-    error.kind() == std::io::ErrorKind::ResourceBusy
+    error.kind() == ErrorKind::ResourceBusy
 }
 
 pub(super) fn host_name() -> String {
@@ -232,10 +288,104 @@ mod tests {
         std::fs::write(&from, "new").unwrap();
         std::fs::write(&to, "old").unwrap();
         let error = link_and_unlink(&from, &to).unwrap_err();
-        assert_eq!(error.kind(), std::io::ErrorKind::AlreadyExists);
+        assert_eq!(error.kind(), ErrorKind::AlreadyExists);
         assert_eq!(std::fs::read_to_string(&to).unwrap(), "old");
         std::fs::remove_file(&to).unwrap();
         link_and_unlink(&from, &to).unwrap();
         assert!(!from.exists() && std::fs::read_to_string(&to).unwrap() == "new");
+    }
+    #[cfg(target_os = "linux")]
+    mod resolved {
+        use super::super::*;
+        use rustix::fs::{CWD, FileType, Mode, OFlags, RenameFlags, mknodat, renameat_with};
+        use std::os::unix::fs::symlink;
+
+        fn read_write() -> OpenOptions {
+            let mut options = OpenOptions::new();
+            options.read(true).write(true);
+            options
+        }
+
+        fn exchange(one: &Path, other: &Path) {
+            renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE).unwrap();
+        }
+
+        /// A directory with the file `disk`, and `pipe`, `secret` and `link`, which leads to the latter.
+        fn place() -> (tempfile::TempDir, PathBuf) {
+            let directory = tempfile::tempdir().unwrap();
+            let place = std::fs::canonicalize(directory.path()).unwrap();
+            std::fs::write(place.join("disk"), "disk").unwrap();
+            std::fs::write(place.join("secret"), "secret").unwrap();
+            symlink("secret", place.join("link")).unwrap();
+            mknodat(CWD, place.join("pipe"), FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+            (directory, place)
+        }
+
+        fn text(mut file: File) -> String {
+            let mut text = String::new();
+            std::io::Read::read_to_string(&mut file, &mut text).unwrap();
+            text
+        }
+
+        #[test]
+        fn a_pipe_is_refused_and_not_waited_for() {
+            let (_directory, place) = place();
+            for writable in [false, true] {
+                let mut options = OpenOptions::new();
+                options.read(true).write(writable);
+                let error = open_resolved(&place.join("pipe"), &options, writable).unwrap_err();
+                assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
+                let file = open_resolved(&place.join("disk"), &options, writable).unwrap();
+                // No flag that would change how a device or a file under a lease answers.
+                let flags = rustix::fs::fcntl_getfl(&file).unwrap();
+                assert!(!flags.contains(OFlags::NONBLOCK), "{flags:?}");
+                assert_eq!(text(file), "disk");
+            }
+        }
+
+        /// As somebody would have it who exchanges it between being looked at and being opened.
+        #[test]
+        fn the_file_that_was_looked_at_is_opened_whatever_took_its_path() {
+            let (_directory, place) = place();
+            let disk = place.join("disk");
+            for other in ["pipe", "link", "secret"] {
+                let named = walk(&disk, OFlags::PATH).unwrap();
+                exchange(&disk, &place.join(other));
+                let opened = open_named(&named, &read_write(), OPEN_FILES).unwrap();
+                assert_eq!(text(opened), "disk");
+                // Where there is no /proc it is opened by its path, and found to be another one.
+                let missing = open_named(&named, &read_write(), "/proc/none").unwrap_err();
+                assert_eq!(missing.kind(), ErrorKind::NotFound);
+                for writable in [false, true] {
+                    open_again(&disk, &named, writable).unwrap_err();
+                }
+                exchange(&disk, &place.join(other));
+                for writable in [false, true] {
+                    assert_eq!(text(open_again(&disk, &named, writable).unwrap()), "disk");
+                }
+            }
+        }
+
+        #[test]
+        fn a_link_that_is_named_itself_is_not_followed() {
+            let (_directory, place) = place();
+            let flags = OFlags::PATH | OFlags::NOFOLLOW;
+            let named = rustix::fs::open(place.join("link"), flags, Mode::empty()).unwrap();
+            let error = open_named(&named.into(), &read_write(), OPEN_FILES).unwrap_err();
+            assert_eq!(Errno::from_io_error(&error), Some(Errno::LOOP));
+        }
+
+        #[test]
+        fn a_file_is_opened_again_by_what_it_is() {
+            let (_directory, place) = place();
+            let disk = File::open(place.join("disk")).unwrap();
+            for other in ["pipe", "link", "secret"] {
+                exchange(&place.join("disk"), &place.join(other));
+                assert_eq!(text(reopen(&disk, &read_write()).unwrap()), "disk");
+                exchange(&place.join("disk"), &place.join(other));
+            }
+            std::fs::remove_file(place.join("disk")).unwrap();
+            assert_eq!(text(reopen(&disk, &read_write()).unwrap()), "disk");
+        }
     }
 }
