@@ -5,7 +5,7 @@ use crate::{Format, OpenOptions, probe_device, qcow2, vhd, vhdx, vmdk};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 use std::sync::Arc;
-use vmtide_block::{BlockDevice, OpenMode, RawDevice, Result};
+use vmtide_block::{BlockDevice, OpenMode, Result};
 
 /// How many problems a report lists; more are only counted, so that an image that is nothing but
 /// damage does not take all memory.
@@ -95,7 +95,7 @@ pub fn check_image(
         Repair::Nothing => OpenMode::ReadOnly,
         Repair::Leaks | Repair::All => OpenMode::ReadWrite,
     };
-    let file = RawDevice::open(path, mode)?;
+    let file = options.file(path, mode)?;
     let format = options.format.map_or_else(|| probe_device(&file), Ok)?;
     match (format, repair) {
         (Format::Raw, _) => Ok(CheckReport {

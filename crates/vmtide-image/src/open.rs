@@ -66,6 +66,32 @@ impl OpenOptions {
             RawDevice::open(path, mode)
         }
     }
+
+    /// Whether the path of an image says where it is, and is not looked up another time: a link that came into it since
+    /// the caller resolved it would lead to another directory. Where opening itself looks for no links (Windows), all that
+    /// an image names is looked up.
+    const fn keeps_paths(&self) -> bool {
+        self.no_links && !cfg!(windows)
+    }
+
+    /// The directory of the image at `image`, in which the files lie that it names by relative paths.
+    pub(crate) fn directory_of(&self, image: &Path) -> Result<PathBuf> {
+        let real = if self.keeps_paths() { image.to_path_buf() } else { real_path(image)? };
+        Ok(real.parent().map_or_else(PathBuf::new, Path::to_path_buf))
+    }
+
+    /// Whether `path` is that of a plain file in `directory`, and of no link.
+    fn is_plain_in(&self, directory: &Path, path: &Path) -> Result<bool> {
+        let lies_there =
+            |path: &Path| path.parent() == Some(directory) && path.file_name().is_some();
+        if self.keeps_paths() {
+            // One that becomes a link later is not opened.
+            return Ok(lies_there(path) && !path.is_symlink());
+        }
+        // A symbolic link is followed by `real_path` and then no longer lies where it was.
+        let real = real_path(path)?;
+        Ok(lies_there(&real) && real.file_name() == path.file_name())
+    }
 }
 
 /// One image of an open chain.
@@ -412,7 +438,7 @@ pub(crate) fn resolve(
     if is_no_plain_path(plain) {
         return refuse("which is not a plain path");
     }
-    let directory = real_path(image)?.parent().map_or_else(PathBuf::new, Path::to_path_buf);
+    let directory = options.directory_of(image)?;
     let path = directory.join(plain);
     if options.backing == BackingPolicy::SameDirectory {
         // Before anything touches it: Windows would log in to the server that it names.
@@ -421,11 +447,143 @@ pub(crate) fn resolve(
                 "which is on another machine or a device; allow it if you trust the image",
             );
         }
-        // A symbolic link is followed by `real_path` and then no longer lies where it was.
-        let real = real_path(&path)?;
-        if real.parent() != Some(directory.as_path()) || real.file_name() != path.file_name() {
+        if !options.is_plain_in(&directory, &path)? {
             return refuse("which is not a plain file in the image's own directory");
         }
     }
     Ok(Some(path))
+}
+
+#[cfg(target_os = "linux")]
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{CreateOptions, create_image, identity, list_chain};
+    use std::os::unix::fs::symlink;
+
+    /// The served directory `root` with `vm`, and `outside`, which has files of the same names.
+    struct Tree {
+        _directory: tempfile::TempDir,
+        root: PathBuf,
+        outside: PathBuf,
+        options: OpenOptions,
+    }
+
+    impl Tree {
+        fn new() -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            let at = std::fs::canonicalize(directory.path()).unwrap();
+            let (root, outside) = (at.join("root"), at.join("outside"));
+            for place in [&root.join("vm"), &outside] {
+                std::fs::create_dir_all(place).unwrap();
+                for name in ["web.qcow2", "db.qcow2", "flat.vmdk"] {
+                    std::fs::write(place.join(name), [1; 512]).unwrap();
+                }
+            }
+            let options = OpenOptions {
+                backing: BackingPolicy::SameDirectory,
+                no_links: true,
+                ..OpenOptions::default()
+            };
+            Self { _directory: directory, root, outside, options }
+        }
+
+        /// The directory of the image becomes a link to `outside`, or what it was.
+        fn exchange(&self, away: bool) {
+            let (vm, held) = (self.root.join("vm"), self.root.join("held"));
+            if away {
+                std::fs::rename(&vm, &held).unwrap();
+                symlink(&self.outside, &vm).unwrap();
+            } else {
+                std::fs::remove_file(&vm).unwrap();
+                std::fs::rename(&held, &vm).unwrap();
+            }
+        }
+
+        fn names(&self, name: &str) -> Result<Option<PathBuf>> {
+            resolve(&self.options, &self.root.join("vm/web.qcow2"), "backing file", name)
+        }
+    }
+
+    #[test]
+    fn a_directory_exchanged_for_a_link_leads_nowhere() {
+        let tree = Tree::new();
+        let vm = tree.root.join("vm");
+        let files = extent_files(&vm.join("web.vmdk"), &tree.options);
+        assert!(files.open("flat.vmdk").is_ok() && files.open_writable("flat.vmdk").is_ok());
+        tree.exchange(true);
+        assert!(files.open("flat.vmdk").is_err() && files.open_writable("flat.vmdk").is_err());
+        // What is found now is opened when the link may be gone again: it must lie in the directory all the same.
+        let found = tree.names("db.qcow2").unwrap().unwrap();
+        assert_eq!(found, vm.join("db.qcow2"));
+        assert!(tree.options.file(&found, OpenMode::ReadOnly).is_err());
+        let link = ParentLink { names: vec!["db.qcow2".into()], ..ParentLink::default() };
+        let parent = find_parent(&vm.join("web.qcow2"), &link, &tree.options).unwrap();
+        assert_eq!(parent, Some(vm.join("db.qcow2")));
+        tree.exchange(false);
+        assert!(tree.options.file(&found, OpenMode::ReadWrite).is_ok());
+    }
+
+    #[test]
+    fn what_a_parent_says_of_itself_is_not_read_through_a_link() {
+        let tree = Tree::new();
+        let base = tree.outside.join("base.vhdx");
+        create_image(&base, &CreateOptions::new(Format::Vhdx, 1 << 20)).unwrap().finish().unwrap();
+        let device = RawDevice::open(&base, OpenMode::ReadOnly).unwrap();
+        let link = ParentLink {
+            names: vec!["base.vhdx".into()],
+            format: Some(Format::Vhdx),
+            identities: identity(&device, Format::Vhdx).unwrap().into_iter().collect(),
+        };
+        let child = tree.root.join("vm/web.qcow2");
+        tree.exchange(true);
+        assert!(find_parent(&child, &link, &tree.options).is_err());
+        let search = OpenOptions { search: vec![tree.root.join("vm")], ..tree.options.clone() };
+        assert!(find_parent(&child, &link, &search).is_err());
+        let follows = OpenOptions { no_links: false, ..tree.options.clone() };
+        assert_eq!(find_parent(&child, &link, &follows).unwrap(), Some(base));
+    }
+
+    #[test]
+    fn only_plain_names_lie_in_the_directory() {
+        let tree = Tree::new();
+        let vm = tree.root.join("vm");
+        symlink("db.qcow2", vm.join("alias")).unwrap();
+        std::fs::create_dir(vm.join("sub")).unwrap();
+        std::fs::write(vm.join("sub/db.qcow2"), "x").unwrap();
+        let outside = tree.outside.join("db.qcow2");
+        for name in [
+            "..",
+            "sub/..",
+            ".",
+            "",
+            "sub/db.qcow2",
+            "sub/../db.qcow2",
+            "../vm/db.qcow2",
+            "../../outside/db.qcow2",
+            outside.to_str().unwrap(),
+            "alias",
+        ] {
+            assert!(tree.names(name).is_err(), "{name:?}: {:?}", tree.names(name));
+        }
+        for name in
+            ["db.qcow2", "./db.qcow2", "file:db.qcow2", vm.join("db.qcow2").to_str().unwrap()]
+        {
+            assert_eq!(tree.names(name).unwrap(), Some(vm.join("db.qcow2")), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn a_chain_is_listed_and_checked_without_following_links() {
+        let tree = Tree::new();
+        let path = tree.root.join("vm/raw");
+        std::fs::write(tree.outside.join("raw"), [1; 512]).unwrap();
+        let options = OpenOptions { format: Some(Format::Raw), ..tree.options.clone() };
+        tree.exchange(true);
+        assert!(list_chain(&path, &options).is_err());
+        assert!(crate::check_image(&path, &options, crate::Repair::Nothing).is_err());
+        let follows = OpenOptions { no_links: false, ..options };
+        assert_eq!(list_chain(&path, &follows).unwrap().len(), 1);
+        assert!(crate::check_image(&path, &follows, crate::Repair::Nothing).is_ok());
+    }
 }

@@ -9,7 +9,7 @@
 use crate::elsewhere::is_device;
 use crate::{BackingPolicy, Format, OpenOptions};
 use std::path::{Path, PathBuf};
-use vmtide_block::{BlockError, OpenMode, RawDevice, Result};
+use vmtide_block::{BlockError, OpenMode, Result};
 
 /// How a child names its parent. **Untrusted**: whoever wrote the image chose it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -54,7 +54,7 @@ pub(crate) fn look_for_parent(
         if link.identities.is_empty() || options.any_parent {
             return Ok(Search::Found(path));
         }
-        let found = link.format.map(|format| parent_identity(&path, format)).transpose();
+        let found = link.format.map(|format| parent_identity(&path, format, options)).transpose();
         match found {
             Ok(Some(Some(identity))) if link.identities.contains(&identity) => {
                 return Ok(Search::Found(path));
@@ -107,14 +107,14 @@ pub(crate) fn find_parent(
     }
 }
 
-fn parent_identity(path: &Path, format: Format) -> Result<Option<String>> {
-    crate::identity(&RawDevice::open(path, OpenMode::ReadOnly)?, format)
+fn parent_identity(path: &Path, format: Format, options: &OpenOptions) -> Result<Option<String>> {
+    crate::identity(&options.file(path, OpenMode::ReadOnly)?, format)
 }
 
 /// The paths to try, in order, each once.
 fn candidates(child: &Path, link: &ParentLink, options: &OpenOptions) -> Result<Vec<PathBuf>> {
     let real = real_path(child)?;
-    let directory = real.parent().map_or_else(PathBuf::new, Path::to_path_buf);
+    let directory = options.directory_of(child)?;
     let mut paths: Vec<PathBuf> = Vec::new();
     for name in &link.names {
         let plain = name.replace('\\', "/");

@@ -3,10 +3,12 @@
 use super::link::link_of;
 use crate::open::resolve;
 use crate::parent::{Search, look_for_parent, real_path};
-use crate::{Format, MAX_CHAIN_DEPTH, OpenOptions, ParentLink, identity, image_info, probe_device};
+use crate::{
+    Format, MAX_CHAIN_DEPTH, OpenOptions, ParentLink, identity, image_info_device, probe_device,
+};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
-use vmtide_block::{BlockError, OpenMode, RawDevice, Result};
+use vmtide_block::{BlockError, OpenMode, Result};
 
 /// One image of a chain.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -107,9 +109,9 @@ fn read_layer(
     format: Option<Format>,
     options: &OpenOptions,
 ) -> Result<(ChainLayer, Option<Format>)> {
-    let file = RawDevice::open(path, OpenMode::ReadOnly)?;
+    let file = options.file(path, OpenMode::ReadOnly)?;
     let format = format.map_or_else(|| probe_device(&file), Ok)?;
-    let info = image_info(path, Some(format))?;
+    let info = image_info_device(&file, Some(format))?;
     let link = link_of(&file, format)?;
     let parent = link.map(|link| find_link(path, link, format, options)).transpose()?;
     let parent_format = parent.as_ref().and_then(|parent| parent.format);
@@ -138,7 +140,7 @@ pub(super) fn find_link(
     };
     let (state, path, found) = match search {
         Search::Found(path) => {
-            let device = RawDevice::open(&path, OpenMode::ReadOnly)?;
+            let device = options.file(&path, OpenMode::ReadOnly)?;
             let found = link.format.map(|format| identity(&device, format)).transpose()?.flatten();
             (ParentState::Ok, Some(path), found)
         }
