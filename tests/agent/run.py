@@ -342,16 +342,29 @@ class Host:
         path = self.lab.disks[0]["path"]
         self.agent.ask("GET", matrix.target(path, "content") + "?ranges=0:1000", key=self.agent.read_key).must(200)
         self.agent.ask("GET", matrix.target(path, "info"), key=None).must(401)
-        time.sleep(0.3)
-        text = (self.lab.state / "audit.log").read_text(encoding="utf-8")
-        lines = [json.loads(line) for line in text.splitlines()]
+        log = self.lab.state / "audit.log"
+
+        # Lines are written after what they tell of; the last one may be half of one yet.
+        def lines():
+            return [json.loads(line) for line in log.read_text(encoding="utf-8").split("\n")[:-1]]
+
+        def is_told():
+            told = [line for line in lines() if line["disk"] == path]
+            return (
+                any(line["key"] == "reader" and line["bytes"] == 1000 for line in told)
+                and any(line["status"] == 401 for line in told)
+                and any(not line["complete"] for line in lines())
+            )
+
+        self.until(is_told, True)
+        text, lines = log.read_text(encoding="utf-8"), lines()
         sent = [line for line in lines if line["key"] == "reader" and line["bytes"] == 1000 and line["disk"] == path]
         matrix.want(sent and sent[-1]["status"] == 200 and sent[-1]["complete"], "the transfer is missing")
         refused = [line for line in lines if line["status"] == 401 and line["key"] is None]
         matrix.want(refused and refused[-1]["disk"] == path, "the request without a key is missing")
         matrix.want(any(not line["complete"] for line in lines), "no client went away")
         matrix.want(self.agent.key not in text and self.agent.read_key not in text, "a key is in the log")
-        matrix.want((self.lab.state / "audit.log").stat().st_mode & 0o777 == 0o600, "others may read the log")
+        matrix.want(log.stat().st_mode & 0o777 == 0o600, "others may read the log")
 
     def nothing_open(self):
         def open_disks():

@@ -141,7 +141,7 @@ Messages {{ Name = M; director = t-dir = all, !skipped, !restored }}
         self.write_configuration()
         for name in ("sd", "fd", "dir"):
             self.start_daemon(name)
-        wait_until("Bacula's director answers", self._answers, 30, 0.3)
+        wait_until("Bacula's director answers", self._answers, 180, 0.3)
         return self
 
     def _answers(self):

@@ -7,7 +7,7 @@ import socket
 import subprocess
 from pathlib import Path
 
-from lab.processes import TestFailure, kill, run, start, wait_until
+from lab.processes import TestFailure, free_port, kill, run, start, wait_until
 from lab.processes import _die_with_parent as die_with_parent
 from lab.vmtide import binary
 
@@ -29,9 +29,7 @@ class Samba:
         self.directory = directory
         for name in ("vms", "run", "state", "sam"):
             (directory / name).mkdir(parents=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.config = directory / "smb.conf"
         self.config.write_text(f"""[global]
  server role = standalone server

@@ -28,7 +28,7 @@ from lab.vmtide import binary  # noqa: E402
 
 IMAGE_BYTES = 12 * MIB + 512
 # A source that is read slowly, so that a job is still at it when the test interferes (nbdkit counts in bits).
-SLOW_BYTES = 12 * MIB
+SLOW_BYTES = 24 * MIB
 SLOW, FAST = "8M", "100G"
 
 
@@ -98,7 +98,7 @@ class Throttled:
     def start(self):
         self.process = start(["nbdkit", "-f", "-U", self.socket, "--filter=rate", "file", self.image,
                               f"rate={FAST}", f"rate-file={self.rate_file}"])
-        wait_until("nbdkit listens", self.socket.exists, 10)
+        wait_until("nbdkit listens", self.socket.exists, 60)
 
     def restart(self, rate):
         """A new server: the old one may wait for a client that is gone, at the old rate."""

@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -31,7 +30,7 @@ sys.dont_write_bytecode = True
 
 import matrix  # noqa: E402
 import run as lab_of_linux  # noqa: E402
-from lab.processes import Tally, TestFailure, Workspace, kill, need_tools, run, start, wait_until  # noqa: E402
+from lab.processes import Tally, TestFailure, Workspace, free_port, kill, need_tools, run, start, wait_until  # noqa: E402
 
 MATRIX_LIMIT_S = 600
 # Longer than the agent keeps a disk attached that nobody asks for.
@@ -409,7 +408,7 @@ class Scenario:
         self.ok("disks are made, also such as take time, and errors of a client are told from others")
         # Nobody waits for this one any more.
         disk = self.root / "given up.vhdx"
-        self.faults(create__pending=40)
+        self.faults(create__pending=400)
         connection = self.agent.connect()
         method, where, headers, body = self.make(disk, fixed=True)
         head = self.agent.head(method, where.encode(), [("auth_key", self.key), ("Content-Length", str(len(body))), *headers])
@@ -451,9 +450,7 @@ class Scenario:
         return text
 
     def service(self):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         # The directory is not there: the service makes it.
         state, name = self.directory / "service", "vmtide-test"
         self.wine("agent", "service", "start", "--name", name, codes=(6,))

@@ -443,11 +443,11 @@ def check_kerberos_wrong_password(lab):
 def check_kerberos_expired(lab):
     """A token of a ticket that has expired since is refused by the host."""
     lab.server("kerberos")
-    done = lab.realm.login("alice", "alice's Secret 1", life="2s")
+    done = lab.realm.login("alice", "alice's Secret 1", life="4s")
     want(done.returncode == 0, done.stderr)
     client = spnego.client(hostname=HOST, service="HTTP", protocol="kerberos")
     token = base64.b64encode(client.step()).decode()
-    time.sleep(3 + CLOCK_SKEW_S)
+    time.sleep(5 + CLOCK_SKEW_S)
     connection = http.client.HTTPConnection("127.0.0.1", lab.server("kerberos").port, timeout=20)
     connection.request("POST", "/wsman", b"", {"Authorization": f"Kerberos {token}"})
     answer = connection.getresponse()

@@ -381,11 +381,12 @@ fn a_handshake_that_goes_wrong_is_an_error() {
         let lab = Lab::new();
         let server = *server;
         listen(&lab, move |mut stream| server(&mut stream));
-        let options = NbdOptions { handshake_timeout_ms: 500, ..NbdOptions::default() };
-        let start = Instant::now();
+        // Only what never ends lets the time run out.
+        let is_endless = matches!(*name, "silent" | "one byte at a time");
+        let handshake_timeout_ms = if is_endless { 500 } else { 20_000 };
+        let options = NbdOptions { handshake_timeout_ms, ..NbdOptions::default() };
         let error = NbdDevice::connect(&lab.url(""), &options).unwrap_err();
         assert!(expected(&error), "{name}: {error}");
-        assert!(start.elapsed() < Duration::from_secs(2), "{name}");
     }
 }
 

@@ -10,6 +10,7 @@ mod support;
 
 use proptest::prelude::*;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use support::{Lab, noise};
 use vmtide_block::{
     BlockDevice, BlockError, ByteRange, CancelToken, Extent, MemoryDevice, RangeSet, Result,
@@ -147,10 +148,17 @@ fn serve(lab: &Lab, export: Export) -> ServerHandle {
 struct Odd {
     kind: Option<std::io::ErrorKind>,
     delay_ms: u64,
+    /// How often it was asked.
+    asked: AtomicUsize,
 }
 
 impl Odd {
+    fn new(kind: Option<std::io::ErrorKind>, delay_ms: u64) -> Arc<Self> {
+        Arc::new(Self { kind, delay_ms, asked: AtomicUsize::new(0) })
+    }
+
     fn act(&self) -> Result<()> {
+        self.asked.fetch_add(1, Ordering::SeqCst);
         std::thread::sleep(std::time::Duration::from_millis(self.delay_ms));
         match self.kind {
             Some(kind) => Err(BlockError::io("odd disk", kind)),
@@ -196,8 +204,8 @@ fn errors_keep_their_kind_and_the_connection() {
     ] {
         for style in [HeaderStyle::Simple, HeaderStyle::Structured, HeaderStyle::Extended] {
             let lab = Lab::new();
-            let odd = Odd { kind: Some(kind), delay_ms: 0 };
-            let _server = serve(&lab, Export::writable(Arc::new(odd)));
+            let odd = Odd::new(Some(kind), 0);
+            let _server = serve(&lab, Export::writable(odd));
             let disk = NbdDevice::connect(&lab.url(""), &options(style)).unwrap();
             for _ in 0..3 {
                 let error = disk.write_at(&[1; 600], 3).unwrap_err();
@@ -215,8 +223,8 @@ fn errors_keep_their_kind_and_the_connection() {
 #[test]
 fn a_request_that_takes_too_long_ends_the_connection() {
     let lab = Lab::new();
-    let odd = Odd { kind: None, delay_ms: 3000 };
-    let _server = serve(&lab, Export::writable(Arc::new(odd)));
+    let odd = Odd::new(None, 3000);
+    let _server = serve(&lab, Export::writable(odd));
     let options = NbdOptions { request_timeout_ms: 200, connections: 1, ..NbdOptions::default() };
     let disk = NbdDevice::connect(&lab.url(""), &options).unwrap();
     let start = std::time::Instant::now();
@@ -239,12 +247,14 @@ fn a_request_that_takes_too_long_ends_the_connection() {
 #[test]
 fn shutting_down_answers_what_is_under_way() {
     let lab = Lab::new();
-    let odd = Odd { kind: None, delay_ms: 400 };
-    let server = serve(&lab, Export::writable(Arc::new(odd)));
+    let odd = Odd::new(None, 400);
+    let server = serve(&lab, Export::writable(odd.clone()));
     let disk = lab.connect("");
     std::thread::scope(|scope| {
         let writer = scope.spawn(|| disk.write_at(&[1; 512], 0));
-        std::thread::sleep(std::time::Duration::from_millis(100));
+        while odd.asked.load(Ordering::SeqCst) == 0 && !writer.is_finished() {
+            std::thread::sleep(std::time::Duration::from_millis(2));
+        }
         server.shutdown();
         writer.join().unwrap().unwrap();
     });

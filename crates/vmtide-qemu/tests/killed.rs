@@ -239,7 +239,7 @@ fn qemu_killed_at_any_step_is_an_error_and_no_hang() {
             frozen.commit()
         });
         bench.proxy.disarm();
-        assert!(begun.elapsed() < Duration::from_secs(20), "step {step}: {:?}", begun.elapsed());
+        assert!(begun.elapsed() < Duration::from_secs(60), "step {step}: {:?}", begun.elapsed());
         let Err(error) = outcome else { break };
         let text = error.to_string();
         assert!(!text.contains('\n') && text.len() < 400, "{text}");

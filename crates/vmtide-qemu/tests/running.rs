@@ -11,6 +11,7 @@ mod support;
 
 use serde_json::json;
 use std::os::unix::fs::PermissionsExt;
+use std::time::{Duration, Instant};
 use support::{Guest, KIB, LINEAGE, MIB, OTHER_LINEAGE, Store, Vm, ranges_of, reason_of};
 use vmtide_block::ByteRange;
 use vmtide_hypervisor::{
@@ -115,6 +116,20 @@ fn zeroed_ranges_are_changes_and_known_to_be_zero() {
     frozen.abort().unwrap();
 }
 
+/// Waits until the guest has written both disks again.
+fn wait_for_writes(vm: &mut Vm) {
+    let mut writes = || -> u64 {
+        let disks = vm.monitor.run("query-blockstats", json!({}));
+        let count = |disk: &serde_json::Value| disk["stats"]["wr_operations"].as_u64().unwrap();
+        disks.as_array().unwrap().iter().map(count).sum()
+    };
+    let (enough, deadline) = (writes() + 4, Instant::now() + Duration::from_secs(60));
+    while writes() < enough {
+        assert!(Instant::now() < deadline, "the guest stands still");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 #[test]
 fn two_disks_show_one_moment_while_the_guest_writes() {
     for method in BOTH {
@@ -123,6 +138,7 @@ fn two_disks_show_one_moment_while_the_guest_writes() {
         let mut store = Store::new(LINEAGE);
         let mut last = 0;
         for _ in 0..8 {
+            wait_for_writes(&mut vm);
             let frozen = hypervisor.freeze(&store.request()).unwrap();
             let next = store.read(&*frozen);
             let count = |disk: &str| {
@@ -146,7 +162,7 @@ fn two_disks_show_one_moment_while_the_guest_writes() {
             FreezeMethod::Job => assert!(pauses.is_empty()),
             _ => assert_eq!(pauses.len(), 8),
         }
-        assert!(pauses.iter().all(|pause| *pause < std::time::Duration::from_secs(2)));
+        assert!(pauses.iter().all(|pause| *pause < Duration::from_secs(20)));
         vm.assert_clean();
     }
 }
@@ -340,9 +356,9 @@ fn a_view_that_somebody_took_away_is_noticed_before_the_commit() {
                 let jobs = vm.monitor.run("query-jobs", json!({}));
                 assert_eq!(jobs.as_array().unwrap().len(), 2);
                 vm.monitor.run("block-job-cancel", json!({"device": jobs[0]["id"], "force": true}));
-                let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+                let deadline = Instant::now() + Duration::from_secs(60);
                 while vm.monitor.run("query-jobs", json!({})).as_array().unwrap().len() == 2 {
-                    assert!(std::time::Instant::now() < deadline, "the job does not end");
+                    assert!(Instant::now() < deadline, "the job does not end");
                 }
             }
             _ => {
@@ -353,9 +369,9 @@ fn a_view_that_somebody_took_away_is_noticed_before_the_commit() {
                 assert!(refusal.contains("Permission conflict"), "{refusal}");
                 frozen.check().unwrap();
                 vm.monitor.run("device_del", json!({"id": "vd1"}));
-                let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+                let deadline = Instant::now() + Duration::from_secs(60);
                 while vm.monitor.run("query-block", json!({})).to_string().contains("\"vd1\"") {
-                    assert!(std::time::Instant::now() < deadline, "the device stays");
+                    assert!(Instant::now() < deadline, "the device stays");
                 }
             }
         }

@@ -137,7 +137,7 @@ fn the_reserve_stays_free_for_images_on_the_same_file_system() {
     store.backup(&hypervisor);
     let frozen = hypervisor.freeze(&store.request()).unwrap();
     vm.write(0, 0, 4 * MIB, 9);
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(60);
     loop {
         let nodes = vm.monitor.run("query-named-block-nodes", json!({"flat": true})).to_string();
         if !nodes.contains("vmtide-") || !nodes.contains("copy-before-write") {

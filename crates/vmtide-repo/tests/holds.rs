@@ -130,11 +130,13 @@ fn a_hold_ends_by_itself_and_is_tidied_up() {
     let store: Arc<dyn ObjectStore> = Arc::new(memory.clone());
     let repository = repository(&store, false);
     let point = add_point(&repository, 0);
-    let soon = Timestamp::now() + SignedDuration::from_millis(300);
+    let soon = Timestamp::now() + SignedDuration::from_secs(3);
     let options = HoldOptions { until: Some(soon), ..HoldOptions::default() };
     repository.hold(point.id, &options).unwrap();
     assert_eq!(repository.forget(&[point.id]).unwrap().held.len(), 1);
-    std::thread::sleep(std::time::Duration::from_millis(400));
+    while Timestamp::now() <= soon {
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
     assert_eq!(repository.points().unwrap().holds, []);
     assert_eq!(repository.holds().unwrap().holds.len(), 1, "it is listed, as over");
     assert_eq!(repository.forget(&[point.id]).unwrap().forgotten, [point.id]);

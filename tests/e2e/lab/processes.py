@@ -2,8 +2,10 @@
 
 import ctypes
 import os
+import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -69,6 +71,18 @@ def wait_until(what, condition, timeout_s, interval_s=0.05):
         if time.monotonic() > deadline:
             raise TestFailure(f"waited {timeout_s} s in vain: {what}")
         time.sleep(interval_s)
+
+
+def free_port():
+    """A port that nothing uses, below those that connections are given: those may be taken before it is used."""
+    for port in random.sample(range(21000, 30000), 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+                return port
+            except OSError:
+                continue
+    raise TestFailure("no port is free")
 
 
 class Workspace:

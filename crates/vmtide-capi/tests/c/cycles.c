@@ -2,6 +2,7 @@
  * 1000 times only leaks are looked for, by valgrind. */
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/prctl.h>
 #include <vmtide.h>
 
 static long resident_kib(void) {
@@ -18,6 +19,8 @@ int main(int argc, char **argv) {
     long before = 0, after, count = argc == 3 ? atol(argv[2]) : 0, at;
     if (count < 1)
         return 2;
+    /* The kernel would make 2 MiB of a few pages. */
+    prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0);
     snprintf(path, sizeof path, "%s/cycles.qcow2", argv[1]);
     if (vmtide_image_create(path, 1 << 20, NULL, NULL) != VMTIDE_OK)
         return 1;

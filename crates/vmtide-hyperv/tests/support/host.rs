@@ -49,10 +49,22 @@ struct Inner {
     machine_behind_s: i64,
 }
 
-/// A directory in memory, where there is one: the files are many and live shortly.
+/// A directory in memory, where there is room: the files are many and live shortly.
 pub fn directory() -> TempDir {
     let memory = Path::new("/dev/shm");
-    if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.unwrap()
+    if has_room(memory) { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.unwrap()
+}
+
+/// Containers often have no more than 64 MiB.
+#[cfg(unix)]
+fn has_room(directory: &Path) -> bool {
+    let found = rustix::fs::statvfs(directory);
+    found.is_ok_and(|found| found.f_bavail.saturating_mul(found.f_frsize) >= 256 << 20)
+}
+
+#[cfg(not(unix))]
+fn has_room(_: &Path) -> bool {
+    false
 }
 
 /// What the hosts of these tests are like, but for their name and what a test sets.

@@ -244,7 +244,7 @@ impl Vm {
         let before = std::fs::read_to_string(&output).unwrap().len();
         self.monitor.run("human-monitor-command", json!({"command-line": line}));
         // The outcome goes to QEMU's own output.
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + Duration::from_secs(60);
         loop {
             let answer = std::fs::read_to_string(&output).unwrap().split_off(before);
             if answer.contains("ops/sec") || answer.contains("failed") {
