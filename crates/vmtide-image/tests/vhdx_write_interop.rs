@@ -28,7 +28,7 @@ fn read_with_python(script: &str, arguments: &[&str]) -> Vec<u8> {
     let output = try_run(&python, &[&["-c", script], arguments].concat());
     assert!(
         output.status.success(),
-        "reading {arguments:?} (needs the Python packages libvhdi-python and dissect.hypervisor): {}",
+        "reading {arguments:?} (needs the Python modules pyvhdi and dissect.hypervisor): {}",
         text(&output)
     );
     output.stdout
@@ -38,13 +38,15 @@ fn read_with_python(script: &str, arguments: &[&str]) -> Vec<u8> {
 fn libvhdi(chain: &[&Path]) -> Vec<u8> {
     const SCRIPT: &str = "
 import sys, pyvhdi
-child = None
+images = []
 for path in reversed(sys.argv[1:]):
     image = pyvhdi.file()
     image.open(path)
-    if child is not None:
-        image.set_parent(child)
-    child = image
+    if images:
+        image.set_parent(images[-1])
+    # An image does not keep its parent: libvhdi of 2021 closes what nothing names.
+    images.append(image)
+child = images[-1]
 size = child.get_media_size()
 for at in range(0, size, 1 << 20):
     sys.stdout.buffer.write(child.read_buffer_at_offset(min(1 << 20, size - at), at))";
