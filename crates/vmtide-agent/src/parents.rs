@@ -85,8 +85,8 @@ pub fn check(
 /// The parent of one image: the first of its places that has a file. None of an image without a parent. Blocks.
 ///
 /// # Errors
-/// [`ParentError::Outside`] where any of the places lies outside of the roots: which one the platform takes is its own
-/// affair; [`ParentError::Missing`] where none of them has a file.
+/// [`ParentError::Outside`] where any of the places lies outside of the roots, or cannot be told: which one the platform
+/// takes is its own affair; [`ParentError::Missing`] where none of them has a file.
 pub fn parent(
     provider: &dyn DiskProvider,
     roots: &Roots,
@@ -97,6 +97,10 @@ pub fn parent(
     let Some(first) = places.first() else { return Ok(None) };
     let mut found = None;
     for place in &places {
+        // A name that is no Unicode came here changed, and would be looked for under another one.
+        if place.to_string_lossy().contains(char::REPLACEMENT_CHARACTER) {
+            return Err(ParentError::Outside { parent: place.display().to_string() });
+        }
         let at = match find {
             Some(find) if !place.is_absolute() => find(&place.to_string_lossy()),
             _ => child.parent().map_or_else(|| place.clone(), |at| at.join(place)),

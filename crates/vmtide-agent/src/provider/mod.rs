@@ -13,7 +13,7 @@ mod handles;
 mod new_disk;
 #[cfg(windows)]
 mod windows;
-#[cfg(windows)]
+#[cfg(any(windows, test))]
 mod windows_place;
 
 pub use error::ProviderError;
