@@ -1,13 +1,15 @@
 //! What no platform can make, told before any is asked: the limits of the formats.
 
 use super::NewDisk;
+use vmtide_image::Format;
 
 /// The largest VHD (its footer and the field of its size allow no more), and the largest VHDX (MS-VHDX 2.6.2.2).
 const MAX_VHD_BYTES: u64 = 2040 << 30;
 const MAX_VHDX_BYTES: u64 = 64 << 40;
 
 impl NewDisk {
-    /// Succeeds where there can be such a disk. Sizes of formats that Windows does not know are left to who makes them.
+    /// Succeeds where there can be such a disk. How large disks of formats that Windows does not know may be is left
+    /// to who makes them.
     ///
     /// # Errors
     /// What is wrong, and what would be right.
@@ -20,7 +22,9 @@ impl NewDisk {
         }
         let sector_bytes = self.logical_sector_bytes.unwrap_or(512);
         let size_bytes = self.virtual_size_bytes;
-        if size_bytes == 0 || !size_bytes.is_multiple_of(sector_bytes.into()) {
+        // A raw disk is a file of any length, and one that is restored has that of the one that was backed up.
+        let is_raw = matches!(self.format.parse(), Ok(Format::Raw));
+        if size_bytes == 0 || !is_raw && !size_bytes.is_multiple_of(sector_bytes.into()) {
             return Err(format!(
                 "{size_bytes} bytes are no size of a disk: it is a multiple of its sector of {sector_bytes} bytes"
             ));
@@ -91,7 +95,11 @@ mod tests {
             ("vhdx", MAX_VHDX_BYTES, true),
             ("vhdx", MAX_VHDX_BYTES + 512, false),
             ("vhdx", (64 << 20) + 1, false),
+            ("vhd", 1_000_001, false),
             ("raw", 512, true),
+            ("raw", 1_000_001, true),
+            ("raw", 0, false),
+            ("qcow2", 1_000_001, false),
             ("qcow2", 0, false),
             ("vhdx", u64::MAX, false),
         ] {
