@@ -21,10 +21,10 @@ const MAX_LIST_BYTES: usize = 32 << 20;
 /// A host's files as its agent gives them. Disks are read at rest: whoever opens one sees to it that nobody writes it.
 pub struct AgentFiles {
     client: AgentClient,
-    /// Ends what is done with disks.
+    /// Ends what was begun before.
     cancel: CancelToken,
     /// Never cancelled: small files and directories are what a job that was cancelled has to remove.
-    small: CancelToken,
+    undoing: CancelToken,
 }
 
 #[derive(Deserialize)]
@@ -40,10 +40,15 @@ struct EntryDocument {
 }
 
 impl AgentFiles {
-    /// Those of the host whose agent `client` talks to; `cancel` ends what is done with disks, and not the little that
-    /// has to be undone then.
+    /// Those of the host whose agent `client` talks to; `cancel` ends what is done then, and not the little that has
+    /// to be undone after it.
     pub fn new(client: AgentClient, cancel: CancelToken) -> Self {
-        Self { client, cancel, small: CancelToken::new() }
+        Self { client, cancel, undoing: CancelToken::new() }
+    }
+
+    /// What ends something small that begins now: what begins after the job was cancelled undoes.
+    fn small(&self) -> &CancelToken {
+        if self.cancel.is_cancelled() { &self.undoing } else { &self.cancel }
     }
 
     fn told(&self, path: &str, error: AgentError) -> HypervisorError {
@@ -63,7 +68,7 @@ impl AgentFiles {
         let request =
             Request::get(format!("/v1/files?path={}", segment(path))).at_most(MAX_LIST_BYTES);
         let transport = &self.client.shared().transport;
-        match transport.document(&request, &self.small) {
+        match transport.document(&request, self.small()) {
             Ok(body) => Ok(Some(json(&transport.agent, &body)?)),
             Err(AgentError::NotFound { .. }) => Ok(None),
             Err(error) => Err(self.told(path, error)),
@@ -72,7 +77,7 @@ impl AgentFiles {
 
     /// Sends a request that is right to send again, and drops the answer.
     fn send(&self, path: &str, request: &Request) -> Result<()> {
-        let sent = self.client.shared().transport.document(request, &self.small);
+        let sent = self.client.shared().transport.document(request, self.small());
         sent.map(drop).map_err(|error| self.told(path, error))
     }
 }
@@ -131,7 +136,7 @@ impl HostFiles for AgentFiles {
         let limit = usize::try_from(limit_bytes).unwrap_or(usize::MAX);
         let target = format!("/v1/files/content?path={}", segment(path));
         let transport = &self.client.shared().transport;
-        match transport.document(&Request::get(target).at_most(limit), &self.small) {
+        match transport.document(&Request::get(target).at_most(limit), self.small()) {
             Ok(body) => Ok(Some(body.to_vec())),
             Err(AgentError::NotFound { .. }) => Ok(None),
             Err(error) => Err(self.told(path, error)),
@@ -158,8 +163,9 @@ impl HostFiles for AgentFiles {
         let request =
             Request::new(Method::POST, target).body("application/octet-stream", content.to_vec());
         let transport = &self.client.shared().transport;
-        let written = transport.persist(&self.small, |earlier| {
-            let Err(failure) = transport.attempt(&request, &self.small) else { return Ok(()) };
+        let cancel = self.small();
+        let written = transport.persist(cancel, |earlier| {
+            let Err(failure) = transport.attempt(&request, cancel) else { return Ok(()) };
             if earlier == 0 || failure.error.code() != "exists" {
                 return Err(failure);
             }

@@ -14,9 +14,10 @@ use common::{DISK, KEY, KNOWN_ID, StandIn};
 use std::time::Duration;
 use vmtide_agent_client::AgentSource;
 use vmtide_agent_client::{
-    AgentClient, AgentError, AgentKey, AgentOptions, AgentUrl, Doubt, Fingerprint,
+    AgentClient, AgentError, AgentFiles, AgentKey, AgentOptions, AgentUrl, Doubt, Fingerprint,
 };
-use vmtide_block::{BlockDevice, ByteRange, CancelToken, WritableBlockDevice};
+use vmtide_block::{BlockDevice, BlockError, ByteRange, CancelToken, WritableBlockDevice};
+use vmtide_hyperv::HostFiles;
 use vmtide_hypervisor::{
     Base, Changes, Consistency, FreezeRequest, FullReason, Hypervisor, HypervisorError, JobId,
     TrackingId,
@@ -340,10 +341,41 @@ fn a_disk_that_holds_something_is_never_taken() {
             state.made = Some("raw".into());
             state.lost_answers = 1;
         });
-        let options = AgentOptions { retry_time: Duration::from_secs(1), ..agent.options() };
+        let options = AgentOptions { retry_time: Duration::from_secs(5), ..agent.options() };
         let client = AgentClient::new(&agent.url(), &options).unwrap();
         let error = client.create(DISK, format, size as u64, &cancel()).unwrap_err();
         assert_eq!(error.code(), "exists", "{error}");
+    }
+}
+
+#[test]
+fn small_files_are_left_when_the_job_is_cancelled_and_removed_after() {
+    type Call = fn(&AgentFiles) -> Result<(), HypervisorError>;
+    const CALLS: [(&str, Call); 7] = [
+        ("list", |files| files.list("/vms").map(drop)),
+        ("free_bytes", |files| files.free_bytes("/vms").map(drop)),
+        ("read_file", |files| files.read_file("/vms/a", 10).map(drop)),
+        ("create_directory", |files| files.create_directory("/vms/new")),
+        ("write_file", |files| files.write_file("/vms/a", b"a")),
+        ("remove_file", |files| files.remove_file("/vms/a")),
+        ("remove_directory", |files| files.remove_directory("/vms/new")),
+    ];
+    for (name, call) in CALLS {
+        let agent = StandIn::new(Vec::new(), true);
+        let cancel = cancel();
+        let files = AgentFiles::new(agent.client(), cancel.clone());
+        // While it runs: the next try would be answered.
+        agent.with(|state| state.cancels = Some(cancel));
+        let error = call(&files).unwrap_err();
+        assert!(matches!(error, HypervisorError::Block(BlockError::Cancelled)), "{name}: {error}");
+        // Begun after that: it undoes, and is tried again like anything.
+        agent.with(|state| {
+            state.requests.clear();
+            state.cancels = Some(CancelToken::new());
+        });
+        files.remove_file("/vms/a").unwrap();
+        let asked = agent.with(|state| state.requests.clone());
+        assert_eq!(asked, ["DELETE /v1/files?path=%2Fvms%2Fa"; 2], "{name}");
     }
 }
 

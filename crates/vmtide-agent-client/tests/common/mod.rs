@@ -9,6 +9,7 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use vmtide_agent_client::frames::FrameWriter;
 use vmtide_agent_client::{AgentClient, AgentKey, AgentOptions, AgentUrl, Fingerprint};
+use vmtide_block::CancelToken;
 
 pub const KEY: &str = "a-key-for-tests";
 pub const DISK: &str = "/vms/web.raw";
@@ -26,6 +27,8 @@ pub struct State {
     pub conflicts: VecDeque<&'static str>,
     /// Bytes of bodies after which the connection is cut; one is taken for each body that is longer.
     pub body_cuts: VecDeque<usize>,
+    /// Cancelled when the next request has come, which is not answered.
+    pub cancels: Option<CancelToken>,
     /// How many requests are carried out without an answer; only `POST` and `PUT` count.
     pub lost_answers: usize,
     /// Bytes of answers with content that are flipped; one is taken for each answer.
@@ -80,6 +83,7 @@ impl StandIn {
             statuses: VecDeque::new(),
             conflicts: VecDeque::new(),
             body_cuts: VecDeque::new(),
+            cancels: None,
             lost_answers: 0,
             flips: VecDeque::new(),
             changes: VecDeque::new(),
@@ -161,6 +165,10 @@ fn serve_one(stream: &mut Connection, state: &Mutex<State>) -> Option<()> {
     }
     let mut state = state.lock().unwrap();
     state.requests.push(format!("{method} {target}"));
+    if let Some(cancel) = state.cancels.take() {
+        cancel.cancel();
+        return None;
+    }
     let (status, answer) = match state.statuses.pop_front() {
         Some(status) => (status, Vec::new()),
         None if key != KEY => (401, Vec::new()),
