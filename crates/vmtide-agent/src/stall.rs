@@ -97,7 +97,8 @@ mod tests {
     use super::*;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-    #[tokio::test]
+    /// By a clock that only runs while nothing else does: a machine that is slow makes nobody stall.
+    #[tokio::test(start_paused = true)]
     async fn a_reader_that_stops_is_given_up_and_a_slow_one_is_not() {
         let (mut reader, writer) = tokio::io::duplex(16);
         let mut guarded = StallGuard::new(writer, Duration::from_millis(300));

@@ -40,6 +40,8 @@ pub enum HandleError<E> {
 /// Open devices by name.
 pub struct Handles<D: Send + Sync + 'static> {
     inner: Arc<Inner<D>>,
+    /// [`READERS_END_WITHIN`], or what a test needs.
+    readers_end_within: Duration,
 }
 
 struct Inner<D> {
@@ -94,7 +96,7 @@ impl<D: Send + Sync + 'static> Handles<D> {
                 std::thread::sleep(keep / 2);
             }
         });
-        Self { inner }
+        Self { inner, readers_end_within: READERS_END_WITHIN }
     }
 
     /// How many devices are open, or being opened. Does not wait for those.
@@ -186,7 +188,7 @@ impl<D: Send + Sync + 'static> Handles<D> {
         slot: &Slot<D>,
         state: &mut parking_lot::MutexGuard<'_, State<D>>,
     ) -> Result<(), HandleError<E>> {
-        let readers_until = Instant::now() + READERS_END_WITHIN;
+        let readers_until = Instant::now() + self.readers_end_within;
         while state.open {
             if state.writing {
                 return Err(HandleError::Busy("it is being written"));
@@ -350,7 +352,9 @@ mod tests {
     /// The client has the last byte of an answer before the agent has let go of the disk.
     #[test]
     fn a_writer_waits_for_a_reader_that_ends() {
-        let (handles, count) = handles();
+        let (mut handles, count) = handles();
+        // However late the other thread runs.
+        handles.readers_end_within = Duration::from_secs(60);
         let reader = handles.read("a", || open(&count)).ok().unwrap();
         std::thread::scope(|scope| {
             scope.spawn(|| {
