@@ -4,8 +4,8 @@ use super::{Disk, commit, fast_options, reopen, repository};
 use std::sync::Arc;
 use vmtide_block::{BlockDevice, ByteRange, CancelToken, Progress, RangeSet};
 use vmtide_repo::{
-    ChangedRanges, DenyStore, DiskPlan, HoldOptions, KdfParameters, Level, MemoryStore,
-    ObjectStore, Password, PruneOptions, Purpose, ReadData, Repository, RestorePoint,
+    BackupOptions, ChangedRanges, DenyStore, DiskPlan, HoldOptions, KdfParameters, Level,
+    MemoryStore, ObjectStore, Password, PruneOptions, Purpose, ReadData, Repository, RestorePoint,
     VerifyOptions,
 };
 
@@ -50,7 +50,10 @@ fn store(
     content: &[u8],
     base: Option<(&RestorePoint, usize)>,
 ) -> RestorePoint {
-    let session = repository.begin_backup(&fast_options()).unwrap();
+    // Of several workers, each fills a pack: which blocks come together would be a matter of chance, and so whether `prune`
+    // finds one to repack.
+    let options = BackupOptions { workers: 1, ..fast_options() };
+    let session = repository.begin_backup(&options).unwrap();
     let plan = DiskPlan {
         id: "disk0".into(),
         base: base.map(|(point, _)| &point.disks[0]),
