@@ -177,6 +177,10 @@ class Vmtide1(Vmtide):
     name, setting, options = "vmtide-1", "`--compression 1`", ("--compression", "1")
 
 
+class Vmtide2(Vmtide):
+    name, setting, options = "vmtide-2", "`--compression 2`", ("--compression", "2")
+
+
 class Zstd(Tool):
     """Compression alone, no deduplication, no encryption: what the same bytes cost at least."""
 
@@ -238,7 +242,7 @@ class QemuImg(Copier):
         return ["qemu-img", "convert", "-f", "raw", "-O", "raw", disk, file]
 
 
-BACKUP_TOOLS = [Vmtide, Vmtide1, Restic, Rustic, Rustic1, RusticFixed, Borg, Borg1, Zstd, Zstd3]
+BACKUP_TOOLS = [Vmtide, Vmtide1, Vmtide2, Restic, Rustic, Rustic1, RusticFixed, Borg, Borg1, Zstd, Zstd3]
 COPY_TOOLS = [NbdcopyNbdkit, NbdcopyQemu, QemuImg]
 EXTRA_TOOLS = [ResticMax]
 ALL_TOOLS = BACKUP_TOOLS + COPY_TOOLS + EXTRA_TOOLS

@@ -169,6 +169,19 @@ impl State {
         Answer::code(4096).with("Job", &self.path_of_id("Msvm_ConcreteJob", &guid(id)))
     }
 
+    /// What was still to be done to a VM that is removed fails: it is that VM's, and not of another that gets its id later.
+    pub(crate) fn end_late_work_on(&mut self, vm: Uuid) {
+        let id = guid(vm);
+        for job in self.jobs.values_mut() {
+            let Some(Effect::Late(late)) = &job.effect else { continue };
+            let makes = ["ImportSystemDefinition", "DefineSystem"].contains(&late.method.as_str());
+            if !makes && format!("{:?}", late.arguments).to_uppercase().contains(&id) {
+                let gone = JobError::new(32768, "The virtual machine was deleted (standin).");
+                job.effect = Some(Effect::Done(Err(gone)));
+            }
+        }
+    }
+
     fn call_late(&mut self, late: &LateCall) -> Result<Vec<(ObjectPath, u16)>, JobError> {
         let gone = late.file.as_ref().filter(|(file, _)| !file.exists());
         if let Some((file, content)) = gone {

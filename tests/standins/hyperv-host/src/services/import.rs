@@ -194,6 +194,7 @@ impl State {
             self.snapshots.values().filter(|s| s.vm == vm).map(|s| s.id).collect();
         let done = self.destroy_snapshots(&snapshots);
         self.points.retain(|_, point| point.vm != vm);
+        self.end_late_work_on(vm);
         if let Some(vm) = self.vms.remove(&vm) {
             // A planned VM has written nothing yet: what it was imported from is the caller's.
             if !vm.planned {
