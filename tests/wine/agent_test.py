@@ -408,14 +408,15 @@ class Scenario:
         self.ok("disks are made, also such as take time, and errors of a client are told from others")
         # Nobody waits for this one any more.
         disk = self.root / "given up.vhdx"
-        self.faults(create__pending=400)
+        # Ten seconds, which cannot be cut short: long enough for the agent to see that nobody waits.
+        self.faults(create__pending=100)
         connection = self.agent.connect()
         method, where, headers, body = self.make(disk, fixed=True)
         head = self.agent.head(method, where.encode(), [("auth_key", self.key), ("Content-Length", str(len(body))), *headers])
         connection.sendall(head + body)
         wait_until("the disk is begun", disk.exists, 30)
         connection.close()
-        wait_until("the disk is given up", lambda: not disk.exists(), 30)
+        wait_until("the disk is given up", lambda: not disk.exists(), 60)
         self.ask("GET", self.child, "info").must(200)
         self.ok("a fixed disk that nobody waits for is given up, and no file is left")
 

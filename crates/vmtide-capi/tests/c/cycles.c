@@ -2,7 +2,9 @@
  * 1000 times only leaks are looked for, by valgrind. */
 #include <stdio.h>
 #include <stdlib.h>
+#ifdef __linux__
 #include <sys/prctl.h>
+#endif
 #include <vmtide.h>
 
 static long resident_kib(void) {
@@ -19,8 +21,10 @@ int main(int argc, char **argv) {
     long before = 0, after, count = argc == 3 ? atol(argv[2]) : 0, at;
     if (count < 1)
         return 2;
+#ifdef __linux__
     /* The kernel would make 2 MiB of a few pages. */
     prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0);
+#endif
     snprintf(path, sizeof path, "%s/cycles.qcow2", argv[1]);
     if (vmtide_image_create(path, 1 << 20, NULL, NULL) != VMTIDE_OK)
         return 1;
