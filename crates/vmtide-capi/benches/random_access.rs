@@ -24,12 +24,12 @@ use vmtide_block::BlockDevice;
 use vmtide_repo::{LocalStore, Repository};
 
 /// Reads of one length in one round, by each thread.
-const ROUND_BYTES: u64 = 256 << 20;
+const ROUND_BYTES: u64 = 64 << 20;
 
 /// The most reads of one round, for short ones.
-const MOST_READS: u64 = 40_000;
+const MOST_READS: u64 = 4_000;
 
-const ROUNDS: usize = 9;
+const ROUNDS: usize = 7;
 
 /// Bytes that no program compresses (xorshift).
 struct Noise(u64);
