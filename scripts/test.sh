@@ -2,7 +2,7 @@
 # Checks everything; installs what it needs and says so.
 #
 #   scripts/test.sh              all parts
-#   scripts/test.sh PART…        some: lint deny rust e2e wsman bacula windows fuzz
+#   scripts/test.sh PART…        some: lint deny rust e2e wsman bacula windows fuzz; and slow ones: garage
 #
 # lint   format of the code, clippy without warnings, shellcheck, Python that compiles
 # deny   licences, sources and known weaknesses of what vmtide depends on
@@ -13,6 +13,8 @@
 # bacula the plugin in a real Bacula: director, storage daemon and file daemon on loopback
 # windows vmtide.exe, built here and run under Wine (tests/wine), beside vmtide for Linux
 # fuzz   a minute over the fuzz targets
+# garage a real S3 server that passes over conditions; building it takes ten minutes and more. Only where it is named,
+#        or with VMTIDE_SLOW=1
 #
 # VMTIDE_CYCLES (8) says how many cycles, VMTIDE_KILLS (20) how many kills of commands on a repository;
 # VMTIDE_FUZZ_SECONDS (60) how long to fuzz in all.
@@ -27,6 +29,7 @@ set -euo pipefail
 . "$REPO_ROOT/scripts/lib/rust.sh"
 
 ALL_PARTS="lint deny rust e2e wsman bacula windows fuzz"
+SLOW_PARTS="garage"
 CYCLES="${VMTIDE_CYCLES:-8}"
 KILLS="${VMTIDE_KILLS:-20}"
 FUZZ_SECONDS="${VMTIDE_FUZZ_SECONDS:-60}"
@@ -36,6 +39,7 @@ LIMIT_E2E_S=900
 LIMIT_WSMAN_S=300
 LIMIT_WINDOWS_S=2400
 LIMIT_FUZZ_BUILD_S=900
+LIMIT_GARAGE_S=2700
 # cargo's own needs come first; a fuzz target lives in less than half.
 FUZZ_ADDRESS_SPACE_KIB=$((1 << 20))
 
@@ -308,6 +312,30 @@ part_windows() {
         timeout --kill-after=30 "$LIMIT_WINDOWS_S" bash "$REPO_ROOT/tests/wine/run.sh"
 }
 
+part_garage() {
+    ensure_garage
+    step "building vmtide for the tests with Garage"
+    if ! cargo build --quiet --locked --workspace || ! cargo test --quiet --locked -p vmtide-s3 --test real_servers --no-run; then
+        failed 1 "vmtide or the tests of its S3 store do not build"
+        return
+    fi
+    VMTIDE_BIN="$(target_directory)/debug/vmtide"
+    export VMTIDE_BIN
+    counted "repositories in Garage, which passes over conditions" \
+        timeout --kill-after=30 "$LIMIT_GARAGE_S" python3 "$REPO_ROOT/tests/e2e/garage_test.py"
+}
+
+# ensure_garage: Garage is AGPL-3.0: a process of its own that the tests talk to, and no part of anything here.
+ensure_garage() {
+    local cache="$HOME/.cache/vmtide-tests"
+    if [ ! -x "$cache/bin/garage" ]; then
+        ensure_packages "building Garage" build-essential pkg-config
+        say "    installing for the tests of S3: Garage 2.5.0 (cargo install, ten minutes and more), in $cache"
+        cargo install --quiet --root "$cache" --version 2.5.0 --locked garage ||
+            die "could not install Garage (needed for the tests of the part garage)"
+    fi
+}
+
 target_directory() {
     cargo metadata --format-version 1 --no-deps --offline | python3 -c 'import json, sys; print(json.load(sys.stdin)["target_directory"])'
 }
@@ -351,7 +379,7 @@ fuzz_one() {
 
 cd "$REPO_ROOT"
 for part in "$@"; do
-    case " $ALL_PARTS " in
+    case " $ALL_PARTS $SLOW_PARTS " in
         *" $part "*) ;;
         *) sed -n '2,/^set /s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
     esac
@@ -361,6 +389,9 @@ trap 'rm -rf "$LOGS"' EXIT
 export CARGO_TERM_COLOR=never
 
 install_tools
+if [ "${VMTIDE_SLOW:-0}" = 1 ]; then
+    ALL_PARTS="$ALL_PARTS $SLOW_PARTS"
+fi
 read -ra parts <<<"${*:-$ALL_PARTS}"
 for part in "${parts[@]}"; do
     "part_$part"

@@ -1,0 +1,202 @@
+#!/usr/bin/env python3
+"""A repository in Garage: a real S3 server that takes conditions (`If-None-Match`) and passes them over.
+
+    VMTIDE_BIN=target/debug/vmtide tests/e2e/garage_test.py [--keep]
+
+One node on loopback with a bucket of its own. First the tests of the store (`cargo test -p vmtide-s3 --test real_servers`)
+with this server beside the others; then the program: init, which must find out that conditions are passed over,
+two backups, restore byte for byte, verify, forget, prune, a third backup, wrong keys.
+
+Needs garage (VMTIDE_GARAGE, else ~/.cache/vmtide-tests/bin/garage; `scripts/test.sh garage` installs it). The last line is
+`test result: ok. N passed; M failed`.
+"""
+
+import argparse
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from lab.processes import REPO_ROOT, Tally, TestFailure, Workspace, free_port, kill, run, start
+
+BUCKET = "vmtide"
+REGION = "garage"
+# The forms that Garage asks for; they are nobody's.
+KEY_ID = "GK31c2f218a2e44f485b94239e"
+SECRET = "b892c0665f0ada8a4755dae98baa3b133590e11dae3bcc1f9d769d67f16c3835"
+MIB = 1 << 20
+DISK_BYTES = 96 * MIB
+START_LIMIT_S = 60
+SUITE_LIMIT_S = 1800
+
+
+def garage_program():
+    named = os.environ.get("VMTIDE_GARAGE")
+    program = Path(named) if named else Path.home() / ".cache/vmtide-tests/bin/garage"
+    if not program.is_file():
+        raise TestFailure(f"missing: {program} (`scripts/test.sh garage` installs it)")
+    return program
+
+
+class Node:
+    """One node, with a bucket and a key for it."""
+
+    def __init__(self, path):
+        self.path = path
+        self.port = free_port()
+        rpc = free_port()
+        path.mkdir()
+        (path / "garage.toml").write_text(
+            f'metadata_dir = "{path}/meta"\ndata_dir = "{path}/data"\ndb_engine = "sqlite"\nreplication_factor = 1\n'
+            f'rpc_bind_addr = "127.0.0.1:{rpc}"\nrpc_public_addr = "127.0.0.1:{rpc}"\nrpc_secret = "{"5a" * 32}"\n'
+            f'[s3_api]\ns3_region = "{REGION}"\napi_bind_addr = "127.0.0.1:{self.port}"\n',
+            encoding="ascii",
+        )
+        self.log = open(path / "log", "wb")
+        self.process = None
+
+    def __enter__(self):
+        environment = os.environ | {
+            "GARAGE_DEFAULT_BUCKET": BUCKET,
+            "GARAGE_DEFAULT_ACCESS_KEY": KEY_ID,
+            "GARAGE_DEFAULT_SECRET_KEY": SECRET,
+        }
+        program = [garage_program(), "-c", self.path / "garage.toml", "server", "--single-node", "--default-bucket"]
+        self.process = start(program, env=environment, stdout=self.log, stderr=subprocess.STDOUT)
+        limit = time.monotonic() + START_LIMIT_S
+        while not self.answers():
+            if self.process.poll() is not None or time.monotonic() > limit:
+                raise TestFailure(f"garage does not start: {(self.path / 'log').read_text(errors='replace')[-2000:]}")
+            time.sleep(0.2)
+        return self
+
+    def __exit__(self, *_):
+        if self.process is not None:
+            kill(self.process)
+        self.log.close()
+
+    def answers(self):
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=2):
+                return True
+        except OSError:
+            return False
+
+    def access(self, secret=SECRET):
+        """The variables that lead to it."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "VMTIDE_"))}
+        return kept | {
+            "AWS_ACCESS_KEY_ID": KEY_ID,
+            "AWS_SECRET_ACCESS_KEY": secret,
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
+            "AWS_REGION": REGION,
+        }
+
+
+def suite(node):
+    """The tests of the store, with this server as one more."""
+    environment = node.access() | {"VMTIDE_TEST_S3": f"s3://{BUCKET}/suite"}
+    for name in ("VMTIDE_S3S_FS", "VMTIDE_MOTO_SERVER"):
+        if name in os.environ:
+            environment[name] = os.environ[name]
+    command = ["cargo", "test", "--quiet", "--locked", "-p", "vmtide-s3", "--test", "real_servers"]
+    run(command, timeout_s=SUITE_LIMIT_S, cwd=REPO_ROOT, env=environment)
+
+
+class Job:
+    """The program on a repository in the bucket."""
+
+    def __init__(self, node, path):
+        self.node = node
+        self.path = path
+        self.repository = f"s3://{BUCKET}/program"
+        self.program = Path(os.environ["VMTIDE_BIN"]).resolve()
+
+    def run(self, *words, code=0, secret=SECRET):
+        environment = self.node.access(secret) | {
+            "VMTIDE_PASSWORD": "of the test",
+            "VMTIDE_REPOSITORY": self.repository,
+            "XDG_STATE_HOME": str(self.path / "state"),
+            "XDG_CONFIG_HOME": str(self.path / "config"),
+            "TMPDIR": str(self.path),
+        }
+        result = run([self.program, *words, "--json"], timeout_s=300, check=False, cwd=self.path, env=environment)
+        if result.returncode != code:
+            raise TestFailure(f"vmtide {' '.join(words)} ended with {result.returncode}, not {code}: {result.stderr}")
+        return json.loads(result.stdout.splitlines()[-1])
+
+    def must_hold(self, content, point="disk@latest"):
+        target = self.path / "back.raw"
+        target.unlink(missing_ok=True)
+        self.run("restore", point, "--to", str(target))
+        if target.read_bytes() != content:
+            raise TestFailure(f"{point} restores something else")
+
+    def points(self):
+        return [point["id"] for point in self.run("points")["points"]]
+
+
+def program(node, path, tally):
+    """From init to prune; conditions are not honoured, and nothing depends on them."""
+    noise = random.Random(7)
+    job = Job(node, path)
+    found = job.run("init", job.repository)["guarantees"]
+    expected = {"conditional_write": "no", "list_after_write": "yes", "list_after_delete": "yes", "read_after_write": "yes"}
+    for name, value in expected.items():
+        if found[name] != value:
+            raise TestFailure(f"{name} is {found[name]!r}, not {value!r}: {found}")
+    tally.passed += 1
+    job.run("init", job.repository, code=1)
+    disk = path / "disk.raw"
+    first = noise.randbytes(DISK_BYTES)
+    disk.write_bytes(first)
+    job.run("backup", "disk.raw")
+    job.must_hold(first)
+    tally.passed += 1
+    second = bytearray(first)
+    second[40 * MIB : 56 * MIB] = noise.randbytes(16 * MIB)
+    disk.write_bytes(second)
+    (path / "changes.json").write_text(json.dumps([{"offset": 40 * MIB, "length": 16 * MIB}]))
+    told = job.run("backup", "disk.raw", "--changes", "changes.json")
+    counts = told["disks"][0]
+    if told["level"] != "incremental" or counts["read_bytes"] > 17 * MIB or counts["new_bytes"] < 16 * MIB:
+        raise TestFailure(f"no incremental of 16 MiB: {told}")
+    job.must_hold(bytes(second))
+    job.must_hold(first, job.points()[0])
+    job.run("verify", "--read-data")
+    tally.passed += 1
+    job.run("forget", "--keep-last", "1")
+    if len(job.points()) != 1:
+        raise TestFailure("forget left the wrong points")
+    freed = job.run("prune", "--wait", "1m", "--repack-below", "100")["freed_bytes"]
+    if freed < 8 * MIB:
+        raise TestFailure(f"prune freed {freed} bytes of 16 MiB that nothing needs")
+    job.run("verify", "--read-data")
+    job.must_hold(bytes(second))
+    tally.passed += 1
+    job.run("backup", "disk.raw", "--level", "full")
+    job.must_hold(bytes(second))
+    job.run("doctor", job.repository)
+    tally.passed += 1
+    job.run("points", code=4, secret=SECRET[::-1])
+    tally.passed += 1
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep", action="store_true", help="keep the directory")
+    arguments = parser.parse_args()
+    with Workspace("garage", arguments.keep) as path, Tally("tests/e2e/garage_test.py --keep shows the files") as tally:
+        with Node(Path(path) / "node") as node:
+            suite(node)
+            tally.passed += 1
+            program(node, Path(path), tally)
+    return tally.exit_code()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
