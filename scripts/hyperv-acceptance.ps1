@@ -6,7 +6,7 @@ Asks a real Hyper-V host what its documents leave open, with a throw-away VM, an
 vmtide was built from Microsoft's documents, without a Windows host. This script makes a VM of its own (no network, two small disks),
 runs the calls that vmtide runs, in their order, and the events that change tracking must survive, and writes down what came. It
 changes no other VM, and removes what it made, also after an error. It needs Windows PowerShell 5.1, the Hyper-V module, and an
-administrator of the host. It takes some ten minutes, and 5 GiB of disk.
+administrator of the host. It takes some ten minutes, and 5 GiB of disk. hyperv-acceptance-parts.ps1 must lie beside it.
 
 Every question has one of these outcomes:
   as-assumed   vmtide's assumption holds
@@ -27,6 +27,14 @@ consistency). Its administrator is GuestCredential.
 .PARAMETER GuestCredential
 An administrator in the guest, for PowerShell Direct.
 
+.PARAMETER Vmtide
+The path of vmtide.exe: with it the throw-away VM is looked over, backed up in full and incrementally, and restored by both routes;
+the restored disks are compared byte by byte. Everything of it lies in Directory.
+
+.PARAMETER Cycles
+How many cycles of write, freeze, copy what is told, compare the hash of the whole disk; each way of keeping an id has as many. They
+need GuestDisk. 100 take some hours.
+
 .EXAMPLE
 powershell -ExecutionPolicy Bypass -File hyperv-acceptance.ps1 -Directory D:\vmtide-acceptance -Report D:\report
 #>
@@ -35,7 +43,9 @@ param(
     [Parameter(Mandatory = $true)][string]$Directory,
     [Parameter(Mandatory = $true)][string]$Report,
     [string]$GuestDisk,
-    [System.Management.Automation.PSCredential]$GuestCredential
+    [System.Management.Automation.PSCredential]$GuestCredential,
+    [string]$Vmtide,
+    [int]$Cycles = 0
 )
 
 Set-StrictMode -Version 2.0
@@ -47,6 +57,8 @@ $RecoverySnapshot = [uint16]32768
 $JobTimeoutSeconds = 600
 $Started = Get-Date
 $Answers = New-Object System.Collections.ArrayList
+
+. (Join-Path $PSScriptRoot 'hyperv-acceptance-parts.ps1')
 
 # --- The report ---------------------------------------------------------------------------------------------------------
 
@@ -75,7 +87,7 @@ function Test-Question([string]$Question, [string]$Assumed, [scriptblock]$Ask) {
 function Save-Report {
     $system = Get-CimInstance -ClassName Win32_OperatingSystem
     $document = @{
-        tool = 'vmtide hyperv-acceptance 1'
+        tool = 'vmtide hyperv-acceptance 2'
         started = $Started.ToUniversalTime().ToString('o')
         windows = @{ caption = $system.Caption; version = $system.Version; build = $system.BuildNumber }
         powershell = $PSVersionTable.PSVersion.ToString()
@@ -151,9 +163,9 @@ function Get-DiskPaths($Settings) {
         Sort-Object -Property InstanceID | ForEach-Object { $_.HostResource[0] })
 }
 
-function New-RecoveryCheckpoint([int]$Consistency) {
+function New-RecoveryCheckpoint([int]$Consistency, [int]$BackupType = 2) {
     $settings = ConvertTo-Embedded 'Msvm_VirtualSystemSnapshotSettingData' @{
-        ConsistencyLevel = [byte]$Consistency; GuestBackupType = [byte]2; IgnoreNonSnapshottableDisks = $false
+        ConsistencyLevel = [byte]$Consistency; GuestBackupType = [byte]$BackupType; IgnoreNonSnapshottableDisks = $false
     }
     $service = Get-HostService 'Msvm_VirtualSystemSnapshotService'
     $result = Invoke-CimMethod -InputObject $service -MethodName CreateSnapshot -Arguments @{
@@ -271,6 +283,7 @@ function New-ThrowAwayVm {
 
 function Remove-ThrowAwayVm {
     if (-not $script:IsOurs) { return }
+    Remove-Restored
     $vm = Get-VM -Name $VmName -ErrorAction SilentlyContinue
     if ($vm) {
         Stop-VM -VM $vm -TurnOff -Force -ErrorAction SilentlyContinue
@@ -555,6 +568,8 @@ function Test-Leftovers {
 # --- The run ------------------------------------------------------------------------------------------------------------
 
 Add-Type -TypeDefinition $RawDisk
+Add-Type -TypeDefinition $VirtDisk
+Add-Type -TypeDefinition $RawReader
 $script:IsOurs = $false
 $script:VmId = $null
 $script:Base = @()
@@ -566,9 +581,15 @@ try {
     Test-Checkpoint
     Test-ReferencePoint
     Test-Changes
+    Test-Attach
     Test-Events
+    Test-DiskEvents
     Test-Guest
+    Test-GuestBackupType
     Test-Network
+    Test-Cluster
+    Test-Cycles
+    Test-Vmtide
     Test-Leftovers
 } catch {
     Add-Answer 'The run' 'failed' $_.Exception.Message ''
