@@ -4,7 +4,7 @@
 #   scripts/test.sh              all parts
 #   scripts/test.sh PART…        some: lint deny rust e2e wsman bacula windows fuzz; and slow ones: garage
 #
-# lint   format of the code, clippy without warnings, shellcheck, Python that compiles
+# lint   format of the code, clippy without warnings, shellcheck, Python that compiles, the systemd unit
 # deny   licences, sources and known weaknesses of what vmtide depends on
 # rust   all tests of the workspace
 # e2e    real QEMU machines: a Linux guest backed up, restored and booted; cycles of writes, backups and kill -9;
@@ -110,7 +110,7 @@ install_tools() {
     # A Kerberos realm, which the tests run in a directory of their own, and MIT's library for the host's side of it.
     ensure_packages "the tests of WS-Management" krb5-kdc krb5-admin-server krb5-user python3-gssapi
     ensure_packages "the tests of the C library" gcc g++ binutils valgrind
-    ensure_packages "checking the scripts" shellcheck git
+    ensure_packages "checking the scripts" shellcheck git systemd
 }
 
 # ensure_dissect: Python with dissect.hypervisor, in an environment of its own where the system's does not have it. From
@@ -172,6 +172,16 @@ check_python_client() {
         (cd "$copy/tests" && VMTIDE_BIN="$vmtide" timeout 400 "$venv/bin/python3" -m unittest --quiet)
 }
 
+# check_unit: the service's unit means what it says to systemd. systemd-analyze ends well although it ignores what it does not
+# know, and it wants the program, which is not installed here.
+check_unit() {
+    local unit="$LOGS/vmtide-agent.service" said
+    sed 's|^ExecStart=/usr/bin/vmtide |ExecStart=/bin/true |' "$REPO_ROOT/packaging/systemd/vmtide-agent.service" >"$unit" &&
+        said="$(systemd-analyze verify --man=no "$unit" 2>&1)" && [ -z "$said" ] && return 0
+    printf '%s\n' "$said"
+    return 1
+}
+
 part_lint() {
     ensure_cargo_component rustfmt rustfmt
     ensure_cargo_component cargo-clippy clippy
@@ -179,6 +189,7 @@ part_lint() {
     check "clippy without warnings" cargo clippy --quiet --workspace --all-targets --locked -- -D warnings
     check "shellcheck" check_scripts
     check "Python compiles" check_python
+    check "the unit of the agent (systemd-analyze)" check_unit
     ensure_cargo_tool cbindgen "checking the C header" || { failed 1 "cbindgen cannot be installed"; return; }
     check "the C header is that of the code (cbindgen)" "$REPO_ROOT/scripts/check-c-header.py"
 }
