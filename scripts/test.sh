@@ -134,7 +134,7 @@ ensure_s3_servers() {
     local cache="$HOME/.cache/vmtide-tests"
     if [ ! -x "$cache/bin/s3s-fs" ]; then
         say "    installing for the tests of S3: s3s-fs 0.14.1 (cargo install, some minutes), in $cache"
-        cargo install --quiet --root "$cache" --features binary --version 0.14.1 --locked s3s-fs ||
+        quick_cargo_install --root "$cache" --features binary --version 0.14.1 s3s-fs ||
             die "could not install s3s-fs (needed for the tests of S3)"
     fi
     if [ ! -x "$cache/moto/bin/moto_server" ]; then
@@ -213,12 +213,17 @@ part_rust() {
     check "the Python package, installed, and its tests" check_python_client
 }
 
+# build_programs: all programs and libraries, in the development profile, whose checks for overflow are on. All of the workspace, and
+# its examples, too: with them cargo takes the features of dependencies that the tests need, so that what the tests of the
+# workspace have built is taken, and not built once more, from tokio up, with fewer.
+build_programs() {
+    cargo build --quiet --locked --workspace --lib --bins --examples
+}
+
 part_e2e() {
     local script
     step "building vmtide for the end-to-end tests"
-    # The development profile: its checks for overflow are on. All of the workspace: the tests above have built most of its
-    # dependencies so, and a part of it alone would be built anew with fewer features of them.
-    if ! cargo build --quiet --locked --workspace; then
+    if ! build_programs; then
         failed 1 "vmtide does not build"
         return
     fi
@@ -240,8 +245,7 @@ part_e2e() {
 part_wsman() {
     ensure_wsman_clients
     step "building the stand-in for WinRM and the tests with another hand's NTLM"
-    # All of the workspace, as the other parts build it: a part of it alone would be built anew, also its dependencies.
-    if ! cargo build --quiet --locked --workspace || ! cargo test --quiet --locked --workspace --test peer --no-run; then
+    if ! build_programs || ! cargo test --quiet --locked --workspace --test peer --no-run; then
         failed 1 "the stand-in for WinRM or the tests of WS-Management do not build"
         return
     fi
@@ -270,7 +274,7 @@ ensure_wsman_clients() {
 part_bacula() {
     ensure_bacula
     step "building vmtide and its plugin for Bacula"
-    if ! cargo build --quiet --locked --workspace; then
+    if ! build_programs; then
         failed 1 "vmtide or its plugin for Bacula does not build"
         return
     fi
@@ -313,7 +317,7 @@ ensure_bacula() {
 
 part_windows() {
     step "building vmtide for Linux, to compare with"
-    if ! cargo build --quiet --locked --workspace; then
+    if ! build_programs; then
         failed 1 "vmtide does not build"
         return
     fi

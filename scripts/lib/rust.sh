@@ -57,6 +57,14 @@ ensure_cargo_component() {
 ensure_cargo_tool() {
     have "$1" && return 0
     say "    installing $1 for $2 (cargo install, some minutes, once)"
-    # Its own target directory and flags: it must not disturb, nor be disturbed by, the workspace's.
-    env -u CARGO_TARGET_DIR -u RUSTFLAGS cargo install --locked --quiet "$1" </dev/null >&2
+    quick_cargo_install "$1"
+}
+
+# quick_cargo_install ARGS…: a program for tests from the package registry, made to be built soon and not to run fast: some of them
+# optimise over all of their dependencies when they are released. It has a target directory and flags of its own: it must
+# not disturb, nor be disturbed by, the workspace's.
+quick_cargo_install() {
+    env -u CARGO_TARGET_DIR -u RUSTFLAGS CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16 \
+        CARGO_PROFILE_RELEASE_OPT_LEVEL=1 CARGO_PROFILE_RELEASE_DEBUG=0 CARGO_PROFILE_RELEASE_STRIP=debuginfo \
+        cargo install --locked --quiet "$@" </dev/null >&2
 }

@@ -24,9 +24,14 @@ have qemu-img || die "qemu-img is missing: install qemu-utils (scripts/test.sh d
 tests=("$@")
 [ "${#tests[@]}" -gt 0 ] || mapfile -t tests < <(cd "$REPO_ROOT/tests/wine" && ls -- *_test.py)
 
-mapfile -t built < <("$REPO_ROOT/scripts/build-windows.sh" -p vmtide -p vmtide-standin-virtdisk -p vmtide-capi)
-mapfile -t units < <("$REPO_ROOT/scripts/build-windows.sh" -p vmtide-windows-ffi -p vmtide-wmi-ffi -p vmtide-virtdisk-ffi \
-    -p vmtide-service-ffi -p vmtide-hyperv --tests)
+programs=(vmtide vmtide-standin-virtdisk vmtide-capi)
+libraries=(vmtide-windows-ffi vmtide-wmi-ffi vmtide-virtdisk-ffi vmtide-service-ffi vmtide-hyperv)
+# shellcheck disable=SC2046 # options and names of crates, without blanks
+mapfile -t built < <("$REPO_ROOT/scripts/build-windows.sh" $(printf -- '-p %s ' "${programs[@]}") \
+    $(printf -- '--beside %s ' "${libraries[@]}"))
+# shellcheck disable=SC2046
+mapfile -t units < <("$REPO_ROOT/scripts/build-windows.sh" --tests $(printf -- '-p %s ' "${libraries[@]}") \
+    $(printf -- '--beside %s ' "${programs[@]}"))
 [ "${#units[@]}" -gt 0 ] || die "the tests of the libraries were not built"
 
 # place DIRECTORY NAME…: what was built under these names, alone in a directory: Windows takes libraries from the
