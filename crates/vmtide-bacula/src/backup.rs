@@ -64,6 +64,8 @@ pub(crate) fn open_source(
         name: command.name.clone(),
         format: command.format,
         backing: command.backing,
+        backing_format: command.backing_format,
+        search: command.search.clone(),
         state_directory,
         guardian: options.guardian.clone(),
         track: command.track,

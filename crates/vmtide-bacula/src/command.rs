@@ -13,8 +13,8 @@ use vmtide_image::{BackingPolicy, Format};
 const PLUGIN: &str = "vmtide";
 
 /// What a plugin line can say, for errors.
-const KEYS: &str = "source, name, disk, exclude, consistency, downgrade, format, backing, track, \
-                    state_dir, timeout_s";
+const KEYS: &str = "source, name, disk, exclude, consistency, downgrade, format, backing, backing_format, \
+                    search, track, state_dir, timeout_s";
 
 /// A plugin line that was understood.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,6 +37,10 @@ pub struct PluginCommand {
     pub format: Option<Format>,
     /// Which files an image may name.
     pub backing: Option<BackingPolicy>,
+    /// The format of a parent whose child does not say it.
+    pub backing_format: Option<Format>,
+    /// Directories in which parents are looked for, beside the image's own.
+    pub search: Vec<PathBuf>,
     /// Whether to track changes in a qcow2 image at rest.
     pub track: bool,
     /// Where state is kept; none is vmtide's own place.
@@ -95,6 +99,8 @@ impl Default for Given {
                 allow_downgrade: false,
                 format: None,
                 backing: None,
+                backing_format: None,
+                search: Vec::new(),
                 track: false,
                 state_directory: None,
                 timeout_s: None,
@@ -112,6 +118,7 @@ impl Given {
         match key {
             "disk" => command.disks.extend(list(&value)),
             "exclude" => command.exclude.extend(list(&value)),
+            "search" => command.search.push(absolute(key, value)?),
             _ if self.seen.iter().any(|seen| seen == key) => {
                 return Err(format!("{key}= is there twice"));
             }
@@ -120,13 +127,8 @@ impl Given {
             "consistency" => command.consistency = Some(value.parse()?),
             "downgrade" => command.allow_downgrade = yes_or_no(key, &value)?,
             "track" => command.track = yes_or_no(key, &value)?,
-            "format" => {
-                command.format = Some(
-                    value
-                        .parse()
-                        .map_err(|_| format!("format={value} is none that vmtide knows"))?,
-                );
-            }
+            "format" => command.format = Some(format(key, &value)?),
+            "backing_format" => command.backing_format = Some(format(key, &value)?),
             "backing" => {
                 command.backing = Some(match value.as_str() {
                     "refuse" => BackingPolicy::Refuse,
@@ -139,13 +141,7 @@ impl Given {
                     }
                 });
             }
-            "state_dir" => {
-                let path = PathBuf::from(value);
-                if !path.is_absolute() {
-                    return Err("state_dir= needs an absolute path".into());
-                }
-                command.state_directory = Some(path);
-            }
+            "state_dir" => command.state_directory = Some(absolute(key, value)?),
             "timeout_s" => {
                 let seconds = value.parse().ok().filter(|seconds| (10..=86_400).contains(seconds));
                 command.timeout_s = Some(
@@ -161,6 +157,15 @@ impl Given {
 
 fn list(value: &str) -> impl Iterator<Item = String> + '_ {
     value.split(',').map(str::trim).filter(|part| !part.is_empty()).map(ToOwned::to_owned)
+}
+
+fn format(key: &str, value: &str) -> Result<Format, String> {
+    value.parse().map_err(|_| format!("{key}={value} is none that vmtide knows"))
+}
+
+fn absolute(key: &str, value: String) -> Result<PathBuf, String> {
+    let path = PathBuf::from(value);
+    if path.is_absolute() { Ok(path) } else { Err(format!("{key}= needs an absolute path")) }
 }
 
 fn yes_or_no(key: &str, value: &str) -> Result<bool, String> {
@@ -241,6 +246,10 @@ mod tests {
         let image = PluginCommand::parse("vmtide:source='/vm images/a.qcow2' track=yes").unwrap();
         assert_eq!(image.source, SourceSpec::Image("/vm images/a.qcow2".into()));
         assert!(image.track);
+        let line = "vmtide: source=/a.qcow2 backing_format=raw search=/b search='/c d'";
+        let image = PluginCommand::parse(line).unwrap();
+        assert_eq!(image.backing_format, Some(Format::Raw));
+        assert_eq!(image.search, [PathBuf::from("/b"), PathBuf::from("/c d")]);
     }
 
     #[test]
@@ -257,6 +266,8 @@ mod tests {
             ("vmtide: source=/a track=maybe", "maybe"),
             ("vmtide: source=/a format=vhdy", "vhdy"),
             ("vmtide: source=/a backing=x", "same-directory"),
+            ("vmtide: source=/a backing_format=vhdy", "backing_format=vhdy"),
+            ("vmtide: source=/a search=b", "absolute"),
             ("vmtide: source=/a name=a/b", "a/b"),
             ("vmtide: source=/a name=..", ".."),
             ("vmtide: source=/a disk=a exclude=b", "exclude"),

@@ -168,6 +168,8 @@ pub struct SourceOptions {
     /// that was found, and otherwise none, because a guest that makes its raw disk look like an
     /// image would choose them.
     pub backing: Option<BackingPolicy>,
+    /// The format of a parent whose child does not say it.
+    pub backing_format: Option<Format>,
     /// Directories in which the parents of an image are looked for, beside its own.
     pub search: Vec<PathBuf>,
     /// The changed ranges since the previous restore point, from outside.
@@ -236,6 +238,7 @@ fn open_image(path: &Path, options: &SourceOptions) -> Result<OpenSource> {
     let disk = OpenDiskOptions {
         format: options.format,
         backing: options.backing,
+        backing_format: options.backing_format,
         search: options.search.clone(),
         ..OpenDiskOptions::default()
     };

@@ -3,7 +3,7 @@
 
 use crate::compressed::copy_compressed;
 use crate::image::files::{check_no_children, files_of};
-use crate::image::open::{OpenDiskOptions, format_by_extension};
+use crate::image::open::OpenDiskOptions;
 use crate::image::staged::StagedImage;
 use crate::in_use::{Use, check_not_in_use};
 use crate::lock::ImageLock;
@@ -17,7 +17,8 @@ use vmtide_block::{
     copy_device, is_zero,
 };
 use vmtide_image::{
-    BackingPolicy, Compression, CreateOptions, Format, ImageWriter, OpenOptions, open_writable,
+    BackingPolicy, Compression, CreateOptions, Format, ImageWriter, OpenOptions, format_by_name,
+    open_writable, probe_device,
 };
 use vmtide_nbd::{NbdOptions, NbdUrl};
 
@@ -233,7 +234,7 @@ impl TargetRules {
 
     /// The format of a new file.
     fn format_for(&self, path: &Path) -> Result<Format> {
-        let by_name = || format_by_extension(path).or(self.default_format);
+        let by_name = || format_by_name(path).or(self.default_format);
         self.kind.format.or_else(by_name).ok_or_else(|| {
             EngineError::usage(format!(
                 "the name of {} does not say its format: end it in .vhdx, .vhd, .vmdk, .qcow2, .raw \
@@ -482,8 +483,8 @@ enum Target {
 /// any format, and an image taken for raw would be destroyed: name and content must agree, and a
 /// file whose name says nothing counts as raw only where its content says nothing else.
 pub(crate) fn format_of_existing(path: &Path, verb: &str) -> Result<Format> {
-    let named = format_by_extension(path);
-    let found = vmtide_image::probe(path)?;
+    let named = format_by_name(path);
+    let found = probe_device(&RawDevice::open(path, OpenMode::ReadOnly)?)?;
     if found == named.unwrap_or(Format::Raw) {
         return Ok(found);
     }

@@ -1,7 +1,7 @@
 //! Checking an image's structure, and repairing what can be repaired without guessing.
 
 use crate::open::extent_files;
-use crate::{Format, OpenOptions, probe_device, qcow2, vhd, vhdx, vmdk};
+use crate::{Format, OpenOptions, probe_file, qcow2, vhd, vhdx, vmdk};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 use std::sync::Arc;
@@ -96,7 +96,7 @@ pub fn check_image(
         Repair::Leaks | Repair::All => OpenMode::ReadWrite,
     };
     let file = options.file(path, mode)?;
-    let format = options.format.map_or_else(|| probe_device(&file), Ok)?;
+    let format = options.format.map_or_else(|| probe_file(path, &file), Ok)?;
     match (format, repair) {
         (Format::Raw, _) => Ok(CheckReport {
             size_bytes: file.size_bytes(),

@@ -1,6 +1,6 @@
 //! Creating an image of any format.
 
-use crate::qcow2::{CreateBacking, Qcow2CreateOptions, Qcow2Writer};
+use crate::qcow2::{CreateBacking, Qcow2CreateOptions, Qcow2Version, Qcow2Writer};
 use crate::vhdx::{VhdxCreateOptions, VhdxKind, VhdxParent, VhdxWriter};
 use crate::vmdk::{VmdkCreateOptions, VmdkKind, VmdkParent, VmdkWriter};
 use crate::{Format, ImageInfo, ImageWriter, vhdx};
@@ -96,7 +96,9 @@ pub struct CreateParent {
 /// The kinds within a format, the default first.
 pub const fn subformats(format: Format) -> &'static [&'static str] {
     match format {
-        Format::Raw | Format::Qcow2 => &[],
+        Format::Raw => &[],
+        // Version 3 is QEMU's compat=1.1, version 2 compat=0.10; with the extended entries clusters have 32 parts.
+        Format::Qcow2 => &["v3", "v2", "extended-l2"],
         Format::Vhdx | Format::Vhd => &["dynamic", "fixed", "differencing"],
         Format::Vmdk => &[
             "monolithicSparse",
@@ -164,6 +166,11 @@ fn create_qcow2(path: &Path, options: &CreateOptions) -> Result<Arc<dyn ImageWri
     let mut create = Qcow2CreateOptions::new(options.size_bytes);
     if let Some(bytes) = options.block_size_bytes {
         create.cluster_size_bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+    }
+    match options.subformat.as_deref() {
+        Some("v2") => create.version = Qcow2Version::V2,
+        Some("extended-l2") => create.extended_l2 = true,
+        _ => {}
     }
     create.compress = options.compress;
     create.without_flushes = options.without_flushes;

@@ -1,6 +1,7 @@
 //! Which format an image is in.
 
 use crate::bytes::length;
+use crate::vmdk::is_descriptor;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::Path;
@@ -15,9 +16,9 @@ pub enum Format {
     Raw,
     /// QEMU's copy-on-write format, versions 2 and 3 (docs/interop/qcow2 of QEMU).
     Qcow2,
-    /// Hyper-V's current format (MS-VHDX). Recognised only.
+    /// Hyper-V's current format (MS-VHDX).
     Vhdx,
-    /// Hyper-V's and Azure's older format. Recognised only.
+    /// Hyper-V's and Azure's older format (Virtual Hard Disk Image Format Specification).
     Vhd,
     /// VMware's format (Virtual Disk Format 5.0).
     Vmdk,
@@ -62,23 +63,99 @@ impl FromStr for Format {
     }
 }
 
-/// The format of the image at `path`, by content: whatever has no known signature is raw.
+/// The format that a file's name says, if it says any. A flat extent (`web-flat.vmdk`) holds the bytes of
+/// the disk and nothing else, so it is raw.
+pub fn format_by_name(path: impl AsRef<Path>) -> Option<Format> {
+    let path = path.as_ref();
+    let extension = path.extension()?.to_ascii_lowercase();
+    match extension.to_str()? {
+        "qcow2" => Some(Format::Qcow2),
+        // Hyper-V names the children that checkpoints make .avhdx and .avhd.
+        "vhdx" | "avhdx" => Some(Format::Vhdx),
+        "vhd" | "avhd" | "vpc" => Some(Format::Vhd),
+        "vmdk" => {
+            let stem = path.file_stem()?.to_string_lossy().to_ascii_lowercase();
+            Some(if stem.ends_with("-flat") { Format::Raw } else { Format::Vmdk })
+        }
+        "raw" | "img" => Some(Format::Raw),
+        _ => None,
+    }
+}
+
+/// The format of the image at `path`, by content; its name may not contradict it, as [`probe_file`] says.
 ///
 /// Only for images that a *user* names. The format of a backing file is never probed, because the
 /// guest of a raw disk can write any signature into its first sector.
 ///
 /// # Errors
-/// Where the file cannot be opened or read.
+/// Where the file cannot be opened or read, and as [`probe_file`].
 pub fn probe(path: impl AsRef<Path>) -> Result<Format> {
-    probe_device(&RawDevice::open(path, OpenMode::ReadOnly)?)
+    let path = path.as_ref();
+    probe_file(path, &RawDevice::open(path, OpenMode::ReadOnly)?)
 }
 
-/// As [`probe`], for an image that is open already.
+/// As [`probe`], for the file at `path` that is open already.
+///
+/// A file that is named like an image and is none is damaged, cut off or misnamed: taken as a raw disk, the bytes of
+/// a container would become the disk without a word. One that looks like an image of another format may have
+/// been made so by its guest.
+///
+/// # Errors
+/// [`BlockError::Damaged`] where the name says a format and the content none, naming what was looked for and what is
+/// there; [`BlockError::Unsupported`] where the two say different formats; where it cannot be read.
+pub fn probe_file(path: &Path, device: &dyn BlockDevice) -> Result<Format> {
+    let found = probe_device(device)?;
+    match format_by_name(path) {
+        // A guest can write any signature into the first sector of a fixed VHD, none into its footer.
+        Some(Format::Vhd)
+            if found != Format::Vhd && has_vhd_footer(device, device.size_bytes())? =>
+        {
+            Ok(Format::Vhd)
+        }
+        Some(named) if named != Format::Raw && found == Format::Raw => {
+            Err(BlockError::damaged(path.display().to_string(), no_signature(named, device)?))
+        }
+        Some(named) if named != Format::Raw && found != named => Err(BlockError::unsupported(
+            path.display().to_string(),
+            format!(
+                "its name says {named}, its content {found}: add --format {found} if it is misnamed, or --format raw \
+                 if these are the bytes of a disk"
+            ),
+        )),
+        _ => Ok(found),
+    }
+}
+
+/// What a file that is named like an image of `format` should have, and what it has.
+fn no_signature(format: Format, device: &dyn BlockDevice) -> Result<String> {
+    let size_bytes = device.size_bytes();
+    let mut head = [0u8; 8];
+    let present = length(size_bytes.min(head.len() as u64));
+    device.read_at(&mut head[..present], 0)?;
+    let wanted = match format {
+        Format::Vhdx => "\"vhdxfile\" at 0x0".to_owned(),
+        Format::Vhd => {
+            format!("\"conectix\" at 0x0 or in the footer at {:#x}", size_bytes.saturating_sub(512))
+        }
+        Format::Qcow2 => "\"QFI\\xfb\" at 0x0".to_owned(),
+        _ => "a descriptor's text, \"KDMV\" or \"COWD\" at 0x0".to_owned(),
+    };
+    let extent = match format {
+        Format::Vmdk => ", or give the descriptor if it is an extent of another image",
+        _ => "",
+    };
+    Ok(format!(
+        "it is named like a {format} image, which has {wanted}, but begins with \"{}\" and has {size_bytes} bytes: \
+         it is damaged, cut off or misnamed; add --format raw if these are the bytes of a disk{extent}",
+        head[..present].escape_ascii()
+    ))
+}
+
+/// The format by the content alone: whatever has no known signature is raw.
 ///
 /// # Errors
 /// Where the device cannot be read.
 pub fn probe_device(device: &dyn BlockDevice) -> Result<Format> {
-    // A VMDK descriptor may have comments before the line it is known by.
     let mut head = [0u8; 512];
     let size_bytes = device.size_bytes();
     let present = length(size_bytes.min(head.len() as u64));
@@ -90,11 +167,12 @@ pub fn probe_device(device: &dyn BlockDevice) -> Result<Format> {
     } else if head.starts_with(b"KDMV")
         || head.starts_with(b"COWD")
         || head.starts_with(SESPARSE_START)
-        || is_vmdk_descriptor(&head[..present])
     {
         Format::Vmdk
     } else if head.starts_with(b"conectix") || has_vhd_footer(device, size_bytes)? {
         Format::Vhd
+    } else if is_descriptor(device, &head[..present])? {
+        Format::Vmdk
     } else {
         Format::Raw
     };
@@ -103,17 +181,6 @@ pub fn probe_device(device: &dyn BlockDevice) -> Result<Format> {
 
 /// The first 16 bytes of ESXi's seSparse extents: magic and version.
 const SESPARSE_START: &[u8] = b"\xbe\xba\xfe\xca\0\0\0\0\x01\0\0\0\x02\0\0\0";
-
-/// Whether these bytes begin a VMDK descriptor: its title, or after any comments its version.
-fn is_vmdk_descriptor(head: &[u8]) -> bool {
-    let text = head.strip_prefix(b"\xef\xbb\xbf").unwrap_or(head);
-    if text.starts_with(b"# Disk DescriptorFile") {
-        return true;
-    }
-    let mut lines = text.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii);
-    let first = lines.find(|line| !line.is_empty() && !line.starts_with(b"#"));
-    first.is_some_and(|line| matches!(line, b"version=1" | b"version=2" | b"version=3"))
-}
 
 /// A fixed VHD carries its signature in the last 512 bytes only (VHD specification, "Hard Disk
 /// Footer Format"); old ones in the last 511.
@@ -132,20 +199,18 @@ mod tests {
     use super::*;
     use vmtide_block::MemoryDevice;
 
+    fn probe_bytes(bytes: &[u8]) -> Format {
+        let mut image = bytes.to_vec();
+        image.resize(bytes.len().max(4096), 0);
+        probe_device(&MemoryDevice::from_bytes(image)).unwrap()
+    }
+
     #[test]
     fn signatures_are_recognised_and_all_else_is_raw() {
-        let probe_bytes = |bytes: &[u8]| {
-            let mut image = bytes.to_vec();
-            image.resize(4096, 0);
-            probe_device(&MemoryDevice::from_bytes(image)).unwrap()
-        };
         assert_eq!(probe_bytes(b"QFI\xfb\0\0\0\x03"), Format::Qcow2);
         assert_eq!(probe_bytes(b"vhdxfileQ\0"), Format::Vhdx);
         assert_eq!(probe_bytes(b"conectix"), Format::Vhd);
         assert_eq!(probe_bytes(b"KDMV"), Format::Vmdk);
-        assert_eq!(probe_bytes(b"# Disk DescriptorFile\n"), Format::Vmdk);
-        assert_eq!(probe_bytes(b"\r\n# made by x\r\nversion=1\r\nCID=1\r\n"), Format::Vmdk);
-        assert_eq!(probe_bytes(b"# a script\nversion=1.2\n"), Format::Raw);
         assert_eq!(probe_bytes(b"QFI\xfa"), Format::Raw);
         let mut fixed_vhd = vec![0; 8192];
         fixed_vhd[8192 - 512..8192 - 504].copy_from_slice(b"conectix");
@@ -154,5 +219,80 @@ mod tests {
             let device = MemoryDevice::new(size);
             assert_eq!(probe_device(&device).unwrap(), Format::Raw);
         }
+    }
+
+    #[test]
+    fn descriptors_are_recognised_in_all_spellings_that_are_read() {
+        let comments = "# a line that says nothing of what follows\n".repeat(400);
+        let long = format!("{comments}version=1\nCID=1\n");
+        for text in [
+            "# Disk DescriptorFile\n",
+            "#Disk DescriptorFile\r\nversion=1\r\n",
+            "# disk descriptorfile\rversion=1\rCID=1\r",
+            "\u{feff}# Disk DescriptorFile\n",
+            "\n\n  \t\n# Disk DescriptorFile\n",
+            "\r\n# made by x\r\nversion=1\r\nCID=1\r\n",
+            "version = 1\nCID=1\n",
+            "Version=1\n",
+            "version=\"1\"\n",
+            "VERSION=4\nRW 1 ZERO\n",
+            "encoding=\"GBK\"\nversion=1\n",
+            "CID=fffffffe\nparentCID=ffffffff\n",
+            "createType=\"monolithicFlat\"\n",
+            "RW 63 FLAT \"a.vmdk\" 0\n",
+            "# x\n  rdonly  63   vmfs  a.vmdk\n",
+            long.as_str(),
+        ] {
+            assert_eq!(probe_bytes(text.as_bytes()), Format::Vmdk, "{text:?}");
+        }
+        let mut binary = b"version=1\nCID=1\n".to_vec();
+        binary.extend([1, 2, 0x7f, 0]);
+        for bytes in [
+            b"# a script\nversion=1.2\n".as_slice(),
+            b"just text",
+            b"RW is what this file is\n",
+            b"RW 63 sheep\n",
+            b"versions=1\n",
+            b"version=\n",
+            b"CID=of the disk\n",
+            b"\0version=1\n",
+            binary.as_slice(),
+        ] {
+            assert_eq!(probe_bytes(bytes), Format::Raw, "{:?}", bytes.escape_ascii());
+        }
+    }
+
+    #[test]
+    fn a_name_that_says_a_format_is_held_against_the_content() {
+        let probe_as = |name: &str, start: &[u8], end: &[u8]| {
+            let mut image = start.to_vec();
+            image.resize(8192 - 512, 0);
+            image.extend(end);
+            image.resize(8192, 0);
+            probe_file(Path::new(name), &MemoryDevice::from_bytes(image))
+        };
+        for (name, wanted) in [
+            ("a.vhdx", "\"vhdxfile\" at 0x0"),
+            ("a.AVHDX", "\"vhdxfile\" at 0x0"),
+            ("a.vhd", "\"conectix\" at 0x0 or in the footer at 0x1e00"),
+            ("a.avhd", "conectix"),
+            ("a.qcow2", "QFI\\xfb"),
+            ("a.vmdk", "KDMV"),
+            ("a-s001.vmdk", "KDMV"),
+            ("a-f001.vmdk", "KDMV"),
+        ] {
+            let error = probe_as(name, b"vhdxfilf", b"").unwrap_err();
+            assert!(matches!(error, BlockError::Damaged { .. }), "{name}: {error:?}");
+            let text = error.to_string();
+            assert!(text.contains(wanted) && text.contains("begins with \"vhdxfilf\""), "{text}");
+        }
+        for name in ["a", "a.raw", "a.img", "a.bin", "a-flat.vmdk", "A-FLAT.VMDK"] {
+            assert_eq!(probe_as(name, b"x", b"").unwrap(), Format::Raw, "{name}");
+        }
+        assert_eq!(probe_as("a.img", b"QFI\xfb", b"").unwrap(), Format::Qcow2);
+        assert_eq!(probe_as("a.vhd", b"QFI\xfb", b"conectix").unwrap(), Format::Vhd);
+        let error = probe_as("a.vhd", b"vhdxfile", b"").unwrap_err();
+        assert!(matches!(error, BlockError::Unsupported { .. }), "{error:?}");
+        assert!(error.to_string().contains("--format vhdx"), "{error}");
     }
 }

@@ -2,9 +2,9 @@
 
 use crate::Compression;
 use crate::format::Format;
-use crate::probe_device;
 use crate::qcow2::header::{Header, LAZY_REFCOUNTS, autoclear, incompatible};
 use crate::qcow2::{read_directory, read_snapshots};
+use crate::{probe_device, probe_file};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -160,7 +160,10 @@ impl BitmapState {
 /// # Errors
 /// Where the file cannot be read, its header is damaged, or the format is only recognised.
 pub fn image_info(path: impl AsRef<Path>, format: Option<Format>) -> Result<ImageInfo> {
-    image_info_device(&RawDevice::open(path, OpenMode::ReadOnly)?, format)
+    let path = path.as_ref();
+    let file = RawDevice::open(path, OpenMode::ReadOnly)?;
+    let format = format.map_or_else(|| probe_file(path, &file), Ok)?;
+    image_info_device(&file, Some(format))
 }
 
 /// As [`image_info`], for an image that is open already: a file on a share, bytes in memory.

@@ -43,7 +43,7 @@ pub use chain::{
 pub use check::{CheckReport, Problem, Repair, Severity, check_image};
 pub use create::{Compression, CreateOptions, CreateParent, create_image, subformats};
 pub use files::{FilesLayer, ImageFiles, open_chain_in, open_writer_in};
-pub use format::{Format, probe, probe_device};
+pub use format::{Format, format_by_name, probe, probe_device, probe_file};
 pub use identity::identity;
 pub use image::{CompressedCluster, CompressedWriter, DiskImage, ImageWriter, Placement};
 pub use info::{

@@ -5,9 +5,9 @@
 //! through its own disk, so it happens only by an explicit [`BackingPolicy`]; and the format of a
 //! backing file is taken from the image's header or from the caller, never probed.
 
-use crate::elsewhere::{is_device, leads_elsewhere};
-use crate::format::{Format, probe_device};
-use crate::parent::{ParentLink, find_parent, real_path};
+use crate::elsewhere::leads_elsewhere;
+use crate::format::{Format, probe_file};
+use crate::parent::{ParentLink, find_named, find_parent, in_another_case, last_name, real_path};
 use crate::qcow2::header::{Header, incompatible};
 use crate::qcow2::{Companions, Qcow2Image, Qcow2Writer};
 use crate::vmdk::{ExtentFiles, VmdkImage, VmdkWriter};
@@ -46,8 +46,8 @@ pub struct OpenOptions {
     /// What to use as the backing disk of the image instead of the file it names; the policy is
     /// not asked.
     pub backing_device: Option<Arc<dyn BlockDevice>>,
-    /// Directories in which parents are looked for by their file name, after the image's own. The
-    /// user named them, so they are searched whatever the policy.
+    /// Directories in which parents, extent files and data files are looked for by their file name, after the
+    /// image's own. The user named them, so they are searched whatever the policy.
     pub search: Vec<PathBuf>,
     /// Takes a parent that does not say of itself what the child wants. For rescuing data: what is
     /// read may be a mixture of two moments.
@@ -143,7 +143,7 @@ pub fn open_snapshot(
 ) -> Result<Arc<dyn BlockDevice>> {
     let path = path.as_ref();
     let file = Arc::new(options.file(path, OpenMode::ReadOnly)?);
-    let format = options.format.map_or_else(|| probe_device(&file), Ok)?;
+    let format = options.format.map_or_else(|| probe_file(path, &file), Ok)?;
     if format != Format::Qcow2 {
         return Err(BlockError::unsupported(
             path.display().to_string(),
@@ -169,7 +169,7 @@ pub fn open_writable(
     let file = Arc::new(options.file(path, OpenMode::ReadWrite)?);
     let mut chain = Chain::new(options);
     chain.enter(path)?;
-    Ok(match options.format.map_or_else(|| probe_device(&file), Ok)? {
+    Ok(match options.format.map_or_else(|| probe_file(path, &file), Ok)? {
         Format::Raw => file,
         Format::Qcow2 => {
             let header = Header::read(&*file)?;
@@ -219,7 +219,7 @@ impl<'a> Chain<'a> {
     ) -> Result<Arc<dyn DiskImage>> {
         self.enter(path)?;
         let file = Arc::new(self.options.file(path, OpenMode::ReadOnly)?);
-        let image: Arc<dyn DiskImage> = match format.map_or_else(|| probe_device(&file), Ok)? {
+        let image: Arc<dyn DiskImage> = match format.map_or_else(|| probe_file(path, &file), Ok)? {
             Format::Raw => file,
             Format::Qcow2 => Arc::new(self.open_qcow2(path, file, is_top)?),
             Format::Vhdx => {
@@ -305,7 +305,7 @@ impl<'a> Chain<'a> {
         let Some(name) = &header.backing_name else {
             return Ok(None);
         };
-        let Some(path) = self.resolve(overlay, "backing file", name)? else {
+        let Some(path) = find_named(self.options, overlay, "backing file", name)? else {
             return Ok(None);
         };
         let format = match (&header.backing_format, self.options.backing_format) {
@@ -327,7 +327,7 @@ impl<'a> Chain<'a> {
     fn data_file_path(&self, image: &Path, header: &Header) -> Result<Option<PathBuf>> {
         match &header.data_file_name {
             Some(name) if header.has(incompatible::EXTERNAL_DATA) => {
-                self.resolve(image, "data file", name)
+                find_named(self.options, image, "data file", name)
             }
             _ => Ok(None),
         }
@@ -335,10 +335,6 @@ impl<'a> Chain<'a> {
 
     fn extent_files(&self, image: &Path) -> PolicyFiles<'a> {
         extent_files(image, self.options)
-    }
-
-    fn resolve(&self, image: &Path, what: &str, name: &str) -> Result<Option<PathBuf>> {
-        resolve(self.options, image, what, name)
     }
 }
 
@@ -356,19 +352,28 @@ pub(crate) struct PolicyFiles<'a> {
 impl PolicyFiles<'_> {
     /// Where the extent file called `name` is. Where it is not there, one of its last name beside the
     /// descriptor or in a directory to search is taken: disks are copied away from the data store or
-    /// the Windows path that their descriptors name.
+    /// the Windows path that their descriptors name; at last one whose name has another case.
     fn path(&self, name: &str) -> Result<PathBuf> {
         let named = self.named(name);
-        let last = name.rsplit(['/', '\\']).next().unwrap_or_default();
-        if last.is_empty() || last == name || named.as_ref().is_ok_and(|path| path.exists()) {
+        if named.as_ref().is_ok_and(|path| path.exists()) {
             return named;
         }
-        // On Windows a colon would name the directory of a drive, or a stream, and not a file there.
-        let is_other = cfg!(windows) && (last.contains(':') || is_device(last));
-        let search = self.options.search.iter().filter(|_| !is_other);
-        let searched = search.map(|directory| directory.join(last));
+        let Some(last) = last_name(name) else {
+            return named;
+        };
+        let search = || self.options.search.iter();
         let beside = self.named(last).into_iter();
-        beside.chain(searched).find(|path| path.is_file()).map_or(named, Ok)
+        let mut exact = beside.chain(search().map(|directory| directory.join(last)));
+        exact.find(|path| path.is_file()).or_else(|| self.in_another_case(last)).map_or(named, Ok)
+    }
+
+    fn in_another_case(&self, last: &str) -> Option<PathBuf> {
+        let own = self.options.directory_of(&self.image).ok();
+        let beside = own.and_then(|directory| in_another_case(&directory, last));
+        // What the policy allows is asked of this name as of any other.
+        let allowed = beside.and_then(|path| self.named(path.file_name()?.to_str()?).ok());
+        let mut searched = self.options.search.iter().filter_map(|at| in_another_case(at, last));
+        allowed.or_else(|| searched.next())
     }
 
     fn named(&self, name: &str) -> Result<PathBuf> {
@@ -405,7 +410,7 @@ impl ExtentFiles for PolicyFiles<'_> {
 /// Whether a name means something else than a file: QEMU takes a colon before the first slash as a
 /// protocol (nbd://, json:{...}, rbd:...). On Windows a colon behind the letter of a drive names a stream
 /// beside the content.
-fn is_no_plain_path(name: &str) -> bool {
+pub(crate) fn is_no_plain_path(name: &str) -> bool {
     if !cfg!(windows) {
         return name.split('/').next().is_some_and(|head| head.contains(':'));
     }

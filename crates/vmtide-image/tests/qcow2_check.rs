@@ -267,3 +267,20 @@ fn tables_that_name_each_other_without_end_are_given_up() {
     assert!(error.to_string().contains("named by more entries"), "{error}");
     assert!(begun.elapsed().as_secs() < 60, "{:?}", begun.elapsed());
 }
+
+#[test]
+fn an_image_that_is_marked_corrupt_is_an_error_until_it_is_repaired() {
+    let directory = tempfile::tempdir().unwrap();
+    let image = directory.path().join("image.qcow2");
+    qemu_img(&["create", "-q", "-f", "qcow2", path(&image), "1M"]);
+    let mut bytes = std::fs::read(&image).unwrap();
+    bytes[79] |= 2;
+    std::fs::write(&image, bytes).unwrap();
+    let report = check(&image, Repair::Nothing);
+    assert_eq!((report.errors, report.problems.len()), (1, 1), "{report:?}");
+    assert!(report.problems[0].detail.contains("marked corrupt"), "{report:?}");
+    assert_eq!(check(&image, Repair::Leaks).errors, 1);
+    let repaired = check(&image, Repair::All);
+    assert_eq!((repaired.errors, repaired.repaired), (0, 1), "{repaired:?}");
+    assert!(check(&image, Repair::Nothing).problems.is_empty());
+}

@@ -211,3 +211,32 @@ fn only_images_created_for_it_take_compressed_clusters() {
         Qcow2CreateOptions { version: Qcow2Version::V2, compression: Compression::Zstd, ..options };
     assert!(Qcow2Writer::create_device(memory, &options).is_err());
 }
+
+#[test]
+fn versions_and_extended_entries_are_made_by_their_names() {
+    let directory = tempfile::tempdir().unwrap();
+    let bytes = pattern(17, (3 << 20) + 512);
+    let raw = raw_file(directory.path(), "disk.raw", &bytes);
+    for (name, said) in
+        [("v3", "compat: 1.1"), ("v2", "compat: 0.10"), ("extended-l2", "extended l2: true")]
+    {
+        let image = directory.path().join(format!("{name}.qcow2"));
+        let options = CreateOptions {
+            subformat: Some(name.into()),
+            ..CreateOptions::new(Format::Qcow2, bytes.len() as u64)
+        };
+        let writer = create_image(&image, &options).unwrap();
+        writer.write_at(&bytes, 0).unwrap();
+        writer.finish().unwrap();
+        check_clean(&image);
+        assert!(qemu_img(&["info", path(&image)]).contains(said), "{name}");
+        let compare = ["compare", "-f", "raw", "-F", "qcow2", path(&raw), path(&image)];
+        assert!(qemu_img(&compare).contains("identical"), "{name}");
+    }
+    let unknown = CreateOptions {
+        subformat: Some("v4".into()),
+        ..CreateOptions::new(Format::Qcow2, 1 << 20)
+    };
+    let error = create_image(directory.path().join("v4.qcow2"), &unknown).err().unwrap();
+    assert!(error.to_string().contains("v3, v2, extended-l2"), "{error}");
+}

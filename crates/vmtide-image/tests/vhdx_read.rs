@@ -10,8 +10,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use support::{Random, check_extents, path, pattern, qemu_img, raw_file, read_all};
 use vhdx::{FULL, Image, MIB, NOT_PRESENT, PARTIAL, UNDEFINED, UNMAPPED, ZERO};
-use vmtide_block::{BlockDevice, ByteRange, ExtentKind, MemoryDevice, all_extents};
-use vmtide_image::vhdx::VhdxImage;
+use vmtide_block::{
+    BlockDevice, BlockError, ByteRange, ExtentKind, MemoryDevice, WritableBlockDevice, all_extents,
+};
+use vmtide_image::vhdx::{VhdxImage, VhdxWriter};
 use vmtide_image::{DiskImage, OpenOptions, image_info, open_read_only};
 
 fn open(file: Arc<dyn BlockDevice>) -> VhdxImage {
@@ -304,6 +306,31 @@ fn the_last_block_may_end_with_the_disk() {
     let disk = open(image.in_memory());
     let error = disk.read_at(&mut buffer, MIB).unwrap_err().to_string();
     assert!(error.contains("payload block 1"), "{error}");
+}
+
+#[test]
+fn the_writer_knows_a_cut_file_as_the_reader_does() {
+    let mut image = Image::new(MIB + 512, MIB);
+    let at = image.payload_at();
+    image.block(1, FULL, at);
+    image.data.push((at, vec![3; 512]));
+    let writer = VhdxWriter::open_device(image.in_memory(), None).unwrap();
+    let mut buffer = [0; 512];
+    writer.read_at(&mut buffer, MIB).unwrap();
+    assert_eq!(buffer, [3; 512]);
+    // The block is completed with the first change, and the disk may grow into it.
+    writer.write_at(&[4], 0).unwrap();
+    writer.resize(2 * MIB).unwrap();
+    let mut rest = vec![9; 1 << 20];
+    writer.read_at(&mut rest, MIB).unwrap();
+    assert!(rest[..512] == [3; 512] && rest[512..].iter().all(|byte| *byte == 0));
+    image.data[0].1.truncate(511);
+    let writer = VhdxWriter::open_device(image.in_memory(), None).unwrap();
+    let error = writer.read_at(&mut buffer, MIB).unwrap_err();
+    assert!(matches!(error, BlockError::Damaged { .. }), "{error:?}");
+    assert!(error.to_string().contains("512 bytes at"), "{error}");
+    // Nothing is written to it either: that would make zeros of what is missing.
+    assert!(matches!(writer.write_at(&[4], 0), Err(BlockError::Damaged { .. })));
 }
 
 #[test]

@@ -184,3 +184,20 @@ fn a_stream_that_was_cut_off_or_mixed_is_found() {
     let report = check(&image, Repair::All);
     assert!(report.problems[0].detail.contains("is that of sector"), "{report:?}");
 }
+
+#[test]
+fn what_harms_no_reader_is_a_note() {
+    let directory = tempfile::tempdir().unwrap();
+    let content = pattern(9, 1 << 20);
+    let image = made(directory.path(), "monolithicSparse", &content);
+    let mut bytes = std::fs::read(&image).unwrap();
+    bytes[73..77].fill(0);
+    let cid = bytes.windows(5).position(|window| window == b"\nCID=").unwrap() + 5;
+    bytes[cid..cid + 8].copy_from_slice(b"notanid!");
+    std::fs::write(&image, &bytes).unwrap();
+    let report = check(&image, Repair::Nothing);
+    assert_eq!((report.errors, report.leaks, report.problems.len()), (0, 0, 2), "{report:?}");
+    assert!(report.problems[0].detail.contains("notanid!"), "{report:?}");
+    assert!(report.problems[1].detail.contains("0x49"), "{report:?}");
+    assert!(read_all(&*open_read_only(&image, &allowed()).unwrap()) == content);
+}

@@ -46,14 +46,24 @@ fn impossible_headers_are_named() {
         // The directory of the largest disk, in a file of 64 KiB.
         (&[(12, (i64::MAX as u64) / 512, 8), (20, 1, 8), (44, 1, 4)], "grain directory"),
         (&[(28, 1, 8), (36, 1 << 50, 8)], "descriptor"),
+        (&[(12, 0, 8)], "capacity 0 at byte 12"),
+        (&[(12, 0, 8), (28, 60, 8), (36, 1, 8)], "capacity 0 at byte 12"),
         (&[(8, 0x3_0001, 4), (77, 7, 2)], "compression method 7"),
     ] {
         let error = open(header(fields)).err().unwrap().to_string();
         assert!(error.contains(word), "{error}");
     }
-    let mut text_mode = header(&[]);
-    text_mode[73] = b'\r';
-    assert!(open(text_mode).err().unwrap().to_string().contains("text mode"));
+    // What each way of a copy in text mode makes of the newlines.
+    for bytes in [b"\r\n \r", b"\n \n\0", b"\r \r\r", b"\n \n\n", b"\r \r\n"] {
+        let mut text_mode = header(&[]);
+        text_mode[73..77].copy_from_slice(bytes);
+        assert!(open(text_mode).err().unwrap().to_string().contains("text mode"), "{bytes:?}");
+    }
+    for bytes in [[0u8; 4], [0xff; 4], *b"\0\n \r"] {
+        let mut never_there = header(&[]);
+        never_there[73..77].copy_from_slice(&bytes);
+        open(never_there).unwrap();
+    }
     assert!(open(vec![]).is_err());
     assert!(
         open(b"# Disk DescriptorFile\n".to_vec()).err().unwrap().to_string().contains("extents")
@@ -77,6 +87,43 @@ fn entries_that_lead_out_of_the_file_are_named() {
     let error = image.read_at(&mut [0; 512], 65536).unwrap_err().to_string();
     assert!(error.contains("grain table 0, entry 1"), "{error}");
     assert!(image.extents(ByteRange::new(65536, 65536)).is_err());
+}
+
+#[test]
+fn a_second_directory_counts_only_where_the_flag_says_that_it_is_one() {
+    // The first directory leads nowhere, the second to a table without grains.
+    let mut bytes = header(&[(56, 1 << 40, 8), (48, 30, 8)]);
+    bytes[30 * 512] = 40;
+    open(bytes.clone()).unwrap().read_at(&mut [0; 512], 0).unwrap();
+    bytes[8] = 1;
+    let error = open(bytes).err().unwrap().to_string();
+    assert!(error.contains("grain directory"), "{error}");
+}
+
+#[test]
+fn what_is_not_known_is_told_from_what_is_broken() {
+    let open_text = |lines: &str| {
+        let text = descriptor("custom", None, lines);
+        open(text.into_bytes()).err().unwrap()
+    };
+    let error = open_text("RW 1 VSANSPARSE \"vsan://x\"");
+    assert!(matches!(error, BlockError::Unsupported { .. }), "{error:?}");
+    assert!(error.to_string().contains("VSANSPARSE"), "{error}");
+    let error = open_text("RW many FLAT \"x\" 0");
+    assert!(matches!(error, BlockError::Damaged { .. }), "{error:?}");
+}
+
+#[test]
+fn an_extent_that_may_not_be_read_is_an_error_only_where_it_is_read() {
+    let text = descriptor("custom", None, "RW 1 ZERO\nNOACCESS 4 FLAT \"x\" 0\nRW 1 ZERO");
+    let image = open(text.into_bytes()).unwrap();
+    image.read_at(&mut [0; 512], 0).unwrap();
+    image.read_at(&mut [0; 512], 5 * 512).unwrap();
+    let error = image.read_at(&mut [0; 512], 512).unwrap_err().to_string();
+    assert!(error.contains("\"NOACCESS 4 ZERO\""), "{error}");
+    let text = descriptor("custom", None, "RW 1 ZERO\nNOACCESS 4 ZERO\nRW 1 ZERO");
+    let image = open(text.into_bytes()).unwrap();
+    image.read_at(&mut [0; 3072], 0).unwrap();
 }
 
 #[test]

@@ -107,6 +107,7 @@ fn dispatch(app: &App, command: Command) -> Result<Exit> {
         Command::Check(args) => commands::check::run(app, &args),
         Command::Compare(args) => commands::compare::run(app, &args),
         Command::Create(args) => commands::create::run(app, &args),
+        Command::Resize(args) => commands::resize::run(app, &args),
         Command::Convert(args) => commands::convert::run(app, &args),
         Command::Chain(args) => commands::chain::run(app, &args),
         Command::Delta(args) => commands::delta::run(app, &args),

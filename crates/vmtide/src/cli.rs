@@ -148,6 +148,8 @@ pub enum Command {
     Compare(commands::compare::CompareArgs),
     /// Make a new disk image, or a child of another one
     Create(commands::create::CreateArgs),
+    /// Give the disk in an image another size
+    Resize(commands::resize::ResizeArgs),
     /// Convert a disk into another format, file, device or export
     Convert(commands::convert::ConvertArgs),
     /// List, rebase and merge images that read through other images

@@ -29,6 +29,7 @@ const COMMANDS: &[&str] = &[
     "check",
     "compare",
     "create",
+    "resize",
     "convert",
     "chain",
     "delta",
@@ -38,6 +39,7 @@ const COMMANDS: &[&str] = &[
     "vm",
     "doctor",
     "stats",
+    "bench",
     "completions",
     "man",
 ];

@@ -161,3 +161,63 @@ fn backup_and_restore_take_images_with_parents() {
     one_clear_line(&run.must_end_with(1), "thick");
     assert!(!place.path("x.qcow2").exists());
 }
+
+#[test]
+fn a_parent_whose_format_the_child_does_not_say_is_backed_up_where_the_user_says_it() {
+    let place = Place::with_repository();
+    sparse_disk(&place, "disk.raw", 2 * MIB);
+    must(&place, "qemu-img", &["convert", "-O", "qcow2", "disk.raw", "base.qcow2"]);
+    place.run(&["create", "top.qcow2", "--parent", "base.qcow2"]).must_end_with(0);
+    let mut bytes = std::fs::read(place.path("top.qcow2")).unwrap();
+    // The extension that says the format becomes one that nobody knows.
+    let at = bytes.windows(4).position(|word| word == [0xe2, 0x79, 0x2a, 0xca]).unwrap();
+    bytes[at..at + 4].copy_from_slice(&[0x11, 0x22, 0x33, 0x44]);
+    std::fs::write(place.path("top.qcow2"), bytes).unwrap();
+    std::fs::create_dir(place.path("moved")).unwrap();
+    std::fs::rename(place.path("base.qcow2"), place.path("moved/base.qcow2")).unwrap();
+    let run = place.run(&["backup", "top.qcow2"]).must_end_with(6);
+    one_clear_line(&run, "--search DIR");
+    let run = place.run(&["backup", "top.qcow2", "--search", "moved"]).must_end_with(1);
+    one_clear_line(&run, "give the format");
+    let options = ["backup", "top.qcow2", "--search", "moved", "--backing-format", "qcow2"];
+    place.run(&options).must_end_with(0);
+    place.run(&["restore", "top", "--to", "back.raw"]).must_end_with(0);
+    must_equal(&place, ("disk.raw", "raw"), ("back.raw", "raw"));
+}
+
+#[test]
+fn disks_get_another_size_and_keep_what_they_hold() {
+    let place = Place::new();
+    sparse_disk(&place, "disk.raw", 3 * MIB);
+    std::fs::copy(place.path("disk.raw"), place.path("grown.raw")).unwrap();
+    let grown = std::fs::File::options().write(true).open(place.path("grown.raw")).unwrap();
+    grown.set_len(7 << 20).unwrap();
+    for (name, qemu) in
+        [("a.qcow2", "qcow2"), ("a.vhdx", "vhdx"), ("a.vhd", "vpc"), ("a.img", "raw")]
+    {
+        place.run(&["convert", "disk.raw", name]).must_end_with(0);
+        let run = place.run(&["resize", name, "7MiB", "--json"]).must_end_with(0).summary();
+        assert_eq!(
+            (&run["old_size_bytes"], &run["size_bytes"]),
+            (&(3 * MIB).into(), &(7 * MIB).into())
+        );
+        must_equal(&place, (name, qemu), ("grown.raw", "raw"));
+        place.run(&["check", name]).must_end_with(0);
+        let run = place.run(&["resize", name, "3M"]).must_end_with(1);
+        one_clear_line(&run, "--shrink");
+        must_equal(&place, (name, qemu), ("grown.raw", "raw"));
+    }
+    for (name, qemu) in [("a.vhdx", "vhdx"), ("a.img", "raw")] {
+        place.run(&["resize", name, "3M", "--shrink"]).must_end_with(0);
+        must_equal(&place, (name, qemu), ("disk.raw", "raw"));
+    }
+    for name in ["a.qcow2", "a.vhd"] {
+        one_clear_line(&place.run(&["resize", name, "3M", "--shrink"]).must_end_with(1), name);
+    }
+    place.run(&["convert", "disk.raw", "a.vmdk"]).must_end_with(0);
+    one_clear_line(&place.run(&["resize", "a.vmdk", "7M"]).must_end_with(1), "a.vmdk");
+    place.run(&["create", "child.qcow2", "--parent", "a.qcow2"]).must_end_with(0);
+    one_clear_line(&place.run(&["resize", "a.qcow2", "9M"]).must_end_with(1), "child.qcow2");
+    one_clear_line(&place.run(&["resize", "none.qcow2", "9M"]).must_end_with(6), "none.qcow2");
+    place.run(&["resize", "a.qcow2", "9X"]).must_end_with(2);
+}

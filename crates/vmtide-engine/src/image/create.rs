@@ -2,7 +2,7 @@
 
 use super::DiskSpec;
 use super::files::check_no_children;
-use super::open::{OpenDiskOptions, format_by_extension, image_options, open_disk};
+use super::open::{OpenDiskOptions, image_options, open_disk};
 use super::staged::StagedImage;
 use crate::in_use::{Use, check_not_in_use};
 use crate::target::ImageKind;
@@ -10,7 +10,7 @@ use crate::{EngineError, Result};
 use serde::Serialize;
 use std::path::{Component, Path, PathBuf};
 use vmtide_block::{OpenMode, RawDevice};
-use vmtide_image::{CreateParent, Format, identity};
+use vmtide_image::{CreateParent, Format, format_by_name, identity};
 
 /// What to create.
 #[derive(Clone, Debug)]
@@ -64,7 +64,7 @@ pub fn create(job: &CreateJob) -> Result<CreateSummary> {
 /// # Errors
 /// As [`create`].
 pub(crate) fn stage(job: &CreateJob) -> Result<(StagedImage, CreateSummary)> {
-    let format = job.kind.format.or_else(|| format_by_extension(&job.path)).ok_or_else(|| {
+    let format = job.kind.format.or_else(|| format_by_name(&job.path)).ok_or_else(|| {
         EngineError::usage(format!(
             "the name of {} does not say its format: end it in .vhdx, .vhd, .vmdk, .qcow2, .raw or \
              .img, or give --format",

@@ -9,9 +9,11 @@ pub(crate) mod files;
 pub mod info;
 pub mod map;
 pub(crate) mod open;
+pub mod resize;
 pub(crate) mod staged;
 mod writable;
 
-pub use open::{DiskSpec, OpenDisk, OpenDiskOptions, format_by_extension, open_disk};
+pub use open::{DiskSpec, OpenDisk, OpenDiskOptions, open_disk};
 pub use staged::StagedImage;
+pub use vmtide_image::format_by_name;
 pub use writable::WritableDisk;

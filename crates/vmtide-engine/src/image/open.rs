@@ -13,7 +13,9 @@ use crate::{EngineError, Result};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use vmtide_block::{BlockDevice, BlockError};
-use vmtide_image::{BackingPolicy, Format, Layer, OpenOptions, open_chain, open_snapshot};
+use vmtide_image::{
+    BackingPolicy, Format, Layer, OpenOptions, format_by_name, open_chain, open_snapshot,
+};
 use vmtide_nbd::{NbdOptions, NbdUrl};
 
 /// A disk as the user wrote it.
@@ -154,11 +156,13 @@ pub(crate) fn image_options(
     Ok((open, format))
 }
 
-/// The format of an image by its content. What can only be a raw disk by its name or kind, and
-/// looks like something else, was made so by its guest or is misnamed: the user has to say.
+/// The format of an image by its content, which its name may not contradict. What can only be a raw disk by its
+/// name or kind, and looks like something else, was made so by its guest or is misnamed: the user has to say.
 pub(crate) fn probe_format(path: &Path) -> Result<Format> {
     let found = vmtide_image::probe(path)?;
-    let is_raw_by_name = path.extension().is_some_and(|extension| extension == "raw");
+    // Many programs name an image of any format .img.
+    let is_img = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("img"));
+    let is_raw_by_name = format_by_name(path) == Some(Format::Raw) && !is_img;
     // Anything but a file that can be probed is a block device, all bytes of which are a guest's.
     if found == Format::Raw || (path.is_file() && !is_raw_by_name) {
         return Ok(found);
@@ -174,7 +178,7 @@ pub(crate) fn probe_format(path: &Path) -> Result<Format> {
 
 /// Which files an image may name where the user said nothing.
 pub(crate) fn default_policy(path: &Path, found: Format, given: Option<Format>) -> BackingPolicy {
-    if given.is_some() || format_by_extension(path) == Some(found) {
+    if given.is_some() || format_by_name(path) == Some(found) {
         BackingPolicy::SameDirectory
     } else {
         BackingPolicy::Refuse
@@ -202,19 +206,5 @@ pub(crate) fn hint(
             .into()
         }
         other => other.into(),
-    }
-}
-
-/// The format that a file's name says, if it says any.
-pub fn format_by_extension(path: &Path) -> Option<Format> {
-    let extension = path.extension()?.to_ascii_lowercase();
-    match extension.to_str()? {
-        "qcow2" => Some(Format::Qcow2),
-        // Hyper-V names the children that checkpoints make .avhdx and .avhd.
-        "vhdx" | "avhdx" => Some(Format::Vhdx),
-        "vhd" | "avhd" | "vpc" => Some(Format::Vhd),
-        "vmdk" => Some(Format::Vmdk),
-        "raw" | "img" => Some(Format::Raw),
-        _ => None,
     }
 }

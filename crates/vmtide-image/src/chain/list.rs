@@ -1,10 +1,9 @@
 //! What a chain consists of.
 
 use super::link::link_of;
-use crate::open::resolve;
-use crate::parent::{Search, look_for_parent, real_path};
+use crate::parent::{Search, find_named, look_for_parent, real_path};
 use crate::{
-    Format, MAX_CHAIN_DEPTH, OpenOptions, ParentLink, identity, image_info_device, probe_device,
+    Format, MAX_CHAIN_DEPTH, OpenOptions, ParentLink, identity, image_info_device, probe_file,
 };
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -110,7 +109,7 @@ fn read_layer(
     options: &OpenOptions,
 ) -> Result<(ChainLayer, Option<Format>)> {
     let file = options.file(path, OpenMode::ReadOnly)?;
-    let format = format.map_or_else(|| probe_device(&file), Ok)?;
+    let format = format.map_or_else(|| probe_file(path, &file), Ok)?;
     let info = image_info_device(&file, Some(format))?;
     let link = link_of(&file, format)?;
     let parent = link.map(|link| find_link(path, link, format, options)).transpose()?;
@@ -166,9 +165,8 @@ pub(super) fn find_link(
 /// qcow2 knows its parent by its path alone.
 fn find_by_name(child: &Path, link: &ParentLink, options: &OpenOptions) -> Result<Search> {
     let name = link.names.first().map_or("", String::as_str);
-    match resolve(options, child, "backing file", name) {
-        Ok(Some(path)) if path.exists() => Ok(Search::Found(path)),
-        Ok(Some(_)) => Ok(Search::Missing),
+    match find_named(options, child, "backing file", name) {
+        Ok(Some(path)) => Ok(Search::Found(path)),
         Ok(None) => Ok(Search::Refused),
         Err(error) if error.io_kind() == Some(std::io::ErrorKind::NotFound) => Ok(Search::Missing),
         Err(error) => Err(error),

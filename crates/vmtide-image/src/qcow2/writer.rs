@@ -87,7 +87,7 @@ impl Qcow2Writer {
             if header.has(bit) {
                 return Err(BlockError::unsupported(
                     file.name(),
-                    format!("is marked {what}; repair it first, e.g. qemu-img check -r all"),
+                    format!("is marked {what}; repair it first: vmtide check --repair"),
                 ));
             }
         }

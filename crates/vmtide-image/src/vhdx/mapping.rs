@@ -1,7 +1,11 @@
 //! Where the bytes of the disk are while a writer changes it, and reading them.
 
-use super::bat::{BatEntry, BatIndex, BitmapBlockState, BlockNumber, ENTRY_BYTES, PayloadState};
+use super::bat::{
+    BITMAP_BLOCK_BYTES, BatEntry, BatIndex, BitmapBlockState, BlockNumber, ENTRY_BYTES, EntryOf,
+    PayloadState,
+};
 use super::bits;
+use super::header::MIB;
 use super::pages::PAGE_BYTES;
 use super::writer::VhdxWriter;
 use crate::bytes::length;
@@ -137,11 +141,26 @@ impl VhdxWriter {
 
     /// The offset in a table entry of something that is there.
     pub(super) fn payload(&self, index: BatIndex, entry: BatEntry) -> Result<u64> {
-        let offset = entry.offset();
-        if offset == 0 || offset >= self.file.size_bytes() {
-            return Err(self.bad_entry(index, entry, "an offset that is not in the file"));
+        self.check_in_file(index, entry)?;
+        Ok(entry.offset())
+    }
+
+    /// Succeeds where what an entry leads to is in the file. Of the last block the file needs to hold no more than
+    /// there is disk; where it ends before, it was cut off, and what is missing was no zeros.
+    pub(super) fn check_in_file(&self, index: BatIndex, entry: BatEntry) -> Result<()> {
+        let geometry = self.present_geometry();
+        let needed = match geometry.entry_at(index) {
+            EntryOf::Payload(block) => geometry.bytes_of(block),
+            EntryOf::Bitmap(_) => BITMAP_BLOCK_BYTES,
+        };
+        let (offset, file_bytes) = (entry.offset(), self.file.size_bytes());
+        if offset < MIB || offset.checked_add(needed).is_none_or(|end| end > file_bytes) {
+            let what = format!(
+                "{needed} bytes at {offset:#x} are not behind the first MiB and inside the file of {file_bytes} bytes"
+            );
+            return Err(self.bad_entry(index, entry, &what));
         }
-        Ok(offset)
+        Ok(())
     }
 
     pub(super) fn bad_entry(&self, index: BatIndex, entry: BatEntry, what: &str) -> BlockError {
@@ -169,7 +188,7 @@ impl VhdxWriter {
         Ok(())
     }
 
-    /// Reads the file, which may end inside its last block: zeros from there on.
+    /// Reads the file; where it ends, which is not before the last byte of the disk, zeros.
     fn read_file(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
         let present = self.file.size_bytes().saturating_sub(offset).min(buffer.len() as u64);
         let (inside, past) = buffer.split_at_mut(length(present));

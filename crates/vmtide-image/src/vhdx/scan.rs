@@ -99,6 +99,7 @@ impl VhdxWriter {
                 {
                     return Err(self.bad_entry(index, entry, "partially present without a parent"));
                 }
+                self.check_in_file(index, entry)?;
                 if !space.mark(entry.offset(), bytes)? {
                     return Err(self.bad_entry(
                         index,

@@ -13,7 +13,7 @@ use super::descriptor::{Access, ExtentLine, ExtentType};
 use super::disk::Handle;
 use super::grains::Grains;
 use super::head::{Head, effective_header};
-use super::hosted::{GRAIN_MARKER_BYTES, SECTOR, UNCLEAN_AT};
+use super::hosted::{GRAIN_MARKER_BYTES, SECTOR, UNCLEAN_AT, flag};
 use super::layout::{Grain, Kind, SparseLayout};
 use super::sparse::{entry, table_in_file};
 use crate::bytes::{le_u32, le_u64, length};
@@ -46,6 +46,10 @@ pub(crate) fn repair(
 fn check_files(file: &Handle, files: &dyn ExtentFiles, repair: Repair) -> Result<CheckReport> {
     let mut report = CheckReport::default();
     let head = Head::read(&*file.reader)?;
+    for detail in oddities(&head) {
+        let detail = format!("{}: {detail}", file.reader.name());
+        report.add(Problem { severity: Severity::Note, detail, repaired: false });
+    }
     let lines = match &head {
         Head::Descriptor(descriptor, _) => &descriptor.extents[..],
         Head::Hosted { descriptor: Some((text, _)), .. } if text.extents.len() > 1 => &text.extents,
@@ -72,6 +76,18 @@ fn check_files(file: &Handle, files: &dyn ExtentFiles, repair: Repair) -> Result
         }
     }
     Ok(report)
+}
+
+/// What is odd in what the file begins with, and harms no reader.
+fn oddities(head: &Head) -> Vec<String> {
+    let mut found = head.descriptor().map_or_else(Vec::new, |(text, _)| text.oddities.clone());
+    if let Head::Hosted { header, .. } = head
+        && let (true, Some(bytes)) = (header.has(flag::NEWLINES), header.newlines)
+    {
+        let detail = "flag 1 says that there are newlines";
+        found.push(format!("VMDK sparse header at 0x0: bytes {bytes:02x?} at 0x49; {detail}"));
+    }
+    found
 }
 
 fn error_of(detail: String) -> Problem {

@@ -281,6 +281,7 @@ fn write_sparse(
         overhead,
         unclean: false,
         compression: 0,
+        newlines: None,
     };
     file.resize(overhead * SECTOR)?;
     if let Some(text) = descriptor {
@@ -322,6 +323,7 @@ fn begin_stream(
         overhead: (1 + descriptor_sectors).next_multiple_of(grain_sectors),
         unclean: false,
         compression: 1,
+        newlines: None,
     };
     let mut start = vec![0; length(header.overhead * SECTOR)];
     crate::bytes::put(&mut start, 0, &header.encode());

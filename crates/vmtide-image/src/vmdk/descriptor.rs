@@ -45,6 +45,42 @@ pub(super) struct Descriptor {
     pub(super) extents: Vec<ExtentLine>,
     /// All other entries, keys in lower case; the first of a kind counts.
     pub(super) entries: BTreeMap<String, String>,
+    /// What is not as it should be and was not needed, one line each.
+    pub(super) oddities: Vec<String>,
+}
+
+/// Why a descriptor cannot be read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Fault {
+    /// It breaks the rules.
+    Damaged(String),
+    /// It has a word that is not known, which may be a kind of extent that a newer program writes.
+    Unknown(String),
+}
+
+impl From<String> for Fault {
+    fn from(detail: String) -> Self {
+        Self::Damaged(detail)
+    }
+}
+
+impl Fault {
+    fn in_line(self, name: &str, offset: u64, line: usize) -> BlockError {
+        let place = match line {
+            0 => String::new(),
+            line => format!(", line {line}"),
+        };
+        let (is_damage, detail) = match self {
+            Self::Damaged(detail) => (true, detail),
+            Self::Unknown(detail) => (false, detail),
+        };
+        let detail = format!("VMDK descriptor at {offset:#x}{place}: {detail}");
+        if is_damage {
+            BlockError::damaged(name, detail)
+        } else {
+            BlockError::unsupported(name, detail)
+        }
+    }
 }
 
 /// Whether an extent may be read and written.
@@ -102,25 +138,19 @@ impl Descriptor {
     pub(super) fn read(file: &dyn BlockDevice, offset: u64, length_bytes: u64) -> Result<Self> {
         let mut bytes = vec![0; crate::bytes::length(length_bytes)];
         file.read_at(&mut bytes, offset)?;
-        Self::parse(&bytes).map_err(|(line, detail)| {
-            BlockError::damaged(
-                file.name(),
-                format!("VMDK descriptor at {offset:#x}, line {line}: {detail}"),
-            )
-        })
+        Self::parse(&bytes).map_err(|(line, fault)| fault.in_line(&file.name(), offset, line))
     }
 
-    /// Parses a descriptor, or says in which line it breaks.
-    pub(super) fn parse(bytes: &[u8]) -> Result<Self, (usize, String)> {
+    /// Parses a descriptor, or says in which line it breaks; 0 for the whole.
+    pub(super) fn parse(bytes: &[u8]) -> Result<Self, (usize, Fault)> {
         let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
         let mut descriptor = Self::default();
         let encoding = encoding_of(&bytes[..end]);
-        let mut at = 0;
-        for (number, raw) in bytes[..end].split(|byte| *byte == b'\n').enumerate() {
+        for (number, (at, raw)) in lines(&bytes[..end]).enumerate() {
             let line = decode(raw, encoding);
-            descriptor.line(&line, at).map_err(|detail| (number + 1, detail))?;
-            at += raw.len() + 1;
+            descriptor.line(&line, at).map_err(|fault| (number + 1, fault))?;
         }
+        descriptor.check_parent_id().map_err(|detail| (0, detail.into()))?;
         // Some writers have 0 for no parent; a child says where its parent is.
         if descriptor.parent_cid == Some(0) && descriptor.parent_hint.is_none() {
             descriptor.parent_cid = None;
@@ -131,7 +161,7 @@ impl Descriptor {
         }
         match total {
             Some(sectors) if sectors <= super::MAX_SECTORS => Ok(descriptor),
-            _ => Err((0, "the extents together are larger than any disk".into())),
+            _ => Err((0, "the extents together are larger than any disk".to_owned().into())),
         }
     }
 
@@ -140,7 +170,24 @@ impl Descriptor {
         self.extents.iter().map(|extent| extent.sectors).sum()
     }
 
-    fn line(&mut self, line: &str, at: usize) -> Result<(), String> {
+    /// A child without a readable content id of its parent could be read through any file.
+    fn check_parent_id(&mut self) -> Result<(), String> {
+        let Some(text) = self.entries.get("parentcid") else {
+            return Ok(());
+        };
+        match (content_id(text), &self.parent_hint) {
+            (Err(detail), Some(parent)) => {
+                Err(format!("parentCID of the parent {parent:?}: {detail}"))
+            }
+            (Err(detail), None) => {
+                self.oddities.push(format!("parentCID: {detail}; it names no parent"));
+                Ok(())
+            }
+            (Ok(_), _) => Ok(()),
+        }
+    }
+
+    fn line(&mut self, line: &str, at: usize) -> Result<(), Fault> {
         let text = line.trim_matches(|c: char| c.is_whitespace() || c == '\u{feff}');
         if text.is_empty() || text.starts_with('#') {
             return Ok(());
@@ -148,16 +195,24 @@ impl Descriptor {
         let first = text.split_whitespace().next().unwrap_or_default();
         if let Some(access) = access(first) {
             if self.extents.len() >= MAX_EXTENTS {
-                return Err(format!("more than {MAX_EXTENTS} extents"));
+                return Err(format!("more than {MAX_EXTENTS} extents").into());
             }
             let extent = extent_line(access, text[first.len()..].trim_start())?;
             self.extents.push(extent);
             return Ok(());
         }
-        if let Some((key, value)) = text.split_once('=') {
-            let key = key.trim().to_ascii_lowercase();
-            self.remember_place(&key, unquote(value), line, at);
-            self.entry(key, unquote(value))?;
+        if let Some((key, value)) = split_entry(text) {
+            self.remember_place(&key, value, line, at);
+            self.entry(key, value);
+            return Ok(());
+        }
+        // Without it the disk would be shorter, and what follows in another place.
+        let mut after = text.split_whitespace().skip(1);
+        let is_count = after.next().is_some_and(|count| count.parse::<u64>().is_ok());
+        if is_count && after.next().and_then(extent_type).is_some() {
+            return Err(Fault::Unknown(format!(
+                "extent access {first:?} is unknown; known are RW, RDONLY and NOACCESS"
+            )));
         }
         Ok(())
     }
@@ -169,18 +224,24 @@ impl Descriptor {
         let found = line
             .split_once('=')
             .and_then(|(before, after)| after.find(value).map(|inside| before.len() + 1 + inside));
-        if let (Some(known), Some(found), true) = (known, found, line.is_ascii()) {
+        // A writer puts in as many digits as there are.
+        let is_usable = line.is_ascii() && (key != CID || content_id(value).is_ok());
+        if let (Some(known), Some(found), true) = (known, found, is_usable) {
             self.places.entry(known).or_insert((at + found, value.len()));
         }
     }
 
-    fn entry(&mut self, key: String, value: &str) -> Result<(), String> {
+    fn entry(&mut self, key: String, value: &str) {
         match key.as_str() {
-            "cid" if self.cid.is_none() => {
-                self.cid = Some(content_id(value)?);
-            }
+            // Only children ask for it.
+            "cid" if self.cid.is_none() => match content_id(value) {
+                Ok(cid) => self.cid = Some(cid),
+                Err(detail) => {
+                    self.oddities.push(format!("CID: {detail}; it can have no children"))
+                }
+            },
             "parentcid" if !self.entries.contains_key("parentcid") => {
-                self.parent_cid = Some(content_id(value)?).filter(|cid| *cid != NO_PARENT);
+                self.parent_cid = content_id(value).ok().filter(|cid| *cid != NO_PARENT);
                 self.entries.insert(key, value.to_owned());
             }
             "parentfilenamehint" if self.parent_hint.is_none() => {
@@ -194,11 +255,31 @@ impl Descriptor {
                 self.entries.entry(key).or_insert_with(|| value.to_owned());
             }
         }
-        Ok(())
     }
 }
 
-fn access(word: &str) -> Option<Access> {
+/// The lines of a descriptor, each with where it begins. They end with LF, CR LF, or CR alone.
+pub(super) fn lines(text: &[u8]) -> impl Iterator<Item = (usize, &[u8])> {
+    let mut next = Some(0);
+    std::iter::from_fn(move || {
+        let at = next?;
+        let rest = text.get(at..)?;
+        let count = rest.iter().position(|byte| matches!(byte, b'\r' | b'\n'));
+        next = count.map(|count| match rest[count..] {
+            [b'\r', b'\n', ..] => at + count + 2,
+            _ => at + count + 1,
+        });
+        Some((at, &rest[..count.unwrap_or(rest.len())]))
+    })
+}
+
+/// The key of an entry in lower case, and its value without quotation marks.
+pub(super) fn split_entry(line: &str) -> Option<(String, &str)> {
+    let (key, value) = line.split_once('=')?;
+    Some((key.trim().to_ascii_lowercase(), unquote(value)))
+}
+
+pub(super) fn access(word: &str) -> Option<Access> {
     match word.to_ascii_uppercase().as_str() {
         "RW" => Some(Access::ReadWrite),
         "RDONLY" => Some(Access::ReadOnly),
@@ -207,8 +288,18 @@ fn access(word: &str) -> Option<Access> {
     }
 }
 
+pub(super) fn extent_type(word: &str) -> Option<ExtentType> {
+    match word.to_ascii_uppercase().as_str() {
+        "FLAT" | "VMFS" => Some(ExtentType::Flat),
+        "SPARSE" | "VMFSSPARSE" | "SESPARSE" => Some(ExtentType::Sparse),
+        "ZERO" => Some(ExtentType::Zero),
+        "VMFSRDM" | "VMFSRAW" | "VMFSRDMP" => Some(ExtentType::RawDevice),
+        _ => None,
+    }
+}
+
 /// Parses what follows the access: `<sectors> <type> ["<file>" [<offset> …]]`.
-fn extent_line(access: Access, rest: &str) -> Result<ExtentLine, String> {
+fn extent_line(access: Access, rest: &str) -> Result<ExtentLine, Fault> {
     let mut words = rest.splitn(3, char::is_whitespace);
     let count = words.next().unwrap_or_default();
     let sectors = count
@@ -217,21 +308,15 @@ fn extent_line(access: Access, rest: &str) -> Result<ExtentLine, String> {
     // More than one blank between the words leaves blanks in front of the rest.
     let rest = rest[count.len()..].trim_start();
     let word = rest.split_whitespace().next().unwrap_or_default();
-    let kind = match word.to_ascii_uppercase().as_str() {
-        "FLAT" | "VMFS" => ExtentType::Flat,
-        "SPARSE" | "VMFSSPARSE" | "SESPARSE" => ExtentType::Sparse,
-        "ZERO" => ExtentType::Zero,
-        "VMFSRDM" | "VMFSRAW" | "VMFSRDMP" => ExtentType::RawDevice,
-        _ => {
-            return Err(format!(
-                "extent type {word:?} is unknown; known are FLAT, SPARSE, ZERO, VMFS, VMFSSPARSE, \
-                 SESPARSE, VMFSRDM and VMFSRAW"
-            ));
-        }
-    };
+    let kind = extent_type(word).ok_or_else(|| {
+        Fault::Unknown(format!(
+            "extent type {word:?} is unknown; known are FLAT, SPARSE, ZERO, VMFS, VMFSSPARSE, \
+             SESPARSE, VMFSRDM and VMFSRAW"
+        ))
+    })?;
     let (file, after) = file_name(rest[word.len()..].trim_start());
     if file.is_empty() && kind != ExtentType::Zero {
-        return Err(format!("an extent of type {word} without a file name"));
+        return Err(format!("an extent of type {word} without a file name").into());
     }
     let offset = after.split_whitespace().next().unwrap_or("0");
     let offset_sectors = match kind {
@@ -266,10 +351,9 @@ fn content_id(value: &str) -> Result<u32, String> {
 /// The encoding that a descriptor says it is in (`encoding="GBK"`): VMware writes that of the system
 /// it runs on. One that is not said or not known counts as that of western Europe.
 fn encoding_of(bytes: &[u8]) -> &'static Encoding {
-    let said = bytes.split(|byte| *byte == b'\n').find_map(|line| {
-        let line = std::str::from_utf8(line).ok()?;
-        let (key, value) = line.split_once('=')?;
-        key.trim().eq_ignore_ascii_case("encoding").then(|| unquote(value))
+    let said = lines(bytes).find_map(|(_, line)| {
+        let (key, value) = split_entry(std::str::from_utf8(line).ok()?)?;
+        (key == "encoding").then_some(value)
     });
     said.and_then(|label| Encoding::for_label(label.as_bytes()))
         .filter(|encoding| *encoding != UTF_8)
@@ -324,6 +408,19 @@ mod tests {
     }
 
     #[test]
+    fn lines_end_as_every_system_ends_them() {
+        for end in ["\n", "\r\n", "\r"] {
+            let text = ["version=1", "CID=7e5b80a7", "", "RW 8 FLAT \"a\" 0", ""].join(end);
+            let found = Descriptor::parse(text.as_bytes()).unwrap();
+            assert_eq!((found.cid, found.extents.len()), (Some(0x7e5b_80a7), 1), "{end:?}");
+            let (at, count) = found.places[CID];
+            assert_eq!(&text.as_bytes()[at..at + count], b"7e5b80a7", "{end:?}");
+            let text = ["version=1", "", "CID=1", "RW many FLAT \"a\" 0"].join(end);
+            assert_eq!(Descriptor::parse(text.as_bytes()).unwrap_err().0, 4, "{end:?}");
+        }
+    }
+
+    #[test]
     fn names_in_old_encodings_do_not_stop_the_reading() {
         let found =
             Descriptor::parse(b"encoding=\"windows-1252\"\nCID=1\nRW 1 FLAT \"Gr\xfcn.vmdk\" 0");
@@ -357,12 +454,36 @@ mod tests {
             ("RW 1 SPORES \"a\"", 1, "SPORES"),
             ("RW 1 FLAT", 1, "file name"),
             ("RW 1 FLAT \"a\" -1", 1, "-1"),
-            ("CID=xyz", 1, "xyz"),
+            ("RW 1 VSANSPARSE \"a\"", 1, "VSANSPARSE"),
+            ("RW 1 ZERO\nRX 1 FLAT \"a\" 0", 2, "RX"),
+            ("CID=1\nparentCID=xyz\nparentFileNameHint=\"a\"", 0, "xyz"),
             ("RW 18446744073709551615 ZERO\nRW 2 ZERO", 0, "larger"),
         ] {
-            let (found, detail) = Descriptor::parse(text.as_bytes()).unwrap_err();
+            let (found, fault) = Descriptor::parse(text.as_bytes()).unwrap_err();
             assert_eq!(found, line, "{text}");
-            assert!(detail.contains(word), "{detail}");
+            let is_unknown = matches!(fault, Fault::Unknown(_));
+            assert_eq!(is_unknown, ["SPORES", "VSANSPARSE", "RX"].contains(&word), "{text}");
+            let error = fault.in_line("a.vmdk", 512, line).to_string();
+            assert!(error.contains(word) && error.contains("0x200"), "{error}");
         }
+    }
+
+    #[test]
+    fn ids_are_only_wanted_where_somebody_asks_for_them() {
+        let odd = |text: &str| {
+            let found = Descriptor::parse(text.as_bytes()).unwrap();
+            assert_eq!((found.parent_cid, found.extents.len()), (None, 1), "{text}");
+            assert!(!found.places.contains_key(CID), "{text}");
+            (found.cid, found.oddities)
+        };
+        let (cid, oddities) = odd("CID=xyz\nRW 1 ZERO");
+        assert!(
+            cid.is_none() && oddities.len() == 1 && oddities[0].contains("xyz"),
+            "{oddities:?}"
+        );
+        assert_eq!(odd("CID=\nRW 1 ZERO").1.len(), 1);
+        assert_eq!(odd("CID=123456789\nRW 1 ZERO").1.len(), 1);
+        assert_eq!(odd("parentCID=none\nRW 1 ZERO").1.len(), 1);
+        assert_eq!(odd("RW 1 ZERO").1.len(), 0);
     }
 }

@@ -33,7 +33,18 @@ impl Head {
             };
             // A header without a disk of its own only carries the descriptor.
             return Ok(match descriptor {
-                Some((descriptor, at)) if header.capacity == 0 => Self::Descriptor(descriptor, at),
+                Some((descriptor, at))
+                    if header.capacity == 0 && !descriptor.extents.is_empty() =>
+                {
+                    Self::Descriptor(descriptor, at)
+                }
+                _ if header.capacity == 0 => {
+                    return Err(BlockError::damaged(
+                        name,
+                        "VMDK sparse header at 0x0: capacity 0 at byte 12, and no descriptor with \
+                         extents: there is no disk",
+                    ));
+                }
                 descriptor => Self::Hosted { header, descriptor },
             });
         }

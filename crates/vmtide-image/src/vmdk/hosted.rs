@@ -65,6 +65,14 @@ pub(super) struct HostedHeader {
     pub(super) overhead: u64,
     pub(super) unclean: bool,
     pub(super) compression: u16,
+    /// What stands in the place of the newlines, where it is not them.
+    pub(super) newlines: Option<[u8; 4]>,
+}
+
+/// Whether these bytes are what a copy in text mode makes of the newlines: a line end changed to another one, which
+/// moves all that follows or changes bytes of the disk as well. Anything else was never newlines, and harms nobody.
+fn went_through_text_mode(bytes: [u8; 4]) -> bool {
+    matches!(bytes, [b'\n' | b'\r', b' ', ..] | [b'\r', b'\n', b' ', _])
 }
 
 impl HostedHeader {
@@ -92,6 +100,10 @@ impl HostedHeader {
             overhead: le_u64(bytes, 64),
             unclean: bytes.get(72).is_some_and(|byte| *byte != 0),
             compression: le_u16(bytes, 77),
+            newlines: bytes
+                .get(73..77)
+                .and_then(|bytes| <[u8; 4]>::try_from(bytes).ok())
+                .filter(|bytes| bytes != NEWLINES),
         };
         match header.version {
             1..=3 => {}
@@ -103,7 +115,7 @@ impl HostedHeader {
                 ));
             }
         }
-        if header.has(flag::NEWLINES) && bytes.get(73..77) != Some(NEWLINES) {
+        if header.has(flag::NEWLINES) && header.newlines.is_some_and(went_through_text_mode) {
             return damaged(format!(
                 "the newlines at byte 73 are {:02x?}: the file was copied in text mode, copy it again",
                 bytes.get(73..77).unwrap_or_default()
@@ -125,7 +137,9 @@ impl HostedHeader {
             grain_sectors: self.grain_sectors,
             entries_per_table: u64::from(self.entries_per_table),
             directory_sector: self.directory_offset,
-            redundant_sector: Some(self.redundant_offset).filter(|sector| *sector != 0),
+            // Without the flag the field means nothing.
+            redundant_sector: Some(self.redundant_offset)
+                .filter(|sector| *sector != 0 && self.has(flag::REDUNDANT)),
             zero_grains: self.has(flag::ZERO_GRAINS),
             compressed: self.has(flag::COMPRESSED),
             markers: self.has(flag::MARKERS),

@@ -7,7 +7,7 @@
 //!
 //! | module | noun |
 //! |---|---|
-//! | `descriptor` | the text |
+//! | `descriptor`, `recognise` | the text, and whether a file is one |
 //! | `hosted`, `cowd`, `sesparse` | the headers of the three kinds of sparse extents |
 //! | `layout`, `map`, `sparse` | from directory and table entries to runs of bytes |
 //! | `compressed`, `scan` | stream-optimized grains, and finding them by their markers |
@@ -32,6 +32,7 @@ mod info;
 mod layout;
 mod map;
 mod read;
+mod recognise;
 mod scan;
 mod sesparse;
 mod set_parent;
@@ -49,6 +50,7 @@ pub use create::{VmdkCreateOptions, VmdkParent};
 pub use describe::VmdkKind;
 pub use image::VmdkImage;
 pub use info::{identity, info, parent_link};
+pub(crate) use recognise::is_descriptor;
 #[cfg(test)]
 pub(crate) use set_parent::change_parent_in;
 pub(crate) use set_parent::{can_set_parent, set_parent};

@@ -2,6 +2,7 @@
 
 use super::compressed::GrainPlace;
 use super::disk::{Disk, Part};
+use super::hosted::SECTOR;
 use super::map::{Mapping, Run};
 use crate::bytes::length;
 use crate::deflate::Inflater;
@@ -56,7 +57,11 @@ impl Disk {
             }
             (Mapping::Forbidden, ..) => Err(BlockError::unsupported(
                 &self.name,
-                format!("byte {at} of the disk lies in an extent that says NOACCESS"),
+                format!(
+                    "byte {at} of the disk lies in an extent that says NOACCESS, so that its bytes are not known; to \
+                     read zeros there, change that line to \"NOACCESS {} ZERO\" in a copy of the descriptor",
+                    part.range.length / SECTOR
+                ),
             )),
             _ => {
                 piece.fill(0);

@@ -4,7 +4,7 @@
 //! the new text is written behind everything, the header, one sector, goes over to it, the old place
 //! is written, and the header goes back. Where it is a file of its own, a new file takes its place.
 
-use super::descriptor::{MAX_DESCRIPTOR_BYTES, NO_PARENT};
+use super::descriptor::{MAX_DESCRIPTOR_BYTES, NO_PARENT, lines};
 use super::head::Head;
 use super::hosted::{HostedHeader, SECTOR, flag};
 use crate::Format;
@@ -92,15 +92,18 @@ fn read_text(file: &dyn BlockDevice, at: u64, bytes: u64) -> Result<Vec<u8>> {
 
 /// The descriptor's text with another parent.
 fn renamed(text: &[u8], target: Option<&LinkTarget>) -> Vec<u8> {
-    let end_of_line: &[u8] = if text.contains(&b'\r') { b"\r\n" } else { b"\n" };
+    let end_of_line: &[u8] = match (text.contains(&b'\r'), text.contains(&b'\n')) {
+        (true, true) => b"\r\n",
+        (true, false) => b"\r",
+        (false, _) => b"\n",
+    };
     let mut out = Vec::with_capacity(text.len() + 200);
-    let mut lines: Vec<&[u8]> = text.split(|byte| *byte == b'\n').collect();
+    let mut lines: Vec<&[u8]> = lines(text).map(|(_, line)| line).collect();
     if lines.last().is_some_and(|last| last.is_empty()) {
         lines.pop();
     }
     let mut is_written = false;
     for line in lines {
-        let line = line.strip_suffix(b"\r").unwrap_or(line);
         let name = line.split(|byte| *byte == b'=').next().unwrap_or_default();
         let key = String::from_utf8_lossy(name).trim().to_ascii_lowercase();
         let is_comment = key.starts_with('#');

@@ -184,7 +184,8 @@ impl OpenDisk {
     fn comment_out(&self, start: u64, at: usize) -> Result<()> {
         let mut before = vec![0; at];
         self.main.read_at(&mut before, start)?;
-        let line = before.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
+        let line =
+            before.iter().rposition(|byte| matches!(byte, b'\n' | b'\r')).map_or(0, |end| end + 1);
         self.main.write_at(b"#", start + line as u64)
     }
 

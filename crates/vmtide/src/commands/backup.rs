@@ -90,6 +90,9 @@ pub struct BackupArgs {
     /// the format is given or said by the file's name, else refuse]
     #[arg(long, value_name = "WHICH")]
     backing: Option<BackingArg>,
+    /// The format of parents of a disk image whose child does not say it
+    #[arg(long, value_name = "FORMAT")]
+    backing_format: Option<Format>,
     /// Look for parents of a disk image in this directory, too; may be repeated
     #[arg(long, value_name = "DIR", value_hint = clap::ValueHint::DirPath)]
     search: Vec<std::path::PathBuf>,
@@ -221,6 +224,7 @@ fn open_source(
         name: args.name.clone(),
         format: args.format,
         backing: args.backing.map(BackingArg::policy),
+        backing_format: args.backing_format,
         search: args.search.clone(),
         changes: changes.cloned(),
         state_directory: app.state_directory(),

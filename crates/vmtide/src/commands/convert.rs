@@ -30,7 +30,7 @@ Examples:
   vmtide convert nbd://storage/vm7 vm7.vhdx
 
 Subformats: vhdx and vhd: dynamic, fixed; vmdk: monolithicSparse, monolithicFlat,
-twoGbMaxExtentSparse, twoGbMaxExtentFlat, streamOptimized, vmfs.";
+twoGbMaxExtentSparse, twoGbMaxExtentFlat, streamOptimized, vmfs; qcow2: v3, v2, extended-l2.";
 
 /// The options of `convert`.
 #[derive(Debug, Args)]

@@ -31,6 +31,7 @@ pub mod map;
 pub mod points;
 pub mod prune;
 pub mod repair;
+pub mod resize;
 pub mod restore;
 pub mod restore_vm;
 pub mod serve;

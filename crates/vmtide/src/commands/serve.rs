@@ -7,7 +7,7 @@ use crate::{repository, signals, units};
 use clap::Args;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use vmtide_engine::image::{DiskSpec, format_by_extension};
+use vmtide_engine::image::{DiskSpec, format_by_name};
 use vmtide_engine::serve::{
     Access, DiskServer, ListenAddress, TlsServerOptions, open_image, open_point,
 };
@@ -107,7 +107,7 @@ pub fn run(app: &App, args: &ServeArgs) -> Result<Exit> {
 /// What is there as a file or is written like one is no restore point.
 fn is_image(what: &str) -> bool {
     let path = Path::new(what);
-    split_scheme(what).is_some() || path.exists() || format_by_extension(path).is_some()
+    split_scheme(what).is_some() || path.exists() || format_by_name(path).is_some()
 }
 
 fn serve(

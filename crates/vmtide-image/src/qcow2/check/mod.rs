@@ -95,13 +95,22 @@ impl<'a> Checker<'a> {
             }
             _ => false,
         };
-        for (mark, what) in [
-            (incompatible::DIRTY, "dirty: its last writer did not close it, counts may be stale"),
-            (incompatible::CORRUPT, "corrupt: a writer found damage"),
+        for (mark, severity, what) in [
+            (
+                incompatible::DIRTY,
+                Severity::Note,
+                "dirty: its last writer did not close it, counts may be stale",
+            ),
+            // Whoever found it also refused to go on: what the guest wrote then is not here.
+            (
+                incompatible::CORRUPT,
+                Severity::Error,
+                "corrupt: a writer found damage and stopped writing",
+            ),
         ] {
             if marks & mark != 0 {
                 let detail = format!("header at 72: the image is marked {what}");
-                report.add(Problem { severity: Severity::Note, detail, repaired });
+                report.add(Problem { severity, detail, repaired });
             }
         }
         Ok(())
