@@ -337,6 +337,7 @@ pub unsafe extern "C" fn vmtide_backup(
                         allow_downgrade: true,
                         tags: BTreeMap::new(),
                         exclude: Vec::new(),
+                        is_one_of_many: false,
                         check_unchanged: wanted.check_unchanged,
                         options: wanted.store.clone(),
                     },

@@ -57,6 +57,25 @@ pub trait Cim: Send + Sync {
         method: &str,
         parameters: &[(&str, CimValue)],
     ) -> Result<MethodOutput>;
+
+    /// How the host was reached, for people who look whether that is as it should be; none before it was, and where
+    /// there is no network in between. Asks nobody.
+    fn link(&self) -> Option<Link> {
+        None
+    }
+}
+
+/// How a connection over a network was made.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Link {
+    /// The protocol, and what protects its messages: `WinRM over HTTPS`.
+    pub protocol: String,
+    /// What proved the user: `Kerberos`, `NTLM`, `a password (Basic)`, `a certificate`.
+    pub login: &'static str,
+    /// Why NTLM proved the user although Kerberos was tried.
+    pub fallback: Option<String>,
+    /// When the host's certificate ends, in seconds since 1970; none where there is none or it does not say.
+    pub certificate_end_unix_s: Option<i64>,
 }
 
 /// Which association to follow.

@@ -18,7 +18,7 @@ mod value;
 pub mod wql;
 pub mod xml;
 
-pub use cim::{Association, Cim, MethodOutput, VIRTUALIZATION_NAMESPACE};
+pub use cim::{Association, Cim, Link, MethodOutput, VIRTUALIZATION_NAMESPACE};
 pub use error::{CimError, Result};
 pub use instance::CimInstance;
 pub use path::ObjectPath;

@@ -17,7 +17,7 @@ use crate::changes::{self, DiskChanges};
 use crate::damage::record_damage;
 use crate::events::{Event, JobContext, Phase};
 use crate::identity::VmLine;
-use crate::{EngineError, Result, sample};
+use crate::{EngineError, Result, exclusions, sample};
 use jiff::Timestamp;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -71,6 +71,9 @@ pub struct BackupJob<'a> {
     pub tags: BTreeMap<String, String>,
     /// Disks to leave out.
     pub exclude: Vec<DiskId>,
+    /// Whether this is one VM of a selection. Where it does not have a disk of `exclude`, another may: that is no
+    /// warning then, and [`BackupSummary::unknown_exclusions`] tells it.
+    pub is_one_of_many: bool,
     /// How many blocks of each disk that are said to be unchanged are compared with the stored copy;
     /// one that differs means reading the disk in full.
     pub check_unchanged: u32,
@@ -94,6 +97,9 @@ pub struct BackupSummary {
     /// The bytes of earlier restore points that were damaged and are whole again.
     #[serde(skip_serializing_if = "is_zero")]
     pub healed_bytes: u64,
+    /// The disks to leave out that the VM does not have.
+    #[serde(skip)]
+    pub unknown_exclusions: Vec<DiskId>,
     /// How long it took, in milliseconds.
     pub duration_ms: u64,
     /// What the user should know, one line each.
@@ -136,7 +142,7 @@ pub fn backup(job: &BackupJob<'_>, context: JobContext<'_>) -> Result<BackupSumm
     for note in &base.notes {
         context.warn(&mut warnings, note.clone());
     }
-    warn_of_unknown_exclusions(job, context, &mut warnings)?;
+    let unknown_exclusions = exclusions::find_unknown(job, context, &mut warnings)?;
 
     context.phase(Phase::Freeze, &name);
     let request = freeze_request(job, &identity.lineage_name(), &base, context);
@@ -192,7 +198,7 @@ pub fn backup(job: &BackupJob<'_>, context: JobContext<'_>) -> Result<BackupSumm
 
     context.phase(Phase::Release, &name);
     release(frozen, context, &mut warnings);
-    Ok(summary(point, begun, healed_bytes, warnings))
+    Ok(BackupSummary { unknown_exclusions, ..summary(point, begun, healed_bytes, warnings) })
 }
 
 /// The disks that stand elsewhere in the VM than at the base.
@@ -513,28 +519,6 @@ fn find_missed(
     sample::find_missed_change(source, stored, changed, samples, cancel)
 }
 
-/// An exclusion of no disk is a mistake in writing, or of a disk that was detached. A frozen VM no
-/// longer names the disks that are left out, so the platform is asked before.
-fn warn_of_unknown_exclusions(
-    job: &BackupJob<'_>,
-    context: JobContext<'_>,
-    warnings: &mut Vec<String>,
-) -> Result<()> {
-    if job.exclude.is_empty() {
-        return Ok(());
-    }
-    let known = job.hypervisor.describe(&job.vm)?.disks;
-    for excluded in job.exclude.iter().filter(|id| known.iter().all(|disk| disk.id != **id)) {
-        let names: Vec<_> = known.iter().map(|disk| disk.id.to_string()).collect();
-        let message = format!(
-            "disk {excluded} to be left out is none of the VM's disks, which are {}",
-            names.join(", ")
-        );
-        context.warn(warnings, message);
-    }
-    Ok(())
-}
-
 /// A disk that was backed up before and is not there now may have been detached on purpose, or not.
 fn warn_of_missing_disks(
     job: &BackupJob<'_>,
@@ -652,6 +636,7 @@ fn summary(
             .map(|disk| DiskSummary { id: disk.id, counts: disk.counts, tracking: disk.tracking })
             .collect(),
         healed_bytes,
+        unknown_exclusions: Vec::new(),
         duration_ms: u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX),
         warnings,
     }

@@ -5,7 +5,7 @@ use crate::{EngineError, Result};
 use serde::Serialize;
 use std::path::Path;
 use vmtide_block::files;
-use vmtide_hypervisor::{HealthCheck, HealthState, HypervisorError, VmConfig};
+use vmtide_hypervisor::{HealthCheck, HealthState, HypervisorError, VmConfig, VmSelector};
 use vmtide_repo::{KeyList, Repository, RestorePoint};
 
 /// Below this a backup of an ordinary VM is likely to end for lack of space.
@@ -99,9 +99,12 @@ fn look_over(spec: &SourceSpec, options: &SourceOptions, remove_orphans: bool) -
 }
 
 fn check_open_source(findings: &mut Findings, source: &OpenSource, remove_orphans: bool) {
-    // Of a host without a VM, or with a pattern for several, only the platform's own findings tell.
-    let one_vm = !source.vm.is_empty() && !source.vm.contains(['*', '?']);
-    let examined = source.hypervisor.examine(one_vm.then_some(source.vm.as_str()));
+    // Of a host without a VM, or of several that are selected, only the platform's own findings tell.
+    let is_many = source.hypervisor.has_lasting_ids()
+        && source.vm.parse().is_ok_and(|selector: VmSelector| selector.is_many());
+    let is_named = !source.vm.is_empty();
+    let one_vm = is_named && !is_many;
+    let examined = source.hypervisor.examine(is_named.then_some(source.vm.as_str()));
     let is_examined = !examined.is_empty();
     for HealthCheck { name, state, detail, mend } in examined {
         let status = match state {

@@ -22,6 +22,7 @@ pub mod delta;
 pub mod doctor;
 mod error;
 mod events;
+mod exclusions;
 pub mod hyperv;
 mod identity;
 pub mod image;

@@ -54,6 +54,7 @@ fn run(
         allow_downgrade: false,
         tags: BTreeMap::new(),
         exclude: Vec::new(),
+        is_one_of_many: false,
         check_unchanged: 0,
         options: BackupOptions { workers: 2, ..BackupOptions::default() },
     };

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use uuid::Uuid;
 use vmtide_block::{BlockDevice, ByteRange, RangeSet, WritableBlockDevice};
-use vmtide_hypervisor::Result;
+use vmtide_hypervisor::{HealthCheck, Result};
 
 /// Access to the files of a Hyper-V host. Calls block; it may be shared by threads.
 pub trait HostFiles: Send + Sync {
@@ -88,6 +88,12 @@ pub trait HostFiles: Send + Sync {
     fn remove_directory(&self, path: &str) -> Result<()> {
         let _ = path;
         Ok(())
+    }
+
+    /// How the files are reached, for people who look whether that is as it should be: protocol, protection, login. What
+    /// cannot be reached is among the answers. The default knows of no network in between.
+    fn examine_way(&self) -> Vec<HealthCheck> {
+        Vec::new()
     }
 }
 

@@ -82,6 +82,42 @@ impl fmt::Debug for HostOptions {
     }
 }
 
+/// A group of the host that a user must be in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum MissingGroup {
+    /// For all objects of Hyper-V.
+    HypervAdministrators,
+    /// For WinRM.
+    RemoteManagementUsers,
+}
+
+impl MissingGroup {
+    /// What is seen.
+    pub(crate) const fn words(self) -> &'static str {
+        match self {
+            Self::HypervAdministrators => {
+                "WinRM takes the user, Hyper-V does not: the group Hyper-V Administrators is missing"
+            }
+            Self::RemoteManagementUsers => {
+                "nothing may be asked by WinRM: the group Remote Management Users is missing"
+            }
+        }
+    }
+
+    /// What to do.
+    pub(crate) const fn mend(self) -> &'static str {
+        match self {
+            Self::HypervAdministrators => {
+                "on the host: Add-LocalGroupMember -SID S-1-5-32-578 -Member USER (Hyper-V Administrators)"
+            }
+            Self::RemoteManagementUsers => {
+                "on the host: Add-LocalGroupMember -SID S-1-5-32-580 -Member USER (Remote Management Users); the group \
+                 Hyper-V Administrators is needed as well"
+            }
+        }
+    }
+}
+
 /// A Hyper-V host: its VMs, their checkpoints and reference points, read as typed records, and the calls
 /// that a backup makes. Clones share the connection. The calls block and may be made by many threads.
 ///
@@ -141,7 +177,7 @@ impl Host {
     /// # Errors
     /// As [`from_cim`] says.
     pub fn query(&self, wql: &str) -> Result<Vec<CimInstance>> {
-        self.cim().query(VIRTUALIZATION_NAMESPACE, wql).map_err(from_cim)
+        self.cim().query(VIRTUALIZATION_NAMESPACE, wql).map_err(|error| self.of_hyperv(error))
     }
 
     /// As [`query`](Self::query), but none where the host does not know the class: older versions of
@@ -153,7 +189,7 @@ impl Host {
         match self.cim().query(VIRTUALIZATION_NAMESPACE, wql) {
             Ok(found) => Ok(Some(found)),
             Err(error) if is_unknown_class(&error) => Ok(None),
-            Err(error) => Err(from_cim(error)),
+            Err(error) => Err(self.of_hyperv(error)),
         }
     }
 
@@ -213,11 +249,37 @@ impl Host {
     /// The time of day by the host's clock in seconds since 1970, to be held against times that the host tells; by this
     /// machine's where this user may not see the host's.
     pub(crate) fn unix_s(&self) -> i64 {
-        let told = || {
-            let found = self.cim().query(CIMV2, "SELECT * FROM Win32_OperatingSystem").ok()?;
-            crate::cycle::seconds_of(found.first()?.optional_text("LocalDateTime").ok()??)
-        };
-        told().unwrap_or_else(|| self.options().clock.unix_s())
+        self.told_unix_s().unwrap_or_else(|| self.options().clock.unix_s())
+    }
+
+    /// The time of day by the host's clock in seconds since 1970; none where this user may not see it.
+    pub(crate) fn told_unix_s(&self) -> Option<i64> {
+        let found = self.cim().query(CIMV2, "SELECT * FROM Win32_OperatingSystem").ok()?;
+        crate::cycle::seconds_of(found.first()?.optional_text("LocalDateTime").ok()??)
+    }
+
+    /// The group that a user lacks who is denied Hyper-V's objects; none where it is not a matter of groups.
+    pub(crate) fn missing_group(&self) -> Option<MissingGroup> {
+        match self.cim().query(CIMV2, "SELECT * FROM Win32_OperatingSystem") {
+            Ok(_) => Some(MissingGroup::HypervAdministrators),
+            Err(CimError::Denied { .. }) => Some(MissingGroup::RemoteManagementUsers),
+            Err(_) => None,
+        }
+    }
+
+    /// An error of Hyper-V's namespace; where access is denied, with the group that is missing.
+    fn of_hyperv(&self, error: CimError) -> HypervisorError {
+        let is_denied = matches!(error, CimError::Denied { .. });
+        match (from_cim(error), is_denied) {
+            (HypervisorError::Denied { what, detail }, true) => match self.missing_group() {
+                Some(group) => {
+                    let detail = format!("{detail}; {}", group.words());
+                    HypervisorError::Denied { what, detail }
+                }
+                None => HypervisorError::Denied { what, detail },
+            },
+            (error, _) => error,
+        }
     }
 
     /// Calls a method and waits for its job. `what` says in words what is done.

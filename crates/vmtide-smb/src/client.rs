@@ -1,5 +1,7 @@
 //! Logins that are kept: one connection to each server, made anew when it broke.
 
+use crate::auth::Method;
+use crate::crypto::Encryption;
 use crate::error::{Result, SmbError};
 use crate::link::Traffic;
 use crate::path::SharePath;
@@ -17,6 +19,17 @@ struct Server {
     earlier: Traffic,
     /// Whether it was told that NTLM is used in the place of Kerberos: once is enough.
     has_warned: bool,
+}
+
+/// How a server was reached.
+pub(crate) struct ServerLink {
+    pub(crate) server: String,
+    /// The cipher; none where messages are signed only.
+    pub(crate) encryption: Option<&'static str>,
+    /// What proved the user.
+    pub(crate) login: &'static str,
+    /// Why NTLM did although Kerberos was tried.
+    pub(crate) fallback: Option<String>,
 }
 
 /// Files on servers over SMB. May be shared by threads; calls block.
@@ -80,6 +93,31 @@ impl SmbClient {
             session.link.end("its Kerberos ticket has expired, and no other was taken");
             return;
         }
+    }
+
+    /// How a server was reached, which is logged in at where it was not.
+    ///
+    /// # Errors
+    /// Those of a login.
+    pub(crate) fn link(&self, server: &str) -> Result<ServerLink> {
+        let session = self.session(server)?;
+        Ok(ServerLink {
+            server: server.to_owned(),
+            encryption: session.negotiated.encryption.map(Encryption::name),
+            login: if session.method == Method::Kerberos { "Kerberos" } else { "NTLM" },
+            fallback: session.fallback.clone(),
+        })
+    }
+
+    /// The servers that are connected, in their names' order.
+    pub(crate) fn connected(&self) -> Vec<String> {
+        // A login that is under way is not waited for with all servers held.
+        let servers: Vec<_> =
+            self.servers.lock().iter().map(|(name, slot)| (name.clone(), slot.clone())).collect();
+        let connected = servers.into_iter().filter(|(_, slot)| slot.lock().session.is_some());
+        let mut names: Vec<_> = connected.map(|(name, _)| name).collect();
+        names.sort();
+        names
     }
 
     /// How many bytes went over all connections so far.

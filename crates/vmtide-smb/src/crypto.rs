@@ -58,6 +58,16 @@ pub(crate) enum Encryption {
     Aes256Gcm,
 }
 
+impl Encryption {
+    /// What people call it.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Aes128Gcm => "AES-128-GCM",
+            Self::Aes256Gcm => "AES-256-GCM",
+        }
+    }
+}
+
 /// The key that signs, in the form of its algorithm.
 pub(crate) enum Signer {
     Cmac(Box<Cmac>),

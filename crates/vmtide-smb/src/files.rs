@@ -1,17 +1,18 @@
 //! A Hyper-V host's files over SMB.
 
-use crate::client::SmbClient;
+use crate::client::{ServerLink, SmbClient};
 use crate::disk::WholeAtFlush;
 use crate::error::{Result as SmbResult, SmbError};
 use crate::file::SmbFile;
 use crate::path::{PathMap, SharePath};
 use crate::requests::Purpose;
+use crate::session::Protection;
 use std::io::ErrorKind;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use vmtide_block::{BlockDevice, BlockError, ByteRange, WritableBlockDevice};
 use vmtide_hyperv::{ChangePage, ChangesError, FileEntry, FrozenFile, HostFiles, NewDisk};
-use vmtide_hypervisor::{HypervisorError, Result};
+use vmtide_hypervisor::{HealthCheck, HypervisorError, Result};
 use vmtide_image::vhdx::{VhdxCreateOptions, VhdxKind, VhdxWriter};
 use vmtide_image::{
     ImageFiles, ParentLink, open_chain_in, open_writer_in, windows_parents, windows_path,
@@ -24,6 +25,9 @@ const CHANGES_BYTES: u64 = 64 << 30;
 const LEAST_CHANGES_BYTES: u64 = 1 << 20;
 /// The answers from one slice on after which twice as much is asked for again.
 const GROW_AFTER: u64 = 16;
+
+/// The name of what is checked of the way to the files.
+const NETWORK: &str = "network";
 
 /// `STATUS_DIRECTORY_NOT_EMPTY`.
 const DIRECTORY_NOT_EMPTY: u32 = 0xC000_0101;
@@ -118,7 +122,55 @@ fn none_where_missing<T>(result: SmbResult<T>) -> Result<Option<T>> {
     }
 }
 
+/// What is to be said of the way to one server.
+fn examined(link: &ServerLink, protection: Protection) -> HealthCheck {
+    let ServerLink { server, encryption, login, fallback } = link;
+    let kept = match encryption {
+        Some(cipher) => format!("encrypted by {cipher}"),
+        None => "signed, not encrypted".to_owned(),
+    };
+    let detail = format!("SMB 3.1.1 to {server}, {kept}, logged in by {login}");
+    if let Some(why) = fallback {
+        return HealthCheck::warn(
+            NETWORK,
+            format!("{detail} instead of Kerberos: {why}"),
+            "call the host by its full name in the domain, and see that the domain's servers answer; \
+             --winrm-auth kerberos takes nothing weaker",
+        );
+    }
+    if encryption.is_none() && protection != Protection::Signed {
+        return HealthCheck::warn(
+            NETWORK,
+            format!("{detail}: who listens on the network reads the disks"),
+            "switch encryption on for the host's shares (Set-SmbServerConfiguration -EncryptData $true); \
+             --smb-protection signed says that the network is trusted",
+        );
+    }
+    HealthCheck::ok(NETWORK, detail)
+}
+
 impl HostFiles for SmbFiles {
+    fn examine_way(&self) -> Vec<HealthCheck> {
+        let mut servers = self.client.connected();
+        if servers.is_empty() {
+            servers.push(self.map.host.clone());
+        }
+        let protection = self.client.options().protection;
+        let examine = |server: &String| match self.client.link(server) {
+            Ok(link) => examined(&link, protection),
+            Err(error) => HealthCheck::fail(
+                NETWORK,
+                HypervisorError::from(error).to_string(),
+                format!(
+                    "disks are read over SMB: see that port {} of {server} is let through by its firewall, and the \
+                     user and password for it",
+                    self.client.options().port
+                ),
+            ),
+        };
+        servers.iter().map(examine).collect()
+    }
+
     fn open_disk(&self, path: &str) -> Result<FrozenFile> {
         let chain = open_chain_in(&self.files(), path).map_err(of_block)?;
         let mut layers = chain.into_iter();

@@ -74,7 +74,7 @@ pub(crate) struct Session {
     trees: Mutex<HashMap<String, u32>>,
     server: String,
     /// How the user was proven.
-    method: Method,
+    pub(crate) method: Method,
     /// Why NTLM proves the user although Kerberos was tried.
     pub(crate) fallback: Option<String>,
 }

@@ -9,7 +9,7 @@ use crate::tls::Tls;
 use crate::xml::{self, Element};
 use std::time::Duration;
 use vmtide_cim::{
-    Association, Cim, CimError, CimInstance, CimValue, MethodOutput, ObjectPath, Result,
+    Association, Cim, CimError, CimInstance, CimValue, Link, MethodOutput, ObjectPath, Result,
 };
 
 /// How often a request is sent when connections break, where it may be at all, and how long to wait in between.
@@ -373,6 +373,10 @@ fn class_of_query(wql: &str) -> &str {
 impl Cim for WsmanCim {
     fn peer(&self) -> &str {
         self.pool.peer()
+    }
+
+    fn link(&self) -> Option<Link> {
+        self.pool.link()
     }
 
     fn query(&self, namespace: &str, wql: &str) -> Result<Vec<CimInstance>> {

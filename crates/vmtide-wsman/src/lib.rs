@@ -16,6 +16,7 @@
 mod answer;
 mod auth;
 mod binding;
+mod certificate;
 mod client;
 mod envelope;
 mod fault;

@@ -8,7 +8,7 @@ use parking_lot::{Condvar, Mutex};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use tokio::runtime::Runtime;
-use vmtide_cim::CimError;
+use vmtide_cim::{CimError, Link};
 
 /// How long a session may rest. HTTP.sys closes connections after 120 s of silence; what is younger is open.
 const MAX_IDLE: Duration = Duration::from_secs(60);
@@ -35,6 +35,8 @@ pub(crate) struct Pool {
     returned: Condvar,
     /// Whether it was told that NTLM is used in the place of Kerberos: once is enough.
     has_warned: AtomicBool,
+    /// What proved the user when the last session was opened, and why NTLM did although Kerberos was tried.
+    login: Mutex<Option<(&'static str, Option<String>)>>,
 }
 
 impl Drop for Pool {
@@ -65,6 +67,7 @@ impl Pool {
             state: Mutex::default(),
             returned: Condvar::new(),
             has_warned: AtomicBool::new(false),
+            login: Mutex::default(),
         })
     }
 
@@ -74,6 +77,22 @@ impl Pool {
 
     pub fn peer(&self) -> &str {
         &self.peer
+    }
+
+    /// How the host was reached; none before it was.
+    pub fn link(&self) -> Option<Link> {
+        let (login, fallback) = self.login.lock().clone()?;
+        let shown = self.tls.as_ref().and_then(|tls| *tls.seen.lock());
+        let protocol = match self.tls {
+            Some(_) => "WinRM over HTTPS",
+            None => "WinRM over HTTP, each message sealed",
+        };
+        Some(Link {
+            protocol: protocol.to_owned(),
+            login,
+            fallback,
+            certificate_end_unix_s: shown.and_then(|shown| shown.end_unix_s),
+        })
     }
 
     /// Sends an envelope over a session, which is new if `fresh`. `once`: it must not be sent twice.
@@ -95,9 +114,13 @@ impl Pool {
         let outcome = runtime.block_on(async {
             let mut session = match resting {
                 Some(session) => session,
-                None => Session::open(&self.options, self.tls.as_ref(), &self.peer)
-                    .await
-                    .map_err(not_run)?,
+                None => {
+                    let opened = Session::open(&self.options, self.tls.as_ref(), &self.peer).await;
+                    let session = opened.map_err(not_run)?;
+                    let login = session.login(&self.options);
+                    *self.login.lock() = Some((login, session.fallback.clone()));
+                    session
+                }
             };
             if let Some(why) = session.fallback.take() {
                 self.warn_of_ntlm(&why);

@@ -174,6 +174,18 @@ impl Session {
         Err(Refusal::Other(CimError::protocol(peer, "the authentication does not come to an end")))
     }
 
+    /// What proved the user, in a word.
+    pub fn login(&self, options: &WsmanOptions) -> &'static str {
+        match (&self.proof, options.authentication) {
+            (Proof::Connection(context), _) => match context.mechanism() {
+                Mechanism::Kerberos => "Kerberos",
+                Mechanism::Ntlm => "NTLM",
+            },
+            (Proof::Header(_), Authentication::Certificate) => "a certificate",
+            (Proof::Header(_), _) => "a password (Basic)",
+        }
+    }
+
     /// How long nothing was sent over it.
     pub fn idle(&self) -> Duration {
         self.used.elapsed()

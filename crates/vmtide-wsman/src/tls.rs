@@ -4,8 +4,8 @@
 //! pinned by their fingerprint, the others checked as usual. The fingerprint that was seen is kept, so that an error
 //! can say which it was.
 
-use crate::binding;
 use crate::options::{Fingerprint, OptionsError, WsmanOptions};
+use crate::{binding, certificate};
 use parking_lot::Mutex;
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -18,8 +18,16 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use std::path::Path;
 use std::sync::Arc;
 
-/// The fingerprint of the certificate that the host showed last.
-pub(crate) type Seen = Arc<Mutex<Option<Fingerprint>>>;
+/// A certificate that a host showed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shown {
+    pub fingerprint: Fingerprint,
+    /// When it ends, in seconds since 1970, where it says so.
+    pub end_unix_s: Option<i64>,
+}
+
+/// The certificate that the host showed last.
+pub(crate) type Seen = Arc<Mutex<Option<Shown>>>;
 
 /// What connections are made with.
 pub(crate) struct Tls {
@@ -71,8 +79,10 @@ impl Tls {
         let rustls::Error::InvalidCertificate(reason) = inner else {
             return Some((false, format!("no TLS connection: {inner}")));
         };
-        let shown =
-            self.seen.lock().map_or_else(|| "no certificate".to_owned(), |seen| seen.to_string());
+        let shown = self
+            .seen
+            .lock()
+            .map_or_else(|| "no certificate".to_owned(), |seen| seen.fingerprint.to_string());
         let text = match pinned {
             Some(expected) => format!(
                 "it is {shown} and not {expected}: either it was made anew, or this is another host that poses as it"
@@ -151,7 +161,8 @@ impl ServerCertVerifier for Verifier {
         for (to, from) in shown.0.iter_mut().zip(digest.as_ref()) {
             *to = *from;
         }
-        *self.seen.lock() = Some(shown);
+        let end_unix_s = certificate::end_unix_s(end_entity.as_ref());
+        *self.seen.lock() = Some(Shown { fingerprint: shown, end_unix_s });
         match &self.expected {
             Expected::Fingerprint(expected) if *expected == shown => {
                 Ok(ServerCertVerified::assertion())

@@ -2,7 +2,7 @@
 
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
-use vmtide_repo::ObjectId;
+use vmtide_repo::{ObjectId, RateLimit};
 
 const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
 
@@ -40,6 +40,11 @@ pub fn time(moment: Timestamp) -> String {
 /// As much of an id as tells restore points apart in practice.
 pub fn short_id(id: ObjectId) -> String {
     id.to_string()[..8].to_owned()
+}
+
+/// Parses a rate of so many bytes a second, written as a size. All clones of what comes of it are one limit.
+pub fn parse_rate(text: &str) -> Result<RateLimit, String> {
+    parse_size(text).map(RateLimit::new)
 }
 
 /// Parses `65536`, `64KiB`, `64K`, `50MiB`, `50MB`, `1.5GiB`. One letter is binary, as `KiB` is;

@@ -17,9 +17,16 @@
     reason = "shared by test programs that each use a part of it; a failed unwrap is a failed test"
 )]
 mod common;
+#[path = "hyperv/doctor.rs"]
+mod doctor;
+#[path = "hyperv/errors.rs"]
+mod errors;
+#[path = "hyperv/many.rs"]
+mod many;
 #[path = "../../vmtide-smb/tests/support/mod.rs"]
 mod samba;
 
+use assert_cmd::Command;
 use common::{Place, Run, finish};
 use hyperv_agent::HostAgent;
 use samba::{PASSWORD, Samba};
@@ -32,6 +39,10 @@ use vmtide_standin_hyperv_host::{Content, Random, VmSpec, World, WorldOptions};
 use wsman_server::{Server, ServerOptions, User};
 
 const MIB: u64 = 1 << 20;
+
+/// Users of WinRM who lack a group, with the password of the others: Hyper-V Administrators, or both.
+const NO_HYPER_V: &str = "remote";
+const NO_GROUP: &str = "stranger";
 
 /// How the program gets to the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,7 +79,11 @@ impl Lab {
         let mut random = Random::new(7);
         world.write_around(vm, &mut random, 40);
         let server = samba.as_ref().map(|samba| {
-            let users = vec![User::new(&samba.login().user, PASSWORD)];
+            let users = vec![
+                User::new(&samba.login().user, PASSWORD),
+                User::without_hyper_v(NO_HYPER_V, PASSWORD),
+                User::without_rights(NO_GROUP, PASSWORD),
+            ];
             let options = ServerOptions { users, ..ServerOptions::default() };
             Server::start(options, world.cim(), Arc::new(hyperv_winrm::HostSchema)).unwrap()
         });
@@ -87,8 +102,18 @@ impl Lab {
 
     /// Runs the program; `writes` says which of an agent's keys it gets.
     fn run_with(&self, words: &[&str], writes: bool) -> Run {
+        self.finish(&mut self.command(words, writes))
+    }
+
+    /// Runs the program with other settings in its environment.
+    fn run_where(&self, words: &[&str], settings: &[(&str, &str)]) -> Run {
+        let mut command = self.command(words, false);
+        self.finish(command.envs(settings.iter().copied()))
+    }
+
+    fn command(&self, words: &[&str], writes: bool) -> Command {
         let mut words = words.to_vec();
-        if self.samba.is_some() {
+        if self.samba.is_some() && !words.contains(&"--smb-map") {
             words.extend(["--smb-map", r"C:=\\127.0.0.1\vms\C"]);
         }
         let mut command = self.place.command(&words);
@@ -104,7 +129,11 @@ impl Lab {
                 .env("VMTIDE_AGENT_KEY", if writes { &agent.writer } else { &agent.reader })
                 .env("VMTIDE_AGENT_FINGERPRINT", &agent.fingerprint);
         }
-        let run = finish(&mut command);
+        command
+    }
+
+    fn finish(&self, command: &mut Command) -> Run {
+        let run = finish(command);
         for secret in [PASSWORD].into_iter().chain(self.agent.as_ref().map(|agent| &*agent.writer))
         {
             assert!(

@@ -348,6 +348,7 @@ pub fn job<'a>(repository: &'a Repository, hypervisor: &'a dyn Hypervisor) -> Ba
         allow_downgrade: false,
         tags: BTreeMap::new(),
         exclude: Vec::new(),
+        is_one_of_many: false,
         check_unchanged: 0,
         options: BackupOptions { workers: 2, ..BackupOptions::default() },
     }

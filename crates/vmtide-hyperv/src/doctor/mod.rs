@@ -2,27 +2,32 @@
 //!
 //! Nothing is changed. What this user may not see is said as such and fails nothing that works without it.
 
+mod network;
 mod system;
 mod vm;
 
+use crate::host::MissingGroup;
+use crate::model::vms::UnreadableVm;
+use crate::select::tags_of;
 use crate::{Host, HostFiles, VmRecord, restore};
-use vmtide_hypervisor::{HealthCheck, HypervisorError};
+use vmtide_hypervisor::{HealthCheck, HypervisorError, Result, VmSelector};
 
 /// The most VMs that are looked at one by one.
 const MAX_VMS: usize = 256;
 
-/// Looks over a host and one VM of it, or all of them. `files` is the way to its files, where there is one.
+/// Looks over a host and one VM of it, those of a selection as [`VmSelector`] writes it, or all of them. `files` is the
+/// way to its files, where there is one.
 pub fn examine(host: &Host, files: Option<&dyn HostFiles>, vm: Option<&str>) -> Vec<HealthCheck> {
     let mut checks = Vec::new();
-    let vms = match vm {
-        Some(vm) => host.find(vm).map(|vm| (vec![vm], Vec::new())),
-        None => host.all_vms(),
-    };
-    let (vms, unreadable) = match vms {
+    let (vms, unreadable) = match asked_for(host, vm) {
         Ok(vms) => vms,
         Err(error) => {
             checks.push(unreachable(host, &error));
-            if !matches!(error, HypervisorError::Unreachable { .. }) {
+            if matches!(error, HypervisorError::Unreachable { .. }) {
+                // Whether the host is down, or only its management.
+                checks.extend(files.map(HostFiles::examine_way).unwrap_or_default());
+            } else {
+                checks.extend(network::examine(host, files));
                 checks.extend(system::service(host));
             }
             return checks;
@@ -49,7 +54,34 @@ pub fn examine(host: &Host, files: Option<&dyn HostFiles>, vm: Option<&str>) -> 
     for vm in vms.iter().take(MAX_VMS) {
         checks.extend(vm::examine(host, files, vm, exclusions.as_ref()));
     }
+    // Last, when all ways were gone.
+    checks.extend(network::examine(host, files));
     checks
+}
+
+/// The VMs that are meant, and those of them that cannot be read.
+fn asked_for(host: &Host, vm: Option<&str>) -> Result<(Vec<VmRecord>, Vec<UnreadableVm>)> {
+    let Some(vm) = vm else { return host.all_vms() };
+    let selector = vm.parse::<VmSelector>().ok().filter(VmSelector::is_many);
+    let Some(selector) = selector else {
+        return host.find(vm).map(|vm| (vec![vm], Vec::new()));
+    };
+    let (mut vms, mut unreadable) = host.all_vms()?;
+    vms.retain(|vm| {
+        let tags = tags_of(&vm.settings.instance);
+        selector.matches(&vm.name, Some(&vm.id.to_string()), &tags)
+    });
+    unreadable.retain(|vm| {
+        let id = vm.id.map(|id| id.to_string());
+        selector.matches(&vm.name, id.as_deref(), &tags_of(&vm.settings))
+    });
+    if vms.is_empty() && unreadable.is_empty() {
+        return Err(HypervisorError::NotFound {
+            what: format!("a VM that {selector} selects"),
+            detail: format!("{} has none", host.peer()),
+        });
+    }
+    Ok((vms, unreadable))
 }
 
 /// VMs that restores have not finished.
@@ -85,6 +117,7 @@ fn unfinished_restores(
 }
 
 fn reached(host: &Host, asked: Option<&str>, vms: &[VmRecord]) -> String {
+    let asked = asked.filter(|_| vms.len() == 1);
     let version = host.os_version().map_or(String::new(), |version| format!(", Windows {version}"));
     let count = match (asked, vms.len()) {
         (Some(_), _) => String::new(),
@@ -107,8 +140,11 @@ fn unreachable(host: &Host, error: &HypervisorError) -> HealthCheck {
         HypervisorError::Denied { .. } => HealthCheck::fail(
             "rights",
             detail,
-            "use the right user and password; the user must be in the groups Hyper-V Administrators and, \
-             from another machine, Remote Management Users of the host",
+            host.missing_group().map_or(
+                "use the right user and password; the user must be in the groups Hyper-V Administrators and, \
+                 from another machine, Remote Management Users of the host",
+                MissingGroup::mend,
+            ),
         ),
         HypervisorError::NotFound { .. } => HealthCheck::fail(
             "VM",

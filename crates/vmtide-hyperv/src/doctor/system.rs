@@ -73,14 +73,18 @@ pub(super) fn service(host: &Host) -> Option<HealthCheck> {
     })
 }
 
-/// Whether the methods of a backup can be called.
+/// Whether the services of a backup are shown to this user. That their methods may be called, and that files may be
+/// written, shows when it is done.
 fn rights(host: &Host) -> HealthCheck {
     let failed: Vec<_> = SERVICES
         .iter()
         .filter_map(|(class, what)| Some((what, host.service(class).err()?)))
         .collect();
     match failed.as_slice() {
-        [] => HealthCheck::ok("rights", "checkpoints, reference points and disks can be managed"),
+        [] => HealthCheck::ok(
+            "rights",
+            "the services for settings, checkpoints, reference points and disks are shown to this user",
+        ),
         [(what, error), ..] => HealthCheck::fail(
             "rights",
             format!("no way to {what}: {error}"),

@@ -9,7 +9,7 @@ pub(crate) mod schema;
 mod snapshots;
 pub mod types;
 mod vhd;
-mod vms;
+pub(crate) mod vms;
 
 pub(crate) use snapshots::NotMade;
 pub use snapshots::SnapshotRequest;

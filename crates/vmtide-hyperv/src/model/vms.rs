@@ -37,6 +37,12 @@ impl Host {
             "SELECT * FROM Msvm_VirtualSystemSettingData WHERE VirtualSystemType='{REALIZED}'"
         ))?;
         if settings.is_empty() {
+            // To users without rights a host shows neither its VMs nor its services.
+            if let Err(error @ HypervisorError::Denied { .. }) =
+                self.service("Msvm_VirtualSystemManagementService")
+            {
+                return Err(error);
+            }
             return Ok((Vec::new(), Vec::new()));
         }
         let systems = self.query("SELECT * FROM Msvm_ComputerSystem")?;

@@ -52,6 +52,22 @@ fn one_vm_is_looked_over_alone_with_the_way_to_its_files() {
 }
 
 #[test]
+fn a_selection_is_looked_over_as_backup_would_take_it() {
+    let fake = Fake::new(Shape::Texts);
+    let looked_at = |vm: &str| {
+        let checks = examine(&fake.host(), None, Some(vm));
+        let versions = checks.iter().filter(|one| one.name == "version");
+        versions.map(|one| one.detail.split(':').next().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(looked_at("all"), ["old", "web"]);
+    assert_eq!(looked_at("w*"), ["web"]);
+    assert_eq!(looked_at("OLD,web"), ["old", "web"]);
+    assert_eq!(looked_at("web"), ["web"]);
+    let checks = examine(&fake.host(), None, Some("tag:weekly"));
+    assert_eq!(find(&checks, "VM", "tag:weekly").state, HealthState::Fail);
+}
+
+#[test]
 fn directories_that_are_left_out_of_scanning_count() {
     for (directory, state) in
         [(r"D:\", HealthState::Ok), (r"d:\vms\WEB", HealthState::Ok), (r"D:\VM", HealthState::Warn)]

@@ -102,7 +102,7 @@ impl BackupSession {
             source,
             chunker: Chunker::new(context.chunk_size_bytes, context.subkeys.boundary_seed()),
             sink: RunSink::new(Some(map), stored.runs),
-            limiter: self.limiter.as_ref(),
+            limiter: self.options.limit_rate.as_ref(),
             progress,
             cancel,
             failed: AtomicBool::new(false),

@@ -25,6 +25,7 @@ mod work;
 
 pub(crate) use chunk::{Chunker, Cut};
 pub(crate) use heal::HealthyDisk;
+pub use limit::RateLimit;
 pub use session::{
     BackupOptions, BackupSession, ChangedRanges, DiskDraft, DiskPlan, PointDraft, StoredDisk,
 };

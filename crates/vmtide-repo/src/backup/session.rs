@@ -5,7 +5,7 @@ use super::chunk::Chunker;
 use super::fill::PackFiller;
 use super::fresh::{FreshChunks, MAX_PENDING};
 use super::heal::{Healing, HealthyDisk, heal_disk};
-use super::limit::RateLimiter;
+use super::limit::RateLimit;
 use super::plan::{Piece, plan};
 use super::sink::RunSink;
 use super::work::DiskJob;
@@ -42,8 +42,8 @@ pub struct BackupOptions {
     pub frame_bytes: usize,
     /// The size at which a pack is finished, in bytes.
     pub pack_size_bytes: u64,
-    /// At most so many bytes a second are read from sources, all together.
-    pub limit_rate: Option<u64>,
+    /// How many bytes a second are read from sources, by all jobs together that are given the same limit.
+    pub limit_rate: Option<RateLimit>,
     /// For how long the restore point is to be immutable; none for not at all. Needs a store that can
     /// keep objects.
     pub immutability: Option<Immutability>,
@@ -318,8 +318,7 @@ impl SessionState {
 /// commits. Dropped without a commit it leaves garbage for `prune`, and nothing else.
 pub struct BackupSession {
     pub(super) state: SessionState,
-    options: BackupOptions,
-    pub(super) limiter: Option<RateLimiter>,
+    pub(super) options: BackupOptions,
     pub(super) fillers: Mutex<Vec<PackFiller>>,
     /// A disk failed: places may have been promised that were never filled.
     failed: AtomicBool,
@@ -352,7 +351,6 @@ impl BackupSession {
                 condemned,
                 context,
             },
-            limiter: options.limit_rate.map(RateLimiter::new),
             options: options.clone(),
             fillers: Mutex::default(),
             failed: AtomicBool::new(false),
@@ -472,7 +470,7 @@ impl BackupSession {
             source,
             chunker: Chunker::new(context.chunk_size_bytes, context.subkeys.boundary_seed()),
             sink: RunSink::new(base, MapBuilder::new(Arc::clone(context))),
-            limiter: self.limiter.as_ref(),
+            limiter: self.options.limit_rate.as_ref(),
             progress,
             cancel,
             failed: AtomicBool::new(false),

@@ -2,7 +2,7 @@
 
 use super::chunk::{Chunker, Cut};
 use super::fill::PackFiller;
-use super::limit::RateLimiter;
+use super::limit::RateLimit;
 use super::plan::{Piece, STRETCH_BYTES};
 use super::session::SessionState;
 use super::sink::RunSink;
@@ -21,7 +21,7 @@ pub(super) struct DiskJob<'a> {
     pub source: &'a dyn BlockDevice,
     pub chunker: Chunker,
     pub sink: RunSink,
-    pub limiter: Option<&'a RateLimiter>,
+    pub limiter: Option<&'a RateLimit>,
     pub progress: &'a Progress,
     pub cancel: &'a CancelToken,
     pub failed: AtomicBool,

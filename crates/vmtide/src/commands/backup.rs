@@ -17,7 +17,7 @@ use vmtide_engine::source::{
 use vmtide_engine::{BackupJob, BackupSummary, EngineError, LevelChoice, Result, backup};
 use vmtide_hypervisor::{Consistency, DiskId, Hypervisor};
 use vmtide_image::Format;
-use vmtide_repo::{BackupOptions, Immutability, Repository, RetentionMode};
+use vmtide_repo::{BackupOptions, Immutability, RateLimit, Repository, RetentionMode};
 
 const EXAMPLES: &str = "\
 SOURCE is one of
@@ -77,7 +77,7 @@ pub struct BackupArgs {
     /// Record a tag with the restore point; may be repeated
     #[arg(long, value_name = "K=V", value_parser = units::parse_tag)]
     pub(crate) tag: Vec<(String, String)>,
-    /// Leave out a disk, by its id; may be repeated
+    /// Leave out a disk, by its id, of every VM that has it; may be repeated
     #[arg(long, value_name = "DISK")]
     disk_exclude: Vec<String>,
     /// Trust that only these ranges changed since the previous restore point; - reads standard input
@@ -116,9 +116,9 @@ pub struct BackupArgs {
     #[arg(long, value_name = "HOW", default_value = "governance", env = "VMTIDE_IMMUTABILITY")]
     #[arg(hide_env_values = true, hide_default_value = true)]
     immutability: RetentionMode,
-    /// Read at most so many bytes a second, e.g. 50MiB
-    #[arg(long, value_name = "RATE", value_parser = units::parse_size)]
-    limit_rate: Option<u64>,
+    /// Read at most so many bytes a second, of all VMs together, e.g. 50MiB
+    #[arg(long, value_name = "RATE", value_parser = units::parse_rate)]
+    limit_rate: Option<RateLimit>,
     /// The zstd level, 1 to 19
     #[arg(long, value_name = "LEVEL", default_value_t = 3, value_parser = clap::value_parser!(i32).range(1..=19))]
     pub(crate) compression: i32,
@@ -243,7 +243,6 @@ pub(super) fn backup_job<'a>(
     repository: &'a Repository,
     hypervisor: &'a dyn Hypervisor,
 ) -> Result<BackupJob<'a>> {
-    let defaults = BackupOptions::default();
     Ok(BackupJob {
         repository,
         hypervisor,
@@ -262,16 +261,23 @@ pub(super) fn backup_job<'a>(
         tags: args.tag.iter().cloned().collect(),
         exclude: args.disk_exclude.iter().cloned().map(DiskId).collect(),
         check_unchanged: args.check_unchanged,
-        options: BackupOptions {
-            workers: args.workers.map_or(defaults.workers, usize::from),
-            compression_level: args.compression,
-            limit_rate: args.limit_rate,
-            immutability: args
-                .immutable_for
-                .map(|duration| Immutability::new(args.immutability, duration))
-                .transpose()?,
-            ..defaults
-        },
+        is_one_of_many: false,
+        options: store_options(args)?,
+    })
+}
+
+/// How to store. The limit on reading is one for all that come of the same arguments.
+fn store_options(args: &BackupArgs) -> Result<BackupOptions> {
+    let defaults = BackupOptions::default();
+    Ok(BackupOptions {
+        workers: args.workers.map_or(defaults.workers, usize::from),
+        compression_level: args.compression,
+        limit_rate: args.limit_rate.clone(),
+        immutability: args
+            .immutable_for
+            .map(|duration| Immutability::new(args.immutability, duration))
+            .transpose()?,
+        ..defaults
     })
 }
 
@@ -346,6 +352,23 @@ pub(super) fn show(app: &App, summary: &BackupSummary) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        backup: BackupArgs,
+    }
+
+    #[test]
+    fn the_limit_of_a_command_is_one_for_all_its_vms() {
+        let line = ["backup", "hyperv://hv1/all", "--limit-rate", "50MiB"];
+        let args = Line::try_parse_from(line).unwrap().backup;
+        let [one, other] = [(); 2].map(|()| store_options(&args).unwrap().limit_rate.unwrap());
+        assert!(one.is_shared_with(&other));
+        let of_another = Line::try_parse_from(line).unwrap().backup;
+        assert!(!store_options(&of_another).unwrap().limit_rate.unwrap().is_shared_with(&one));
+    }
 
     #[test]
     fn an_interruption_between_two_sources_is_one() {

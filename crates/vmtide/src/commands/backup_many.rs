@@ -8,7 +8,7 @@ use clap::Args;
 use serde::Serialize;
 use vmtide_engine::source::{OpenSource, SourceSpec};
 use vmtide_engine::{EngineError, JobContext, Limits, Result, run_limited};
-use vmtide_hypervisor::{Hypervisor, VmSelector, VmSummary, volume_of};
+use vmtide_hypervisor::{DiskId, Hypervisor, VmSelector, VmSummary, volume_of};
 use vmtide_repo::{ObjectId, Repository};
 
 /// The options for many VMs.
@@ -86,6 +86,9 @@ struct VmResult {
     point: Option<ObjectId>,
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<String>,
+    /// The disks to leave out that it does not have; none where it was not backed up.
+    #[serde(skip)]
+    unknown_exclusions: Option<Vec<DiskId>>,
 }
 
 /// The last summary event.
@@ -97,6 +100,9 @@ struct ManySummary {
     failed: usize,
     not_begun: usize,
     results: Vec<VmResult>,
+    /// What the user should know of the selection as a whole, one line each.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    warnings: Vec<String>,
 }
 
 /// Backs them up. Answers with 1 where any failed, 3 where any has warnings.
@@ -119,6 +125,7 @@ pub fn run(app: &App, many: &Many<'_>, job: &Job) -> Result<Exit> {
         ))
     })?;
     let summary = summary(results, many.vms.len());
+    summary.warnings.iter().for_each(|warning| app.output.warning(warning));
     app.output.line(format!(
         "{} of {} VMs backed up, {} with warnings, {} failed{}",
         summary.done,
@@ -137,7 +144,7 @@ pub fn run(app: &App, many: &Many<'_>, job: &Job) -> Result<Exit> {
     } else if summary.failed > 0 {
         Exit::Failed
     } else {
-        Exit::with_warnings(summary.with_warnings > 0)
+        Exit::with_warnings(summary.with_warnings > 0 || !summary.warnings.is_empty())
     })
 }
 
@@ -171,6 +178,7 @@ fn one(
     let backed_up = backup::backup_job(many.args, many.repository, many.open.hypervisor.as_ref())
         .and_then(|mut job| {
             job.vm = key_of(vm).to_owned();
+            job.is_one_of_many = true;
             job.source = many.spec.of_vm(&vm.name).display();
             if many.args.workers.is_none() {
                 // Together they have as many as one alone would: memory and cores are those of one machine.
@@ -184,12 +192,26 @@ fn one(
             backup::show(app, &summary);
             app.output.summary(&summary);
             let exit_code = Exit::with_warnings(!summary.warnings.is_empty()).code();
-            VmResult { vm, id, exit_code, point: Some(summary.point), error: None }
+            VmResult {
+                vm,
+                id,
+                exit_code,
+                point: Some(summary.point),
+                error: None,
+                unknown_exclusions: Some(summary.unknown_exclusions),
+            }
         }
         Err(error) => {
             let exit = exit::of_error(&error);
             app.output.error(&format!("{vm}: {error}"), exit);
-            VmResult { vm, id, exit_code: exit.code(), point: None, error: Some(error.to_string()) }
+            VmResult {
+                vm,
+                id,
+                exit_code: exit.code(),
+                point: None,
+                error: Some(error.to_string()),
+                unknown_exclusions: None,
+            }
         }
     }
 }
@@ -206,8 +228,20 @@ fn summary(results: Vec<Option<VmResult>>, vms: usize) -> ManySummary {
         with_warnings: count(&[Exit::Warnings]),
         failed: results.len() - done,
         not_begun: vms - results.len(),
+        warnings: unknown_to_all(&results),
         results,
     }
+}
+
+/// A warning of each disk to be left out that none of the VMs has which were backed up.
+fn unknown_to_all(results: &[VmResult]) -> Vec<String> {
+    let mut of_vms = results.iter().filter_map(|one| one.unknown_exclusions.as_ref());
+    let mut unknown = of_vms.next().cloned().unwrap_or_default();
+    of_vms.for_each(|other| unknown.retain(|disk| other.contains(disk)));
+    let told = |disk: DiskId| {
+        format!("disk {disk} to be left out is no disk of any VM that was backed up")
+    };
+    unknown.into_iter().map(told).collect()
 }
 
 #[cfg(test)]
@@ -216,7 +250,14 @@ mod tests {
 
     fn result(exit: Exit) -> Option<VmResult> {
         let error = (exit == Exit::Denied).then(|| "no".to_owned());
-        Some(VmResult { vm: "web".into(), id: None, exit_code: exit.code(), point: None, error })
+        Some(VmResult {
+            vm: "web".into(),
+            id: None,
+            exit_code: exit.code(),
+            point: None,
+            error,
+            unknown_exclusions: None,
+        })
     }
 
     #[test]
@@ -230,5 +271,20 @@ mod tests {
         let json = serde_json::to_value(&summary).unwrap();
         assert_eq!(json["results"][2]["exit_code"], 4);
         assert!(json["results"][0].get("error").is_none());
+    }
+
+    #[test]
+    fn a_disk_to_leave_out_is_warned_of_where_no_vm_has_it() {
+        let with = |exit, unknown: Option<&[&str]>| {
+            let unknown = unknown.map(|ids| ids.iter().map(|id| DiskId((*id).into())).collect());
+            result(exit).map(|one| VmResult { unknown_exclusions: unknown, ..one })
+        };
+        let all = |results| summary(results, 9).warnings;
+        let first = with(Exit::Done, Some(&["scsi0:1", "scsi0:9"]));
+        let second = with(Exit::Done, Some(&["scsi0:9"]));
+        let told = all(vec![with(Exit::Failed, None), first, second, None]);
+        assert_eq!(told, ["disk scsi0:9 to be left out is no disk of any VM that was backed up"]);
+        assert!(all(vec![with(Exit::Failed, None)]).is_empty());
+        assert!(all(vec![with(Exit::Done, Some(&["a"])), with(Exit::Done, Some(&[]))]).is_empty());
     }
 }

@@ -58,8 +58,8 @@ pub struct CopyArgs {
     #[arg(long)]
     dry_run: bool,
     /// Read at most so many bytes a second, e.g. 50MiB
-    #[arg(long, value_name = "RATE", value_parser = units::parse_size)]
-    limit_rate: Option<u64>,
+    #[arg(long, value_name = "RATE", value_parser = units::parse_rate)]
+    limit_rate: Option<RateLimit>,
     /// The zstd level, 1 to 19
     #[arg(long, value_name = "LEVEL", default_value_t = 3, value_parser = clap::value_parser!(i32).range(1..=19))]
     compression: i32,
@@ -95,7 +95,7 @@ pub fn run(app: &App, args: &CopyArgs) -> Result<Exit> {
         options: BackupOptions {
             workers: args.workers.map_or(defaults.workers, usize::from),
             compression_level: args.compression,
-            limit_rate: args.limit_rate,
+            limit_rate: args.limit_rate.clone(),
             ..defaults
         },
         dry_run: args.dry_run,

@@ -7,6 +7,7 @@ use crate::world::World;
 use crate::wql::{Query, known_class};
 use vmtide_cim::{
     Association, Cim, CimError, CimInstance, CimValue, MethodOutput, ObjectPath, Result,
+    VIRTUALIZATION_NAMESPACE,
 };
 
 /// How answers look.
@@ -38,7 +39,12 @@ impl Cim for Connection {
         match Query::parse(wql)? {
             Query::Select { columns, class, condition } => {
                 let class = self.class_in(namespace, &class)?;
-                let found = self.world.lock().family(class.name);
+                let state = self.world.lock();
+                if state.faults.nothing_shown && class.namespace == VIRTUALIZATION_NAMESPACE {
+                    return Ok(Vec::new());
+                }
+                let found = state.family(class.name);
+                drop(state);
                 let found = found.into_iter().filter(|instance| {
                     condition.as_ref().is_none_or(|condition| condition.holds(instance))
                 });

@@ -41,6 +41,8 @@ pub struct Faults {
     pub vss_fails: bool,
     /// Every call is denied.
     pub access_denied: bool,
+    /// Hyper-V shows nothing, as to a user who is not in the group Hyper-V Administrators.
+    pub nothing_shown: bool,
     /// Methods answer 32769.
     pub methods_denied: bool,
     /// Merges take this many times as long.

@@ -12,17 +12,24 @@ pub struct User {
     /// Whether the user may use the service; without it every operation is answered with "access denied", as for a
     /// user who is in none of the groups.
     pub allowed: bool,
+    /// Whether the user may see Hyper-V's namespace, as who is in the group Hyper-V Administrators.
+    pub hyper_v: bool,
 }
 
 impl User {
     /// A user who may do everything.
     pub fn new(name: &str, password: &str) -> Self {
-        Self { name: name.into(), password: password.into(), allowed: true }
+        Self { name: name.into(), password: password.into(), allowed: true, hyper_v: true }
     }
 
     /// A user who is known and has no rights.
     pub fn without_rights(name: &str, password: &str) -> Self {
         Self { allowed: false, ..Self::new(name, password) }
+    }
+
+    /// A user who is in the group Remote Management Users and in no other.
+    pub fn without_hyper_v(name: &str, password: &str) -> Self {
+        Self { hyper_v: false, ..Self::new(name, password) }
     }
 }
 
@@ -31,6 +38,7 @@ impl std::fmt::Debug for User {
         f.debug_struct("User")
             .field("name", &self.name)
             .field("allowed", &self.allowed)
+            .field("hyper_v", &self.hyper_v)
             .finish_non_exhaustive()
     }
 }

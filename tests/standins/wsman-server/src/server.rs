@@ -10,7 +10,7 @@ use crate::seal;
 use crate::soap;
 use crate::switches::{Effect, Operation, Switches};
 use crate::tls::{self, Identity, Pem};
-use crate::uri;
+use crate::uri::{self, Resource};
 use parking_lot::Mutex;
 use rustls::{ServerConnection, StreamOwned};
 use std::collections::HashMap;
@@ -228,6 +228,16 @@ struct Seen {
 }
 
 impl Shared {
+    /// Whether a user may not see the namespace of a resource.
+    fn is_closed_to(&self, user: &str, resource: &str) -> bool {
+        let of_hyperv = Resource::parse(resource).is_some_and(|resource| {
+            resource.namespace.eq_ignore_ascii_case(vmtide_cim::VIRTUALIZATION_NAMESPACE)
+        });
+        let users = &self.service.options.users;
+        let found = users.iter().find(|known| known.name.eq_ignore_ascii_case(user));
+        of_hyperv && found.is_some_and(|known| !known.hyper_v)
+    }
+
     fn accept(self: Arc<Self>, listener: &TcpListener) {
         for stream in listener.incoming() {
             if self.stopping.load(Ordering::SeqCst) {
@@ -471,7 +481,9 @@ impl Shared {
             Some(Effect::ExpiredEnumeration) if operation == Operation::Pull => {
                 Some(Fault::enumeration())
             }
-            _ if !who.allowed => Some(Fault::denied()),
+            _ if !who.allowed || self.is_closed_to(&who.user, &request.resource) => {
+                Some(Fault::denied())
+            }
             _ => None,
         };
         if let Some(fault) = fault {
