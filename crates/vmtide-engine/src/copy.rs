@@ -16,7 +16,7 @@ use std::time::Instant;
 use vmtide_block::{BlockError, RangeSet};
 use vmtide_repo::{
     BackupOptions, BackupSession, ChangedRanges, CopyOf, DiskDraft, DiskPlan, DiskRecord, ObjectId,
-    Origin, PointDraft, RepoError, Repository, RestorePoint, TrackingRecord,
+    Origin, PointDraft, RepoError, Repository, RestorePoint, Retention, TrackingRecord,
 };
 
 /// A copy.
@@ -59,6 +59,8 @@ pub struct CopiedPoint {
     pub vm: String,
     /// Its moment.
     pub time: Timestamp,
+    /// Until when the copy is immutable; none where it is not, or in a dry run.
+    pub immutable: Option<Retention>,
     /// Its disks.
     pub disks: Vec<CopiedDisk>,
 }
@@ -87,6 +89,8 @@ pub struct PresentPoint {
     pub from: ObjectId,
     /// Its id in the other.
     pub point: ObjectId,
+    /// Until when it is immutable there; none where it is not.
+    pub immutable: Option<Retention>,
 }
 
 /// One restore point that was not copied.
@@ -146,7 +150,8 @@ pub fn copy(job: &CopyJob<'_>, context: JobContext<'_>) -> Result<CopySummary> {
     wanted.dedup_by_key(|point| point.id);
     for point in wanted {
         if let Some(there) = known.get(&job.source.origin_of(point)) {
-            summary.present.push(PresentPoint { from: point.id, point: there.id });
+            let (id, immutable) = (there.id, there.immutable);
+            summary.present.push(PresentPoint { from: point.id, point: id, immutable });
             continue;
         }
         context.cancel.check()?;
@@ -199,6 +204,7 @@ fn copy_point(
         point: None,
         vm: point.vm.clone(),
         time: point.time,
+        immutable: None,
         disks: Vec::with_capacity(point.disks.len()),
     };
     let mut bases = Vec::with_capacity(point.disks.len());
@@ -249,6 +255,7 @@ fn copy_point(
     let copy = CopyOf { origin: job.source.origin_of(point), time: point.time };
     let there = session.commit_copy(draft_of(point, pairs, drafts), copy)?;
     copied.point = Some(there.id);
+    copied.immutable = there.immutable;
     context.observer.event(Event::PointCopied {
         from: point.id,
         point: there.id,

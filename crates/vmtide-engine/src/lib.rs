@@ -17,6 +17,7 @@ mod compressed;
 mod convert;
 mod copy;
 mod copy_ranges;
+pub mod cost;
 mod damage;
 pub mod delta;
 pub mod doctor;
@@ -27,6 +28,7 @@ pub mod hyperv;
 mod identity;
 pub mod image;
 mod in_use;
+mod located;
 mod lock;
 mod many;
 pub mod partitions;
@@ -54,11 +56,11 @@ pub use convert::{ConvertJob, ConvertSummary, convert};
 pub use copy::{CopiedDisk, CopiedPoint, CopyJob, CopySummary, PresentPoint, UncopiedPoint, copy};
 pub use error::{EngineError, Result};
 pub use events::{Event, JobContext, Observer, Phase, Silent};
+pub use located::{LocatedDamage, LocatedPlace, locate_damage};
 pub use many::{Limits, run_limited};
 pub use places::state_directory;
 pub use points::{
-    DiskChange, DiskDifference, PartitionBytes, damaged_bytes, diff, forget, partitions_touched,
-    points, resolve,
+    DiskChange, DiskDifference, PartitionBytes, damaged_bytes, diff, forget, points, resolve,
 };
 pub use prune::prune;
 pub use repair::repair;

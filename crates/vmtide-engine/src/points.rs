@@ -98,7 +98,7 @@ pub struct PartitionBytes {
 ///
 /// # Errors
 /// Those of the repository other than damage.
-pub fn partitions_touched(
+fn partitions_touched(
     repository: &Repository,
     point: &RestorePoint,
     disk: &str,

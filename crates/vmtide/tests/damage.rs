@@ -70,6 +70,35 @@ fn flip(path: &PathBuf) {
     std::fs::write(path, bytes).unwrap();
 }
 
+/// The partitions of `--json` cover the ranges of the damage, to the byte.
+fn lies_in_the_partition(summary: &serde_json::Value) {
+    let (mib, damage) = (MIB as u64, summary["damage"].as_array().unwrap());
+    let mut inside = 0;
+    for place in damage.iter().flat_map(|damage| damage["places"].as_array().unwrap()) {
+        let (mut within, mut all) = (0, 0);
+        for range in place["ranges"].as_array().unwrap() {
+            let number = |name: &str| range[name].as_u64().unwrap();
+            let (offset, end) = (number("offset"), number("offset") + number("length"));
+            within += end.min(7 * mib).saturating_sub(offset.max(mib));
+            all += end - offset;
+        }
+        let part = &place["partitions"][0];
+        assert_eq!(
+            (&part["number"], &part["name"], &part["kind"]),
+            (&1.into(), &"root".into(), &"Linux".into()),
+            "{place}"
+        );
+        assert_eq!(
+            (&part["range"]["offset"], &part["range"]["length"]),
+            (&mib.into(), &(6 * mib).into())
+        );
+        assert_eq!(part["bytes"], within, "{place}");
+        assert_eq!(place["unpartitioned_bytes"], all - within, "{place}");
+        inside += within;
+    }
+    assert!(inside > 0, "{summary}");
+}
+
 #[test]
 fn damage_is_found_listed_salvaged_and_healed_by_the_next_backup() {
     let place = Place::with_repository();
@@ -85,6 +114,8 @@ fn damage_is_found_listed_salvaged_and_healed_by_the_next_backup() {
     assert!(found.contains("disk disk0") || found.contains(" web disk "), "{found}");
     assert!(found.contains("partition 1 \"root\" (Linux)"), "{found}");
     assert!(found.contains("put on record"), "{found}");
+    let told = place.run(&["verify", "--read-data", "--json"]).must_end_with(5).summary();
+    lies_in_the_partition(&told);
     let listed = place.run(&["points", "--json"]).must_end_with(5).summary();
     let damaged = listed["points"][0]["damaged_bytes"].as_u64().unwrap();
     assert!(damaged > 0 && damaged < 8 * MIB as u64, "{listed}");
@@ -212,6 +243,44 @@ fn a_difference_is_told_by_partition_and_stats_by_vm() {
     let expected = bytes as f64 / 1e6;
     assert!((cost - expected).abs() < 1e-6, "{cost}");
     place.run(&["stats", "--growth"]).must_end_with(0);
+    costs_are_counted(&place, bytes);
+}
+
+/// What `stats` says three backups cost of which these bytes are stored, and a restore of all.
+#[allow(clippy::cast_precision_loss, reason = "a few MiB")]
+fn costs_are_counted(place: &Place, stored_bytes: u64) {
+    let line = ["stats", "--prices", "example-flat", "--price-per-1000-puts", "1000"];
+    let stats = place.run(&[&line[..], &["--json"]].concat()).must_end_with(0).summary();
+    let cost = &stats["cost"];
+    let is = |name: &str, expected: f64| {
+        let found = cost[name].as_f64().unwrap();
+        assert!((found - expected).abs() < 1e-9, "{name}: {found}, not {expected}");
+    };
+    // Five objects each, and no pack is full.
+    assert_eq!(cost["puts_per_month"], 15, "{cost}");
+    is("puts_cost_per_month", 15.0);
+    is("storage_per_month", stored_bytes as f64 / 1e9 * 0.006);
+    is("per_month", 15.0 + stored_bytes as f64 / 1e9 * 0.006);
+    is("locked_per_month", 0.0);
+    assert_eq!(
+        (&stats["locked_bytes"], &stats["locked_until"]),
+        (&0.into(), &serde_json::Value::Null)
+    );
+    let count = |value: &serde_json::Value| value.as_u64().unwrap();
+    let (db, web) = (&stats["vms"][0], &stats["vms"][1]);
+    // Noise does not compress. The newest point of web needs most of what both need, and db all.
+    assert!(count(&db["restore_bytes"]) >= 2 * MIB as u64, "{db}");
+    assert!(count(&web["restore_bytes"]) >= 6 * MIB as u64, "{web}");
+    let all = count(&db["restore_bytes"]) + count(&web["restore_bytes"]);
+    assert!(all <= count(&stats["pack_bytes"]), "{stats}");
+    assert_eq!(count(&cost["restore_bytes"]), all);
+    let gets = count(&cost["restore_gets"]);
+    assert!((6..=60).contains(&gets), "{gets}");
+    is("restore_cost", all as f64 / 1e9 * 0.01 + gets as f64 / 1000.0 * 0.0004);
+    let text = place.run(&line).must_end_with(0).stdout;
+    assert!(text.contains("15 PUTs at 1000") && text.contains("cost of a restore"), "{text}");
+    place.run(&["stats", "--prices", "free"]).must_end_with(2);
+    place.run(&["stats", "--price-per-gb-read", "-1"]).must_end_with(2);
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! Repositories in S3, on real servers: from init to forget, byte for byte, and what it costs in
 //! requests.
 
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
 #[allow(
     dead_code,
     clippy::unwrap_used,
@@ -11,7 +13,8 @@ mod common;
 #[path = "../../vmtide-s3/tests/support/servers.rs"]
 mod servers;
 
-use common::{Place, Run, finish};
+use assert_cmd::Command;
+use common::{PASSWORD, Place, Run, finish};
 use servers::{KEY_ID, SECRET_KEY, Server, moto, s3s_fs};
 
 const MIB: usize = 1 << 20;
@@ -29,15 +32,18 @@ impl<'a> Job<'a> {
     }
 
     fn run(&self, arguments: &[&str]) -> Run {
-        finish(
-            self.place
-                .command(arguments)
-                .env("VMTIDE_REPOSITORY", &self.repository)
-                .env("AWS_ACCESS_KEY_ID", KEY_ID)
-                .env("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
-                .env("AWS_ENDPOINT_URL", &self.server.endpoint)
-                .env("TMPDIR", self.place.directory.path()),
-        )
+        finish(&mut self.command(arguments))
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = self.place.command(arguments);
+        command
+            .env("VMTIDE_REPOSITORY", &self.repository)
+            .env("AWS_ACCESS_KEY_ID", KEY_ID)
+            .env("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+            .env("AWS_ENDPOINT_URL", &self.server.endpoint)
+            .env("TMPDIR", self.place.directory.path());
+        command
     }
 }
 
@@ -130,6 +136,30 @@ fn keys_come_from_a_profile_and_options_from_the_settings_file() {
     run(&["points"]).must_end_with(0);
 }
 
+/// Nothing that a restore needs can be removed, with all rights on the bucket.
+fn nothing_can_be_removed(job: &Job<'_>) {
+    let bucket = job.repository.strip_prefix("s3://").unwrap().split('/').next().unwrap();
+    let listing = job.server.ask("GET", &format!("{bucket}?versions="), "", "");
+    let mut locked = 0;
+    for version in listing.split("<Version>").skip(1) {
+        let text = |tag: &str| {
+            let (_, rest) = version.split_once(&format!("<{tag}>")).unwrap();
+            rest.split('<').next().unwrap().to_owned()
+        };
+        let (key, id) = (text("Key"), text("VersionId"));
+        if ["packs/", "maps/", "points/", "keys/", "vmtide.repo"]
+            .iter()
+            .any(|part| key.contains(part))
+        {
+            let path = format!("{bucket}/{key}?versionId={id}");
+            let answer = job.server.ask("DELETE", &path, "", "");
+            assert!(answer.starts_with("HTTP/1.1 403"), "{key}: {answer}");
+            locked += 1;
+        }
+    }
+    assert!(locked >= 6, "{listing}");
+}
+
 #[test]
 fn what_is_immutable_stays_and_shows_until_when() {
     let server = moto();
@@ -151,26 +181,12 @@ fn what_is_immutable_stays_and_shows_until_when() {
     assert!(until(&points[1]).duration_since(now).as_hours() >= 90 * 24 - 1);
     let shown = job.run(&["show", "web@latest"]).must_end_with(0).stdout;
     assert!(shown.contains("immutable") && shown.contains("compliance"), "{shown}");
-    // Nothing that a restore needs can be removed, with all rights on the bucket.
-    let bucket = job.repository.strip_prefix("s3://").unwrap().split('/').next().unwrap();
-    let listing = server.ask("GET", &format!("{bucket}?versions="), "", "");
-    let mut locked = 0;
-    for version in listing.split("<Version>").skip(1) {
-        let text = |tag: &str| {
-            let (_, rest) = version.split_once(&format!("<{tag}>")).unwrap();
-            rest.split('<').next().unwrap().to_owned()
-        };
-        let (key, id) = (text("Key"), text("VersionId"));
-        if ["packs/", "maps/", "points/", "keys/", "vmtide.repo"]
-            .iter()
-            .any(|part| key.contains(part))
-        {
-            let answer = server.ask("DELETE", &format!("{bucket}/{key}?versionId={id}"), "", "");
-            assert!(answer.starts_with("HTTP/1.1 403"), "{key}: {answer}");
-            locked += 1;
-        }
-    }
-    assert!(locked >= 6, "{listing}");
+    nothing_can_be_removed(&job);
+    let stats = job.run(&["stats", "--json", "--price-per-gb-month", "1"]).must_end_with(0);
+    let stats = stats.summary();
+    assert_eq!(stats["locked_bytes"], stats["pack_bytes"], "{stats}");
+    assert_eq!(stats["locked_until"], points[1]["immutable"]["until"], "{stats}");
+    assert!(stats["cost"]["locked_per_month"].as_f64().unwrap() > 0.0, "{stats}");
     job.run(&["restore", "web@latest", "--to", "back.raw"]).must_end_with(0);
     assert!(
         std::fs::read(job.place.path("back.raw")).unwrap()
@@ -186,6 +202,84 @@ fn what_is_immutable_stays_and_shows_until_when() {
     local.image("web.raw", MIB);
     let refused = local.run(&[&["backup", "web.raw"][..], &lock].concat());
     assert!(refused.must_end_with(1).stderr.contains("Object Lock"));
+}
+
+#[test]
+fn copies_are_immutable_where_the_originals_are_not() {
+    let job = Job::new(moto(), true);
+    job.run(&["init", &job.repository]).must_end_with(0);
+    let local = job.place.text("local");
+    job.run(&["init", &local]).must_end_with(0);
+    job.place.image("web.raw", 2 * MIB);
+    job.run(&["backup", "web.raw", "-r", &local]).must_end_with(0);
+    std::fs::write(
+        job.place.path("vmtide.toml"),
+        "[copy]\nimmutable-for = \"30d\"\nimmutability = \"compliance\"\n",
+    )
+    .unwrap();
+    let copy_to = |to: &str, more: &[&str]| {
+        let line = ["copy", "-r", &local, "--to", to, "--all", "--json"];
+        finish(
+            job.command(&[&line[..], more].concat())
+                .env("VMTIDE_TO_PASSWORD", PASSWORD)
+                .env("VMTIDE_CONFIG", job.place.path("vmtide.toml")),
+        )
+    };
+    let copy = |more: &[&str]| copy_to(&job.repository, more);
+    // From the settings file.
+    let first = copy(&[]).must_end_with(0).summary();
+    let until = |point: &serde_json::Value| {
+        assert_eq!(point["immutable"]["mode"], "compliance", "{point}");
+        let until = point["immutable"]["until"].as_str().unwrap();
+        until.parse::<jiff::Timestamp>().unwrap()
+    };
+    let day = |number: i64| jiff::Timestamp::now() + jiff::SignedDuration::from_hours(24 * number);
+    let early = until(&first["copied"][0]);
+    assert!((day(29)..day(41)).contains(&early), "{first}");
+    // From the command line, which goes before it; what was copied keeps the time it has.
+    std::fs::write(job.place.path("web.raw"), noise(2 * MIB, 3)).unwrap();
+    job.run(&["backup", "web.raw", "-r", &local]).must_end_with(0);
+    let second = copy(&["--immutable-for", "90d"]).must_end_with(0).summary();
+    assert!((day(89)..day(101)).contains(&until(&second["copied"][0])), "{second}");
+    assert_eq!(until(&second["present"][0]), early, "{second}");
+    // There they are kept, and here not.
+    let points = job.run(&["points", "--json"]).must_end_with(0).summary();
+    for point in points["points"].as_array().unwrap() {
+        assert_eq!(point["immutable"]["mode"], "compliance", "{points}");
+    }
+    nothing_can_be_removed(&job);
+    let here = job.run(&["points", "-r", &local, "--json"]).must_end_with(0).summary();
+    assert_eq!(here["points"][0]["immutable"], serde_json::Value::Null, "{here}");
+    job.run(&["restore", "web@latest", "--to", "back.raw"]).must_end_with(0);
+    assert!(std::fs::read(job.place.path("back.raw")).unwrap() == noise(2 * MIB, 3));
+    // Where the store cannot keep them, nothing is copied.
+    let other = job.place.text("other");
+    job.run(&["init", &other]).must_end_with(0);
+    let refused = copy_to(&other, &[]).must_end_with(1);
+    assert!(refused.stdout.contains("Object Lock"), "{}", refused.stdout);
+}
+
+#[test]
+fn what_was_copied_without_immutability_is_told() {
+    let job = Job::new(moto(), true);
+    job.run(&["init", &job.repository]).must_end_with(0);
+    let local = job.place.text("local");
+    job.run(&["init", &local]).must_end_with(0);
+    job.place.image("web.raw", MIB);
+    job.run(&["backup", "web.raw", "-r", &local]).must_end_with(0);
+    let copy = |more: &[&str]| {
+        let line = ["copy", "-r", &local, "--to", &job.repository, "--all"];
+        finish(
+            job.command(&[&line[..], more].concat())
+                .env("VMTIDE_TO_PASSWORD", PASSWORD)
+                .env("VMTIDE_TO_IMMUTABILITY", "compliance"),
+        )
+    };
+    assert!(!copy(&[]).must_end_with(0).stderr.contains("removable"));
+    let told = copy(&["--immutable-for", "30d"]).must_end_with(0);
+    let said = format!("{}{}", told.stdout, told.stderr);
+    assert!(said.contains("1 restore points") && said.contains("stay removable"), "{said}");
+    copy(&["--immutable-for", "59min"]).must_end_with(1);
 }
 
 #[test]

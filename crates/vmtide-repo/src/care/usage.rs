@@ -1,11 +1,11 @@
 //! What a repository is used for: per VM, how much data its restore points speak of, how much of it
 //! is stored for them, and how much for nobody else.
 //!
-//! One bit per chunk and VM, so some 2 MiB per TiB of data that a VM needs. Every pack is opened once to
+//! Two bits per chunk and VM, so some 4 MiB per TiB of data that a VM needs. Every pack is opened once to
 //! know what its chunks take; no data is read.
 
 use crate::context::RepoContext;
-use crate::disk::{PackSet, Place, for_each_place};
+use crate::disk::{FETCH_BYTES, PackSet, Place, for_each_place};
 use crate::map::DiskMap;
 use crate::pack::Pack;
 use crate::point::RestorePoint;
@@ -33,6 +33,11 @@ pub struct UsageReport {
     pub stored_bytes: u64,
     /// What is in packs and no restore point needs; `prune` gives most of it back.
     pub unneeded_bytes: u64,
+    /// The packs that immutable restore points need, in bytes: what nobody can remove before
+    /// [`locked_until`](Self::locked_until). By what the points say, not by the store.
+    pub locked_bytes: u64,
+    /// Until when the last of them is immutable; none where none is now.
+    pub locked_until: Option<Timestamp>,
     /// The VMs, by name.
     pub vms: Vec<VmUsage>,
     /// What backups added, by day (UTC), oldest first.
@@ -60,6 +65,10 @@ pub struct VmUsage {
     pub stored_bytes: u64,
     /// What only this VM needs, in packs: so much would become free without it.
     pub unique_bytes: u64,
+    /// What a restore of its newest point reads from packs, in bytes.
+    pub restore_bytes: u64,
+    /// In how many requests, about.
+    pub restore_requests: u64,
     /// Data that cannot be found; see `verify`.
     pub lost_bytes: u64,
 }
@@ -87,7 +96,19 @@ type Chunks = HashMap<ObjectId, Vec<u64>>;
 struct Counted {
     usage: VmUsage,
     chunks: Chunks,
+    /// Those of its newest point.
+    newest: Chunks,
 }
+
+/// What immutable points need.
+#[derive(Default)]
+struct Locked {
+    packs: HashMap<ObjectId, u64>,
+    until: Option<Timestamp>,
+}
+
+/// The requests that opening a pack takes: its length, its directory.
+const OPEN_REQUESTS: u64 = 2;
 
 impl Repository {
     /// Finds out what the repository is used for. Restore points that cannot be read are left out.
@@ -100,14 +121,34 @@ impl Repository {
         let context = self.context();
         let packs = PackSet::new(Arc::clone(context));
         let mut vms: BTreeMap<String, Counted> = BTreeMap::new();
+        let (mut locked, now) = (Locked::default(), Timestamp::now());
         for point in &points {
             let counted = vms.entry(point.vm.clone()).or_default();
             count_point(context, &packs, point, counted, cancel)?;
+            if let Some(kept) = point.immutable.filter(|kept| kept.until > now) {
+                locked.until = locked.until.max(Some(kept.until));
+                let lock = &mut |pack: &Pack, _: u32, _: u32| {
+                    locked.packs.insert(pack.id(), pack.length_bytes());
+                    Ok(())
+                };
+                for_each_stored(context, &packs, point, cancel, lock)?;
+            }
+        }
+        // The points come in the order of their times.
+        let newest: BTreeMap<&str, _> = points.iter().map(|p| (p.vm.as_str(), p)).collect();
+        for (vm, point) in newest {
+            let Some(counted) = vms.get_mut(vm) else { continue };
+            let chunks = &mut counted.newest;
+            let note =
+                &mut |pack: &Pack, ordinal: u32, count: u32| mark(chunks, pack, ordinal, count);
+            for_each_stored(context, &packs, point, cancel, note)?;
         }
         let stats = self.stats()?;
         let mut report = UsageReport {
             growth: growth(&points),
             logical_bytes: vms.values().map(|vm| vm.usage.logical_bytes).sum(),
+            locked_bytes: locked.packs.values().sum(),
+            locked_until: locked.until,
             ..UsageReport::default()
         };
         let mut counted: Vec<Counted> = vms.into_values().collect();
@@ -159,6 +200,32 @@ fn count_point(
     Ok(())
 }
 
+/// Visits all chunks of a point that are there: the pack, the ordinal of the first and how many
+/// blocks. What is damaged is passed over.
+fn for_each_stored(
+    context: &Arc<RepoContext>,
+    packs: &PackSet,
+    point: &RestorePoint,
+    cancel: &CancelToken,
+    visit: &mut dyn FnMut(&Pack, u32, u32) -> Result<()>,
+) -> Result<()> {
+    for disk in &point.disks {
+        cancel.check()?;
+        let blocks = disk.size_bytes.div_ceil(BLOCK);
+        let walked = DiskMap::open(context, &disk.map, blocks).and_then(|map| {
+            for_each_place(&map, packs, 0..blocks, &mut |run| match &run.place {
+                Ok((pack, ordinal)) => visit(pack, *ordinal, run.count),
+                Err(_) => Ok(()),
+            })
+        });
+        match walked {
+            Err(error) if error.is_damage() => {}
+            other => other?,
+        }
+    }
+    Ok(())
+}
+
 fn mark(chunks: &mut Chunks, pack: &Pack, ordinal: u32, count: u32) -> Result<()> {
     let (first, last) = (pack.chunk_of(ordinal)?, pack.chunk_of(ordinal + (count - 1))?);
     let bits = chunks.entry(pack.id()).or_insert_with(|| vec![0; pack.chunk_count().div_ceil(64)]);
@@ -187,6 +254,14 @@ fn weigh(
     for (id, users) in users {
         cancel.check()?;
         let Place::Pack(pack) = packs.place(id)? else { continue };
+        for vm in &users {
+            let Counted { usage, newest, .. } = &mut vms[*vm];
+            if let Some(bits) = newest.get(&id) {
+                let bytes = frames_bytes(&pack, bits);
+                usage.restore_bytes += bytes;
+                usage.restore_requests += OPEN_REQUESTS + bytes.div_ceil(FETCH_BYTES);
+            }
+        }
         for frame in 0..pack.frames().len() {
             let blocks = pack.blocks_of(frame);
             let blocks = u64::from(blocks.end - blocks.start).max(1);
@@ -196,8 +271,7 @@ fn weigh(
                 // A frame is stored as one; a chunk has its share of it.
                 let share = stored * u64::from(chunk.blocks) / blocks;
                 let needs = |vm: &&usize| {
-                    let bits = vms[**vm].chunks.get(&id).and_then(|bits| bits.get(number / 64));
-                    bits.is_some_and(|word| word >> (number % 64) & 1 == 1)
+                    vms[**vm].chunks.get(&id).is_some_and(|bits| is_set(bits, number))
                 };
                 let needed_by: Vec<usize> = users.iter().filter(needs).copied().collect();
                 let bytes = u64::from(chunk.blocks) * BLOCK;
@@ -215,6 +289,17 @@ fn weigh(
         }
     }
     Ok(())
+}
+
+fn is_set(bits: &[u64], number: usize) -> bool {
+    bits.get(number / 64).is_some_and(|word| word >> (number % 64) & 1 == 1)
+}
+
+/// The length of the frames that the marked chunks are in: a frame is read as a whole.
+fn frames_bytes(pack: &Pack, bits: &[u64]) -> u64 {
+    let frames = pack.frames().iter().enumerate();
+    let read = frames.filter(|(frame, _)| pack.chunks_of(*frame).any(|chunk| is_set(bits, chunk)));
+    read.map(|(_, entry)| u64::from(entry.stored_length)).sum()
 }
 
 fn growth(points: &[RestorePoint]) -> Vec<Growth> {

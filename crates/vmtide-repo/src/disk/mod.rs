@@ -17,6 +17,7 @@ mod walk;
 pub(crate) use forward::{Forward, Forwards, Move, write_forward, write_forward_as};
 pub(crate) use healed::{Heal, Healed, write_healed};
 pub(crate) use packs::{MAX_FORWARDS, PackSet, Passed, Place, Traced};
+pub(crate) use point_disk::FETCH_BYTES;
 pub use point_disk::PointDisk;
 pub use quarantine::DamagedPart;
 pub(crate) use quarantine::{DamageRecord, Quarantine, Quarantined, write_damaged};

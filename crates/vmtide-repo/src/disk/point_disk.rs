@@ -20,7 +20,7 @@ pub(super) const BLOCK: u64 = BLOCK_BYTES as u64;
 const FRAME_CACHE_BYTES: usize = 32 << 20;
 
 /// The most stored bytes fetched in one read: enough for one request to a distant store to pay.
-pub(super) const FETCH_BYTES: u64 = 4 << 20;
+pub(crate) const FETCH_BYTES: u64 = 4 << 20;
 
 /// The most extents in one answer.
 const MAX_EXTENTS: usize = 1 << 16;

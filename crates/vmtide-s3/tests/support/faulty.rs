@@ -42,11 +42,31 @@ pub enum Pages {
     Same,
 }
 
+/// A request as it came.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    pub method: String,
+    /// Path and query; of a bucket in the host without the bucket.
+    pub target: String,
+    /// With names in lower case.
+    pub headers: Vec<(String, String)>,
+}
+
+impl Seen {
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.iter().find(|header| header.0 == name).map(|header| &*header.1)
+    }
+}
+
 #[derive(Default)]
 struct State {
     objects: BTreeMap<String, Object>,
+    /// Parts of uploads that are not complete, by upload, with the headers they began with.
+    uploads: BTreeMap<String, (Vec<(String, String)>, BTreeMap<u32, Vec<u8>>)>,
     faults: VecDeque<Fault>,
     seen: Vec<String>,
+    requests: Vec<Seen>,
+    denies_removal: bool,
     honours_conditions: bool,
     lists_late: bool,
     pages: Pages,
@@ -109,6 +129,21 @@ impl FaultyServer {
         std::mem::take(&mut self.state.lock().unwrap().seen)
     }
 
+    /// Everything that was asked until now, with headers.
+    pub fn requests(&self) -> Vec<Seen> {
+        std::mem::take(&mut self.state.lock().unwrap().requests)
+    }
+
+    /// From now on the policy of whatever keys are used has no `s3:DeleteObject`.
+    pub fn deny_removal(&self) {
+        self.state.lock().unwrap().denies_removal = true;
+    }
+
+    /// The paths of all objects, `/bucket/…`.
+    pub fn paths(&self) -> Vec<String> {
+        self.state.lock().unwrap().objects.keys().cloned().collect()
+    }
+
     /// Answers one request; none where the connection is to end.
     fn serve(&self, stream: &TcpStream) -> Option<()> {
         let mut reader = BufReader::new(stream);
@@ -130,6 +165,8 @@ impl FaultyServer {
         let fault = {
             let mut state = self.state.lock().unwrap();
             state.seen.push(format!("{method} {target}"));
+            let (method, target, headers) = (method.clone(), target.clone(), headers.clone());
+            state.requests.push(Seen { method, target, headers });
             state.faults.pop_front().unwrap_or(Fault::None)
         };
         match fault {
@@ -140,6 +177,7 @@ impl FaultyServer {
             }
             _ => {}
         }
+        let target = with_bucket(&target, header("host").unwrap_or_default());
         let (status, more, content) = self.act(&method, &target, &headers, body);
         match fault {
             Fault::LostAnswer => None,
@@ -163,7 +201,13 @@ impl FaultyServer {
         if query.contains("list-type") {
             return (200, Vec::new(), list(&state, query).into_bytes());
         }
+        if method == "DELETE" && state.denies_removal && !query.contains("uploadId") {
+            return error(403, "AccessDenied");
+        }
         if let Some(answer) = locking(&mut state, method, path, query, &body) {
+            return answer;
+        }
+        if let Some(answer) = in_parts(&mut state, method, path, query, headers, &body) {
             return answer;
         }
         let asks_for_version = method == "HEAD" && query.contains("versionId");
@@ -211,6 +255,60 @@ impl FaultyServer {
 }
 
 type Answer = (u16, Vec<(String, String)>, Vec<u8>);
+
+/// The path with the bucket in it, where the request has the bucket in the name of its host
+/// (`bucket.s3.example`), also as a proxy is asked (`http://bucket.s3.example/key`).
+fn with_bucket(target: &str, host: &str) -> String {
+    let path = match target.strip_prefix("http://") {
+        Some(rest) => rest.split_once('/').map_or("/".into(), |(_, path)| format!("/{path}")),
+        None => target.to_owned(),
+    };
+    match host.strip_prefix("bucket.") {
+        Some(_) => format!("/bucket{path}"),
+        None => path,
+    }
+}
+
+/// Objects that are sent in parts.
+fn in_parts(
+    state: &mut State,
+    method: &str,
+    path: &str,
+    query: &str,
+    headers: &[(String, String)],
+    body: &[u8],
+) -> Option<Answer> {
+    let part = |name: &str| query.split('&').find_map(|part| part.strip_prefix(name));
+    let done = || (200, Vec::new(), Vec::new());
+    match method {
+        "POST" if query.starts_with("uploads") => {
+            let id = format!("upload-{}", state.uploads.len());
+            let kept = headers.iter().filter(|header| header.0.starts_with("x-amz-meta-"));
+            state.uploads.insert(id.clone(), (kept.cloned().collect(), BTreeMap::new()));
+            let xml = format!(
+                "<InitiateMultipartUploadResult><UploadId>{id}</UploadId>\
+                 </InitiateMultipartUploadResult>"
+            );
+            Some((200, Vec::new(), xml.into_bytes()))
+        }
+        "PUT" => {
+            let (number, id) = (part("partNumber=")?, part("uploadId=")?);
+            let (_, parts) = state.uploads.get_mut(id)?;
+            parts.insert(number.parse().unwrap(), body.to_vec());
+            Some((200, vec![("etag".into(), format!("\"{number}\""))], Vec::new()))
+        }
+        "POST" => {
+            let (kept, parts) = state.uploads.remove(part("uploadId=")?)?;
+            let content = parts.into_values().flatten().collect();
+            let object = Object { content, kept, modified: jiff::Timestamp::now() };
+            state.objects.insert(path.to_owned(), object);
+            let xml = b"<CompleteMultipartUploadResult></CompleteMultipartUploadResult>";
+            Some((200, Vec::new(), xml.to_vec()))
+        }
+        "DELETE" => state.uploads.remove(part("uploadId=")?).map(|_| done()),
+        _ => None,
+    }
+}
 
 /// What concerns versions and object lock: what is locked is not removed, its time not shortened,
 /// its mode not weakened.

@@ -2,6 +2,7 @@
 
 use crate::app::{App, Job};
 use crate::commands::backup_many::{self, Many, ManyArgs};
+use crate::commands::immutable;
 use crate::commands::vm::BackingArg;
 use crate::exit::Exit;
 use crate::output::Output;
@@ -17,7 +18,7 @@ use vmtide_engine::source::{
 use vmtide_engine::{BackupJob, BackupSummary, EngineError, LevelChoice, Result, backup};
 use vmtide_hypervisor::{Consistency, DiskId, Hypervisor};
 use vmtide_image::Format;
-use vmtide_repo::{BackupOptions, Immutability, RateLimit, Repository, RetentionMode};
+use vmtide_repo::{BackupOptions, RateLimit, Repository, RetentionMode};
 
 const EXAMPLES: &str = "\
 SOURCE is one of
@@ -109,7 +110,7 @@ pub struct BackupArgs {
     check_unchanged: u32,
     /// Let nobody remove the restore point, nor anything it needs, for this long, from the beginning
     /// of the backup: 30d, 6months; needs a bucket with S3 Object Lock
-    #[arg(long, value_name = "TIME", env = "VMTIDE_IMMUTABLE_FOR", value_parser = parse_immutable)]
+    #[arg(long, value_name = "TIME", env = "VMTIDE_IMMUTABLE_FOR", value_parser = immutable::parse_time)]
     #[arg(hide_env_values = true)]
     immutable_for: Option<SignedDuration>,
     /// governance (users with a special permission may remove it), or compliance (nobody)
@@ -273,21 +274,9 @@ fn store_options(args: &BackupArgs) -> Result<BackupOptions> {
         workers: args.workers.map_or(defaults.workers, usize::from),
         compression_level: args.compression,
         limit_rate: args.limit_rate.clone(),
-        immutability: args
-            .immutable_for
-            .map(|duration| Immutability::new(args.immutability, duration))
-            .transpose()?,
+        immutability: immutable::of(args.immutable_for, args.immutability)?,
         ..defaults
     })
-}
-
-/// A time such as `30d` or `6months`, from now on.
-fn parse_immutable(text: &str) -> std::result::Result<SignedDuration, String> {
-    let wrong = |error: jiff::Error| format!("{text:?} is no length of time: {error}");
-    let span: jiff::Span = text.parse().map_err(wrong)?;
-    let now = jiff::Zoned::now();
-    let end = now.checked_add(span).map_err(wrong)?;
-    Ok(end.timestamp().duration_since(now.timestamp()))
 }
 
 /// The changed ranges in a JSON file, or on standard input where the path is `-`.

@@ -1,26 +1,30 @@
 //! `vmtide copy`: restore points into another repository.
 
 use crate::app::App;
+use crate::commands::immutable;
 use crate::exit::{self, Exit};
 use crate::passwords::PasswordSource;
 use crate::table::Table;
 use crate::{repository, units};
 use clap::Args;
+use jiff::SignedDuration;
 use std::path::PathBuf;
 use vmtide_engine::retention::Selector;
 use vmtide_engine::{CopyJob, CopySummary, EngineError, Result, copy, resolve};
-use vmtide_repo::{BackupOptions, Repository, RestorePoint};
+use vmtide_repo::{BackupOptions, Repository, RestorePoint, RetentionMode};
 
 const EXAMPLES: &str = "\
 The data is verified while it is read, encrypted with the keys of the other repository and deduplicated
 there. What was copied before is passed over; of a VM of which a point was copied before, only what
 differs is read. So the same line can run after every backup, and again after an interruption. Copying
-is also how a repository gets a new master key or other chunk sizes. Holds are not copied.
+is also how a repository gets a new master key or other chunk sizes. Holds are not copied, and the time
+for which points are immutable is that of --immutable-for, whatever it is where they come from.
 
 Examples:
   vmtide copy -r /backup --to /mnt/offsite --all
   vmtide copy web@latest -r /backup --to /mnt/offsite --to-password-file /root/offsite.password
-  vmtide copy -r /backup --to /mnt/offsite --vm 'db-*' --tag class=gold --dry-run";
+  vmtide copy -r /backup --to /mnt/offsite --vm 'db-*' --tag class=gold --dry-run
+  vmtide copy -r /backup --to s3://offsite/vm --all --immutable-for 30d --immutability compliance";
 
 /// The options of `copy`.
 #[derive(Debug, Args)]
@@ -54,6 +58,15 @@ pub struct CopyArgs {
         hide_env_values = true
     )]
     to_password_command: Option<String>,
+    /// Let nobody remove the copies, nor anything they need, for this long, from the beginning of each
+    /// copy: 30d, 6months; needs a bucket with S3 Object Lock
+    #[arg(long, value_name = "TIME", env = "VMTIDE_TO_IMMUTABLE_FOR")]
+    #[arg(hide_env_values = true, value_parser = immutable::parse_time)]
+    immutable_for: Option<SignedDuration>,
+    /// governance (users with a special permission may remove them), or compliance (nobody)
+    #[arg(long, value_name = "HOW", default_value = "governance", env = "VMTIDE_TO_IMMUTABILITY")]
+    #[arg(hide_env_values = true, hide_default_value = true)]
+    immutability: RetentionMode,
     /// Copy nothing; show what would be copied and how much would be looked at
     #[arg(long)]
     dry_run: bool,
@@ -96,12 +109,16 @@ pub fn run(app: &App, args: &CopyArgs) -> Result<Exit> {
             workers: args.workers.map_or(defaults.workers, usize::from),
             compression_level: args.compression,
             limit_rate: args.limit_rate.clone(),
+            immutability: immutable::of(args.immutable_for, args.immutability)?,
             ..defaults
         },
         dry_run: args.dry_run,
     };
     let summary = app.begin_job()?.run(app, |context| copy(&job, context))?;
     show(app, &summary);
+    if args.immutable_for.is_some() {
+        tell_of_removable(app, &summary);
+    }
     app.output.summary(&summary);
     Ok(if summary.failed.is_empty() { exit } else { exit.worse(Exit::Damaged) })
 }
@@ -127,6 +144,17 @@ fn selected(
         });
     }
     Ok(list.points)
+}
+
+/// What was copied before keeps the time it has: says so where that is none though one is asked for.
+fn tell_of_removable(app: &App, summary: &CopySummary) {
+    let removable = summary.present.iter().filter(|point| point.immutable.is_none()).count();
+    if removable > 0 {
+        app.output.remark(format!(
+            "{removable} restore points were copied before without --immutable-for, and stay \
+             removable: forget them there and copy them again if they are to be immutable"
+        ));
+    }
 }
 
 fn show(app: &App, summary: &CopySummary) {

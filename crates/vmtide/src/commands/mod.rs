@@ -21,6 +21,7 @@ pub mod forget;
 pub mod guardian;
 pub mod hold;
 pub mod image;
+mod immutable;
 pub mod info;
 pub mod init;
 pub mod key;

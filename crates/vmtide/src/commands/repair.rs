@@ -1,12 +1,12 @@
 //! `vmtide repair`: make right what is damaged in a repository, as far as nothing is lost by it.
 
 use crate::app::App;
-use crate::commands::verify::show_damage;
+use crate::commands::verify::{show_damage, with_partitions};
 use crate::exit::Exit;
 use crate::{repository, units};
 use clap::Args;
-use vmtide_engine::{Result, repair};
-use vmtide_repo::{RepairOptions, RepairReport, Repository};
+use vmtide_engine::{LocatedDamage, Result, locate_damage, repair};
+use vmtide_repo::{RepairOptions, RepairReport};
 
 const EXAMPLES: &str = "\
 Makes the index anew where it is damaged or lost, takes off the record what is sound after all, and
@@ -58,12 +58,13 @@ pub fn run(app: &App, args: &RepairArgs) -> Result<Exit> {
     };
     let job = app.begin_job()?;
     let report = job.run(app, |context| repair(&repository, &options, context))?;
-    show(app, &repository, &report, args);
-    app.output.summary(&report);
+    let damage = locate_damage(&repository, &report.damage);
+    show(app, &report, &damage, args);
+    app.output.summary(&with_partitions(&report, &damage));
     Ok(if report.damage.is_empty() { Exit::Done } else { Exit::Damaged })
 }
 
-fn show(app: &App, repository: &Repository, report: &RepairReport, args: &RepairArgs) {
+fn show(app: &App, report: &RepairReport, damage: &[LocatedDamage], args: &RepairArgs) {
     let output = &app.output;
     let would = if report.dry_run { "would be " } else { "" };
     if let Some(reason) = &report.index_rebuilt {
@@ -81,7 +82,7 @@ fn show(app: &App, repository: &Repository, report: &RepairReport, args: &Repair
     for object in &report.removed {
         output.line(format!("{object} {would}removed: nobody can read it"));
     }
-    report.damage.iter().for_each(|damage| show_damage(app, repository, damage));
+    damage.iter().for_each(|damage| show_damage(app, damage));
     if !report.unreadable.is_empty() {
         output.remark(format!(
             "{} objects cannot be read by anybody any more; --remove-unreadable removes them",

@@ -4,12 +4,12 @@ use crate::app::App;
 use crate::exit::Exit;
 use crate::{repository, units};
 use clap::Args;
+use serde::Serialize;
 use vmtide_engine::{
-    EngineError, PartitionBytes, Result, check_integrity, partitions_touched, resolve, verify,
+    EngineError, LocatedDamage, LocatedPlace, PartitionBytes, Result, check_integrity,
+    locate_damage, resolve, verify,
 };
-use vmtide_repo::{
-    Damage, DamagedPlace, ReadData, Repository, SampleReport, VerifyOptions, VerifyReport,
-};
+use vmtide_repo::{Damage, ReadData, SampleReport, VerifyOptions, VerifyReport};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -84,13 +84,14 @@ pub fn run(app: &App, args: &VerifyArgs) -> Result<Exit> {
     let options = VerifyOptions { points, read: args.read_data, seed: args.seed };
     let job = app.begin_job()?;
     let report = job.run(app, |context| verify(&repository, &options, context))?;
-    show(app, &repository, &report);
-    app.output.summary(&report);
+    let damage = locate_damage(&repository, &report.damage);
+    show(app, &report, &damage);
+    app.output.summary(&with_partitions(&report, &damage));
     Ok(if report.damage.is_empty() { Exit::Done } else { Exit::Damaged })
 }
 
-fn show(app: &App, repository: &Repository, report: &VerifyReport) {
-    report.damage.iter().for_each(|damage| show_damage(app, repository, damage));
+fn show(app: &App, report: &VerifyReport, damage: &[LocatedDamage]) {
+    damage.iter().for_each(|damage| show_damage(app, damage));
     app.output.line(format!(
         "{}: {} restore points and {} packs checked, {} read",
         verdict(report.damage.len()),
@@ -122,7 +123,7 @@ fn show(app: &App, repository: &Repository, report: &VerifyReport) {
 const PLACES_SHOWN: usize = 10;
 
 /// One piece of damage and what it touches.
-pub fn show_damage(app: &App, repository: &Repository, damage: &Damage) {
+pub fn show_damage(app: &App, damage: &LocatedDamage) {
     let points: Vec<_> = damage.points.iter().map(|id| units::short_id(*id)).collect();
     let touched = if points.is_empty() {
         "no restore point needs it".to_owned()
@@ -131,7 +132,8 @@ pub fn show_damage(app: &App, repository: &Repository, damage: &Damage) {
     };
     let frame = damage.frame.map(|frame| format!(" frame {frame}")).unwrap_or_default();
     app.output.line(format!("damaged: {}{frame}: {} ({touched})", damage.object, damage.detail));
-    for place in damage.places.iter().take(PLACES_SHOWN) {
+    for located in damage.places.iter().take(PLACES_SHOWN) {
+        let place = &located.place;
         let bytes = match place.ranges.as_slice() {
             [] => "the disk map".to_owned(),
             [range] => format!("bytes {} to {}", range.offset, range.end()),
@@ -149,7 +151,7 @@ pub fn show_damage(app: &App, repository: &Repository, damage: &Damage) {
             place.vm,
             place.disk
         ));
-        for line in touched_partitions(repository, place) {
+        for line in touched_partitions(located) {
             app.output.line(format!("    {line}"));
         }
     }
@@ -160,25 +162,19 @@ pub fn show_damage(app: &App, repository: &Repository, damage: &Damage) {
 }
 
 /// In which partitions the damage lies, for people; nothing where that cannot be told.
-fn touched_partitions(repository: &Repository, place: &DamagedPlace) -> Vec<String> {
-    let point = repository.resolve(&place.point.to_string());
-    let found = point
-        .map_err(Into::into)
-        .and_then(|point| partitions_touched(repository, &point, &place.disk, &place.ranges));
-    match found {
-        Ok((inside, _)) => inside
-            .into_iter()
-            .map(|PartitionBytes { partition, bytes }| {
-                let name = partition.name.map(|name| format!(" {name:?}")).unwrap_or_default();
-                let size = units::size(bytes);
-                format!("{size} in partition {}{name} ({})", partition.number, partition.kind)
-            })
-            .collect(),
-        Err(error) => {
-            tracing::debug!(%error, "no partition table");
-            Vec::new()
-        }
-    }
+fn touched_partitions(place: &LocatedPlace) -> impl Iterator<Item = String> {
+    place.partitions.iter().flatten().map(|PartitionBytes { partition, bytes }| {
+        let name = partition.name.as_ref().map(|name| format!(" {name:?}")).unwrap_or_default();
+        let size = units::size(*bytes);
+        format!("{size} in partition {}{name} ({})", partition.number, partition.kind)
+    })
+}
+
+/// A report with the partitions that its damage touches, for `--json`.
+pub fn with_partitions(report: &impl Serialize, damage: &[LocatedDamage]) -> serde_json::Value {
+    let mut summary = serde_json::json!(report);
+    summary["damage"] = serde_json::json!(damage);
+    summary
 }
 
 fn show_sample(app: &App, report: &VerifyReport, sample: &SampleReport) {

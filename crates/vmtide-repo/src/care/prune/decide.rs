@@ -1,6 +1,6 @@
 //! One condemned list, from its boundary to its end.
 
-use super::Pruner;
+use super::{Pruner, may_remove};
 use crate::care::mark::Marker;
 use crate::condemned::{Beside, BoundaryRecord, CondemnedRecord, OpenList, VerdictRecord};
 use crate::envelope::ObjectKind;
@@ -200,7 +200,7 @@ impl Pruner<'_> {
                 continue;
             }
             self.cancel.check()?;
-            match self.context.store.remove(&name) {
+            match may_remove(self.context.store.remove(&name)) {
                 Ok(()) => {
                     self.report.freed_bytes += length_bytes;
                     self.report.packs_removed +=

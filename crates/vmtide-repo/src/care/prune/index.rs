@@ -1,7 +1,7 @@
 //! The index without what is to go.
 
-use super::Pruner;
 use super::condemn::list;
+use super::{Pruner, may_remove};
 use crate::care::mark::Marker;
 use crate::envelope::ObjectKind;
 use crate::index::ChunkIndex;
@@ -53,7 +53,7 @@ impl Pruner<'_> {
         }
         builder.finish(&old)?;
         for id in old {
-            match self.context.store.remove(&ObjectKind::IndexSegment.object_name(id)) {
+            match may_remove(self.context.store.remove(&ObjectKind::IndexSegment.object_name(id))) {
                 Ok(()) => self.report.index_removed += 1,
                 // It is superseded, and goes when it may.
                 Err(RepoError::Locked { .. }) => {}

@@ -39,7 +39,7 @@ use crate::context::RepoContext;
 use crate::envelope::ObjectKind;
 use crate::lease::{Lease, LeaseRecord, Purpose, Revocations, Roster};
 use crate::point_list::{self, Reading};
-use crate::{ObjectId, Result, record};
+use crate::{ObjectId, RepoError, Result, record};
 use condemn::Inventory;
 use decide::Outcome;
 use std::collections::{BTreeMap, BTreeSet};
@@ -49,6 +49,20 @@ use vmtide_block::{CancelToken, Progress};
 
 /// How often a prune that waits for leases looks whether they have ended.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
+
+/// Says what a refusal to remove means: many a credential is meant to add and never to remove.
+fn may_remove(outcome: Result<()>) -> Result<()> {
+    outcome.map_err(|error| match error {
+        RepoError::Denied { context, source } => RepoError::Denied {
+            context: format!(
+                "{context}: prune removes what nobody needs, and this user or credential may not \
+                 remove objects; use one that may"
+            ),
+            source,
+        },
+        other => other,
+    })
+}
 
 /// One run.
 struct Pruner<'a> {

@@ -1,7 +1,7 @@
 //! What those who have ended left: leases, lists half removed, restore points that do not count,
 //! index segments that were replaced, files that were never finished.
 
-use super::Pruner;
+use super::{Pruner, may_remove};
 use crate::care::quarantine;
 use crate::condemned::{BoundaryRecord, list_beside};
 use crate::disk::Repairs;
@@ -29,7 +29,7 @@ impl Pruner<'_> {
 
     /// Removes an object; one that the store keeps until a time stays until a later run.
     fn remove_if_allowed(&self, name: &str) -> Result<()> {
-        match self.context.store.remove(name) {
+        match may_remove(self.context.store.remove(name)) {
             Err(RepoError::Locked { .. }) => Ok(()),
             outcome => outcome,
         }
@@ -40,7 +40,8 @@ impl Pruner<'_> {
         self.remove_void_points()?;
         self.remove_leases()?;
         for id in ChunkIndex::open(self.context)?.superseded() {
-            match self.context.store.remove(&ObjectKind::IndexSegment.object_name(*id)) {
+            match may_remove(self.context.store.remove(&ObjectKind::IndexSegment.object_name(*id)))
+            {
                 Ok(()) => self.report.index_removed += 1,
                 Err(RepoError::Locked { .. }) => {}
                 Err(error) => return Err(error),
@@ -77,7 +78,7 @@ impl Pruner<'_> {
             }
         }
         for id in repairs.healed.records_of_only(&idle) {
-            match self.context.store.remove(&ObjectKind::Healed.object_name(id)) {
+            match may_remove(self.context.store.remove(&ObjectKind::Healed.object_name(id))) {
                 Ok(()) | Err(RepoError::Locked { .. }) => {}
                 Err(error) => return Err(error),
             }
@@ -107,7 +108,7 @@ impl Pruner<'_> {
 
     fn remove_void_points(&mut self) -> Result<()> {
         for id in std::mem::take(&mut self.void) {
-            match self.context.store.remove(&ObjectKind::Point.object_name(id)) {
+            match may_remove(self.context.store.remove(&ObjectKind::Point.object_name(id))) {
                 Ok(()) => self.report.void_points += 1,
                 Err(RepoError::Locked { .. }) => {}
                 Err(error) => return Err(error),
@@ -139,7 +140,7 @@ impl Pruner<'_> {
             let end = ObjectKind::LeaseEnd.object_name(id);
             let rest = lease.names.iter().filter(|name| **name != end);
             for name in rest.chain(lease.names.iter().filter(|name| **name == end)) {
-                match self.context.store.remove(name) {
+                match may_remove(self.context.store.remove(name)) {
                     Ok(()) | Err(RepoError::Locked { .. }) => {}
                     Err(error) => return Err(error),
                 }
