@@ -344,6 +344,21 @@ function Test-Checkpoint {
             @($live | Where-Object { $_ -notlike '*.avhdx' }).Count -eq 0
         @{ found = @{ end = $end; instance_id = $snapshot[0].InstanceID; frozen = $frozen; live = $live; element_name = $snapshot[0].ElementName }; holds = $holds }
     }
+    Test-Question 'What does the job of a checkpoint tell of its kind, its times, its results and who asked?' 'JobType 70, times around CreationTime, a row of Msvm_AffectedJobElement for the checkpoint and one for the VM' {
+        $snapshot = Get-Settings 'Snapshot:Recovery' | Select-Object -First 1
+        $job = Get-CimInstance -Namespace $Namespace -ClassName Msvm_ConcreteJob | Where-Object { $_.JobType -in 0, 70, 170 } |
+            Sort-Object -Property StartTime | Select-Object -Last 1
+        $rows = @(Get-CimInstance -Namespace $Namespace -ClassName Msvm_AffectedJobElement |
+            Where-Object { $null -ne $job -and $_.AffectingElement.InstanceID -eq $job.InstanceID })
+        $elements = @($rows | ForEach-Object { @{ element = [string]$_.AffectedElement; effects = @($_.ElementEffects) } })
+        $holds = $null -ne $job -and $job.JobType -eq 70 -and @($rows | Where-Object { 5 -in $_.ElementEffects }).Count -eq 1 -and
+            $job.StartTime -le $snapshot.CreationTime.AddSeconds(1) -and $job.TimeOfLastStateChange -ge $snapshot.CreationTime.AddSeconds(-1)
+        @{ found = @{
+                type = $job.JobType; has_owner = -not [string]::IsNullOrEmpty($job.Owner); name = $job.Name; submitted = [string]$job.TimeSubmitted
+                begun = [string]$job.StartTime; changed = [string]$job.TimeOfLastStateChange; created = [string]$snapshot.CreationTime
+                elements = $elements
+            }; holds = $holds }
+    }
     Test-Question 'Can the frozen files be opened for reading while writers are kept out?' 'yes: that is how they are read over SMB' {
         $found = @{}
         foreach ($share in 'Read', 'ReadWrite', 'None') {

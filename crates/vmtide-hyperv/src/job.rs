@@ -12,6 +12,15 @@ use vmtide_block::{BlockError, CancelToken};
 use vmtide_cim::{Association, CimError, CimInstance, CimValue, ObjectPath, xml};
 use vmtide_hypervisor::{HypervisorError, Result};
 
+/// The class of jobs.
+const JOB: &str = "Msvm_ConcreteJob";
+
+/// The class that tells what a job worked on.
+const ELEMENT: &str = "Msvm_AffectedJobElement";
+
+/// `ElementEffects`: created.
+const CREATED: u64 = 5;
+
 /// The first pause between two looks, in milliseconds. Most checkpoints take a second or two.
 const FIRST_PAUSE_MS: u64 = 100;
 
@@ -66,7 +75,105 @@ impl State {
     }
 }
 
+/// How far a job is, or how it ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum JobPhase {
+    /// Under way, or in a state of which nobody knows what it leads to.
+    Open,
+    /// It did its work.
+    Done,
+    /// It did not, with this code.
+    Failed(u32),
+}
+
+/// A job as the host lists it, for some five minutes after its end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct JobRecord {
+    /// `InstanceID`.
+    pub id: Option<String>,
+    /// How far it is.
+    pub phase: JobPhase,
+    /// `JobType`; none where the host does not say.
+    pub kind: Option<u16>,
+    /// When it began by the host's clock, in seconds since 1970.
+    pub begun_s: Option<i64>,
+    /// When its state changed last.
+    pub changed_s: Option<i64>,
+}
+
+impl JobRecord {
+    fn of(instance: &CimInstance) -> Self {
+        /// `JobState`: killed; what it began may go on.
+        const KILLED: u16 = 9;
+        let time = |name: &str| {
+            let text = instance.optional_text(name).ok().flatten()?;
+            crate::cycle::seconds_of(text)
+        };
+        let number = instance.number::<u16>("JobState").ok().filter(|number| *number != KILLED);
+        let state = number.and_then(State::of);
+        let code = || instance.optional_number::<u32>("ErrorCode").ok().flatten();
+        Self {
+            id: instance.optional_text("InstanceID").ok().flatten().map(str::to_owned),
+            phase: match state {
+                Some(State::Completed | State::CompletedWithWarnings) => JobPhase::Done,
+                Some(State::Failed(_)) => JobPhase::Failed(code().unwrap_or(codes::FAILED)),
+                Some(State::UnderWay) | None => JobPhase::Open,
+            },
+            kind: instance.optional_number::<u16>("JobType").ok().flatten(),
+            begun_s: time("StartTime").or_else(|| time("TimeSubmitted")),
+            changed_s: time("TimeOfLastStateChange"),
+        }
+    }
+}
+
+/// What a job worked on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct JobElement {
+    /// `InstanceID` of the job.
+    pub job: String,
+    /// The object.
+    pub element: ObjectPath,
+    /// Whether the job made it.
+    pub created: bool,
+}
+
 impl Host {
+    /// A job; none where the host has forgotten it.
+    ///
+    /// # Errors
+    /// As [`from_cim`] says.
+    pub(crate) fn job(&self, job: &ObjectPath) -> Result<Option<JobRecord>> {
+        match self.cim().get(job) {
+            Ok(instance) => Ok(Some(JobRecord::of(&instance))),
+            Err(CimError::NotFound { .. }) => Ok(None),
+            Err(error) => Err(from_cim(error)),
+        }
+    }
+
+    /// All jobs that the host has not forgotten, of whatever program.
+    ///
+    /// # Errors
+    /// As [`from_cim`] says.
+    pub(crate) fn jobs(&self) -> Result<Vec<JobRecord>> {
+        Ok(self.query(&format!("SELECT * FROM {JOB}"))?.iter().map(JobRecord::of).collect())
+    }
+
+    /// What all these jobs worked on.
+    ///
+    /// # Errors
+    /// As [`from_cim`] says.
+    pub(crate) fn job_elements(&self) -> Result<Vec<JobElement>> {
+        let rows = self.query(&format!("SELECT * FROM {ELEMENT}"))?;
+        let read = |row: &CimInstance| {
+            let end = |name: &str| row.optional_reference(name).ok().flatten();
+            let (job, element) = end("AffectingElement").zip(end("AffectedElement"))?;
+            let effects = row.numbers("ElementEffects").unwrap_or_default();
+            let job = job.key("InstanceID")?.to_owned();
+            Some(JobElement { job, element, created: effects.contains(&CREATED) })
+        };
+        Ok(rows.iter().filter_map(read).collect())
+    }
+
     /// Waits for a job. `what` says in words what it does.
     ///
     /// On cancellation the host is asked to stop the job, and its end is waited for within
@@ -199,9 +306,7 @@ impl Host {
     /// association is followed without them, and where that fails too the answer is empty: the work is
     /// done, and what it made is then found by comparing what was there before and after.
     pub(crate) fn affected(&self, job: &ObjectPath) -> Vec<ObjectPath> {
-        /// `ElementEffects`: created.
-        const CREATED: u64 = 5;
-        let class = Some("Msvm_AffectedJobElement".to_owned());
+        let class = Some(ELEMENT.to_owned());
         let role = Some("AffectingElement".to_owned());
         let rows = Association { class: class.clone(), result_class: None, role };
         match self.cim().references(job, &rows) {

@@ -1,11 +1,11 @@
 //! The recovery checkpoint: making it, and finding it again.
 
+use crate::cycle::proof::{self, is_new_recovery};
 use crate::cycle::steps::{self, JobState, Step};
 use crate::cycle::{HypervHypervisor, time};
-use crate::gates::job_of_checkpoint;
 use crate::model::NotMade;
 use crate::{BackupType, SnapshotKind, SnapshotRecord, SnapshotRequest, VmRecord};
-use vmtide_cim::ObjectPath;
+use uuid::Uuid;
 use vmtide_hypervisor::{Consistency, FreezeRequest, HypervisorError, JobId, Journal, Result};
 
 /// How much the host's clock may be set meanwhile, or differ from this machine's where the host does not tell its time, in
@@ -93,16 +93,14 @@ fn try_one(
     let before: Vec<String> =
         host.snapshots(vm.id)?.into_iter().map(|snapshot| snapshot.settings.instance_id).collect();
     let at = host.unix_s();
-    steps::record(journal, &Step::Checkpointing { before: before.clone(), at })?;
+    steps::record(journal, &Step::Checkpointing { before, at })?;
     let wanted = SnapshotRequest {
         consistency,
         backup_type: backup_type(hyperv, consistency),
         // What cannot be held is left out by the host, and told by comparing the lists of disks.
         ignore_non_snapshottable: true,
     };
-    let mut named = None;
     let made = host.make_recovery_snapshot(vm, &wanted, &request.cancel, &mut |job| {
-        named = Some(job.clone());
         steps::record(journal, &Step::CheckpointJob { job: job.clone() })
     });
     let snapshot = match made {
@@ -111,7 +109,7 @@ fn try_one(
             if not_made.refused {
                 steps::record(journal, &Step::Refused)?;
             }
-            match adopt(hyperv, vm, &before, named.as_ref(), &not_made.error) {
+            match adopt(hyperv, vm, journal, &not_made.error) {
                 Some(snapshot) => snapshot,
                 None => return Ok(Err(not_made)),
             }
@@ -136,28 +134,24 @@ fn backup_type(hyperv: &HypervHypervisor, consistency: Consistency) -> BackupTyp
     }
 }
 
-/// The checkpoint that the host made without its answer arriving, where its job names it; none where nothing proves one to
+/// The checkpoint that the host made without its answer arriving, where its job proves it; none where nothing proves one to
 /// be ours. That it is new proves nothing: other products make checkpoints, too.
 fn adopt(
     hyperv: &HypervHypervisor,
     vm: &VmRecord,
-    before: &[String],
-    job: Option<&ObjectPath>,
+    journal: &Journal,
     error: &HypervisorError,
 ) -> Option<SnapshotRecord> {
     let was_lost =
         matches!(error, HypervisorError::Unreachable { .. } | HypervisorError::Protocol { .. });
-    let job = job.filter(|_| was_lost)?;
+    let state = JobState::of(journal.entry());
+    let making = state.making.last().filter(|_| was_lost)?;
     let mut snapshots = hyperv.host().snapshots(vm.id).ok()?;
-    let ours = hyperv.host().snapshots_of_job(job, &snapshots, before);
+    let ours = proof::of_making(hyperv.host(), vm.id, &state, making, &snapshots).made;
     snapshots.retain(|snapshot| ours.contains(&snapshot.settings.instance_id));
     let snapshot = snapshots.pop().filter(|_| snapshots.is_empty())?;
     tracing::warn!(%error, vm = %vm.name, "the host made the checkpoint, but its answer was lost");
     Some(snapshot)
-}
-
-fn is_new_recovery(snapshot: &SnapshotRecord, before: &[String]) -> bool {
-    snapshot.kind == SnapshotKind::Recovery && !before.contains(&snapshot.settings.instance_id)
 }
 
 /// The checkpoints of a job.
@@ -168,12 +162,15 @@ pub(crate) struct Found<'a> {
     pub doubtful: Vec<String>,
     /// Whether the host may still be making one.
     pub unsettled: bool,
+    /// Whether there are several of which one is its, which is to be written down.
+    pub is_unclear: bool,
 }
 
-/// Finds the checkpoints of a job: by id, by name, or, where it was not there to learn either, as what the host's job made.
-/// Any other that appeared when the job asked for one is told, and left alone: it may be another product's.
+/// Finds the checkpoints of a job: by id, by name, or, where it was not there to learn either, as what the host's job proves
+/// to be ours. Any other that appeared when the job asked for one is told, and left alone: it may be another product's.
 pub(crate) fn ours<'a>(
     hyperv: &HypervHypervisor,
+    vm: Uuid,
     snapshots: &'a [SnapshotRecord],
     job: &JobId,
     state: &JobState,
@@ -184,30 +181,24 @@ pub(crate) fn ours<'a>(
             || (snapshot.settings.name == name && snapshot.kind == SnapshotKind::Recovery)
     };
     let ours: Vec<_> = snapshots.iter().filter(|snapshot| is_known(snapshot)).collect();
-    let mut found = Found { ours, doubtful: Vec::new(), unsettled: false };
+    let mut found = Found { ours, doubtful: Vec::new(), unsettled: false, is_unclear: false };
     // The name is proof enough: one job has one checkpoint.
     if !found.ours.is_empty() {
         return found;
     }
     for making in &state.making {
-        let new: Vec<_> = snapshots
-            .iter()
-            .filter(|snapshot| {
-                is_new_recovery(snapshot, &making.before)
-                    && job_of_checkpoint(&snapshot.settings.name).is_none()
-            })
-            .collect();
-        if let Some(job) = making.job.as_ref().filter(|_| !new.is_empty()) {
-            let made = hyperv.host().snapshots_of_job(job, snapshots, &making.before);
-            let made = |snapshot: &&&SnapshotRecord| made.contains(&snapshot.settings.instance_id);
-            found.ours.extend(new.iter().filter(made));
-        }
-        if making.settled || !found.ours.is_empty() {
+        let new = snapshots.iter().filter(|one| is_new_recovery(one, &making.before));
+        let proof = proof::of_making(hyperv.host(), vm, state, making, snapshots);
+        found.ours.extend(new.clone().filter(|one| is_among(&proof.made, one)));
+        found.is_unclear |= proof.is_unclear && !making.unclear;
+        if making.settled || proof.came_to_nothing || !found.ours.is_empty() {
             continue;
         }
         let limit_s = limit_s(hyperv);
-        let likely: Vec<_> =
-            new.into_iter().filter(|snapshot| may_be(snapshot, making.at, limit_s)).collect();
+        let may_be = |one: &&SnapshotRecord| {
+            may_be(one, making.at, limit_s) && !is_among(&proof.of_others, one)
+        };
+        let likely: Vec<_> = new.filter(may_be).collect();
         found.unsettled |=
             likely.is_empty() && hyperv.host().unix_s() < making.at.saturating_add(limit_s);
         found.doubtful.extend(likely.into_iter().map(|snapshot| doubt(&snapshot.settings.name)));
@@ -220,6 +211,10 @@ fn doubt(name: &str) -> String {
         "checkpoint {name:?} appeared when an earlier job asked for one; it may be another program's, so it is left \
          alone: if no other program backs up the VM, remove it (Get-VMSnapshot, Remove-VMSnapshot)"
     )
+}
+
+fn is_among(ids: &[String], snapshot: &SnapshotRecord) -> bool {
+    ids.contains(&snapshot.settings.instance_id)
 }
 
 /// Whether a checkpoint can be the one that was asked for at `at`.

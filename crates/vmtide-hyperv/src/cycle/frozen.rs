@@ -5,6 +5,7 @@ use crate::cycle::disks::OpenDisk;
 use crate::cycle::freeze::Session;
 use crate::cycle::ledger::OwnPoint;
 use crate::cycle::points::{self, SealedDisk};
+use crate::cycle::proof;
 use crate::cycle::steps::{JobState, Step};
 use crate::cycle::token::{BaseToken, SealedBy};
 use crate::cycle::undo::Undone;
@@ -248,9 +249,7 @@ fn find(
     let points = again(host, || host.reference_points(session.vm.id))
         .map_err(|error| format!("{why}; then: {error}"))?;
     let state = JobState::of(session.journal.entry());
-    let named =
-        || state.convert_job.as_ref().map(|job| host.points_of_job(job)).unwrap_or_default();
-    if let Some(point) = points::made_of(&points, before, &state.tracking, named) {
+    if let Some(point) = proof::point_of(host, session.vm.id, &state, &points, before) {
         return Ok(point.clone());
     }
     if error.is_some() {

@@ -8,8 +8,9 @@
 //! What must hold, and where it is kept:
 //! - Nothing is made that is not in the journal before, with what finds it again when its maker did not live to hear
 //!   the answer ([`steps`]); one procedure removes it, for an abort, a commit and a reaping alike ([`undo`]).
-//! - What is not surely ours is never touched: a checkpoint is ours by the journal, its name or the results of the job
-//!   that made it, a reference point by the journal, the [`ledger`] or the ids that our own frozen files had.
+//! - What is not surely ours is never touched: a checkpoint is ours by the journal, its name or what the host tells of the
+//!   job that made it, a reference point by the journal, the [`ledger`], the ids that our own frozen files had, or our
+//!   checkpoint that it was ([`proof`]).
 //! - Any doubt about changes is a reason to read that disk in full ([`disks`], [`changes`], [`token`], [`points`]).
 //! - The older reference point is destroyed only after the restore point that replaces it stands. Where a job was
 //!   killed between the two, both points are kept until a later restore point tells which one it was ([`undo`]).
@@ -27,6 +28,7 @@ mod ledger;
 mod line;
 mod merge;
 mod points;
+mod proof;
 mod reap;
 mod steps;
 mod time;

@@ -89,13 +89,15 @@ pub(crate) fn is_among(id: &str, ids: &[String]) -> bool {
     ids.iter().any(|other| same_point(id, other))
 }
 
-/// The point that came of a checkpoint, among those that were not there before: by the ids that its frozen files were
-/// sealed under, which no other point has, or else as the result of the host's job. None where neither proves it: that it
-/// is new does not, as other products convert checkpoints of theirs.
+/// The point that came of one of our `checkpoints`, among those that were not there before: by the ids that its frozen files
+/// were sealed under, which no other point has; because it names the disks of that checkpoint, whose id no other has; or else
+/// as a result of the host's job. None where nothing proves it: that it is new does not, as other products convert
+/// checkpoints of theirs.
 pub(crate) fn made_of<'a>(
     points: &'a [ReferencePointRecord],
     before: &[String],
     tracking: &[String],
+    checkpoints: &[String],
     named: impl FnOnce() -> Vec<String>,
 ) -> Option<&'a ReferencePointRecord> {
     let new = || points.iter().filter(|point| !is_among(&point.instance_id, before));
@@ -107,8 +109,23 @@ pub(crate) fn made_of<'a>(
     if by_ids.is_some() || new().next().is_none() {
         return by_ids;
     }
+    if let Some(point) = only(new().filter(|point| is_of_checkpoints(point, checkpoints))) {
+        return Some(point);
+    }
     let named = named();
     only(new().filter(|point| is_among(&point.instance_id, &named)))
+}
+
+/// Whether all the disks that a point names are those of one of these checkpoints: `Microsoft:CHECKPOINT\DISK\…`. Some
+/// hosts name those of the VM.
+fn is_of_checkpoints(point: &ReferencePointRecord, checkpoints: &[String]) -> bool {
+    let owner =
+        |identifier: &String| identifier.split_once('\\').map(|(owner, _)| owner.to_owned());
+    let is_of = |identifier: &String, checkpoint: &String| {
+        owner(identifier).is_some_and(|owner| owner.eq_ignore_ascii_case(checkpoint))
+    };
+    !point.disk_identifiers.is_empty()
+        && checkpoints.iter().any(|id| point.disk_identifiers.iter().all(|disk| is_of(disk, id)))
 }
 
 /// The element of an iterator that has one.
@@ -201,14 +218,31 @@ mod tests {
     fn only_a_point_with_our_ids_is_ours() {
         let mut points = vec![point(&["a"], &["x"]), point(&["a"], &["y"])];
         points[1].instance_id = "Microsoft:Q".into();
-        let found = made_of(&points, &[], &["Y".into()], Vec::new);
+        let found = made_of(&points, &[], &["Y".into()], &[], Vec::new);
         assert_eq!(found.map(|point| point.instance_id.as_str()), Some("Microsoft:Q"));
-        assert_eq!(made_of(&points, &["Microsoft:Q".into()], &["y".into()], Vec::new), None);
-        assert_eq!(made_of(&points, &[], &["x".into(), "y".into()], Vec::new), None);
-        assert_eq!(made_of(&points, &[], &[], Vec::new), None);
-        let named = |id: &str| made_of(&points, &[], &[], || vec![id.to_owned()]);
+        assert_eq!(made_of(&points, &["Microsoft:Q".into()], &["y".into()], &[], Vec::new), None);
+        assert_eq!(made_of(&points, &[], &["x".into(), "y".into()], &[], Vec::new), None);
+        assert_eq!(made_of(&points, &[], &[], &[], Vec::new), None);
+        let named = |id: &str| made_of(&points, &[], &[], &[], || vec![id.to_owned()]);
         assert_eq!(named("Microsoft:Q"), Some(&points[1]));
         assert_eq!(named("Microsoft:R"), None);
+    }
+
+    #[test]
+    fn a_point_that_names_the_disks_of_our_checkpoint_is_ours() {
+        let mut points = vec![point(&[r"Microsoft:VM\d"], &[]), point(&[r"Microsoft:VM\d"], &[])];
+        points[1].instance_id = "Microsoft:Q".into();
+        let ours = ["microsoft:snap".to_owned()];
+        let find = |points: &[ReferencePointRecord]| {
+            made_of(points, &[], &[], &ours, Vec::new).map(|point| point.instance_id.clone())
+        };
+        assert_eq!(find(&points), None);
+        points[1].disk_identifiers = vec![r"Microsoft:SNAP\d".into(), r"Microsoft:SNAP\e".into()];
+        assert_eq!(find(&points).as_deref(), Some("Microsoft:Q"));
+        points[1].disk_identifiers.push(r"Microsoft:SNAP2\f".into());
+        assert_eq!(find(&points), None);
+        points[1].disk_identifiers.clear();
+        assert_eq!(find(&points), None);
     }
 
     #[test]

@@ -33,6 +33,9 @@ pub(crate) enum Step {
         /// The job.
         job: ObjectPath,
     },
+    /// More than one checkpoint has appeared, and the host's job does not name ours: that one of them is the only one left
+    /// proves nothing any more.
+    Unclear,
     /// The host has answered that it made none: what is not there yet will not come.
     Refused,
     /// It was made.
@@ -106,6 +109,8 @@ pub(crate) struct Making {
     pub job: Option<ObjectPath>,
     /// Whether nothing will come of it that is not there yet.
     pub settled: bool,
+    /// Whether somebody has looked when there were several that it may have made.
+    pub unclear: bool,
 }
 
 /// How far a job got, by its steps.
@@ -130,6 +135,8 @@ pub(crate) struct JobState {
     pub converting: Option<Vec<String>>,
     /// The host's job of the conversion, where it named one.
     pub convert_job: Option<ObjectPath>,
+    /// All jobs of the host that were named to this job.
+    pub jobs: Vec<ObjectPath>,
     /// The reference point that was made.
     pub point: Option<String>,
     /// The reference points that may be it, where it was not heard of and somebody has looked.
@@ -156,13 +163,15 @@ impl JobState {
         match step {
             Step::Begun { lineage, host, .. } => (self.lineage, self.host) = (lineage, host),
             Step::Checkpointing { before, at } => {
-                self.making.push(Making { before, at, job: None, settled: false });
+                self.making.push(Making { before, at, job: None, settled: false, unclear: false });
             }
             Step::CheckpointJob { job } => {
+                self.jobs.push(job.clone());
                 if let Some(making) = self.making.last_mut() {
                     making.job = Some(job);
                 }
             }
+            Step::Unclear => self.making.iter_mut().for_each(|making| making.unclear = true),
             Step::Refused => {
                 if let Some(making) = self.making.last_mut() {
                     making.settled = true;
@@ -176,7 +185,10 @@ impl JobState {
             Step::Removed { snapshot } => self.removed.push(snapshot),
             Step::Frozen { leaves, tracking } => (self.leaves, self.tracking) = (leaves, tracking),
             Step::Converting { before } => self.converting = Some(before),
-            Step::ConvertJob { job } => self.convert_job = Some(job),
+            Step::ConvertJob { job } => {
+                self.jobs.push(job.clone());
+                self.convert_job = Some(job);
+            }
             Step::Converted { point } => self.point = Some(point),
             Step::Doubted { points } => self.doubted = Some(points),
             Step::Committed { keep, destroy } => self.committed = Some((keep, destroy)),
@@ -253,7 +265,8 @@ mod tests {
             leaves: vec!["f".into()],
             tracking: vec!["t".into()],
             converting: Some(vec![]),
-            convert_job: Some(job),
+            convert_job: Some(job.clone()),
+            jobs: vec![job],
             point: Some("p".into()),
             doubted: Some(vec!["d".into()]),
             committed: Some((Some("p".into()), vec!["o".into()])),

@@ -7,7 +7,7 @@
 //!
 //! | steps                          | the restore point | the new point         | the older points of the lineage |
 //! |--------------------------------|-------------------|-----------------------|---------------------------------|
-//! | `Converting`, no `Converted`   | is none           | found by ids or job: destroyed | kept                   |
+//! | `Converting`, no `Converted`   | is none           | found by what proves it: destroyed | kept                   |
 //! | `Converted`, the job failed    | is none           | destroyed             | kept                            |
 //! | `Converted`, the job was killed | may stand        | kept, in the ledger   | kept                            |
 //! | `Committed`                    | stands            | kept, in the ledger   | destroyed                       |
@@ -19,7 +19,7 @@ use crate::cycle::checkpoint;
 use crate::cycle::ledger::{Ledger, OwnPoint};
 use crate::cycle::points::same_point;
 use crate::cycle::steps::{self, JobState, Step};
-use crate::cycle::{HypervHypervisor, merge, points};
+use crate::cycle::{HypervHypervisor, merge, points, proof};
 use crate::{ReferencePointRecord, SnapshotRecord};
 use uuid::Uuid;
 use vmtide_block::CancelToken;
@@ -116,7 +116,7 @@ impl Undo<'_> {
             Err(error) => return Err(error),
         }
         let snapshots = self.hyperv.host().snapshots(self.vm)?;
-        let mut found = checkpoint::ours(self.hyperv, &snapshots, &job, &state);
+        let mut found = checkpoint::ours(self.hyperv, self.vm, &snapshots, &job, &state);
         if !state.is_of(self.hyperv.host().identity().as_deref()) {
             if found.ours.is_empty() && state.may_have_checkpoint() {
                 // It did not come with the VM: this is its twin, or the job's own host has removed it since.
@@ -126,6 +126,9 @@ impl Undo<'_> {
             }
             // What was there before, and when, was written down of the other host.
             (found.doubtful, found.unsettled) = (Vec::new(), false);
+        }
+        if found.is_unclear {
+            steps::record(self.journal, &Step::Unclear)?;
         }
         done.nameless = found.doubtful;
         done.unsettled = found.unsettled;
@@ -211,12 +214,9 @@ impl Undo<'_> {
         }
         let points = self.hyperv.host().reference_points(self.vm)?;
         let unheard = state.converting.as_ref().filter(|_| state.point.is_none());
-        let named = || {
-            let job = state.convert_job.as_ref();
-            job.map(|job| self.hyperv.host().points_of_job(job)).unwrap_or_default()
-        };
+        let host = self.hyperv.host();
         let made = unheard
-            .and_then(|before| points::made_of(&points, before, &state.tracking, named))
+            .and_then(|before| proof::point_of(host, self.vm, state, &points, before))
             .map(|point| point.instance_id.clone());
         if let Some(before) = unheard.filter(|_| made.is_none() && converted) {
             self.doubt(state, &points, before, done)?;

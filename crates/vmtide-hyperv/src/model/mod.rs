@@ -11,6 +11,7 @@ pub mod types;
 mod vhd;
 pub(crate) mod vms;
 
+pub(crate) use points::point_path;
 pub(crate) use snapshots::NotMade;
 pub use snapshots::SnapshotRequest;
 pub use vhd::VirtualHardDisk;

@@ -2,8 +2,8 @@
 //! other on one host. Whatever comes, a VM is complete or not there, what is not ours stays as it is, and in the end
 //! nothing is left.
 //!
-//! `cargo test -p vmtide-hyperv --release --test restore_host -- --ignored` runs 10,000 of them, for some minutes; from another
-//! seed with `VMTIDE_SEED=N`.
+//! `cargo test -p vmtide-hyperv --release --test restore_host -- --ignored` runs 10,000 of them, for about an hour; a range of them
+//! with `VMTIDE_SEED=FIRST` and `VMTIDE_RUNS=COUNT`.
 
 use crate::support::{WorldClock, assert_holds, freeze, host, in_place, request, source_of, write};
 use std::collections::{BTreeMap, BTreeSet};
@@ -257,10 +257,19 @@ impl<'a> Run<'a> {
     }
 }
 
+/// A number in the environment.
+fn from_environment(name: &str) -> Option<u64> {
+    std::env::var(name).ok().and_then(|text| text.parse().ok())
+}
+
 fn run(count: u64) {
     let points = points();
-    let first = std::env::var("VMTIDE_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or(1);
+    let first = from_environment("VMTIDE_SEED").unwrap_or(1);
+    let count = from_environment("VMTIDE_RUNS").unwrap_or(count);
     for seed in first..first + count {
+        if (seed - first).is_multiple_of(100) {
+            println!("{} of {count} runs are done", seed - first);
+        }
         let directory = tempfile::tempdir().unwrap();
         let mut run = Run::new(seed, directory.path(), &points);
         for _ in 0..1 + run.random.below(5) {
@@ -268,6 +277,7 @@ fn run(count: u64) {
         }
         run.end();
     }
+    println!("{count} runs from seed {first}: all are whole or nothing");
 }
 
 #[test]
@@ -276,7 +286,7 @@ fn restores_by_chance_are_whole_or_nothing() {
 }
 
 #[test]
-#[ignore = "some minutes: see the head of this file"]
+#[ignore = "an hour: see the head of this file"]
 fn ten_thousand_restores_by_chance() {
     run(10_000);
 }

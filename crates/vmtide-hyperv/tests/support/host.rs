@@ -288,20 +288,31 @@ impl TestHost {
         self.world().set(id, "CreationTime", CimValue::DateTime(text));
     }
 
-    /// The checkpoints for backups that have the name the host gives.
+    fn is_nameless(&self, id: Uuid, name: &str, recovery: bool) -> bool {
+        recovery && name.ends_with(" ms)") && !self.world().is_by_other(id)
+    }
+
+    /// The checkpoints for our backups that have the name the host gives.
     pub fn nameless(&self, vm: usize) -> Vec<String> {
         let all = self.world().snapshots(self.id(vm)).into_iter();
-        let own = all.filter(|(_, name, recovery)| *recovery && name.ends_with(" ms)"));
+        let own = all.filter(|(id, name, recovery)| self.is_nameless(*id, name, *recovery));
         own.map(|(_, name, _)| name).collect()
     }
 
-    /// The administrator removes the checkpoints that have the name the host gives.
+    /// The administrator removes those of our checkpoints that have the name the host gives.
     pub fn remove_nameless(&self, vm: usize) {
         for (id, name, recovery) in self.world().snapshots(self.id(vm)) {
-            if recovery && name.ends_with(" ms)") {
+            if self.is_nameless(id, &name, recovery) {
                 self.world().remove_checkpoint(id);
             }
         }
+    }
+
+    /// The checkpoints for backups that other products have made; their ids.
+    pub fn of_others(&self, vm: usize) -> Vec<Uuid> {
+        let all = self.world().snapshots(self.id(vm)).into_iter();
+        let others = all.filter(|(id, _, recovery)| *recovery && self.world().is_by_other(*id));
+        others.map(|(id, _, _)| id).collect()
     }
 
     /// Somebody removes all checkpoints in the host's tools.

@@ -141,7 +141,7 @@ impl World {
     fn checkpoint(&self, vm: Uuid, recovery: bool) -> Option<Uuid> {
         let mut state = self.lock();
         state.catch_up();
-        let new = NewSnapshot { vm, recovery, consistency: 2, skip_others: true };
+        let new = NewSnapshot { vm, recovery, consistency: 2, skip_others: true, by_other: true };
         let made = state.create_snapshot(new).ok()?;
         let (path, _) = made.last()?;
         crate::services::arguments::id_of(path.key("InstanceID")?)

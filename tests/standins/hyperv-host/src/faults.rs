@@ -89,6 +89,8 @@ pub struct Faults {
     pub skipped_disk: Option<usize>,
     /// While a checkpoint is refused, another product makes its own.
     pub foreign_at_refusal: bool,
+    /// Once: when a checkpoint is asked for, another product has just asked for one as well, by a job of its own.
+    pub foreign_beside: bool,
     /// Once: before a conversion somebody removes the checkpoint, and another product converts a later one.
     pub foreign_at_conversion: bool,
     /// Once: while a checkpoint is made somebody attaches a disk.

@@ -175,7 +175,12 @@ impl State {
         let state = job.state(self.now_ms);
         let error = job.end.as_ref().and_then(|end| end.error.as_ref());
         let description = error.map_or("", |error| error.description.as_str());
+        let at = |ms: u64| timestamp(self.begun_unix_s + ms / 1000);
         vec![
+            ("TimeSubmitted", at(job.begun_ms)),
+            ("StartTime", at(job.begun_ms)),
+            ("TimeOfLastStateChange", at(job.end.as_ref().map_or(job.begun_ms, |end| end.at_ms))),
+            ("JobType", number16(job.kind())),
             ("InstanceID", guid(job.id).into()),
             ("Caption", job.caption.as_str().into()),
             ("ElementName", job.caption.as_str().into()),

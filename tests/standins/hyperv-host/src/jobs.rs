@@ -291,6 +291,25 @@ impl Job {
         }
     }
 
+    /// `JobType`, as far as the documents number it.
+    pub(crate) fn kind(&self) -> u16 {
+        match self.method.as_str() {
+            "DefineSystem" => 1,
+            "ModifySystemSettings" => 2,
+            "DestroySystem" => 3,
+            "AddResourceSettings" => 30,
+            "ModifyResourceSettings" => 31,
+            "RemoveResourceSettings" => 32,
+            "ImportSystemDefinition" => 61,
+            "ExportSystemDefinition" => 62,
+            "CreateSnapshot" => 70,
+            "ApplySnapshot" => 71,
+            "DestroySnapshot" | "DestroySnapshotTree" => 72,
+            "RealizePlannedSystem" => 141,
+            _ => 0,
+        }
+    }
+
     /// `PercentComplete`.
     pub(crate) fn percent(&self, now_ms: u64) -> u16 {
         if self.end.is_some() {

@@ -36,6 +36,8 @@ pub(crate) struct State {
     pub(crate) handles: Vec<(String, Weak<()>)>,
     /// What happened, for people who look at a failed run.
     pub(crate) events: Vec<String>,
+    /// How many objects of other products the clients have asked to remove or convert.
+    pub(crate) harm: u64,
     /// Numbers of new disks, file names and objects.
     pub(crate) next: u64,
 }
@@ -120,6 +122,8 @@ pub(crate) struct Snapshot {
     pub(crate) id: Uuid,
     pub(crate) vm: Uuid,
     pub(crate) recovery: bool,
+    /// Whether another product, or a person, has asked for it.
+    pub(crate) by_other: bool,
     /// 1 application, 2 crash.
     pub(crate) consistency: u8,
     pub(crate) configuration: Configuration,
@@ -155,6 +159,8 @@ pub(crate) struct Point {
     pub(crate) shown_ids: Vec<String>,
     /// Grows from one reference point to the next.
     pub(crate) made: u64,
+    /// Whether another product has asked for it.
+    pub(crate) by_other: bool,
 }
 
 /// A GUID as WMI writes it.

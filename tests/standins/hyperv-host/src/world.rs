@@ -128,6 +128,7 @@ impl World {
             faults: Faults::default(),
             handles: Vec::new(),
             events: Vec::new(),
+            harm: 0,
             next: 0,
         };
         Self { state: Arc::new(Mutex::new(state)) }
@@ -328,6 +329,28 @@ impl World {
         own.into_iter()
             .map(|s| (s.id, s.configuration.text("ElementName").to_owned(), s.recovery))
             .collect()
+    }
+
+    /// Whether somebody else than the connections of this host's clients has asked for a checkpoint.
+    pub fn is_by_other(&self, checkpoint: Uuid) -> bool {
+        self.lock().snapshots.get(&checkpoint).is_some_and(|snapshot| snapshot.by_other)
+    }
+
+    /// The reference points of a VM that another product has asked for; their `InstanceID`s.
+    pub fn points_of_others(&self, vm: Uuid) -> Vec<String> {
+        let state = self.lock();
+        let others = state.points.values().filter(|point| point.vm == vm && point.by_other);
+        others.map(|point| state.id_of_point(point)).collect()
+    }
+
+    /// The `InstanceID`s of the jobs that are not forgotten.
+    pub fn jobs(&self) -> Vec<String> {
+        self.lock().jobs.keys().map(|id| crate::state::guid(*id)).collect()
+    }
+
+    /// How often clients have asked to remove or convert what another product has made.
+    pub fn harm(&self) -> u64 {
+        self.lock().harm
     }
 
     /// A property of the settings of a VM or checkpoint.

@@ -32,6 +32,7 @@ impl State {
                 let path = arguments.reference("AffectedReferencePoint");
                 match path.and_then(|path| self.point_of(&path)) {
                     Some(id) => {
+                        self.harm += u64::from(self.points[&id].by_other);
                         let caption = "Deleting reference point".into();
                         let effect = Effect::DestroyPoint(id);
                         self.begin("DestroyReferencePoint", caption, effect, None)
@@ -66,8 +67,13 @@ impl State {
         if self.snapshots.values().any(|snapshot| snapshot.vm == vm && snapshot.recovery) {
             return Answer::code(INVALID_STATE);
         }
-        let new =
-            super::snapshot::NewSnapshot { vm, recovery: true, consistency: 2, skip_others: true };
+        let new = super::snapshot::NewSnapshot {
+            vm,
+            recovery: true,
+            consistency: 2,
+            skip_others: true,
+            by_other: false,
+        };
         let made = self.create_snapshot(new).and_then(|made| {
             let snapshot = made.iter().find(|(_, effect)| *effect == EFFECT_CREATE);
             let id = snapshot.and_then(|(path, _)| path.key("InstanceID"));
@@ -119,6 +125,7 @@ impl State {
             disks,
             shown_ids,
             made: self.number(),
+            by_other: snapshot.by_other,
         };
         let path = self.path_of_point(&point);
         self.note(format!("reference point {} made", self.id_of_point(&point)));

@@ -20,6 +20,8 @@ pub(crate) struct NewSnapshot {
     /// 1 application, 2 crash.
     pub(crate) consistency: u8,
     pub(crate) skip_others: bool,
+    /// Whether it is another product that asks.
+    pub(crate) by_other: bool,
 }
 
 impl State {
@@ -86,8 +88,19 @@ impl State {
             return Answer::code(INVALID_STATE);
         }
         let consistency = if number("ConsistencyLevel") == 1 { 1 } else { 2 };
-        let new = NewSnapshot { vm, recovery, consistency, skip_others };
         let caption = format!("Taking checkpoint of {name}");
+        if std::mem::take(&mut self.faults.foreign_beside) {
+            let other = NewSnapshot {
+                vm,
+                recovery: true,
+                consistency: 2,
+                skip_others: true,
+                by_other: true,
+            };
+            let effect = Effect::CreateSnapshot(other);
+            self.begin("CreateSnapshot", caption.clone(), effect, Some("ResultingSnapshot"));
+        }
+        let new = NewSnapshot { vm, recovery, consistency, skip_others, by_other: false };
         let effect = Effect::CreateSnapshot(new);
         self.begin("CreateSnapshot", caption, effect, Some("ResultingSnapshot"))
     }
@@ -96,6 +109,7 @@ impl State {
         let Some(id) = id.filter(|id| self.snapshots.contains_key(id)) else {
             return Answer::code(INVALID_PARAMETER);
         };
+        self.harm += u64::from(self.snapshots[&id].by_other);
         if let Some(code) = self.faults.destruction_code {
             return Answer::code(code);
         }
@@ -122,6 +136,7 @@ impl State {
             return Answer::code(INVALID_STATE);
         }
         let (id, vm) = (snapshot.id, snapshot.vm);
+        self.harm += u64::from(snapshot.by_other);
         let convert = ConvertPoint { snapshot: id };
         if std::mem::take(&mut self.faults.foreign_at_conversion) {
             drop(self.destroy_snapshots(&[id]));
@@ -150,7 +165,8 @@ impl State {
 
     /// Another product's checkpoint for its own backup.
     fn foreign_checkpoint(&mut self, vm: Uuid, name: &str) -> Option<Uuid> {
-        let new = NewSnapshot { vm, recovery: true, consistency: 2, skip_others: true };
+        let new =
+            NewSnapshot { vm, recovery: true, consistency: 2, skip_others: true, by_other: true };
         let made = self.create_snapshot(new).ok()?;
         let (path, _) = made.last()?;
         let id = super::arguments::id_of(path.key("InstanceID")?)?;
@@ -217,6 +233,7 @@ impl State {
             id,
             vm: new.vm,
             recovery: new.recovery,
+            by_other: new.by_other,
             consistency,
             configuration,
             disks,
