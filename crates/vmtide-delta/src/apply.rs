@@ -9,20 +9,19 @@ use crate::create::read_base;
 use crate::format::{HEAD_BYTES, RecordHead, shorten};
 use crate::frame::{Decoder, EncodedFrame, for_each};
 use crate::page_buffer::PageBuffer;
-use crate::pipeline::{default_workers, run_in_order};
+use crate::pipeline::{MAX_WORKERS, default_workers, run_in_order};
 use crate::{DeltaError, DeltaFile, DeltaHeader, DeltaReader, DeltaSummary, Result};
 use serde::Serialize;
 use std::io::Read;
-use vmtide_block::{
-    BlockDevice, ByteRange, CancelToken, Extent, ExtentKind, Progress, WritableBlockDevice,
-};
+use vmtide_block::{BlockDevice, CancelToken, Extent, ExtentKind, Progress, WritableBlockDevice};
 
 /// The sector that images of all formats but raw are a multiple of, in bytes: a target may be larger
 /// than the base by less than this.
 const SECTOR_BYTES: u64 = 512;
 
-/// How much of a base is read at a time to hold it against its digests, in bytes.
-const CHECK_BYTES: u64 = 1 << 20;
+/// How much of a base is read at a time to hold it against its digests, in bytes: what is read is still in the
+/// core's own cache when it is hashed.
+const CHECK_BYTES: usize = 256 << 10;
 
 /// How to apply a delta.
 #[derive(Clone, Debug)]
@@ -40,7 +39,9 @@ pub struct ApplyOptions {
 
 impl Default for ApplyOptions {
     fn default() -> Self {
-        Self { workers: default_workers(), check_base: true, target_id: None, resuming: false }
+        // Two more than the cores: one that waits for the medium leaves its core to another that decompresses.
+        let workers = (default_workers() + 2).min(MAX_WORKERS);
+        Self { workers, check_base: true, target_id: None, resuming: false }
     }
 }
 
@@ -85,13 +86,13 @@ impl<'a> ApplyPlan<'a> {
     ) -> Result<Self> {
         check_target(delta.header(), delta.name(), target, options)?;
         progress.add_total(delta.summary().stream_bytes);
-        let also = |head: &RecordHead, extents: &[Extent]| -> Result<()> {
+        let also = |buffer: &mut Vec<u8>, head: &RecordHead, extents: &[Extent]| -> Result<()> {
             match options.looks_at_target() {
-                true => check_base(delta.name(), head, extents, target),
+                true => check_base(delta.name(), head, extents, target, buffer),
                 false => Ok(()),
             }
         };
-        let summary = delta.verify_with(options.workers, progress, cancel, &also)?;
+        let summary = delta.verify_with(options.workers, progress, cancel, Vec::new, &also)?;
         Ok(Self { delta, options, summary })
     }
 
@@ -174,11 +175,11 @@ pub fn apply_stream<R: Read + Send>(
         options.workers,
         cancel,
         || delta.next_frame(),
-        || (Decoder::new(), PageBuffer::default()),
-        |(decoder, memory), encoded: EncodedFrame| {
+        || (Decoder::new(), PageBuffer::default(), Vec::new()),
+        |(decoder, memory, present), encoded: EncodedFrame| {
             let head = encoded.head;
             if options.looks_at_target() {
-                check_base(&name, &head, &encoded.extents, target)?;
+                check_base(&name, &head, &encoded.extents, target, present)?;
             }
             let data = usable(decoder)?
                 .data_at_page(&head, &encoded.body, memory)
@@ -249,25 +250,30 @@ fn check_target(
     }
 }
 
-/// Holds what the target has where a frame brings data against the frame's digest of the base.
+/// Holds what the target has where a frame brings data against the frame's digest of the base. `buffer` is empty at first, and
+/// kept from frame to frame.
 fn check_base(
     delta: &str,
     head: &RecordHead,
     extents: &[Extent],
     target: &dyn BlockDevice,
+    buffer: &mut Vec<u8>,
 ) -> Result<()> {
     let Some(expected) = head.base_digest else {
         return Ok(());
     };
     let mut hasher = blake3::Hasher::new();
-    let mut buffer = Vec::new();
+    if buffer.is_empty() {
+        buffer.resize(CHECK_BYTES, 0);
+    }
     for extent in extents.iter().filter(|extent| extent.kind == ExtentKind::Data) {
         let mut at = extent.range.offset;
         while at < extent.range.end() {
-            let end = extent.range.end().min(at.saturating_add(CHECK_BYTES));
-            read_base(target, &mut buffer, ByteRange::from_bounds(at, end))?;
-            hasher.update(&buffer);
-            at = end;
+            let left = usize::try_from(extent.range.end() - at).unwrap_or(CHECK_BYTES);
+            let piece = &mut buffer[..left.min(CHECK_BYTES)];
+            read_base(target, piece, at)?;
+            hasher.update(piece);
+            at += piece.len() as u64;
         }
     }
     if shorten(&hasher.finalize()) == expected {

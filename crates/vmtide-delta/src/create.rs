@@ -316,7 +316,8 @@ impl FrameMaker<'_> {
         new.resize(length, 0);
         self.source.device.read_at(new, range.offset)?;
         if let Some(base) = self.source.base {
-            read_base(base, old, range)?;
+            old.resize(length, 0);
+            read_base(base, old, range.offset)?;
         }
         self.progress.add_transferred(range.length);
         frames.room(self);
@@ -409,18 +410,15 @@ fn keep_short_zeros(runs: Vec<(Grain, usize, usize)>) -> Vec<(Grain, usize, usiz
     out
 }
 
-/// Reads `range` of the base; what lies past its end is zeros, as on a disk that grew.
-pub(crate) fn read_base(
-    base: &dyn BlockDevice,
-    buffer: &mut Vec<u8>,
-    range: ByteRange,
-) -> Result<()> {
-    buffer.clear();
-    buffer.resize(usize::try_from(range.length).unwrap_or(usize::MAX), 0);
+/// Fills `buffer` with what the base holds from `offset` on; what lies past its end is zeros, as on a disk that grew.
+pub(crate) fn read_base(base: &dyn BlockDevice, buffer: &mut [u8], offset: u64) -> Result<()> {
+    let range = ByteRange::new(offset, buffer.len() as u64);
     let inside = range.intersect(&ByteRange::new(0, base.size_bytes()));
     let length = usize::try_from(inside.length).unwrap_or(0);
-    if length > 0 {
-        base.read_at(&mut buffer[..length], range.offset)?;
+    let (held, past) = buffer.split_at_mut(length);
+    past.fill(0);
+    if !held.is_empty() {
+        base.read_at(held, offset)?;
     }
     Ok(())
 }

@@ -132,26 +132,27 @@ impl DeltaFile {
         )
     }
 
-    /// Checks every byte of the file by as many workers as given, and `also` every frame's extents.
-    /// Progress counts bytes of the file.
+    /// Checks every byte of the file by as many workers as given. Progress counts bytes of the file.
     ///
     /// # Errors
-    /// [`DeltaError::Damaged`]; those of `also`; [`vmtide_block::BlockError::Cancelled`].
+    /// [`DeltaError::Damaged`]; [`vmtide_block::BlockError::Cancelled`].
     pub fn verify(
         &self,
         workers: usize,
         progress: &Progress,
         cancel: &CancelToken,
     ) -> Result<DeltaSummary> {
-        self.verify_with(workers, progress, cancel, &|_, _| Ok(()))
+        self.verify_with(workers, progress, cancel, || (), &|(), _, _| Ok(()))
     }
 
-    pub(crate) fn verify_with(
+    /// As [`verify`](Self::verify), and `also` looks at every frame's extents, with the state that `state` made for its thread.
+    pub(crate) fn verify_with<S>(
         &self,
         workers: usize,
         progress: &Progress,
         cancel: &CancelToken,
-        also: &(dyn Fn(&RecordHead, &[Extent]) -> Result<()> + Sync),
+        state: impl Fn() -> S + Sync,
+        also: &(dyn Fn(&mut S, &RecordHead, &[Extent]) -> Result<()> + Sync),
     ) -> Result<DeltaSummary> {
         let mut ledger = Ledger::new(&self.header, &self.header_bytes);
         let mut sums = DeltaTotals::default();
@@ -167,10 +168,10 @@ impl DeltaFile {
                     .map_err(|detail| self.wrong(&frame, &detail))?;
                 Ok(Some(frame))
             },
-            PageBuffer::default,
-            |body, frame| {
+            || (PageBuffer::default(), state()),
+            |(body, state), frame| {
                 let extents = self.read_body(&frame, body)?;
-                also(&frame.head, &extents)?;
+                also(state, &frame.head, &extents)?;
                 progress.add_done(HEAD_BYTES as u64 + frame.head.body_bytes());
                 Ok((extents, frame.head.stored_bytes))
             },

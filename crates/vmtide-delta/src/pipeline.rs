@@ -13,9 +13,12 @@ use vmtide_block::{BlockError, CancelToken};
 /// Jobs under way for each worker: one it works on, and results that wait for a slower one.
 const JOBS_PER_WORKER: u64 = 3;
 
+/// The most workers that are taken where nobody says how many.
+pub(crate) const MAX_WORKERS: usize = 16;
+
 /// As many workers as the machine has cores, but not so many that frames take much memory.
 pub(crate) fn default_workers() -> usize {
-    std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 16)
+    std::thread::available_parallelism().map_or(2, usize::from).clamp(2, MAX_WORKERS)
 }
 
 struct Gate {

@@ -52,16 +52,15 @@ impl<K: Hash + Eq + Clone, V: ?Sized> ByteCache<K, V> {
         }
     }
 
-    /// Keeps a value that takes `bytes`, and lets others go for it: the last of them comes back, in
-    /// case its memory is of use.
-    pub(crate) fn put(&self, key: K, value: Arc<V>, bytes: usize) -> Option<Arc<V>> {
+    /// Keeps a value that takes `bytes`, and lets others go for it: they come back, in case their memory is of use.
+    pub(crate) fn put(&self, key: K, value: Arc<V>, bytes: usize) -> Vec<Arc<V>> {
         let mut inner = self.inner.lock();
         inner.stamp += 1;
         let stamp = inner.stamp;
-        let mut evicted = None;
+        let mut evicted = Vec::new();
         if let Some((old, old_bytes, _)) = inner.values.insert(key.clone(), (value, bytes, stamp)) {
             inner.bytes -= old_bytes;
-            evicted = Some(old);
+            evicted.push(old);
         }
         inner.bytes += bytes;
         inner.order.push_back((key, stamp));
@@ -71,7 +70,7 @@ impl<K: Hash + Eq + Clone, V: ?Sized> ByteCache<K, V> {
                 && let Some((value, freed, _)) = inner.values.remove(&key)
             {
                 inner.bytes -= freed;
-                evicted = Some(value);
+                evicted.push(value);
             }
         }
         evicted
@@ -94,6 +93,12 @@ mod tests {
         assert!(cache.get(&0).is_some() && cache.get(&2).is_some() && cache.get(&3).is_some());
         cache.put(4, Arc::new(4), 40);
         assert!((0..5).all(|key| cache.get(&key).is_none()));
+        cache.put(6, Arc::new(6), 10);
+        cache.put(7, Arc::new(7), 20);
+        let mut left: Vec<_> =
+            cache.put(8, Arc::new(8), 25).into_iter().map(|value| *value).collect();
+        left.sort_unstable();
+        assert_eq!(left, [6, 7], "what left comes back");
         for _ in 0..10_000 {
             cache.put(5, Arc::new(5), 10);
             cache.get(&5);

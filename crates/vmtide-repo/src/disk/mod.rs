@@ -4,6 +4,7 @@
 //! exports it. It needs the disk map and packs, never the index.
 
 mod forward;
+mod frames;
 mod healed;
 mod packs;
 mod point_disk;

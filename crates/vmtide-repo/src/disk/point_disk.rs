@@ -1,23 +1,20 @@
 //! One disk of a restore point as a block device. Every byte is verified before anybody gets it.
 
 use super::PackSet;
-use crate::cache::ByteCache;
+use super::frames::{Frames, Kept, Plan};
 use crate::context::RepoContext;
 use crate::map::{DiskMap, Target};
 use crate::pack::{FrameDecoder, Pack};
 use crate::point::DiskRecord;
-use crate::{BLOCK_BYTES, Location, ObjectId, RepoError, Result};
+use crate::{BLOCK_BYTES, Location, RepoError, Result};
 use parking_lot::Mutex;
+use std::ops::{Range, RangeInclusive};
 use std::sync::Arc;
 use vmtide_block::{
     BlockDevice, BlockError, ByteRange, Extent, ExtentKind, StorageOrder, push_extent,
 };
 
 pub(super) const BLOCK: u64 = BLOCK_BYTES as u64;
-
-/// The decompressed frames that are kept for one disk, in bytes. A frame at the edge of a read is
-/// wanted again by the next one; random readers live from it.
-const FRAME_CACHE_BYTES: usize = 32 << 20;
 
 /// The most stored bytes fetched in one read: enough for one request to a distant store to pay.
 pub(crate) const FETCH_BYTES: u64 = 4 << 20;
@@ -31,7 +28,7 @@ pub struct PointDisk {
     pub(super) size_bytes: u64,
     pub(super) map: DiskMap,
     pub(super) packs: PackSet,
-    frames: ByteCache<(ObjectId, usize), Vec<u8>>,
+    frames: Frames,
     scratch: Mutex<Vec<Scratch>>,
 }
 
@@ -39,8 +36,6 @@ pub struct PointDisk {
 struct Scratch {
     decoder: FrameDecoder,
     stored: Vec<u8>,
-    /// The memory of a frame that left the cache, for the next one.
-    spare: Vec<u8>,
 }
 
 impl PointDisk {
@@ -66,7 +61,7 @@ impl PointDisk {
             size_bytes,
             map,
             packs: PackSet::new(Arc::clone(context)),
-            frames: ByteCache::new(FRAME_CACHE_BYTES),
+            frames: Frames::new(),
             scratch: Mutex::default(),
         }
     }
@@ -75,9 +70,7 @@ impl PointDisk {
         let scratch = self.scratch.lock().pop();
         let mut scratch = match scratch {
             Some(scratch) => scratch,
-            None => {
-                Scratch { decoder: FrameDecoder::new()?, stored: Vec::new(), spare: Vec::new() }
-            }
+            None => Scratch { decoder: FrameDecoder::new()?, stored: Vec::new() },
         };
         let end = offset + buffer.len() as u64;
         let blocks = offset / BLOCK..end.div_ceil(BLOCK);
@@ -144,48 +137,109 @@ impl PointDisk {
     ) -> Result<()> {
         // Positions are counted in the pack's content: all blocks one after the other.
         let start = u64::from(ordinal) * BLOCK + skip;
-        let end = start + part.len() as u64;
-        let last = narrow((end - 1) / BLOCK)?;
+        let mut rest = Rest { start, part };
         let mut frame = pack.frame_of(ordinal)?;
-        let last_frame = pack.frame_of(last)?;
-        while frame <= last_frame {
-            let batch = batch_from(pack, frame, last_frame);
-            let cached = self.frames.get(&(pack.id(), frame));
-            let mut stored: &mut [u8] = &mut [];
-            if cached.is_none() {
-                stored = pack.read_stored(frame..batch, &mut scratch.stored)?;
-            }
-            let batch = if cached.is_some() { frame + 1 } else { batch };
-            for number in frame..batch {
-                let entry = &pack.frames()[number];
-                let blocks = pack.blocks_of(number);
-                let content_start = u64::from(blocks.start) * BLOCK;
-                let content_end = u64::from(blocks.end) * BLOCK;
-                let (from, to) = (start.max(content_start), end.min(content_end));
-                let target = &mut part[index(from - start)..index(to - start)];
-                let wanted = index(from - content_start)..index(to - content_start);
-                if let Some(content) = &cached {
-                    target.copy_from_slice(&content[wanted]);
-                    continue;
+        let last = pack.frame_of(narrow((rest.end() - 1) / BLOCK)?)?;
+        while frame <= last {
+            let wanted = rest.in_frame(pack, frame);
+            match self.frames.plan(pack, frame, &wanted) {
+                Plan::Kept(kept) => {
+                    kept.copy(&wanted, rest.take(wanted.len()));
+                    frame += 1;
                 }
-                let rest = std::mem::take(&mut stored);
-                let (this, after) = rest.split_at_mut(entry.stored_length as usize);
-                stored = after;
-                if from == content_start && to == content_end {
-                    pack.decode(number, this, target, &mut scratch.decoder)?;
-                } else {
-                    let mut content = std::mem::take(&mut scratch.spare);
-                    content.resize(pack.content_length(number), 0);
-                    pack.decode(number, this, &mut content, &mut scratch.decoder)?;
-                    target.copy_from_slice(&content[wanted]);
-                    let bytes = content.len();
-                    let evicted = self.frames.put((pack.id(), number), Arc::new(content), bytes);
-                    scratch.spare = evicted.and_then(Arc::into_inner).unwrap_or_default();
+                Plan::Part(part, spent_bytes) => {
+                    match self.read_part(pack, frame, part, spent_bytes, scratch) {
+                        Some(kept) => kept.copy(&wanted, rest.take(wanted.len())),
+                        None => {
+                            self.read_frames(pack, frame..=frame, &mut rest, scratch)?;
+                        }
+                    }
+                    frame += 1;
+                }
+                Plan::Whole => {
+                    // The last one may be here already, or be read in part.
+                    let is_whole = |number: usize| {
+                        let wanted = rest.in_frame(pack, number);
+                        matches!(self.frames.plan(pack, number, &wanted), Plan::Whole)
+                    };
+                    let until = if frame < last && !is_whole(last) { last - 1 } else { last };
+                    frame = self.read_frames(pack, frame..=until, &mut rest, scratch)?;
                 }
             }
-            frame = batch;
         }
         Ok(())
+    }
+
+    /// Reads a part of a frame, which is kept then; `None` where that cannot be and all of it is to be read.
+    fn read_part(
+        &self,
+        pack: &Pack,
+        number: usize,
+        part: Range<usize>,
+        spent_bytes: usize,
+        scratch: &mut Scratch,
+    ) -> Option<Arc<Kept>> {
+        let mut memory = self.frames.memory(part.len());
+        let Scratch { decoder, stored } = scratch;
+        let is_read = pack.read_part(number, &part, stored, &mut memory[..part.len()], decoder);
+        is_read.then(|| self.frames.keep(pack, number, part, memory, spent_bytes))
+    }
+
+    /// Reads frames, neighbours together and none in part, and answers with the one after those it read.
+    fn read_frames(
+        &self,
+        pack: &Pack,
+        frames: RangeInclusive<usize>,
+        rest: &mut Rest<'_>,
+        scratch: &mut Scratch,
+    ) -> Result<usize> {
+        let batch = *frames.start()..batch_from(pack, *frames.start(), *frames.end());
+        let mut stored = pack.read_stored(batch.clone(), &mut scratch.stored)?;
+        for number in batch.clone() {
+            let length = pack.content_length(number);
+            let wanted = rest.in_frame(pack, number);
+            let target = rest.take(wanted.len());
+            let stored_length = pack.frames()[number].stored_length as usize;
+            let (this, after) = std::mem::take(&mut stored).split_at_mut(stored_length);
+            stored = after;
+            if wanted.len() == length {
+                pack.decode(number, this, target, &mut scratch.decoder)?;
+            } else {
+                let mut memory = self.frames.memory(length);
+                pack.decode(number, this, &mut memory[..length], &mut scratch.decoder)?;
+                target.copy_from_slice(&memory[wanted]);
+                self.frames.keep(pack, number, 0..length, memory, 0);
+            }
+        }
+        Ok(batch.end)
+    }
+}
+
+/// What is still to be filled of a read, from the byte `start` of a pack's content on.
+struct Rest<'a> {
+    start: u64,
+    part: &'a mut [u8],
+}
+
+impl<'a> Rest<'a> {
+    const fn end(&self) -> u64 {
+        self.start + self.part.len() as u64
+    }
+
+    /// The bytes of a frame's content that are wanted; the frame has some.
+    fn in_frame(&self, pack: &Pack, number: usize) -> Range<usize> {
+        let blocks = pack.blocks_of(number);
+        let begin = u64::from(blocks.start) * BLOCK;
+        let end = u64::from(blocks.end) * BLOCK;
+        index(self.start.max(begin) - begin)..index(self.end().min(end) - begin)
+    }
+
+    /// The room for the next `length` bytes.
+    fn take(&mut self, length: usize) -> &'a mut [u8] {
+        let (now, later) = std::mem::take(&mut self.part).split_at_mut(length);
+        self.part = later;
+        self.start += length as u64;
+        now
     }
 }
 

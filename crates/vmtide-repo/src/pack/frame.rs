@@ -1,10 +1,12 @@
 //! Compressing and decompressing frames. One encoder or decoder per worker: each keeps zstd's
 //! working memory, which is far costlier to make than a frame is to compress.
 
-use super::Compression;
+use super::{Compression, MAX_FRAME_BYTES};
 use crate::{RepoError, Result};
-use zstd::bulk::{Compressor, Decompressor};
-use zstd::zstd_safe::{CParameter, Strategy};
+use zstd::bulk::Compressor;
+use zstd::zstd_safe::{
+    CParameter, DCtx, DParameter, InBuffer, OutBuffer, ResetDirective, Strategy,
+};
 
 /// The bytes in the middle of a frame that are compressed quickly to see what it is like. Costs some
 /// 2 % of the frame's time and decides right for most; see
@@ -134,15 +136,18 @@ impl FrameEncoder {
 
 /// Decompresses frames.
 pub(crate) struct FrameDecoder {
-    decompressor: Decompressor<'static>,
+    context: DCtx<'static>,
 }
 
 impl FrameDecoder {
     /// A decoder.
     pub(crate) fn new() -> Result<Self> {
-        let decompressor = Decompressor::new()
-            .map_err(|error| RepoError::Invalid(format!("cannot set up zstd: {error}")))?;
-        Ok(Self { decompressor })
+        let failed = || RepoError::Invalid("cannot set up zstd".into());
+        let mut context = DCtx::try_create().ok_or_else(failed)?;
+        // Only who decompresses a part has memory for a window; there is none larger than a frame.
+        let window = DParameter::WindowLogMax(MAX_FRAME_BYTES.ilog2());
+        context.set_parameter(window).map_err(|_| failed())?;
+        Ok(Self { context })
     }
 
     /// Decompresses `stored` so that it fills `out` exactly; `None` where it does not.
@@ -159,10 +164,37 @@ impl FrameDecoder {
             }
             Compression::None => None,
             Compression::Zstd => {
-                let length = self.decompressor.decompress_to_buffer(stored, out).ok()?;
+                let length = self.context.decompress(out, stored).ok()?;
                 (length == out.len()).then_some(())
             }
         }
+    }
+
+    /// As [`decode`](Self::decode), but only the beginning, as much as `out` has room for. That what comes after it is
+    /// well formed, and as long as it should be, is not looked at.
+    pub(crate) fn decode_beginning(
+        &mut self,
+        compression: Compression,
+        stored: &[u8],
+        out: &mut [u8],
+    ) -> Option<()> {
+        if compression == Compression::None {
+            out.copy_from_slice(stored.get(..out.len())?);
+            return Some(());
+        }
+        self.context.reset(ResetDirective::SessionOnly).ok()?;
+        let wanted = out.len();
+        let mut output = OutBuffer::around(out);
+        let mut input = InBuffer::around(stored);
+        while output.pos() < wanted {
+            let before = (output.pos(), input.pos());
+            let left = self.context.decompress_stream(&mut output, &mut input).ok()?;
+            // The end of the frame: what may follow it in `stored` is none of it.
+            if output.pos() < wanted && (left == 0 || (output.pos(), input.pos()) == before) {
+                return None;
+            }
+        }
+        Some(())
     }
 }
 
@@ -203,6 +235,19 @@ mod tests {
                 let mut back = vec![0; content.len()];
                 decoder.decode(compression, &stored, &mut back).unwrap();
                 assert!(back == *content, "level {level}");
+                for length in [0, 1, 4096, content.len() / 2 + 77, content.len()] {
+                    back.fill(7);
+                    let part = &mut back[..length];
+                    decoder.decode_beginning(compression, &stored, part).unwrap();
+                    assert!(*part == content[..length], "level {level}");
+                    assert!(back[length..].iter().all(|byte| *byte == 7));
+                }
+                let mut more = vec![0; content.len() + 1];
+                assert!(decoder.decode_beginning(compression, &stored, &mut more).is_none());
+                stored.truncate(stored.len() / 2);
+                assert!(decoder.decode_beginning(compression, &stored, &mut back).is_none());
+                // An error is no hindrance for the next.
+                assert!(decoder.decode(compression, &stored, &mut back).is_none());
                 let is_noise = content[..32] == kinds[1][..32];
                 assert_eq!(compression == Compression::None, is_noise, "level {level}");
                 assert!(stored.len() <= content.len());

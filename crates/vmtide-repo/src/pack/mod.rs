@@ -6,6 +6,7 @@
 
 mod directory;
 mod frame;
+mod part;
 mod reader;
 mod writer;
 

@@ -11,9 +11,9 @@ use std::ops::Range;
 pub(crate) struct Pack {
     id: ObjectId,
     name: String,
-    object: OpenObject,
-    sealed: bool,
-    subkeys: Subkeys,
+    pub(super) object: OpenObject,
+    pub(super) sealed: bool,
+    pub(super) subkeys: Subkeys,
     directory: PackDirectory,
     damage: DamageLog,
 }
@@ -172,25 +172,29 @@ impl Pack {
         decoder: &mut FrameDecoder,
     ) -> Result<()> {
         let frame = &self.directory.frames[number];
-        let damaged = |detail: &str| {
-            RepoError::damaged(
-                &self.name,
-                format!("frame {number} at byte {}: {detail}", frame.offset),
-            )
-        };
-        // Sealed frames are vouched for by their tag, which is stronger and covers the same bytes.
-        if !self.sealed && checksum(stored) != frame.checksum {
-            return Err(damaged("its checksum does not match"));
-        }
-        let associated = FrameEntry::associated(frame.chunks, frame.compression);
-        let content = self
-            .object
-            .cipher
-            .open(number as u64, &associated, stored)
-            .map_err(|_| damaged("it does not open: its bytes were changed"))?;
+        let content = self.open(number, stored)?;
         decoder
             .decode(frame.compression, content, out)
-            .ok_or_else(|| damaged("it does not decompress to its chunks"))
+            .ok_or_else(|| self.damaged(number, "it does not decompress to its chunks"))
+    }
+
+    fn damaged(&self, number: usize, detail: &str) -> RepoError {
+        let offset = self.directory.frames[number].offset;
+        RepoError::damaged(&self.name, format!("frame {number} at byte {offset}: {detail}"))
+    }
+
+    /// Verifies the stored bytes of a frame, and opens them where they are.
+    pub(super) fn open<'a>(&self, number: usize, stored: &'a mut [u8]) -> Result<&'a mut [u8]> {
+        let frame = &self.directory.frames[number];
+        // Sealed frames are vouched for by their tag, which is stronger and covers the same bytes.
+        if !self.sealed && checksum(stored) != frame.checksum {
+            return Err(self.damaged(number, "its checksum does not match"));
+        }
+        let associated = FrameEntry::associated(frame.chunks, frame.compression);
+        self.object
+            .cipher
+            .open(number as u64, &associated, stored)
+            .map_err(|_| self.damaged(number, "it does not open: its bytes were changed"))
     }
 
     /// As [`decode`](Self::decode), and compares every chunk with its id. For who verifies data or

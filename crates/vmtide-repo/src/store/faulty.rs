@@ -252,6 +252,10 @@ struct FaultyReader {
 }
 
 impl ObjectReader for FaultyReader {
+    fn rereads_cheaply(&self) -> bool {
+        self.inner.rereads_cheaply()
+    }
+
     fn length_bytes(&self) -> u64 {
         match self.corruption {
             Some(Corruption::Truncate { length_bytes }) => {

@@ -145,6 +145,10 @@ impl ObjectReader for MemoryReader {
         self.content.len() as u64
     }
 
+    fn rereads_cheaply(&self) -> bool {
+        true
+    }
+
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
         let part = usize::try_from(offset)
             .ok()

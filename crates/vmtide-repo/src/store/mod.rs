@@ -161,4 +161,10 @@ pub trait ObjectReader: Send + Sync {
     /// # Errors
     /// [`RepoError::Damaged`](crate::RepoError::Damaged) where the object ends before; `Io`.
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()>;
+
+    /// Whether reading what was read a moment ago costs next to nothing, as in a file of this machine: then a little is
+    /// read at first, and the rest where that was not enough. False where every read is a request over a network.
+    fn rereads_cheaply(&self) -> bool {
+        false
+    }
 }

@@ -312,6 +312,11 @@ impl ObjectReader for SimulatedReader {
         self.length_bytes
     }
 
+    /// So that frames are read in part as well.
+    fn rereads_cheaply(&self) -> bool {
+        true
+    }
+
     /// As an object store does it: what is removed meanwhile is not there.
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
         self.world.look(self.process, |memory| memory.open(&self.name)?.read_at(buffer, offset))

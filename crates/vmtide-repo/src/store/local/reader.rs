@@ -31,6 +31,10 @@ impl ObjectReader for LocalReader {
         self.length_bytes
     }
 
+    fn rereads_cheaply(&self) -> bool {
+        true
+    }
+
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
         let end = offset.checked_add(buffer.len() as u64);
         if end.is_none_or(|end| end > self.length_bytes) {
