@@ -1,4 +1,4 @@
-//! The backend process and the pipe to it.
+//! The backend process, the pipe to it, and the memory that it may put a disk's bytes into.
 //!
 //! No call here waits for ever: both ends of the pipe are non-blocking and waited for in slices, between
 //! which the wish to cancel is looked at; a backend that says nothing for too long is given up; one that
@@ -7,6 +7,7 @@
 use crate::abi::message;
 use crate::core::Core;
 use crate::frame::{HEADER_BYTES, Header, Kind, MAX_PAYLOAD_BYTES};
+use crate::memory::Memory;
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -18,7 +19,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// The version of the protocol.
-const PROTOCOL: u32 = 1;
+const PROTOCOL: u32 = 2;
 
 /// How often the wish to cancel is looked at while waiting. Longer delays cancelling, shorter only costs.
 const SLICE: Duration = Duration::from_millis(200);
@@ -38,6 +39,12 @@ const EXIT: Duration = Duration::from_secs(10);
 
 /// The size asked of the pipe. The default of 64 KiB has a switch of processes for every block.
 const PIPE_BYTES: i32 = 1 << 20;
+
+/// The size of the memory for a disk's bytes: a dozen pieces of a MiB, some being read and some on their way.
+const MEMORY_BYTES: usize = 12 << 20;
+
+/// The longest text that says where in the memory something is.
+const MAX_PLACE_BYTES: usize = 40;
 
 /// The most bytes of a line of a command.
 const MAX_LINE_BYTES: usize = 64 << 10;
@@ -80,8 +87,12 @@ pub struct Backend {
     child: Child,
     input: Option<ChildStdin>,
     output: ChildStdout,
+    /// What the backend may put data into.
+    memory: Option<Memory>,
     /// Bytes of the current data frame that were not taken yet.
     pending: usize,
+    /// Where in the memory they are; none where they come on the pipe.
+    place: Option<usize>,
     silence: Duration,
     cancelled: Arc<AtomicBool>,
     ended: bool,
@@ -89,7 +100,7 @@ pub struct Backend {
 }
 
 impl Backend {
-    /// Starts a backend and greets it.
+    /// Starts a backend and greets it. With `share` it may put its data into memory, where there is some to be had.
     ///
     /// # Errors
     /// Where there is none, or it is another program or version.
@@ -98,8 +109,11 @@ impl Backend {
         plugin_directory: &str,
         working_directory: &str,
         cancelled: Arc<AtomicBool>,
+        share: bool,
     ) -> Result<Self> {
         let program = find(Path::new(plugin_directory))?;
+        // Without it everything comes on the pipe, which takes longer and is as good.
+        let memory = if share { Memory::create(MEMORY_BYTES).ok() } else { None };
         let mut command = Command::new(&program);
         command
             .args(["bacula-backend", "-v"])
@@ -109,6 +123,9 @@ impl Backend {
             .current_dir("/")
             // Signals for the daemon's group are not for the backend: it ends in order when told to.
             .process_group(0);
+        if let Some(memory) = &memory {
+            memory.hand_over(&mut command);
+        }
         let mut child = command.spawn().map_err(|error| {
             Failed::with(format!("cannot start the backend {}: {error}", program.display()))
         })?;
@@ -122,7 +139,9 @@ impl Backend {
             child,
             input: Some(input),
             output,
+            memory,
             pending: 0,
+            place: None,
             silence: GREETING,
             cancelled,
             ended: false,
@@ -144,6 +163,12 @@ impl Backend {
             ))),
             _ => Err(Failed::with("the backend does not greet")),
         }
+    }
+
+    /// How the job's description says what memory there is.
+    pub fn memory_line(&self) -> Option<String> {
+        let memory = self.memory.as_ref()?;
+        Some(format!("Memory={} {}", memory.descriptor(), memory.length()))
     }
 
     /// Has the backend's silence allowed for as long as it asks, within an hour and a day.
@@ -192,8 +217,16 @@ impl Backend {
             match header.kind {
                 Kind::Data => {
                     self.pending = header.length;
+                    self.place = None;
                     return Ok(Frame::Data(header.length));
                 }
+                Kind::Place => {
+                    let (offset, length) = self.read_place(header.length)?;
+                    self.pending = length;
+                    self.place = Some(offset);
+                    return Ok(Frame::Data(length));
+                }
+                Kind::Taken => return Err(Failed::with("the backend sends what is the plugin's")),
                 Kind::End => return Ok(Frame::End),
                 Kind::Alive => {}
                 Kind::Command => return Ok(Frame::Command(self.line(header.length)?)),
@@ -212,9 +245,39 @@ impl Backend {
     /// Where the job was cancelled, or the backend died or is silent for too long.
     pub fn data(&mut self, buffer: &mut [u8]) -> Result<usize> {
         let length = self.pending.min(buffer.len());
-        self.read(&mut buffer[..length])?;
+        let buffer = &mut buffer[..length];
+        let Some(offset) = self.place else {
+            self.read(buffer)?;
+            self.pending -= length;
+            return Ok(length);
+        };
+        self.check_cancelled()?;
+        if !self.memory.as_ref().is_some_and(|memory| memory.copy(offset, buffer)) {
+            return Err(Failed::with("the backend's data lie outside of the memory"));
+        }
+        self.place = Some(offset + length);
         self.pending -= length;
+        if self.pending == 0 {
+            self.place = None;
+            self.send(Kind::Taken, &[])?;
+        }
         Ok(length)
+    }
+
+    /// Reads where data are, which must lie in the memory.
+    fn read_place(&mut self, length: usize) -> Result<(usize, usize)> {
+        if length > MAX_PLACE_BYTES {
+            return Err(Failed::with(format!("the backend describes a place in {length} bytes")));
+        }
+        let line = self.line(length)?;
+        let place = parse_place(&line).filter(|(offset, length)| {
+            let end = offset.checked_add(*length);
+            let size = self.memory.as_ref().map_or(0, Memory::length);
+            *length > 0 && end.is_some_and(|end| end <= size)
+        });
+        place.ok_or_else(|| {
+            Failed::with(format!("the backend's data lie outside of the memory ({line:?})"))
+        })
     }
 
     /// Whether bytes of the current data frame are left.
@@ -259,6 +322,9 @@ impl Backend {
     /// have to say what it could not release.
     fn drain(&mut self, core: Core, deadline: Instant) {
         let mut rest = std::mem::take(&mut self.pending);
+        if self.place.take().is_some() {
+            rest = 0;
+        }
         let mut buffer = vec![0u8; 64 << 10];
         loop {
             while rest > 0 {
@@ -431,6 +497,16 @@ impl Drop for Backend {
             self.wait(EXIT);
         }
     }
+}
+
+/// `OFFSET LENGTH`, both decimal.
+fn parse_place(line: &str) -> Option<(usize, usize)> {
+    let (offset, length) = line.split_once(' ')?;
+    let is_decimal = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
+    if !is_decimal(offset) || !is_decimal(length) {
+        return None;
+    }
+    Some((offset.parse().ok()?, length.parse().ok()?))
 }
 
 /// The backend's program.

@@ -14,6 +14,10 @@ pub enum Kind {
     Command,
     /// Data.
     Data,
+    /// Data that lie in the memory.
+    Place,
+    /// What the oldest [`Place`](Self::Place) named was taken.
+    Taken,
     /// The end of a block of frames.
     End,
     /// The backend is at work.
@@ -44,6 +48,8 @@ impl Header {
         let kind = match letter {
             b'C' => Kind::Command,
             b'D' => Kind::Data,
+            b'M' => Kind::Place,
+            b'R' => Kind::Taken,
             b'F' => Kind::End,
             b'K' => Kind::Alive,
             b'I' => Kind::Info,
@@ -59,14 +65,17 @@ impl Header {
             }
             length = length * 10 + usize::from(digit - b'0');
         }
-        (length == 0 || !matches!(kind, Kind::End | Kind::Alive)).then_some(Self { kind, length })
+        let has_none = matches!(kind, Kind::End | Kind::Alive | Kind::Taken);
+        (length == 0 || !has_none).then_some(Self { kind, length })
     }
 
-    /// The header of what the plugin sends: commands, data and ends.
+    /// The header as it is sent.
     pub fn bytes(self) -> [u8; HEADER_BYTES] {
         let letter = match self.kind {
             Kind::Command => b'C',
             Kind::Data => b'D',
+            Kind::Place => b'M',
+            Kind::Taken => b'R',
             Kind::End => b'F',
             Kind::Alive => b'K',
             Kind::Info => b'I',
@@ -90,9 +99,14 @@ mod tests {
 
     #[test]
     fn headers_come_back_as_they_were() {
-        for (kind, length) in
-            [(Kind::Command, 5), (Kind::Data, 999_999), (Kind::Data, 65_536), (Kind::End, 0)]
-        {
+        for (kind, length) in [
+            (Kind::Command, 5),
+            (Kind::Data, 999_999),
+            (Kind::Data, 65_536),
+            (Kind::Place, 9),
+            (Kind::End, 0),
+            (Kind::Taken, 0),
+        ] {
             let header = Header { kind, length };
             assert_eq!(Header::parse(header.bytes()), Some(header));
         }
@@ -101,9 +115,15 @@ mod tests {
 
     #[test]
     fn what_is_no_header_is_refused() {
-        for bad in
-            [b"X000001\n", b"C00000a\n", b"C-00001\n", b"C0000011", b"F000001\n", b"K000009\n"]
-        {
+        for bad in [
+            b"X000001\n",
+            b"C00000a\n",
+            b"C-00001\n",
+            b"C0000011",
+            b"F000001\n",
+            b"K000009\n",
+            b"R000001\n",
+        ] {
             assert_eq!(Header::parse(*bad), None, "{bad:?}");
         }
     }

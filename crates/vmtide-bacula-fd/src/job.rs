@@ -199,13 +199,15 @@ impl State {
         let working_directory = core.text(variable::WORKING_DIRECTORY);
         let plugin_directory = core.text(variable::PLUGIN_DIRECTORY);
         let cancelled = Arc::clone(&job.cancelled);
-        let backend = Backend::start(core, &plugin_directory, &working_directory, cancelled)?;
+        let share = purpose == Purpose::Backup;
+        let backend =
+            Backend::start(core, &plugin_directory, &working_directory, cancelled, share)?;
         self.backends.push(Running { command: command.to_owned(), backend });
         self.current = Some(self.backends.len() - 1);
         let lines = self.describe_job(core, purpose, command, &working_directory);
         let backend = self.backend()?;
-        for line in &lines {
-            backend.command(line)?;
+        for line in lines.into_iter().chain(backend.memory_line()) {
+            backend.command(&line)?;
         }
         backend.end()?;
         loop {

@@ -14,6 +14,10 @@ pub enum Kind {
     Command,
     /// `D`: data.
     Data,
+    /// `M`: data that lie in the memory that the plugin gave.
+    Place,
+    /// `R`: what the oldest [`Place`](Self::Place) named was taken.
+    Taken,
     /// `F`: the end of a block of frames.
     End,
     /// `K`: the backend is at work.
@@ -28,9 +32,11 @@ pub enum Kind {
     Abort,
 }
 
-const LETTERS: [(Kind, u8); 8] = [
+const LETTERS: [(Kind, u8); 10] = [
     (Kind::Command, b'C'),
     (Kind::Data, b'D'),
+    (Kind::Place, b'M'),
+    (Kind::Taken, b'R'),
     (Kind::End, b'F'),
     (Kind::Alive, b'K'),
     (Kind::Info, b'I'),
@@ -58,7 +64,7 @@ impl Header {
             let value = digit.checked_sub(b'0').filter(|value| *value < 10)?;
             length = length * 10 + usize::from(value);
         }
-        let fits = length == 0 || !matches!(kind, Kind::End | Kind::Alive);
+        let fits = length == 0 || !matches!(kind, Kind::End | Kind::Alive | Kind::Taken);
         fits.then_some(Self { kind: *kind, length })
     }
 
@@ -85,8 +91,8 @@ mod tests {
         for (kind, _) in LETTERS {
             for length in [0, 1, 65_536, 999_999] {
                 let header = Header { kind, length };
-                let expected =
-                    (length == 0 || !matches!(kind, Kind::End | Kind::Alive)).then_some(header);
+                let has_none = matches!(kind, Kind::End | Kind::Alive | Kind::Taken);
+                let expected = (length == 0 || !has_none).then_some(header);
                 assert_eq!(Header::parse(header.bytes()), expected);
             }
         }

@@ -67,6 +67,8 @@ pub struct Job {
     pub replace: Replace,
     /// The plugin line.
     pub command: PluginCommand,
+    /// The memory that the plugin gave for data: the number of its descriptor, and its size in bytes.
+    pub memory: Option<(i32, usize)>,
 }
 
 impl Job {
@@ -85,6 +87,7 @@ impl Job {
         let mut id = 0;
         let mut replace = Replace::Always;
         let mut command = None;
+        let mut memory = None;
         loop {
             let line = match link.hear()? {
                 Said::Line(line) => line,
@@ -128,6 +131,11 @@ impl Job {
                         _ => Replace::Always,
                     }
                 }
+                "Memory" => {
+                    let (number, length) = value.split_once(' ').ok_or_else(wrong)?;
+                    let number = number.parse().map_err(|_| wrong())?;
+                    memory = Some((number, length.parse().map_err(|_| wrong())?));
+                }
                 "Command" => command = Some(PluginCommand::parse(value)?),
                 // Known to the protocol and of no use here.
                 _ => {}
@@ -135,7 +143,7 @@ impl Job {
         }
         match (purpose, command) {
             (Some(purpose), Some(command)) => {
-                Ok(Self { purpose, level, name, id, previous, replace, command })
+                Ok(Self { purpose, level, name, id, previous, replace, command, memory })
             }
             _ => Err(BackendError::protocol("a job without its type or plugin line")),
         }

@@ -35,6 +35,7 @@ use link::Link;
 use std::path::PathBuf;
 use vmtide_agent_client::AgentOptions;
 use vmtide_engine::hyperv::HypervAccess;
+use vmtide_memory_ffi::Memory;
 
 /// How to get at the agent that a source names, with the key where it is one.
 pub type AgentAccess = Box<dyn Fn(&str) -> vmtide_engine::Result<AgentOptions>>;
@@ -78,6 +79,7 @@ fn converse(link: &mut Link, options: &BackendOptions) -> Result<()> {
         Purpose::Estimate => estimate::run(&job, options, link),
         Purpose::Backup => {
             let backup = backup::Backup::open(&job, options)?;
+            share_memory(link, &job);
             link.end()?;
             backup.run(link)
         }
@@ -85,5 +87,15 @@ fn converse(link: &mut Link, options: &BackendOptions) -> Result<()> {
             link.end()?;
             restore::Restore::new(&job).run(link)
         }
+    }
+}
+
+/// Takes the memory that the plugin gave, if it gave any. Without it data go through the pipe.
+fn share_memory(link: &mut Link, job: &Job) {
+    let Some((number, length)) = job.memory else { return };
+    match Memory::inherited(number, length, read::PIECE_BYTES) {
+        Ok(memory) if memory.slots() >= read::MIN_SLOTS => link.share(memory),
+        Ok(_) => tracing::warn!(length, "the plugin's memory is too small to be used"),
+        Err(error) => tracing::warn!(%error, "the plugin's memory cannot be used"),
     }
 }

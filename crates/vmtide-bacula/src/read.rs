@@ -6,14 +6,19 @@
 
 use crate::digests::{DIGEST_BLOCK_BYTES, Digest, ZERO_DIGEST, digest};
 use crate::{BackendError, Result};
-use std::sync::Mutex;
+use std::ops::Deref;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex};
 use vmtide_block::{
     BlockDevice, BlockError, ByteRange, CancelToken, RangeSet, for_each_extent, is_zero,
 };
+use vmtide_memory_ffi::{Memory, Slot};
 
 /// What is read at a time. Larger only takes memory, smaller costs a round trip each on a network.
-const PIECE_BYTES: u64 = 1 << 20;
+pub const PIECE_BYTES: usize = 1 << 20;
+
+/// The slots of a memory below which it is not used: half of them is for what is being read.
+pub const MIN_SLOTS: usize = 4;
 
 /// How much of a disk is asked about at once, so that the answers of a scattered one stay small.
 const WINDOW_BYTES: u64 = 1 << 30;
@@ -61,6 +66,8 @@ pub enum Part<'a> {
         offset: u64,
         /// The bytes.
         bytes: &'a [u8],
+        /// The slot of which they are the beginning, where they lie in one.
+        slot: Option<&'a Arc<Slot>>,
         /// One note for every 64 KiB from `offset` on.
         notes: &'a [Note],
     },
@@ -72,38 +79,76 @@ enum Planned {
     Failed(BlockError),
 }
 
+/// A place to read to.
+enum Buffer {
+    Own(Vec<u8>),
+    Shared(Slot),
+}
+
+impl Deref for Buffer {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Own(bytes) => bytes,
+            Self::Shared(slot) => slot,
+        }
+    }
+}
+
+impl Buffer {
+    /// The first `length` bytes of it, to be written to.
+    fn first(&mut self, length: usize) -> &mut [u8] {
+        match self {
+            Self::Own(bytes) => {
+                bytes.resize(length, 0);
+                bytes
+            }
+            Self::Shared(slot) => {
+                slot.set_length(length);
+                slot
+            }
+        }
+    }
+}
+
+/// Buffers that were used already.
+type Spare = Mutex<Vec<Vec<u8>>>;
+
 struct Piece {
     offset: u64,
-    bytes: Vec<u8>,
+    bytes: Buffer,
     notes: Vec<Note>,
 }
 
-/// Reads the disk and calls `take` with its parts, in order, on the caller's thread.
+/// Reads the disk and calls `take` with its parts, in order, on the caller's thread; what was read lies in `memory`
+/// where there is one, of slots of [`PIECE_BYTES`].
 ///
 /// # Errors
 /// Those of the disk and of `take`; [`BlockError::Cancelled`].
 pub fn read_disk(
     device: &dyn BlockDevice,
     want: Want<'_>,
+    memory: Option<&Memory>,
     cancel: &CancelToken,
     take: &mut dyn FnMut(Part<'_>) -> Result<()>,
 ) -> Result<()> {
     let digests = matches!(want, Want::Whole { digests: true });
-    let spare: Mutex<Vec<Vec<u8>>> = Mutex::default();
+    let spare = Spare::default();
     std::thread::scope(|scope| {
         let (planned, plan) = sync_channel(PLANNED);
         let mut ranges = Vec::with_capacity(WORKERS);
         let mut pieces: Vec<Receiver<Result<Piece, BlockError>>> = Vec::with_capacity(WORKERS);
         for _ in 0..WORKERS {
-            let (range_in, range_out) = sync_channel::<ByteRange>(QUEUE);
+            let (range_in, range_out) = sync_channel(QUEUE);
             let (piece_in, piece_out) = sync_channel(QUEUE);
             ranges.push(range_in);
             pieces.push(piece_out);
-            let spare = &spare;
-            scope.spawn(move || work(device, digests, spare, &range_out, &piece_in));
+            scope.spawn(move || work(device, digests, &range_out, &piece_in));
         }
+        let spare = &spare;
         scope.spawn(move || {
-            let mut planner = Planner { device, cancel, planned, ranges, turn: 0 };
+            let mut planner = Planner { device, cancel, memory, spare, planned, ranges, turn: 0 };
             if let Err(Some(error)) = planner.plan(want) {
                 // Nobody listens any more where this cannot be told.
                 let _ = planner.planned.send(Planned::Failed(error));
@@ -118,14 +163,7 @@ pub fn read_disk(
                     let piece = piece.ok_or_else(|| {
                         BackendError::Refused("a thread that reads the disk has ended".into())
                     })??;
-                    take(Part::Data {
-                        offset: piece.offset,
-                        bytes: &piece.bytes,
-                        notes: &piece.notes,
-                    })?;
-                    if let Ok(mut spare) = spare.lock() {
-                        spare.push(piece.bytes);
-                    }
+                    give(piece, spare, take)?;
                 }
             }
         }
@@ -134,18 +172,34 @@ pub fn read_disk(
     })
 }
 
+/// Hands a piece to `take`, and keeps its buffer.
+fn give(piece: Piece, spare: &Spare, take: &mut dyn FnMut(Part<'_>) -> Result<()>) -> Result<()> {
+    let Piece { offset, bytes, notes } = piece;
+    match bytes {
+        Buffer::Own(bytes) => {
+            take(Part::Data { offset, bytes: &bytes, slot: None, notes: &notes })?;
+            if let Ok(mut spare) = spare.lock() {
+                spare.push(bytes);
+            }
+            Ok(())
+        }
+        Buffer::Shared(slot) => {
+            let slot = Arc::new(slot);
+            take(Part::Data { offset, bytes: &slot, slot: Some(&slot), notes: &notes })
+        }
+    }
+}
+
 fn work(
     device: &dyn BlockDevice,
     digests: bool,
-    spare: &Mutex<Vec<Vec<u8>>>,
-    ranges: &Receiver<ByteRange>,
+    ranges: &Receiver<(ByteRange, Buffer)>,
     pieces: &SyncSender<Result<Piece, BlockError>>,
 ) {
-    for range in ranges {
-        let mut bytes = spare.lock().ok().and_then(|mut spare| spare.pop()).unwrap_or_default();
+    for (range, mut bytes) in ranges {
         // At most PIECE_BYTES, by the planner.
-        bytes.resize(usize::try_from(range.length).unwrap_or(0), 0);
-        let piece = device.read_at(&mut bytes, range.offset).map(|()| {
+        let length = usize::try_from(range.length).unwrap_or(0);
+        let piece = device.read_at(bytes.first(length), range.offset).map(|()| {
             let block = usize::try_from(DIGEST_BLOCK_BYTES).unwrap_or(1 << 16);
             let notes = bytes.chunks(block).map(|block| note(block, digests)).collect();
             Piece { offset: range.offset, bytes, notes }
@@ -165,8 +219,10 @@ fn note(block: &[u8], digests: bool) -> Note {
 struct Planner<'a> {
     device: &'a dyn BlockDevice,
     cancel: &'a CancelToken,
+    memory: Option<&'a Memory>,
+    spare: &'a Spare,
     planned: SyncSender<Planned>,
-    ranges: Vec<SyncSender<ByteRange>>,
+    ranges: Vec<SyncSender<(ByteRange, Buffer)>>,
     turn: usize,
 }
 
@@ -222,14 +278,28 @@ impl Planner<'_> {
         self.planned.send(Planned::Zero(range)).map_err(|_| None)
     }
 
+    /// A buffer for a piece, in the order of the pieces: the one that is sent next has one then, and those that come
+    /// after it can wait.
+    fn buffer(&self) -> Buffer {
+        match self.memory {
+            Some(memory) => Buffer::Shared(memory.wait()),
+            None => {
+                let spare = self.spare.lock().ok().and_then(|mut spare| spare.pop());
+                Buffer::Own(spare.unwrap_or_default())
+            }
+        }
+    }
+
     fn data(&mut self, range: ByteRange) -> Result<(), Stop> {
         let mut at = range.offset;
         while at < range.end() {
-            let piece = ByteRange::from_bounds(at, at.saturating_add(PIECE_BYTES).min(range.end()));
+            let end = at.saturating_add(PIECE_BYTES as u64).min(range.end());
+            let piece = ByteRange::from_bounds(at, end);
+            let buffer = self.buffer();
             let worker = self.turn % self.ranges.len().max(1);
             self.turn = self.turn.wrapping_add(1);
             let queue = self.ranges.get(worker).ok_or(None)?;
-            queue.send(piece).map_err(|_| None)?;
+            queue.send((piece, buffer)).map_err(|_| None)?;
             self.planned.send(Planned::Data(worker)).map_err(|_| None)?;
             at = piece.end();
         }
@@ -246,10 +316,10 @@ mod tests {
         let mut bytes = vec![0u8; usize::try_from(device.size_bytes()).unwrap()];
         let mut seen = RangeSet::new();
         let mut at = 0;
-        read_disk(device, want, &CancelToken::new(), &mut |part| {
+        read_disk(device, want, None, &CancelToken::new(), &mut |part| {
             let range = match part {
                 Part::Zero(range) => range,
-                Part::Data { offset, bytes: found, notes } => {
+                Part::Data { offset, bytes: found, notes, .. } => {
                     assert_eq!(notes.len(), found.len().div_ceil(1 << 16));
                     let start = usize::try_from(offset).unwrap();
                     bytes[start..start + found.len()].copy_from_slice(found);
@@ -285,11 +355,11 @@ mod tests {
     fn an_error_of_the_taker_ends_everything() {
         let device = MemoryDevice::from_bytes(vec![1; 64 << 20]);
         let mut calls = 0;
-        let outcome =
-            read_disk(&device, Want::Whole { digests: true }, &CancelToken::new(), &mut |_| {
-                calls += 1;
-                Err(BackendError::Gone)
-            });
+        let want = Want::Whole { digests: true };
+        let outcome = read_disk(&device, want, None, &CancelToken::new(), &mut |_| {
+            calls += 1;
+            Err(BackendError::Gone)
+        });
         assert!(matches!(outcome, Err(BackendError::Gone)));
         assert_eq!(calls, 1);
     }

@@ -5,8 +5,11 @@ use crate::digests::{DIGEST_BLOCK_BYTES, DigestReader, DigestWriter, ZERO_DIGEST
 use crate::link::Link;
 use crate::read::{Note, Part, Want, read_disk};
 use crate::stream::{BLOCK_BYTES, MomentId, Record, Records, Tally};
+use std::ops::Range;
 use std::path::PathBuf;
+use std::sync::Arc;
 use vmtide_block::{BlockDevice, ByteRange, RangeSet};
+use vmtide_memory_ffi::Slot;
 
 /// The most bytes in one frame of data: some of the daemon's blocks, so that it asks for few heads of frames, and
 /// none of its blocks is cut. Larger frames are looked at and sent when they have left the processor's cache.
@@ -71,6 +74,7 @@ pub fn send_disk(
     };
     let is_compared = reader.is_some();
     let cancel = link.cancel.clone();
+    let memory = link.memory().cloned();
     let mut sending = Sending {
         link,
         size_bytes,
@@ -89,9 +93,16 @@ pub fn send_disk(
         Selection::Ranges(ranges) if sending.writer.is_none() => Want::Ranges(ranges),
         _ => Want::Whole { digests: sending.writer.is_some() },
     };
-    read_disk(device, want, &cancel, &mut |part| sending.take(&part))?;
+    read_disk(device, want, memory.as_ref(), &cancel, &mut |part| sending.take(&part))?;
     check()?;
     sending.finish(is_compared)
+}
+
+/// What was read of the disk at a time.
+struct Piece<'a> {
+    offset: u64,
+    bytes: &'a [u8],
+    slot: Option<&'a Arc<Slot>>,
 }
 
 struct Sending<'a> {
@@ -117,7 +128,10 @@ impl Sending<'_> {
         match part {
             Part::Zero(range) if self.writer.is_none() => self.zero(*range),
             Part::Zero(range) => self.zero_blocks(*range),
-            Part::Data { offset, bytes, notes } => self.data(*offset, bytes, notes),
+            Part::Data { offset, bytes, slot, notes } => {
+                let piece = Piece { offset: *offset, bytes, slot: *slot };
+                self.data(&piece, notes)
+            }
         }
     }
 
@@ -142,18 +156,18 @@ impl Sending<'_> {
         Ok(())
     }
 
-    fn data(&mut self, offset: u64, bytes: &[u8], notes: &[Note]) -> Result<()> {
-        let piece = ByteRange::new(offset, bytes.len() as u64);
-        let forced = if self.everything { RangeSet::new() } else { self.forced.within(piece) };
+    fn data(&mut self, piece: &Piece<'_>, notes: &[Note]) -> Result<()> {
+        let range = ByteRange::new(piece.offset, piece.bytes.len() as u64);
+        let forced = if self.everything { RangeSet::new() } else { self.forced.within(range) };
         // Blocks that go are sent together, as far as they follow each other.
         let (mut begun, mut at) = (0, 0);
-        for (block, note) in bytes.chunks(BLOCK_BYTES).zip(notes) {
-            let range = ByteRange::new(offset + at as u64, block.len() as u64);
+        for (block, note) in piece.bytes.chunks(BLOCK_BYTES).zip(notes) {
+            let range = ByteRange::new(piece.offset + at as u64, block.len() as u64);
             let end = at + block.len();
             let differs = self.compare(range, *note)?;
             let wanted = self.is_wanted(range, differs, &forced);
             if !wanted || note.is_zero {
-                self.put_run(offset + begun as u64, bytes.get(begun..at).unwrap_or_default())?;
+                self.put_run(piece, begun..at)?;
                 begun = end;
                 if wanted {
                     self.zero(range)?;
@@ -161,17 +175,21 @@ impl Sending<'_> {
             }
             at = end;
         }
-        self.put_run(offset + begun as u64, bytes.get(begun..at).unwrap_or_default())
+        self.put_run(piece, begun..at)
     }
 
-    /// Sends data that follow each other.
-    fn put_run(&mut self, offset: u64, run: &[u8]) -> Result<()> {
-        let mut at = offset;
-        for piece in run.chunks(FRAME_BYTES) {
-            self.tally.data(at, piece);
-            self.go_to(at, piece.len())?;
-            self.link.send_data(piece)?;
-            at += piece.len() as u64;
+    /// Sends a part of a piece.
+    fn put_run(&mut self, piece: &Piece<'_>, part: Range<usize>) -> Result<()> {
+        let mut at = part.start;
+        for bytes in piece.bytes.get(part).unwrap_or_default().chunks(FRAME_BYTES) {
+            let (offset, end) = (piece.offset + at as u64, at + bytes.len());
+            self.tally.data(offset, bytes);
+            self.go_to(offset, bytes.len())?;
+            match piece.slot {
+                Some(slot) => self.link.lend(slot, at..end)?,
+                None => self.link.send_data(bytes)?,
+            }
+            at = end;
         }
         Ok(())
     }
@@ -234,5 +252,142 @@ impl Sending<'_> {
         self.link.end()?;
         let changed = is_compared.then_some(self.changed);
         Ok(Sent { data_bytes: self.tally.data_bytes(), changed })
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+    use crate::frame::{HEADER_BYTES, Header, Kind};
+    use crate::link::testing;
+    use crate::read::PIECE_BYTES;
+    use std::fs::File;
+    use std::io::{PipeReader, PipeWriter, Read, Write, pipe};
+    use std::os::unix::fs::FileExt;
+    use vmtide_block::{CancelToken, MemoryDevice};
+
+    const MIB: usize = 1 << 20;
+
+    /// What a plugin makes of a disk: its blocks with their offsets, where they follow each other together; and how
+    /// many came through the memory. Gives up after `patience` of these.
+    fn take(
+        mut input: PipeReader,
+        mut output: PipeWriter,
+        memory: Option<&File>,
+        patience: usize,
+    ) -> (Vec<(u64, Vec<u8>)>, usize) {
+        let (mut blocks, mut places): (Vec<(u64, Vec<u8>)>, usize) = (Vec::new(), 0);
+        let mut offset = None;
+        loop {
+            let mut header = [0; HEADER_BYTES];
+            input.read_exact(&mut header).unwrap();
+            let header = Header::parse(header).unwrap();
+            let mut payload = vec![0; header.length];
+            input.read_exact(&mut payload).unwrap();
+            let text = String::from_utf8_lossy(&payload).into_owned();
+            match header.kind {
+                Kind::Command => offset = text.strip_prefix("At ").map(|at| at.parse().unwrap()),
+                Kind::End => return (blocks, places),
+                Kind::Place => {
+                    if places == patience {
+                        return (blocks, places);
+                    }
+                    places += 1;
+                    let (at, length) = text.split_once(' ').unwrap();
+                    payload = vec![0; length.parse().unwrap()];
+                    memory.unwrap().read_exact_at(&mut payload, at.parse().unwrap()).unwrap();
+                    output.write_all(b"R000000\n").unwrap();
+                }
+                Kind::Data => {}
+                other => panic!("{other:?}"),
+            }
+            if !matches!(header.kind, Kind::Command) {
+                match offset.take() {
+                    Some(offset) => blocks.push((offset, payload)),
+                    None => blocks.last_mut().unwrap().1.extend_from_slice(&payload),
+                }
+            }
+        }
+    }
+
+    /// Sends a disk to such a plugin.
+    fn send(
+        bytes: &[u8],
+        selection: Selection,
+        slots: usize,
+        patience: usize,
+    ) -> (Result<Sent>, Vec<(u64, Vec<u8>)>, usize) {
+        let device = MemoryDevice::from_bytes(bytes.to_vec());
+        let (from_backend, to_plugin) = pipe().unwrap();
+        let (from_plugin, to_backend) = pipe().unwrap();
+        let memory = (slots > 0).then(|| testing::memory(slots, PIECE_BYTES));
+        let directory = tempfile::tempdir().unwrap();
+        let base = matches!(selection, Selection::Ranges(_)).then(|| MomentId(7, 8));
+        let new_digests = base.is_none().then(|| directory.path().join("digests"));
+        let plan =
+            SendPlan { selection, base, moment: MomentId(5, 6), new_digests, old_digests: None };
+        let mut link = Link::new(Box::new(from_plugin), Box::new(to_plugin), CancelToken::new());
+        if let Some((_, memory)) = &memory {
+            link.share(memory.clone());
+        }
+        let file = memory.as_ref().map(|(file, _)| file);
+        std::thread::scope(|scope| {
+            let plugin = scope.spawn(move || take(from_backend, to_backend, file, patience));
+            let sent = send_disk(&mut link, &device, &plan, &|| Ok(()));
+            drop(link);
+            let (blocks, places) = plugin.join().unwrap();
+            if let Some((_, memory)) = &memory {
+                // All of them are free again.
+                let slots: Vec<_> = (0..memory.slots()).map(|_| memory.wait()).collect();
+                assert_eq!(slots.len(), memory.slots());
+            }
+            (sent, blocks, places)
+        })
+    }
+
+    /// Noise with holes, at odd places.
+    fn disk() -> Vec<u8> {
+        let mut bytes: Vec<u8> = (0..21 * MIB + 512)
+            .map(|at: usize| (at.wrapping_mul(0x9e37_79b9) >> 13).to_le_bytes()[0] | 1)
+            .collect();
+        for hole in [MIB..2 * MIB, 5 * MIB + 4096..5 * MIB + 400_000, 20 * MIB..20 * MIB + 70_000] {
+            bytes[hole].fill(0);
+        }
+        bytes
+    }
+
+    fn ranges() -> Selection {
+        Selection::Ranges(RangeSet::from(vec![
+            ByteRange::new(7, 3),
+            ByteRange::new(1 << 19, 3 << 20),
+            ByteRange::new(20 << 20, (1 << 20) + 512),
+        ]))
+    }
+
+    #[test]
+    fn a_disk_is_the_same_through_the_memory_and_through_the_pipe() {
+        let bytes = disk();
+        let selections: [fn() -> Selection; 2] = [|| Selection::Whole, ranges];
+        for selection in selections {
+            let (sent, expected, places) = send(&bytes, selection(), 0, 0);
+            assert_eq!(places, 0);
+            let sent = sent.unwrap();
+            for slots in [4, 5, 12] {
+                let (again, blocks, places) = send(&bytes, selection(), slots, usize::MAX);
+                assert!(places > 0);
+                assert_eq!(again.unwrap().data_bytes, sent.data_bytes);
+                assert!(blocks == expected, "with {slots} slots");
+            }
+        }
+    }
+
+    #[test]
+    fn a_plugin_that_goes_in_the_middle_ends_the_sending() {
+        let bytes = disk();
+        for patience in [0, 1, 5] {
+            let (sent, _, places) = send(&bytes, Selection::Whole, 4, patience);
+            assert!(matches!(sent, Err(crate::BackendError::Gone)), "{sent:?}");
+            assert_eq!(places, patience);
+        }
     }
 }
