@@ -2,6 +2,7 @@
 //! some lie, some die.
 #![cfg(target_os = "linux")]
 #![allow(missing_docs, reason = "a test")]
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;

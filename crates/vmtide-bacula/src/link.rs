@@ -285,14 +285,16 @@ fn write_both(output: &mut dyn Write, first: &[u8], second: &[u8]) -> std::io::R
 }
 
 /// Memory as a plugin gives it, for tests: what it is for the plugin, and what it is here.
-#[cfg(all(test, target_os = "linux"))]
-pub mod testing {
+#[cfg(test)]
+#[cfg(target_os = "linux")]
+pub(crate) mod testing {
     use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
     use std::fs::File;
     use std::os::fd::AsRawFd;
     use vmtide_memory_ffi::Memory;
 
-    pub fn memory(slots: usize, slot_bytes: usize) -> (File, Memory) {
+    /// A plugin's file of `slots` slots, and the memory in it.
+    pub(crate) fn memory(slots: usize, slot_bytes: usize) -> (File, Memory) {
         let file = memfd_create("test", MemfdFlags::ALLOW_SEALING).unwrap();
         ftruncate(&file, (slots * slot_bytes) as u64).unwrap();
         fcntl_add_seals(&file, SealFlags::SHRINK).unwrap();
@@ -302,7 +304,8 @@ pub mod testing {
     }
 }
 
-#[cfg(all(test, target_os = "linux"))]
+#[cfg(test)]
+#[cfg(target_os = "linux")]
 mod tests {
     use super::*;
     use std::io::Cursor;

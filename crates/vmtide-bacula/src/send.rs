@@ -255,7 +255,8 @@ impl Sending<'_> {
     }
 }
 
-#[cfg(all(test, target_os = "linux"))]
+#[cfg(test)]
+#[cfg(target_os = "linux")]
 mod tests {
     use super::*;
     use crate::frame::{HEADER_BYTES, Header, Kind};
@@ -268,6 +269,9 @@ mod tests {
 
     const MIB: usize = 1 << 20;
 
+    /// Bytes with the offset that they are for.
+    type Blocks = Vec<(u64, Vec<u8>)>;
+
     /// What a plugin makes of a disk: its blocks with their offsets, where they follow each other together; and how
     /// many came through the memory. Gives up after `patience` of these.
     fn take(
@@ -275,8 +279,8 @@ mod tests {
         mut output: PipeWriter,
         memory: Option<&File>,
         patience: usize,
-    ) -> (Vec<(u64, Vec<u8>)>, usize) {
-        let (mut blocks, mut places): (Vec<(u64, Vec<u8>)>, usize) = (Vec::new(), 0);
+    ) -> (Blocks, usize) {
+        let (mut blocks, mut places): (Blocks, usize) = (Vec::new(), 0);
         let mut offset = None;
         loop {
             let mut header = [0; HEADER_BYTES];
@@ -299,6 +303,7 @@ mod tests {
                     output.write_all(b"R000000\n").unwrap();
                 }
                 Kind::Data => {}
+                Kind::Alive => continue,
                 other => panic!("{other:?}"),
             }
             if !matches!(header.kind, Kind::Command) {
@@ -316,7 +321,7 @@ mod tests {
         selection: Selection,
         slots: usize,
         patience: usize,
-    ) -> (Result<Sent>, Vec<(u64, Vec<u8>)>, usize) {
+    ) -> (Result<Sent>, Blocks, usize) {
         let device = MemoryDevice::from_bytes(bytes.to_vec());
         let (from_backend, to_plugin) = pipe().unwrap();
         let (from_plugin, to_backend) = pipe().unwrap();

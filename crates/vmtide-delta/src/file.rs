@@ -31,6 +31,9 @@ pub(crate) struct FrameRef {
     pub head: RecordHead,
 }
 
+/// What [`DeltaFile::verify_with`] shows every frame to.
+pub(crate) type Look<'a, S> = dyn Fn(&mut S, &RecordHead, &[Extent]) -> Result<()> + Sync + 'a;
+
 impl DeltaFile {
     /// Opens the delta whose bytes `file` has.
     ///
@@ -152,7 +155,7 @@ impl DeltaFile {
         progress: &Progress,
         cancel: &CancelToken,
         state: impl Fn() -> S + Sync,
-        also: &(dyn Fn(&mut S, &RecordHead, &[Extent]) -> Result<()> + Sync),
+        also: &Look<'_, S>,
     ) -> Result<DeltaSummary> {
         let mut ledger = Ledger::new(&self.header, &self.header_bytes);
         let mut sums = DeltaTotals::default();

@@ -51,12 +51,15 @@ pub fn locate_damage(repository: &Repository, damage: &[Damage]) -> Vec<LocatedD
         .collect()
 }
 
+/// The segments of a disk's map, and the length of the disk in bytes.
+type MapOfDisk = (Vec<ObjectId>, u64);
+
 /// Partition tables of disks, read when they are asked for.
 struct Tables<'a> {
     repository: &'a Repository,
     points: BTreeMap<ObjectId, RestorePoint>,
     /// By the disk's map: points often share whole maps.
-    known: HashMap<(Vec<ObjectId>, u64), Option<Arc<Vec<Partition>>>>,
+    known: HashMap<MapOfDisk, Option<Arc<Vec<Partition>>>>,
 }
 
 impl<'a> Tables<'a> {

@@ -111,7 +111,7 @@ pub(crate) fn find_parent(
                 link.names.first().map_or("", String::as_str),
                 if options.search.is_empty() { "" } else { " or in the directories given" },
             ),
-            std::io::Error::from(std::io::ErrorKind::NotFound),
+            std::io::Error::from(ErrorKind::NotFound),
         )),
         Search::Others(others) => {
             let wanted = link.identities.join(" or ");

@@ -1,6 +1,7 @@
 //! Memory as it is handed over by another process, here the same one.
 #![cfg(target_os = "linux")]
 #![allow(missing_docs, reason = "a test")]
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::io::{FdFlags, fcntl_getfd};

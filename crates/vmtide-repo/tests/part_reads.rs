@@ -98,7 +98,7 @@ fn reads_of_any_length_anywhere_by_many_threads_are_what_was_stored() {
                 let (disk, content) = (&disk, &content);
                 scope.spawn(move || {
                     let mut places = Noise(thread * 977 + 5);
-                    let mut near = 0;
+                    let mut near = 0usize;
                     for number in 0..150 {
                         let length = [512, 4096, 77, 130_000, 3 << 20][places.below(5)];
                         // Some go on where the last one ended, some back, most anywhere.

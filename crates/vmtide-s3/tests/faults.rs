@@ -10,6 +10,7 @@
 
 #[path = "../../vmtide-repo/tests/support/conformance.rs"]
 mod conformance;
+#[allow(dead_code, reason = "each test uses a part of it")]
 #[path = "support/faulty.rs"]
 mod faulty;
 

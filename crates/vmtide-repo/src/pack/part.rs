@@ -36,7 +36,7 @@ impl Pack {
         });
         let mut met = bounds.filter(|bytes| bytes.end > wanted.start && bytes.start < wanted.end);
         let first = met.next().unwrap_or_default();
-        first.start..met.last().map_or(first.end, |last| last.end)
+        first.start..met.next_back().map_or(first.end, |last| last.end)
     }
 
     /// Fills `out` with the bytes `part` of a frame's content, which [`part_for`](Self::part_for) answered with, and verifies them.

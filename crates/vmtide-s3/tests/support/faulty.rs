@@ -58,11 +58,14 @@ impl Seen {
     }
 }
 
+/// The headers that an upload began with, and its parts by number.
+type Upload = (Vec<(String, String)>, BTreeMap<u32, Vec<u8>>);
+
 #[derive(Default)]
 struct State {
     objects: BTreeMap<String, Object>,
     /// Parts of uploads that are not complete, by upload, with the headers they began with.
-    uploads: BTreeMap<String, (Vec<(String, String)>, BTreeMap<u32, Vec<u8>>)>,
+    uploads: BTreeMap<String, Upload>,
     faults: VecDeque<Fault>,
     seen: Vec<String>,
     requests: Vec<Seen>,

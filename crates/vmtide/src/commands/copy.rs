@@ -11,7 +11,7 @@ use jiff::SignedDuration;
 use std::path::PathBuf;
 use vmtide_engine::retention::Selector;
 use vmtide_engine::{CopyJob, CopySummary, EngineError, Result, copy, resolve};
-use vmtide_repo::{BackupOptions, Repository, RestorePoint, RetentionMode};
+use vmtide_repo::{BackupOptions, RateLimit, Repository, RestorePoint, RetentionMode};
 
 const EXAMPLES: &str = "\
 The data is verified while it is read, encrypted with the keys of the other repository and deduplicated

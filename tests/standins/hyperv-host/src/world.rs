@@ -345,7 +345,7 @@ impl World {
 
     /// The `InstanceID`s of the jobs that are not forgotten.
     pub fn jobs(&self) -> Vec<String> {
-        self.lock().jobs.keys().map(|id| crate::state::guid(*id)).collect()
+        self.lock().jobs.keys().map(|id| guid(*id)).collect()
     }
 
     /// How often clients have asked to remove or convert what another product has made.
