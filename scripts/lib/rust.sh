@@ -62,9 +62,10 @@ ensure_cargo_tool() {
 
 # quick_cargo_install ARGS…: a program for tests from the package registry, made to be built soon and not to run fast: some of them
 # optimise over all of their dependencies when they are released. It has a target directory and flags of its own: it must
-# not disturb, nor be disturbed by, the workspace's.
+# not disturb, nor be disturbed by, the workspace's. QUICK_OPT_LEVEL (0) is for those that have work to do.
 quick_cargo_install() {
-    env -u CARGO_TARGET_DIR -u RUSTFLAGS CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16 \
-        CARGO_PROFILE_RELEASE_OPT_LEVEL=1 CARGO_PROFILE_RELEASE_DEBUG=0 CARGO_PROFILE_RELEASE_STRIP=debuginfo \
+    env -u CARGO_TARGET_DIR -u RUSTFLAGS -u RUSTC_WORKSPACE_WRAPPER CARGO_PROFILE_RELEASE_LTO=off \
+        CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16 CARGO_PROFILE_RELEASE_OPT_LEVEL="${QUICK_OPT_LEVEL:-0}" CARGO_PROFILE_RELEASE_DEBUG=0 \
+        CARGO_PROFILE_RELEASE_STRIP=debuginfo CARGO_INCREMENTAL=0 \
         cargo install --locked --quiet "$@" </dev/null >&2
 }

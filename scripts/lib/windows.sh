@@ -23,11 +23,11 @@ ensure_windows_toolchain() {
     WINDOWS_CARGO_ARGS=("-Zbuild-std=std,panic_abort")
 }
 
-# windows_cargo SUBCOMMAND ARGS…: cargo for Windows. Flags that are meant for Linux are left out.
+# windows_cargo SUBCOMMAND ARGS…: cargo for Windows. Flags and wrappers that are meant for Linux are left out.
 windows_cargo() {
     local subcommand="$1"
     shift
-    env -u RUSTFLAGS -u CARGO_ENCODED_RUSTFLAGS CARGO_TARGET_DIR="$WINDOWS_TARGET_DIR" \
+    env -u RUSTFLAGS -u CARGO_ENCODED_RUSTFLAGS -u RUSTC_WORKSPACE_WRAPPER CARGO_TARGET_DIR="$WINDOWS_TARGET_DIR" \
         "${WINDOWS_CARGO[@]}" "$subcommand" "${WINDOWS_CARGO_ARGS[@]}" --target "$WINDOWS_TARGET" "$@"
 }
 

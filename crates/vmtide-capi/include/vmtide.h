@@ -130,6 +130,7 @@ typedef struct vmtide_open_options {
     const char *search;   /* a directory in which parents are looked for, too */
     uint32_t flags;       /* VMTIDE_OPEN_… */
     uint32_t reserved;
+    const char *backing_format; /* the format of parents of which their qcow2 child does not say it */
 } vmtide_open_options;
 
 /* Opens a disk image with its chain, a block device, or an NBD URL (nbd://…, nbd+unix://…). */

@@ -41,6 +41,7 @@ pub struct OpenOptions {
     search: *const c_char,
     flags: u32,
     reserved: u32,
+    backing_format: *const c_char,
 }
 
 // SAFETY: `repr(C)`, begins with its size, and numbers and pointers may be zero.
@@ -86,17 +87,18 @@ pub(crate) unsafe fn open_options(options: *const OpenOptions) -> Result<(OpenDi
     let options = unsafe { args::options(options, "vmtide_open_options") }?;
     args::check_flags(options.flags, OPEN_FLAGS, "vmtide_open_options")?;
     // SAFETY: strings as the header says, by this function's own contract.
-    let (format, snapshot, search) = unsafe {
+    let (format, snapshot, search, backing_format) = unsafe {
         (
             args::optional_string(options.format, "format")?,
             args::optional_string(options.snapshot, "snapshot")?,
             args::optional_string(options.search, "search")?,
+            args::optional_string(options.backing_format, "backing_format")?,
         )
     };
     let open = OpenDiskOptions {
         format: parse_format(format)?,
         backing: (options.flags & OPEN_FOLLOW != 0).then_some(BackingPolicy::Allow),
-        backing_format: None,
+        backing_format: parse_format(backing_format)?,
         search: search.into_iter().map(PathBuf::from).collect(),
         any_parent: options.flags & OPEN_ANY_PARENT != 0,
         snapshot,

@@ -203,3 +203,38 @@ fn an_image_that_a_program_hosts_has_its_changes_tracked() {
     let program = compile("tests/c/tracking.c", directory.path());
     run(Command::new(&program).arg(directory.path()));
 }
+
+/// A qcow2 image of which the header does not say of what format its parent is, as old ones do not.
+fn child_without_backing_format(directory: &Path) {
+    std::fs::write(directory.join("base.raw"), [7; 1 << 20]).unwrap();
+    let child = directory.join("child.qcow2");
+    run(Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b", "base.raw"])
+        .arg(&child));
+    let mut bytes = std::fs::read(&child).unwrap();
+    let of_format = 0xe279_2aca_u32.to_be_bytes();
+    let at = bytes.windows(4).position(|four| four == of_format).unwrap();
+    // An extension that nobody knows.
+    bytes[at + 3] ^= 1;
+    std::fs::write(&child, bytes).unwrap();
+}
+
+/// With the static library, by what pkg-config says of it: the program needs no library of ours to run.
+#[test]
+fn the_static_library_is_enough_and_parents_get_the_format_that_is_given() {
+    let directory = tempfile::tempdir().unwrap();
+    child_without_backing_format(directory.path());
+    let said = run(Command::new("pkg-config")
+        .args(["--static", "--cflags", "--libs", "vmtide"])
+        .env("PKG_CONFIG_PATH", prefix().join("lib/pkgconfig")));
+    let words = said.split_whitespace();
+    let program = directory.path().join("program");
+    run(Command::new("cc")
+        .args(["-std=c11", "-Wall", "-Wextra", "-Werror", "-o"])
+        .arg(&program)
+        .arg(format!("{HERE}/tests/c/parents.c"))
+        // The shared library, which is beside it, would be taken first.
+        .args(words.map(|word| if word == "-lvmtide" { "-l:libvmtide.a" } else { word })));
+    let printed = run(Command::new(&program).arg(directory.path()));
+    assert!(printed.contains("the parent is read"), "{printed}");
+}

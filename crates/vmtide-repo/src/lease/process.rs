@@ -154,8 +154,10 @@ mod tests {
         // The number was given to another process.
         let other = Process { started: me.started + 1, ..me.clone() };
         assert!(!other.is_gone(), "the own number says nothing");
-        let parent = Process { pid: std::os::unix::process::parent_id(), ..me.clone() };
-        assert!(parent.is_gone(), "a process that began at another time is another");
+        let parent = Process::running(std::os::unix::process::parent_id()).unwrap();
+        assert!(!parent.is_gone());
+        let before = Process { started: parent.started + 1, ..parent };
+        assert!(before.is_gone(), "a process that began at another time is another");
         for far in [
             Process { machine: "other".into(), ..process.clone() },
             Process { boot: "other".into(), ..process.clone() },
