@@ -112,11 +112,14 @@ class HypervHost:
             raise TestFailure(f"{order}: {answer['error']}")
         return answer
 
-    def settled_disks(self, directory):
-        """The content of the VM's disks once the host has merged its checkpoints, read by qemu-img."""
+    def settled_disks(self, directory, name="web"):
+        """The content of a VM's disks once the host has merged its checkpoints, read by qemu-img."""
         self.tell("settle")
         contents = []
-        for number, path in enumerate(self.tell("vms")["vms"][0]["disks"]):
+        vms = [vm for vm in self.tell("vms")["vms"] if vm["name"].startswith(f"{name} (")]
+        if len(vms) != 1:
+            raise TestFailure(f"the host has {len(vms)} VMs of the name {name}")
+        for number, path in enumerate(vms[0]["disks"]):
             image = self.volumes / path.replace(":", "").replace("\\", "/")
             if image.suffix.lower() != ".vhdx":
                 raise TestFailure(f"the VM still writes to {path}")

@@ -553,9 +553,33 @@ class Tests:
                 raise TestFailure(f"restored were {found}, and the VM has {len(contents)} disks")
             for path, content in zip(found, contents):
                 must_be_same(path, content, f"jobs {jobs}")
+        self.restore_to_host(states)
         estimate = self.bacula.console("estimate job=hyperv level=Full listing")
         if estimate.count("/@hyperv/web/") < 3:
             raise TestFailure(f"estimate: {estimate}")
+
+    def restore_to_host(self, states):
+        """What was backed up becomes a VM on the host: of a chain, not beside one of its name, and not without a disk."""
+        chain, contents = states[-1]
+        place = self.hyperv.source.removesuffix("/web")
+        self.restore_with(chain, to=f"{place}/again").must_be(GOOD).must_say("again is on the host")
+        if self.hyperv.settled_disks(self.path, "again") != contents:
+            raise TestFailure("the VM that was restored to the host has other disks")
+        before = self.hyperv.tell("vms")
+        self.restore_with(chain, to=f"{place}/again").must_be("E", FATAL).must_say("again")
+        self.restore_with(chain, to="hyperv+winrm:///again").must_be("E", FATAL)
+        self.restore_with(chain, to="original").must_be("E", FATAL).must_say("on another host")
+        # Only the first of its disks.
+        lines = [f"restore client=t-fd jobid={chain[0]}", "cd /@hyperv/web", "mark *0.raw", "done", "mod", "13", "mod", "1",
+                 f"{place}/part", "yes", "yes"]
+        output = self.bacula.console(*lines)
+        queued = [line for line in output.splitlines() if "Job queued. JobId=" in line]
+        if not queued:
+            raise TestFailure(f"no restore was queued:\n{output}")
+        job = self.bacula.finish(int(queued[0].split("JobId=")[1].split()[0]))
+        job.must_be("E", FATAL).must_say("a host gets all disks of a VM or none")
+        if self.hyperv.tell("vms") != before:
+            raise TestFailure(f"a restore that failed left something: {before} became {self.hyperv.tell('vms')}")
 
     def test_agent_disk(self):
         """A disk of an agent: what changed is tracked there."""

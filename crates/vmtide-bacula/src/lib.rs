@@ -24,6 +24,7 @@ mod names;
 mod object;
 mod read;
 mod restore;
+mod restore_vm;
 mod send;
 pub mod stream;
 mod target;
@@ -85,7 +86,7 @@ fn converse(link: &mut Link, options: &BackendOptions) -> Result<()> {
         }
         Purpose::Restore => {
             link.end()?;
-            restore::Restore::new(&job).run(link)
+            restore::Restore::new(&job, options).run(link)
         }
     }
 }

@@ -8,6 +8,7 @@ use crate::{BackendError, Result};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use vmtide_engine::is_vm_target;
 use vmtide_hypervisor::{FrozenVm, VmConfig};
 use vmtide_image::Format;
 
@@ -97,7 +98,8 @@ impl PointObject {
 /// The form, in the daemon's own language for such.
 pub const fn options_form() -> &'static str {
     "# vmtide: options of a restore\n\
-     OptPrompt=\"Where to: a directory, a block device, or original (replaces the images of the VM)\"\n\
+     OptPrompt=\"Where to: a directory, a block device, original (replaces the images of the VM), or \
+     hyperv+winrm://HOST/NAME (a new VM)\"\n\
      OptDefault=\"\"\n\
      to=@STR@\n\
      OptPrompt=\"Format of restored disks: raw, qcow2, vhdx, vhd or vmdk\"\n\
@@ -117,6 +119,8 @@ pub enum Destination {
     Device(PathBuf),
     /// The images that the VM had.
     Original,
+    /// A new VM on the Hyper-V host of this URL.
+    Vm(String),
 }
 
 /// The form, filled in.
@@ -159,10 +163,13 @@ fn destination(text: &str) -> Result<Destination> {
     if text == "original" {
         return Ok(Destination::Original);
     }
+    if is_vm_target(text) {
+        return Ok(Destination::Vm(text.to_owned()));
+    }
     let path = PathBuf::from(text);
     if !path.is_absolute() {
         return Err(BackendError::Usage(format!(
-            "to={text}: give the absolute path of a directory or block device, or original"
+            "to={text}: give the absolute path of a directory or block device, original, or hyperv+winrm://HOST/NAME"
         )));
     }
     Ok(if is_block_device(&path) {
@@ -196,6 +203,8 @@ mod tests {
         assert_eq!(filled.to, Destination::Directory("/restored".into()));
         assert_eq!(filled.format, Some(Format::Vhdx));
         assert_eq!(read("to=original").unwrap().to, Destination::Original);
+        let url = "hyperv+winrm://hv1/web%20two";
+        assert_eq!(read(&format!("to={url}\n")).unwrap().to, Destination::Vm(url.into()));
         read("to=relative").unwrap_err();
         read("format=iso").unwrap_err();
     }

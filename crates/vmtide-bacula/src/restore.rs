@@ -2,14 +2,17 @@
 //!
 //! A disk is written into an image that has no name yet. Each layer says which moment it is of and which one
 //! it builds on, and ends with a count and a checksum; a layer that is missing, foreign or not whole ends
-//! the restore. When the daemon says that all is done, and not before, the images get their names.
+//! the restore. When the daemon says that all is done, and not before, the images get their names, or a Hyper-V host
+//! makes a VM of the disks (`restore_vm`).
 
+use crate::backup::state_directory;
 use crate::job::{Job, Replace};
 use crate::link::{Link, Said};
 use crate::object::{Destination, PointObject, RestoreOptions};
+use crate::restore_vm::HostVm;
 use crate::stream::{CONTROL_OFFSET, Record, StreamHeader, StreamTrailer, Tally};
 use crate::target::{Place, PlainFile, Target, below, may_take, place};
-use crate::{BackendError, Result};
+use crate::{BackendError, BackendOptions, Result};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
@@ -22,8 +25,10 @@ const MAX_SIZE_BYTES: u64 = CONTROL_OFFSET;
 /// A restore.
 pub struct Restore<'a> {
     job: &'a Job,
+    backend: &'a BackendOptions,
     options: RestoreOptions,
     point: Option<(u32, PointObject)>,
+    vm: Option<HostVm>,
     disks: BTreeMap<PathBuf, Layered>,
     skipped: BTreeSet<PathBuf>,
     incoming: Option<Incoming>,
@@ -64,11 +69,13 @@ struct Layer {
 
 impl<'a> Restore<'a> {
     /// A restore of what `job` names.
-    pub fn new(job: &'a Job) -> Self {
+    pub fn new(job: &'a Job, backend: &'a BackendOptions) -> Self {
         Self {
             job,
+            backend,
             options: RestoreOptions::default(),
             point: None,
+            vm: None,
             disks: BTreeMap::new(),
             skipped: BTreeSet::new(),
             incoming: None,
@@ -78,8 +85,22 @@ impl<'a> Restore<'a> {
     /// Does it, until the plugin says good-bye.
     ///
     /// # Errors
-    /// No new image has its name then.
+    /// No new image has its name then, and no host has a new VM.
     pub fn run(mut self, link: &mut Link) -> Result<()> {
+        let outcome = self.serve(link);
+        // Nobody may hold a disk of the VM beyond it.
+        self.incoming = None;
+        self.disks.clear();
+        if let Some(vm) = self.vm.take()
+            && let Err(error) = vm.abort()
+        {
+            // The plugin may have gone; the next backup of a VM on that host removes what is left.
+            let _ = link.warn(&format!("what the restore had made on the host is left: {error}"));
+        }
+        outcome
+    }
+
+    fn serve(&mut self, link: &mut Link) -> Result<()> {
         loop {
             link.cancel.check()?;
             let line = match link.hear()? {
@@ -179,7 +200,9 @@ impl<'a> Restore<'a> {
             Destination::Path => described.path.clone(),
             Destination::Directory(directory) => below(directory, &described.path),
             // It stays in the catalogue: the VM has its own.
-            Destination::Device(_) | Destination::Original => return Ok(false),
+            Destination::Device(_) | Destination::Original | Destination::Vm(_) => {
+                return Ok(false);
+            }
         };
         if !may_take(&path, self.job.replace, described.time) {
             return Ok(false);
@@ -205,15 +228,7 @@ impl<'a> Restore<'a> {
             // A later full takes the place of an earlier one.
             self.skipped.remove(&path);
             self.disks.remove(&path);
-            if matches!(place, Place::Device(_)) && !self.disks.is_empty() {
-                return Err(BackendError::Refused(
-                    "several disks cannot be restored to one block device: select one".into(),
-                ));
-            }
-            let mut target = Target::create(&place, described.size_bytes, &mut || link.alive())?;
-            if self.options.to == Destination::Original {
-                target.keep_owner()?;
-            }
+            let target = self.target(&place, &described, link)?;
             self.disks.insert(path.clone(), Layered { target, moment: described.moment });
         } else {
             if self.skipped.contains(&path) {
@@ -241,6 +256,55 @@ impl<'a> Restore<'a> {
         Ok(true)
     }
 
+    /// The disk of zeros that a full backup is written to.
+    fn target(&mut self, place: &Place, described: &Described, link: &mut Link) -> Result<Target> {
+        let size_bytes = described.size_bytes;
+        match place {
+            Place::Image(path, format) => {
+                let mut target = Target::image(path, *format, size_bytes)?;
+                if self.options.to == Destination::Original {
+                    target.keep_owner()?;
+                }
+                Ok(target)
+            }
+            Place::Device(_) if !self.disks.is_empty() => Err(BackendError::Refused(
+                "several disks cannot be restored to one block device: select one".into(),
+            )),
+            Place::Device(path) => Target::device(path, size_bytes, &mut || link.alive()),
+            Place::Vm => {
+                let (disk, is_new) = self.host_vm(link)?.disk(&described.path)?;
+                let target = Target::existing(disk.device, disk.path, size_bytes)?;
+                if !is_new {
+                    target.clear(&mut || link.alive())?;
+                }
+                Ok(target)
+            }
+        }
+    }
+
+    /// The VM on the host, which its first disk begins.
+    fn host_vm(&mut self, link: &mut Link) -> Result<&mut HostVm> {
+        let begun = match (self.vm.take(), &self.options.to, &self.point) {
+            (Some(vm), ..) => vm,
+            (None, Destination::Vm(url), Some((_, point))) => {
+                let state_directory = state_directory(self.job, self.backend);
+                link.info(&format!("making the disks of {} for {url}", point.config.name))?;
+                let vm = HostVm::begin(url, point, self.backend, state_directory, &link.cancel)?;
+                for warning in vm.warnings() {
+                    link.warn(warning)?;
+                }
+                vm
+            }
+            _ => {
+                return Err(BackendError::Refused(
+                    "what is restored does not say what VM it is of: restore it to a directory"
+                        .into(),
+                ));
+            }
+        };
+        Ok(self.vm.insert(begun))
+    }
+
     fn may_take_place(&self, place: &Place, time: u64) -> bool {
         match place {
             Place::Image(path, _) => {
@@ -251,7 +315,8 @@ impl<'a> Restore<'a> {
                 };
                 may_take(path, replace, time)
             }
-            Place::Device(_) => true,
+            // A host refuses a name that is taken.
+            Place::Device(_) | Place::Vm => true,
         }
     }
 
@@ -299,7 +364,13 @@ impl<'a> Restore<'a> {
             let name = disk.target.publish()?;
             link.info(&format!("restored {name}"))?;
         }
-        Ok(())
+        let Some(vm) = self.vm.take() else { return Ok(()) };
+        let told = vm.warnings().len();
+        let vm = vm.finish()?;
+        for warning in vm.warnings.iter().skip(told) {
+            link.warn(warning)?;
+        }
+        link.info(&format!("{} is on the host, off and with its networks disconnected", vm.name))
     }
 }
 

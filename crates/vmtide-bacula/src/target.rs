@@ -21,8 +21,8 @@ const WRITE_BYTES: usize = 1 << 20;
 /// far below the silence after which the plugin gives the backend up, and soon enough for a cancelled job.
 const ZERO_BYTES: u64 = 256 << 20;
 
-/// The platform of disks that an agent on another host read.
-const AGENT: &str = "agent";
+/// The platforms whose disks lie on another host, where an agent or the host itself read them.
+const ELSEWHERE: [&str; 2] = ["agent", "hyper-v"];
 
 /// Where a disk goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,6 +31,8 @@ pub enum Place {
     Image(PathBuf, Format),
     /// A block device.
     Device(PathBuf),
+    /// A disk of the VM that is made on a host.
+    Vm,
 }
 
 /// Where the disk that Bacula calls `output` goes.
@@ -49,12 +51,13 @@ pub fn place(
             Ok(Place::Image(with_extension(&below(directory, output), format), format))
         }
         Destination::Device(device) => Ok(Place::Device(device.clone())),
+        Destination::Vm(_) => Ok(Place::Vm),
         Destination::Original => {
             let stem = output.file_stem().unwrap_or_default().to_string_lossy();
-            if point.is_some_and(|point| point.config.platform == AGENT) {
+            if point.is_some_and(|point| ELSEWHERE.contains(&point.config.platform.as_str())) {
                 return Err(BackendError::Refused(format!(
-                    "{}: the VM's own image is on the agent's host, and its path means another file here; \
-                     restore it to a directory",
+                    "{}: the VM's own image is on another host, and its path means another file here; \
+                     restore it to a directory, or a VM of Hyper-V to hyperv+winrm://HOST/NAME",
                     output.display()
                 )));
             }
@@ -147,45 +150,65 @@ pub struct Target {
 }
 
 impl Target {
-    /// Makes a disk of zeros. Calls `alive` again and again where that takes long, and ends with its error.
+    /// Makes an image of zeros.
     ///
     /// # Errors
-    /// Where it cannot be made; where a block device is too small; those of `alive`.
-    pub fn create(
-        place: &Place,
+    /// Where it cannot be made.
+    pub fn image(path: &Path, format: Format, size_bytes: u64) -> Result<Self> {
+        make_directory_of(path)?;
+        let size = ImageKind::default().disk_size(format, size_bytes);
+        let options = CreateOptions::new(format, size);
+        let staged = StagedImage::create(path, &options, path.symlink_metadata().is_ok())?;
+        let device: Arc<dyn WritableBlockDevice> = staged.image.clone();
+        Ok(Self::new(device, Some(staged), path.display().to_string(), size_bytes))
+    }
+
+    /// Makes a block device zero. Calls `alive` again and again while that takes long, and ends with its error.
+    ///
+    /// # Errors
+    /// Where the device is too small or fails; those of `alive`.
+    pub fn device(
+        path: &Path,
         size_bytes: u64,
         alive: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Self> {
-        match place {
-            Place::Image(path, format) => {
-                make_directory_of(path)?;
-                let size = ImageKind::default().disk_size(*format, size_bytes);
-                let options = CreateOptions::new(*format, size);
-                let staged = StagedImage::create(path, &options, path.symlink_metadata().is_ok())?;
-                let device: Arc<dyn WritableBlockDevice> = staged.image.clone();
-                let name = path.display().to_string();
-                Ok(Self::new(device, Some(staged), name, size_bytes))
-            }
-            Place::Device(path) => {
-                let device: Arc<dyn WritableBlockDevice> =
-                    Arc::new(RawDevice::open(path, OpenMode::ReadWrite)?);
-                if device.size_bytes() < size_bytes {
-                    return Err(BackendError::Refused(format!(
-                        "{} has {} bytes and the disk {size_bytes}: a larger one is needed",
-                        path.display(),
-                        device.size_bytes()
-                    )));
-                }
-                let mut offset = 0;
-                while offset < size_bytes {
-                    alive()?;
-                    let length = ZERO_BYTES.min(size_bytes - offset);
-                    device.write_zeroes(ByteRange::new(offset, length))?;
-                    offset += length;
-                }
-                Ok(Self::new(device, None, path.display().to_string(), size_bytes))
-            }
+        let device = Arc::new(RawDevice::open(path, OpenMode::ReadWrite)?);
+        let target = Self::existing(device, path.display().to_string(), size_bytes)?;
+        target.clear(alive)?;
+        Ok(target)
+    }
+
+    /// A disk that is there already.
+    ///
+    /// # Errors
+    /// Where it is too small.
+    pub fn existing(
+        device: Arc<dyn WritableBlockDevice>,
+        name: String,
+        size_bytes: u64,
+    ) -> Result<Self> {
+        if device.size_bytes() < size_bytes {
+            return Err(BackendError::Refused(format!(
+                "{name} has {} bytes and the disk {size_bytes}: a larger one is needed",
+                device.size_bytes()
+            )));
         }
+        Ok(Self::new(device, None, name, size_bytes))
+    }
+
+    /// Makes all of it zero. Calls `alive` again and again, and ends with its error.
+    ///
+    /// # Errors
+    /// What the medium says; those of `alive`.
+    pub fn clear(&self, alive: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        let mut offset = 0;
+        while offset < self.size_bytes {
+            alive()?;
+            let length = ZERO_BYTES.min(self.size_bytes - offset);
+            self.device.write_zeroes(ByteRange::new(offset, length))?;
+            offset += length;
+        }
+        Ok(())
     }
 
     fn new(
@@ -445,8 +468,7 @@ mod tests {
         let path = directory.path().join("web.raw");
         std::fs::write(&path, "old").unwrap();
         std::fs::set_permissions(&path, PermissionsExt::from_mode(0o640)).unwrap();
-        let place = Place::Image(path.clone(), Format::Raw);
-        let mut target = Target::create(&place, 1 << 16, &mut || Ok(())).unwrap();
+        let mut target = Target::image(&path, Format::Raw, 1 << 16).unwrap();
         target.keep_owner().unwrap();
         target.publish().unwrap();
         let metadata = path.metadata().unwrap();
@@ -465,10 +487,10 @@ mod tests {
             signs += 1;
             Ok(())
         };
-        Target::create(&Place::Device(path.clone()), size_bytes, &mut count).unwrap();
+        Target::device(&path, size_bytes, &mut count).unwrap();
         assert_eq!(signs, 4);
         let mut gone = || Err(BackendError::Gone);
-        assert!(Target::create(&Place::Device(path), size_bytes, &mut gone).is_err());
+        assert!(Target::device(&path, size_bytes, &mut gone).is_err());
     }
 
     #[cfg(unix)]
