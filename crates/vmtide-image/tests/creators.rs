@@ -3,7 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
-mod support;
+use crate::support;
 
 use std::path::Path;
 use support::{Random, check_extents, path, pattern, qemu_img, read_all};

@@ -5,7 +5,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
-mod support;
+use crate::support;
 
 use std::path::Path;
 use support::{path, qemu_img, qemu_io, raw_file};

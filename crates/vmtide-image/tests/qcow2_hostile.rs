@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a failed unwrap is a failed test")]
 
-mod support;
+use crate::support;
 
 use std::sync::Arc;
 use support::{Random, path, qemu_img, qemu_io};

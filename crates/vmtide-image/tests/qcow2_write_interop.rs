@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
-mod support;
+use crate::support;
 
 use std::sync::Arc;
 use support::{check_clean, check_extents, path, pattern, qemu_img, raw_file, read_all};

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
-mod support;
+use crate::support;
 
 use proptest::prelude::*;
 use std::path::Path;

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
-mod support;
+use crate::support;
 
 use std::path::{Path, PathBuf};
 use support::vmdk::{Hole, StreamEnd, cowd, descriptor, sesparse, stream};

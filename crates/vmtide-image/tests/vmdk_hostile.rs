@@ -3,7 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
-mod support;
+use crate::support;
 
 use std::sync::Arc;
 use support::vmdk::{Hole, MemoryFiles, StreamEnd, cowd, descriptor, sesparse, stream};

@@ -9,7 +9,7 @@
     reason = "tests: a failed unwrap is a failed test, and sizes are small"
 )]
 
-mod common;
+use crate::common;
 
 use common::every_kind;
 use common::{Disk, commit, fast_options, reopen, repository};

@@ -2,7 +2,7 @@
 
 #![allow(missing_docs, clippy::unwrap_used, reason = "a test: what fails here fails the test")]
 
-mod common;
+use crate::common;
 
 use common::{Disk, commit, fast_options, init_options};
 use jiff::{SignedDuration, Timestamp};

@@ -8,7 +8,7 @@
     reason = "tests: a failed unwrap is a failed test"
 )]
 
-mod common;
+use crate::common;
 
 use common::{PASSWORD, init_options, repository};
 use std::sync::{Arc, Barrier};

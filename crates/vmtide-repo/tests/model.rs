@@ -9,7 +9,7 @@
     reason = "tests: a failed unwrap is a failed test, and sizes are small"
 )]
 
-mod common;
+use crate::common;
 
 use common::{Disk, commit, fast_options, repository, store_point};
 use proptest::prelude::*;

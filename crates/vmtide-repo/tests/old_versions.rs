@@ -4,7 +4,7 @@
 //! writes a new one where the format changes before its first release:
 //!
 //! ```text
-//! cargo test -p vmtide-repo --test old_versions -- --ignored
+//! cargo test -p vmtide-repo --test all old_versions -- --ignored
 //! ```
 //!
 //! After a release its fixture is never made again; a new version gets a folder of its own.
@@ -16,7 +16,7 @@
     reason = "tests: a failed unwrap is a failed test"
 )]
 
-mod common;
+use crate::common;
 
 use common::every_kind::{KINDS, check, contents, every_kind};
 use common::{Disk, reopen, store_point};

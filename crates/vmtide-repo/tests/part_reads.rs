@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 #![allow(clippy::cast_possible_truncation, reason = "sizes are small")]
 
-mod common;
+use crate::common;
 
 use common::{Disk, commit, reopen, repository};
 use std::sync::Arc;

@@ -8,7 +8,7 @@
     reason = "tests: a failed unwrap is a failed test, and sizes are small"
 )]
 
-mod common;
+use crate::common;
 
 use common::{Disk, reopen, repository, store_point};
 use std::sync::Arc;

@@ -7,7 +7,7 @@
     reason = "a test: what fails here fails the test"
 )]
 
-mod common;
+use crate::common;
 
 use std::fs;
 use std::sync::Arc;

@@ -9,7 +9,7 @@
     clippy::panic,
     reason = "shared by test programs that each use a part of it; a failed unwrap is a failed test"
 )]
-mod common;
+use crate::common;
 
 use common::{Place, Run, finish};
 use serde_json::Value;

@@ -8,7 +8,7 @@
     clippy::panic,
     reason = "shared by test programs that each use a part of it; a failed unwrap is a failed test"
 )]
-mod common;
+use crate::common;
 #[path = "../../vmtide-s3/tests/support/servers.rs"]
 mod servers;
 

@@ -6,7 +6,7 @@
     clippy::panic,
     reason = "shared by test programs that each use a part of it; a failed unwrap is a failed test"
 )]
-mod common;
+use crate::common;
 
 use common::{Place, files_below};
 

@@ -16,7 +16,7 @@
     clippy::cast_possible_truncation,
     reason = "shared by test programs that each use a part of it; a failed unwrap is a failed test"
 )]
-mod common;
+use crate::common;
 #[path = "hyperv/doctor.rs"]
 mod doctor;
 #[path = "hyperv/errors.rs"]

@@ -7,7 +7,7 @@
 )]
 
 #[allow(dead_code, reason = "shared by test programs that each use a part of it")]
-mod common;
+use crate::common;
 
 use common::Place;
 use serde_json::{Value, json};

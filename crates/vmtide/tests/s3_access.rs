@@ -10,7 +10,7 @@
     clippy::panic,
     reason = "shared by test programs that each use a part of it; a failed unwrap is a failed test"
 )]
-mod common;
+use crate::common;
 #[allow(
     missing_docs,
     dead_code,

@@ -1,0 +1,17 @@
+//! All tests of the crate through its public interface, in one program: each program of its own would be linked with all of the
+//! crate once more.
+
+mod common;
+
+mod crash;
+mod damage;
+mod heal;
+mod holds;
+mod immutable;
+mod keys;
+mod model;
+mod old_versions;
+mod packs;
+mod part_reads;
+mod repair;
+mod store_faulty;

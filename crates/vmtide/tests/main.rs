@@ -1,0 +1,28 @@
+//! All tests of the crate through its public interface, in one program: each program of its own would be linked with all of the
+//! crate once more.
+
+mod common;
+
+mod agent;
+mod agent_source;
+mod bench;
+mod chain;
+mod check;
+mod convert;
+mod convert_failures;
+mod copy;
+mod damage;
+mod delta;
+mod documents;
+mod exit_codes;
+mod hyperv_vm;
+mod images;
+mod jobs;
+mod keys;
+mod nbd;
+mod qemu;
+mod retention;
+mod s3;
+mod s3_access;
+mod serve;
+mod track;
