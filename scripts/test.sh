@@ -2,7 +2,7 @@
 # Checks everything; installs what it needs and says so.
 #
 #   scripts/test.sh              all parts
-#   scripts/test.sh PART…        some: lint rust e2e bacula wsman windows deny fuzz; and slow ones: garage
+#   scripts/test.sh PART…        some: lint rust e2e bacula wsman windows header deny fuzz; and slow ones: garage
 #
 # lint   format of the code, clippy without warnings, shellcheck, Python that compiles, the systemd unit
 # rust   all tests of the workspace
@@ -11,6 +11,7 @@
 # bacula the plugin in a real Bacula: director, storage daemon and file daemon on loopback
 # wsman  the stand-in for WinRM, tried by pywinrm and pypsrp, with Kerberos from a real KDC
 # windows vmtide.exe, built here and run under Wine (tests/wine), beside vmtide for Linux
+# header the C header is that of the code (cbindgen)
 # deny   licences, sources and known weaknesses of what vmtide depends on
 # fuzz   a minute over the fuzz targets
 # garage a real S3 server that passes over conditions; building it takes ten minutes and more. Only where it is named,
@@ -31,7 +32,7 @@ set -euo pipefail
 . "$REPO_ROOT/scripts/lib/rust.sh"
 
 # In the order of what they tell: with a limit of time the last ones are left out first.
-ALL_PARTS="lint rust e2e bacula wsman windows deny fuzz"
+ALL_PARTS="lint rust e2e bacula wsman windows header deny fuzz"
 SLOW_PARTS="garage"
 CYCLES="${VMTIDE_CYCLES:-8}"
 KILLS="${VMTIDE_KILLS:-20}"
@@ -226,6 +227,9 @@ part_lint() {
     check "shellcheck" check_scripts
     check "Python compiles" check_python
     check "the unit of the agent (systemd-analyze)" check_unit
+}
+
+part_header() {
     ensure_cargo_tool cbindgen "checking the C header" || { failed 1 "cbindgen cannot be installed"; return; }
     check "the C header is that of the code (cbindgen)" "$REPO_ROOT/scripts/check-c-header.py"
 }
