@@ -2,15 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
-#[allow(
-    dead_code,
-    clippy::unwrap_used,
-    clippy::panic,
-    reason = "shared by test programs that each use a part of it; a failed unwrap is a failed test"
-)]
 use crate::common;
-#[path = "../../vmtide-s3/tests/support/servers.rs"]
-mod servers;
+use crate::servers;
 
 use common::{Place, files_below, finish};
 use serde_json::Value;

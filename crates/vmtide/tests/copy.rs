@@ -1,11 +1,5 @@
 //! Copying restore points between repositories through the command line.
 
-#[allow(
-    dead_code,
-    clippy::unwrap_used,
-    clippy::panic,
-    reason = "shared by test programs that each use a part of it; a failed unwrap is a failed test"
-)]
 use crate::common;
 
 use common::{Place, Run, files_below, finish};

@@ -6,12 +6,6 @@
     reason = "a failed unwrap is a failed test, in helpers of tests, too"
 )]
 
-#[allow(
-    dead_code,
-    clippy::unwrap_used,
-    clippy::panic,
-    reason = "shared by test programs that each use a part of it; a failed unwrap is a failed test"
-)]
 use crate::common;
 
 use common::{Place, finish};

@@ -1,11 +1,5 @@
 //! Help, completions, man pages and the list of commands.
 
-#[allow(
-    dead_code,
-    clippy::unwrap_used,
-    clippy::panic,
-    reason = "shared by test programs that each use a part of it; a failed unwrap is a failed test"
-)]
 use crate::common;
 
 use common::{Place, files_below};

@@ -9,13 +9,6 @@
     reason = "a failed unwrap is a failed test, and one story is told in one piece"
 )]
 
-#[allow(
-    dead_code,
-    clippy::unwrap_used,
-    clippy::panic,
-    clippy::cast_possible_truncation,
-    reason = "shared by test programs that each use a part of it; a failed unwrap is a failed test"
-)]
 use crate::common;
 #[path = "hyperv/doctor.rs"]
 mod doctor;

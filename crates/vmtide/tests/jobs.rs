@@ -1,11 +1,5 @@
 //! The commands on a disk image, from init to restore, and the JSON that programs rely on.
 
-#[allow(
-    dead_code,
-    clippy::unwrap_used,
-    clippy::panic,
-    reason = "shared by test programs that each use a part of it; a failed unwrap is a failed test"
-)]
 use crate::common;
 
 use common::{Place, finish};

@@ -1,7 +1,16 @@
 //! All tests of the crate through its public interface, in one program: each program of its own would be linked with all of the
 //! crate once more.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a failed unwrap is a failed test, in helpers of tests, too"
+)]
+
 mod common;
+#[path = "../../vmtide-s3/tests/support/servers.rs"]
+#[allow(dead_code, reason = "shared with the tests of another crate")]
+mod servers;
 
 mod agent;
 mod agent_source;

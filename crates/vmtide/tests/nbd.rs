@@ -2,12 +2,6 @@
 
 #![allow(clippy::panic, reason = "helpers of tests say what is missing")]
 
-#[allow(
-    dead_code,
-    clippy::unwrap_used,
-    clippy::panic,
-    reason = "shared by test programs that each use a part of it; a failed unwrap is a failed test"
-)]
 use crate::common;
 
 use common::Place;

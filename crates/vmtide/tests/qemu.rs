@@ -6,7 +6,6 @@
     reason = "helpers of tests: a failed unwrap is a failed test, and they say what is missing"
 )]
 
-#[allow(dead_code, reason = "shared by test programs that each use a part of it")]
 use crate::common;
 
 use common::Place;

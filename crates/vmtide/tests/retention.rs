@@ -1,11 +1,5 @@
 //! Forgetting by rules, holds, and a user who may add but not remove, through the command line.
 
-#[allow(
-    dead_code,
-    clippy::unwrap_used,
-    clippy::panic,
-    reason = "shared by test programs that each use a part of it; a failed unwrap is a failed test"
-)]
 use crate::common;
 
 use common::{PASSWORD, Place, Run};

@@ -4,12 +4,6 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
-#[allow(
-    dead_code,
-    clippy::unwrap_used,
-    clippy::panic,
-    reason = "shared by test programs that each use a part of it; a failed unwrap is a failed test"
-)]
 use crate::common;
 #[allow(
     missing_docs,
