@@ -4,8 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 use crate::support;
-#[path = "support/vhdx.rs"]
-mod vhdx_image;
+use crate::support::vhdx as vhdx_image;
 
 use std::path::Path;
 use std::sync::Arc;

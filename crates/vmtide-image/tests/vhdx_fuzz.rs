@@ -6,8 +6,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
-#[path = "support/vhdx.rs"]
-mod vhdx;
+use crate::support::vhdx;
 
 use std::path::Path;
 use vhdx::{BAT_AT, Entry, FULL, Image, MIB, PARTIAL, UNMAPPED, ZERO, guid, put};

@@ -3,8 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a failed unwrap is a failed test")]
 
 use crate::support;
-#[path = "support/vhdx.rs"]
-mod vhdx;
+use crate::support::vhdx;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -8,6 +8,7 @@
 )]
 
 pub mod crash;
+pub mod vhdx;
 pub mod vmdk;
 
 use std::path::{Path, PathBuf};
