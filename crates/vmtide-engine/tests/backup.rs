@@ -1,12 +1,6 @@
 //! Backups of a scripted VM: what is read, what is recorded, and what holds when things fail.
 
-#[allow(
-    dead_code,
-    clippy::unwrap_used,
-    clippy::cast_possible_truncation,
-    reason = "shared by test programs that each use a part of it; a failed unwrap is a failed test"
-)]
-mod support;
+use crate::support;
 
 use std::sync::atomic::Ordering;
 use support::{Answer, Recorder, ScriptedHypervisor, TestRepository, content, job, run, run_with};

@@ -6,13 +6,7 @@
 
 #[path = "../../vmtide-smb/tests/support/mod.rs"]
 mod samba;
-#[allow(
-    dead_code,
-    clippy::unwrap_used,
-    clippy::cast_possible_truncation,
-    reason = "shared by test programs that each use a part of it; a failed unwrap is a failed test"
-)]
-mod support;
+use crate::support;
 
 use samba::{PASSWORD, Samba, pattern};
 use std::path::PathBuf;

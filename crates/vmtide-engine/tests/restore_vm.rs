@@ -6,13 +6,7 @@
     reason = "helpers of tests: a failed unwrap is a failed test"
 )]
 
-#[allow(
-    dead_code,
-    clippy::unwrap_used,
-    clippy::cast_possible_truncation,
-    reason = "shared by test programs that each use a part of it; a failed unwrap is a failed test"
-)]
-mod support;
+use crate::support;
 
 use parking_lot::Mutex;
 use std::sync::Arc;

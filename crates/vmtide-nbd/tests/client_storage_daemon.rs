@@ -6,7 +6,7 @@
     reason = "a failed unwrap is a failed test, and the numbers here are small"
 )]
 
-mod support;
+use crate::support;
 
 use support::{Lab, Running, noise, run, tool};
 use vmtide_block::{BlockDevice, ByteRange, CancelToken, WritableBlockDevice};

@@ -112,7 +112,7 @@ fn what_does_not_pass_fails_at_once_and_what_lasts_ends() {
     server.plan(&[Fault::Answer(503, "SlowDown"); 100]);
     let begun = Instant::now();
     let error = impatient.put("maps/n", b"x").unwrap_err();
-    assert!(begun.elapsed() < Duration::from_secs(10));
+    assert!(begun.elapsed() < Duration::from_secs(60));
     for word in ["503", "SlowDown", "tries", "maps/n", "try again later"] {
         assert!(error.to_string().contains(word), "{error}");
     }
@@ -126,7 +126,7 @@ fn a_server_that_is_not_there_is_given_up_soon() {
     options.endpoint = Some("http://127.0.0.1:9".into());
     let begun = Instant::now();
     let error = S3Store::connect(&options).unwrap().open("vmtide.repo").map(drop).unwrap_err();
-    assert!(begun.elapsed() < Duration::from_secs(15));
+    assert!(begun.elapsed() < Duration::from_secs(60));
     assert!(error.to_string().contains("http://127.0.0.1:9"), "{error}");
 }
 

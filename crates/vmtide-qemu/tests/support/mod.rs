@@ -66,7 +66,7 @@ pub struct Monitor {
 
 impl Monitor {
     pub fn connect(path: &Path) -> Self {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(60);
         let stream = loop {
             match UnixStream::connect(path) {
                 Ok(stream) => break stream,

@@ -81,7 +81,7 @@ impl Drop for Server {
 pub fn wait_for(socket: &Path) {
     let begun = Instant::now();
     while std::os::unix::net::UnixStream::connect(socket).is_err() {
-        assert!(begun.elapsed() < Duration::from_secs(30), "{} is not served", socket.display());
+        assert!(begun.elapsed() < Duration::from_secs(120), "{} is not served", socket.display());
         std::thread::sleep(Duration::from_millis(20));
     }
 }

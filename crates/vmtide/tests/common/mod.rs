@@ -93,7 +93,7 @@ impl Place {
             .env("XDG_CONFIG_HOME", self.path("config"))
             .env("VMTIDE_PASSWORD", PASSWORD)
             .env("VMTIDE_REPOSITORY", self.repository())
-            .timeout(std::time::Duration::from_secs(120));
+            .timeout(std::time::Duration::from_secs(600));
         command
     }
 
