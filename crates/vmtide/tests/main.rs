@@ -9,7 +9,6 @@
 
 mod common;
 #[path = "../../vmtide-s3/tests/support/servers.rs"]
-#[allow(dead_code, reason = "shared with the tests of another crate")]
 mod servers;
 
 mod agent;
