@@ -538,8 +538,8 @@ mod tests {
     #[test]
     fn what_moves_is_waited_for_and_what_stands_still_is_not() {
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-        let wait = Duration::from_millis(100);
-        let patience = Duration::from_secs(1);
+        let wait = Duration::from_millis(200);
+        let patience = Duration::from_secs(2);
         let begun = Instant::now();
         let answer = runtime.block_on(put(slow_server(LENGTH / PIECE, wait), patience)).unwrap();
         assert_eq!(&answer.body[..], [b'x'; 20]);
