@@ -45,7 +45,10 @@ pub struct OpenOptions {
 }
 
 // SAFETY: `repr(C)`, begins with its size, and numbers and pointers may be zero.
-unsafe impl Structure for OpenOptions {}
+unsafe impl Structure for OpenOptions {
+    const SIZES_BYTES: &'static [usize] =
+        &[std::mem::offset_of!(Self, backing_format), size_of::<Self>()];
+}
 
 /// `vmtide_new_options`.
 #[derive(Clone, Copy, Debug)]
