@@ -19,9 +19,9 @@
 #
 # VMTIDE_CYCLES (8) says how many cycles, VMTIDE_KILLS (20) how many kills of commands on a repository;
 # VMTIDE_FUZZ_SECONDS (60) how long to fuzz in all.
-# VMTIDE_BEGIN_LIMIT_S (none) is for machines of which nobody knows how slow they are and that end what takes too long: a part
-# is begun only within so many seconds, test programs of the workspace a quarter of an hour longer, and what was left out is told
-# at the end.
+# VMTIDE_BEGIN_LIMIT_S and VMTIDE_END_LIMIT_S (none) are for machines of which nobody knows how slow they are and that end what takes
+# too long: a part is begun only within so many seconds, the tests of the workspace that are built by then some minutes longer, and
+# what is still at it at the end is ended. What was left out for that is told, and is neither passed nor failed.
 # Every part runs, also after a failure; the last line counts, and the exit code is 1 when anything failed.
 set -euo pipefail
 
@@ -40,6 +40,10 @@ KILLS="${VMTIDE_KILLS:-20}"
 FUZZ_SECONDS="${VMTIDE_FUZZ_SECONDS:-60}"
 # The tests of the workspace are begun for so much longer than the parts, where those have a limit.
 EXTRA_RUST_S=900
+# No limit is longer than any run.
+NO_LIMIT_S=$((1 << 31))
+BEGIN_LIMIT_S="${VMTIDE_BEGIN_LIMIT_S:-$NO_LIMIT_S}"
+END_LIMIT_S="${VMTIDE_END_LIMIT_S:-$NO_LIMIT_S}"
 # Longer than everything in it takes on two slow cores; a hang ends as a failure, not as a machine blocked for ever.
 LIMIT_E2E_S=900
 LIMIT_WSMAN_S=300
@@ -52,6 +56,9 @@ FUZZ_ADDRESS_SPACE_KIB=$((1 << 20))
 PASSED=0
 FAILED=0
 FAILURES=()
+LEFT_OUT=()
+# Whether only some of the tests of the workspace are built, because time was up.
+BUILT_PARTLY=0
 
 passed() {
     PASSED=$((PASSED + $1))
@@ -63,13 +70,31 @@ failed() {
     say "    FAILED: $2"
 }
 
+# time_is_up: whether the run as a whole has to end.
+time_is_up() {
+    [ "$SECONDS" -ge "$END_LIMIT_S" ]
+}
+
+# limited LIMIT_S COMMAND…: ends what takes longer, and what would go on when the run as a whole has to end.
+limited() {
+    local limit="$1"
+    shift
+    [ "$limit" -le $((END_LIMIT_S - SECONDS)) ] || limit=$((END_LIMIT_S - SECONDS))
+    [ "$limit" -ge 1 ] || limit=1
+    timeout --kill-after=30 "$limit" "$@"
+}
+
 # check NAME COMMAND…: one check that counts as one test.
 check() {
     local name="$1"
     shift
     step "$name"
-    if "$@"; then
+    if time_is_up; then
+        LEFT_OUT+=("$name")
+    elif "$@"; then
         passed 1
+    elif time_is_up; then
+        LEFT_OUT+=("$name (not finished)")
     else
         failed 1 "$name"
     fi
@@ -80,6 +105,10 @@ counted() {
     local name="$1" log status=0 good bad
     shift
     step "$name"
+    if time_is_up; then
+        LEFT_OUT+=("$name")
+        return
+    fi
     log="$(mktemp "$LOGS/counted.XXXXXX")"
     "$@" 2>&1 | tee "$log" || status=$?
     good="$(sum_of passed "$log")"
@@ -87,6 +116,8 @@ counted() {
     passed "$good"
     if [ "$bad" -gt 0 ]; then
         failed "$bad" "$name"
+    elif [ "$status" -ne 0 ] && time_is_up; then
+        LEFT_OUT+=("$name (not finished)")
     elif [ "$status" -ne 0 ]; then
         # It did not compile, crashed, or took longer than its limit.
         failed 1 "$name (ended with $status)"
@@ -210,11 +241,19 @@ cargo_of_toolchain() {
     fi
 }
 
-# build_tests: the tests of the workspace, and all else in it. Fails where the compiler, or clippy in it, has any warning.
+# build_tests: the tests of the workspace, and all else in it; what was built is told in $LOGS/built. Fails where the compiler, or
+# clippy in it, has any warning. Where no part may be begun any more before all is built, what is built by then is tested.
 build_tests() {
-    local log="$LOGS/build-tests"
-    cargo test --quiet --workspace --locked --no-run 2>&1 | tee "$log" || return
-    ! grep -qE '^(warning|error)' "$log"
+    local log="$LOGS/build-tests" status=0 limit=$((BEGIN_LIMIT_S - SECONDS))
+    limited $((limit > 1 ? limit : 1)) cargo test --quiet --workspace --locked --no-run --message-format json-render-diagnostics \
+        2>"$log" >"$LOGS/built" || status=$?
+    cat "$log"
+    if [ "$status" -ne 0 ] && [ "$SECONDS" -ge "$BEGIN_LIMIT_S" ]; then
+        BUILT_PARTLY=1
+        LEFT_OUT+=("building all tests of the workspace (not finished)")
+        status=0
+    fi
+    [ "$status" -eq 0 ] && ! grep -qE '^(warning|error)' "$log"
 }
 
 part_lint() {
@@ -249,12 +288,18 @@ part_deny() {
 
 part_rust() {
     # Outside of the limit, which is for tests that hang: how long compiling takes depends on what is there already.
-    check "the tests build" build_tests
-    local -a within=()
-    [ -z "${VMTIDE_BEGIN_LIMIT_S:-}" ] || within=(--begin-within $((VMTIDE_BEGIN_LIMIT_S + EXTRA_RUST_S - SECONDS)) --left-out "$LOGS/left-out")
-    counted "tests of the workspace (cargo test)" python3 "$REPO_ROOT/scripts/workspace-tests.py" "${within[@]}"
+    [ "$BUILT_PARTLY" = 1 ] || check "the tests build" build_tests
+    local -a how=(--built "$LOGS/built" --left-out "$LOGS/left-out")
+    [ "$BUILT_PARTLY" = 0 ] || how+=(--no-documentation)
+    [ "$END_LIMIT_S" = "$NO_LIMIT_S" ] ||
+        how+=(--begin-within $((BEGIN_LIMIT_S + EXTRA_RUST_S - SECONDS)) --end-within $((END_LIMIT_S - SECONDS)))
+    counted "tests of the workspace (cargo test)" python3 "$REPO_ROOT/scripts/workspace-tests.py" "${how[@]}"
     [ ! -s "$LOGS/left-out" ] || LEFT_OUT+=("$(wc -l <"$LOGS/left-out") of the tests of the workspace ($(paste -sd, "$LOGS/left-out"))")
-    check "the Python package, installed, and its tests" check_python_client
+    if [ "$SECONDS" -ge "$BEGIN_LIMIT_S" ]; then
+        LEFT_OUT+=("the Python package")
+    else
+        check "the Python package, installed, and its tests" check_python_client
+    fi
 }
 
 # build_programs: all programs and libraries, in the development profile, whose checks for overflow are on. All of the workspace, and
@@ -274,16 +319,16 @@ part_e2e() {
     VMTIDE_BIN="$(target_directory)/debug/vmtide"
     export VMTIDE_BIN
     counted "a Linux guest, backed up, restored, booted" \
-        timeout --kill-after=30 "$LIMIT_E2E_S" python3 "$REPO_ROOT/tests/e2e/guest_test.py"
+        limited "$LIMIT_E2E_S" python3 "$REPO_ROOT/tests/e2e/guest_test.py"
     counted "a Linux guest on a disk whose changes vmtide tracks" \
-        timeout --kill-after=30 "$LIMIT_E2E_S" python3 "$REPO_ROOT/tests/e2e/track_test.py"
+        limited "$LIMIT_E2E_S" python3 "$REPO_ROOT/tests/e2e/track_test.py"
     for script in "$REPO_ROOT"/tests/interop/*.sh; do
-        check "interoperation: $(basename "$script")" timeout --kill-after=30 "$LIMIT_E2E_S" bash "$script"
+        check "interoperation: $(basename "$script")" limited "$LIMIT_E2E_S" bash "$script"
     done
     counted "$CYCLES cycles of writes, backups, kill -9" \
-        timeout --kill-after=30 $((LIMIT_E2E_S + CYCLES * 60)) python3 "$REPO_ROOT/tests/e2e/cycles.py" --cycles "$CYCLES"
+        limited $((LIMIT_E2E_S + CYCLES * 60)) python3 "$REPO_ROOT/tests/e2e/cycles.py" --cycles "$CYCLES"
     counted "$KILLS kills -9 of commands that run at the same time on one repository" \
-        timeout --kill-after=30 $((LIMIT_E2E_S + KILLS * 20)) python3 "$REPO_ROOT/tests/e2e/kills.py" --kills "$KILLS"
+        limited $((LIMIT_E2E_S + KILLS * 20)) python3 "$REPO_ROOT/tests/e2e/kills.py" --kills "$KILLS"
 }
 
 part_wsman() {
@@ -296,10 +341,9 @@ part_wsman() {
     VMTIDE_STANDIN_BIN="$(target_directory)/debug/standin-wsman-server"
     export VMTIDE_STANDIN_BIN
     counted "independent clients of WS-Management and the stand-in for WinRM" \
-        timeout --kill-after=30 "$LIMIT_WSMAN_S" "$HOME/.cache/vmtide-tests/wsman/bin/python3" "$REPO_ROOT/tests/wsman/run.py"
+        limited "$LIMIT_WSMAN_S" "$HOME/.cache/vmtide-tests/wsman/bin/python3" "$REPO_ROOT/tests/wsman/run.py"
     counted "vmtide's client of WS-Management and NTLM of another hand (pyspnego)" \
-        env VMTIDE_WSMAN_PYTHON="$HOME/.cache/vmtide-tests/wsman/bin/python3" \
-        timeout --kill-after=30 "$LIMIT_WSMAN_S" cargo test --locked --workspace --test peer -- --ignored
+        limited "$LIMIT_WSMAN_S" env VMTIDE_WSMAN_PYTHON="$HOME/.cache/vmtide-tests/wsman/bin/python3" cargo test --locked --workspace --test peer -- --ignored
 }
 
 # ensure_wsman_clients: pywinrm, pypsrp and pyspnego in an environment of the system's own Python, for which Debian has the
@@ -325,7 +369,7 @@ part_bacula() {
     VMTIDE_BIN="$(target_directory)/debug/vmtide"
     export VMTIDE_BIN
     counted "vmtide's plugin in a real Bacula" \
-        timeout --kill-after=30 "$LIMIT_E2E_S" python3 "$REPO_ROOT/tests/bacula/run.py"
+        limited "$LIMIT_E2E_S" python3 "$REPO_ROOT/tests/bacula/run.py"
 }
 
 # ensure_bacula: Bacula 15, which Debian 12 has in backports. The director's package drags a mail server in, and its
@@ -368,7 +412,7 @@ part_windows() {
     VMTIDE_BIN="$(target_directory)/debug/vmtide"
     export VMTIDE_BIN
     counted "vmtide.exe under Wine" \
-        timeout --kill-after=30 "$LIMIT_WINDOWS_S" bash "$REPO_ROOT/tests/wine/run.sh"
+        limited "$LIMIT_WINDOWS_S" bash "$REPO_ROOT/tests/wine/run.sh"
 }
 
 part_garage() {
@@ -381,7 +425,7 @@ part_garage() {
     VMTIDE_BIN="$(target_directory)/debug/vmtide"
     export VMTIDE_BIN
     counted "repositories in Garage, which passes over conditions" \
-        timeout --kill-after=30 "$LIMIT_GARAGE_S" python3 "$REPO_ROOT/tests/e2e/garage_test.py"
+        limited "$LIMIT_GARAGE_S" python3 "$REPO_ROOT/tests/e2e/garage_test.py"
 }
 
 # ensure_garage: Garage is AGPL-3.0: a process of its own that the tests talk to, and no part of anything here.
@@ -412,7 +456,7 @@ part_fuzz() {
     # No address sanitizer: unsafe code is forbidden here; what is looked for are panics, hangs and huge allocations.
     # Not optimised: in the seconds that each gets here, what is built sooner counts for more than what runs faster.
     check "building ${#targets[@]} fuzz targets" \
-        timeout --kill-after=30 "$LIMIT_FUZZ_BUILD_S" cargo fuzz build --dev --sanitizer none
+        limited "$LIMIT_FUZZ_BUILD_S" cargo fuzz build --dev --sanitizer none
     seconds=$(((FUZZ_SECONDS + ${#targets[@]} - 1) / ${#targets[@]}))
     for target in "${targets[@]}"; do
         check "fuzz $target for $seconds s" fuzz_one "$target" "$seconds"
@@ -454,9 +498,9 @@ if [ "${VMTIDE_SLOW:-0}" = 1 ]; then
     ALL_PARTS="$ALL_PARTS $SLOW_PARTS"
 fi
 read -ra parts <<<"${*:-$ALL_PARTS}"
-LEFT_OUT=()
 for part in "${parts[@]}"; do
-    if [ "$SECONDS" -ge "${VMTIDE_BEGIN_LIMIT_S:-$((1 << 31))}" ]; then
+    # The tests of the workspace have a limit of their own: what is built is to be tested.
+    if [ "$SECONDS" -ge "$BEGIN_LIMIT_S" ] && [ "$part $BUILT_PARTLY" != "rust 1" ]; then
         LEFT_OUT+=("$part")
         continue
     fi
@@ -468,7 +512,7 @@ for failure in "${FAILURES[@]}"; do
     say "    failed: $failure"
 done
 [ "${#LEFT_OUT[@]}" -eq 0 ] || {
-    say "    not begun within $VMTIDE_BEGIN_LIMIT_S s on this slow machine, and so left out:"
+    say "    left out on this slow machine, where nothing is begun after $BEGIN_LIMIT_S s and all is ended after $END_LIMIT_S s:"
     printf '        %s\n' "${LEFT_OUT[@]}" >&2
 }
 printf '%d passed, %d failed\n' "$PASSED" "$FAILED"
