@@ -11,6 +11,7 @@ test fails the others run.
 """
 
 import argparse
+import collections
 import json
 import os
 import subprocess
@@ -70,7 +71,8 @@ def modules(program, directory):
 
 
 def parts(built, has_documentation):
-    """What is run: a name, a command, a directory; the unit tests first, and what else is in the order of the names."""
+    """What is run: a name, a command, a directory. The unit tests come first, then of each package the first, of each the second, …:
+    what is left out at the end is not all of one package."""
     units, others = [], []
     for directory, name, is_unit, program in sorted(programs(built)):
         package = directory.name
@@ -81,6 +83,13 @@ def parts(built, has_documentation):
         if not roots:
             others.append((f"{package} {name}", [program, "--quiet"], directory))
         others += [(f"{package} {name} {root}", [program, "--quiet", f"{root}::"], directory) for root in roots]
+    turns = collections.Counter()
+
+    def turn(part):
+        turns[part[2]] += 1
+        return turns[part[2]]
+
+    others.sort(key=turn)
     return [*units, *others, *([("the documentation", [*CARGO, "--doc"], ROOT)] if has_documentation else [])]
 
 

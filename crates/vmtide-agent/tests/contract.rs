@@ -3,18 +3,11 @@
 //!
 //! What every platform does is in `tests/agent/matrix.py`, from outside.
 
-#[allow(
-    clippy::unwrap_used,
-    clippy::panic,
-    reason = "shared by test programs that each use a part of it; a failed unwrap is a failed test"
-)]
-mod support;
-
+use crate::support::agent::Agent;
+use crate::support::client::{Answer, Client, escape};
+use crate::support::provider::{TestDisk, TestProvider};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use support::agent::Agent;
-use support::client::{Answer, Client, escape};
-use support::provider::{TestDisk, TestProvider};
 use vmtide_agent::limits::Limits;
 use vmtide_block::ByteRange;
 

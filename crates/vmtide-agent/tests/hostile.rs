@@ -1,6 +1,6 @@
 //! Clients that stall, send nonsense or too much: a good one is answered, memory stays bounded, nothing is leaked.
 //!
-//! `cargo test --release -p vmtide-agent --test hostile -- --ignored --nocapture five_hundred` is the full count,
+//! `cargo test --release -p vmtide-agent --test all -- --ignored --nocapture five_hundred` is the full count,
 //! and tells how long a good client waits meanwhile.
 #![allow(
     clippy::unwrap_used,
@@ -11,14 +11,12 @@
 )]
 #![cfg(target_os = "linux")]
 
-mod support;
-
+use crate::support::client::{Client, Stream, escape};
+use crate::support::process::{GOOD_BYTES, Process, serve};
 use rustls::ClientConnection;
 use std::io::Write;
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
-use support::client::{Client, Stream, escape};
-use support::process::{GOOD_BYTES, Process, serve};
 
 /// What a connection may cost: buffers of TLS and HTTP, and the task.
 const CONNECTION_BYTES: u64 = 256 << 10;
@@ -121,7 +119,7 @@ fn good_requests(process: &Process, count: usize) -> Vec<Duration> {
 }
 
 fn siege(count: usize, body_bytes: u64) {
-    let process = Process::start("agent_process", 0, body_bytes);
+    let process = Process::start("hostile::agent_process", 0, body_bytes);
     let quiet = good_requests(&process, 15);
     // The threads that answered leave with their connections.
     let handles = process.handles();

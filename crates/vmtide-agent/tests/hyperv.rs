@@ -1,14 +1,12 @@
 //! Whole VMs of a Hyper-V host through an agent: client, HTTPS, agent, the backup cycle, and a stand-in for the host.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests: a failed unwrap is a failed test")]
 
-mod support;
-
+use crate::support::agent::Agent;
+use crate::support::provider::{TestDisk, TestProvider};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
-use support::agent::Agent;
-use support::provider::{TestDisk, TestProvider};
 use uuid::Uuid;
 use vmtide_agent::limits::Limits;
 use vmtide_agent::vms::VmPlatform;

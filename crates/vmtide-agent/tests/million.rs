@@ -8,11 +8,9 @@
 )]
 #![cfg(target_os = "linux")]
 
-mod support;
-
-use support::client::escape;
-use support::process::{Process, changed, serve};
-use support::provider::pattern_byte;
+use crate::support::client::escape;
+use crate::support::process::{Process, changed, serve};
+use crate::support::provider::pattern_byte;
 use vmtide_agent::stream::RangesParser;
 use vmtide_block::ByteRange;
 
@@ -51,7 +49,7 @@ fn check_content(process: &Process, ranges: &[ByteRange]) {
 
 #[test]
 fn a_million_ranges_take_little_memory() {
-    let process = Process::start("agent_process", RANGES, 64 << 20);
+    let process = Process::start("million::agent_process", RANGES, 64 << 20);
     let small = format!("/v1/disks/content?path={}", escape(&process.path("good.vhdx")));
     assert!(process.client.get(&small).complete);
     process.forget_peak();

@@ -1,17 +1,15 @@
 //! vmtide's own client of VMs and files, against a running agent over a stand-in for a platform.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests: a failed unwrap is a failed test")]
 
-mod support;
-
+use crate::support::agent::Agent;
+use crate::support::hypervisor::{DISK, EchoCim, Script, TestHypervisor, content};
+use crate::support::provider::{TestDisk, TestProvider};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
-use support::agent::Agent;
-use support::hypervisor::{DISK, EchoCim, Script, TestHypervisor, content};
-use support::provider::{TestDisk, TestProvider};
 use vmtide_agent::limits::Limits;
 use vmtide_agent::vms::VmPlatform;
 use vmtide_agent_client::{

@@ -6,17 +6,15 @@
     reason = "tests: a failed unwrap is a failed test, and one story is told in one piece"
 )]
 
-mod support;
-
+use crate::support::agent::Agent;
+use crate::support::client::{Answer, Client, escape};
+use crate::support::hypervisor::{DISK, EchoCim, Script, TestHypervisor, content, wanted};
+use crate::support::openapi::check_answer;
+use crate::support::provider::{TestDisk, TestProvider};
 use serde_json::{Value, json};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
-use support::agent::Agent;
-use support::client::{Answer, Client, escape};
-use support::hypervisor::{DISK, EchoCim, Script, TestHypervisor, content, wanted};
-use support::openapi::check_answer;
-use support::provider::{TestDisk, TestProvider};
 use vmtide_agent::limits::Limits;
 use vmtide_agent::vms::VmPlatform;
 

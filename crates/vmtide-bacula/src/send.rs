@@ -300,7 +300,8 @@ mod tests {
                     let (at, length) = text.split_once(' ').unwrap();
                     payload = vec![0; length.parse().unwrap()];
                     memory.unwrap().read_exact_at(&mut payload, at.parse().unwrap()).unwrap();
-                    output.write_all(b"R000000\n").unwrap();
+                    // A backend that has said all may be gone: nothing here goes on after one disk.
+                    let _ = output.write_all(b"R000000\n");
                 }
                 Kind::Data => {}
                 Kind::Alive => continue,

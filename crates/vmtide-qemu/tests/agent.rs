@@ -7,11 +7,9 @@
     reason = "outside of test functions too, a failure here is a failed test"
 )]
 
-mod support;
-
+use crate::support::agent::{Behaviour, FakeAgent};
+use crate::support::{Guest, LINEAGE, MIB, Store, Vm};
 use std::time::{Duration, Instant};
-use support::agent::{Behaviour, FakeAgent};
-use support::{Guest, LINEAGE, MIB, Store, Vm};
 use vmtide_hypervisor::{Consistency, FreezeRequest, FrozenVm, Hypervisor, HypervisorError};
 use vmtide_qemu::{Address, QemuVm};
 

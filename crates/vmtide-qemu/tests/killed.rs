@@ -8,8 +8,9 @@
     reason = "outside of test functions too, a failure here is a failed test"
 )]
 
-mod support;
-
+use crate::support::agent::{Behaviour, FakeAgent};
+use crate::support::proxy::{Proxy, kill};
+use crate::support::{LINEAGE, MIB, Store, Vm, ranges_of};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -17,9 +18,6 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
-use support::agent::{Behaviour, FakeAgent};
-use support::proxy::{Proxy, kill};
-use support::{LINEAGE, MIB, Store, Vm, ranges_of};
 use vmtide_hypervisor::{Base, Consistency, DiskId, Hypervisor, TrackingId};
 use vmtide_qemu::{Address, FreezeMethod, QemuTarget, QemuVm, guardian};
 
@@ -109,7 +107,7 @@ fn guardian_script(directory: &Path) -> PathBuf {
     let path = directory.join("guardian.sh");
     let this = std::env::current_exe().unwrap();
     let text = format!(
-        "#!/bin/sh\n{GUARDIAN}=\"$*\" exec {} --exact guardian_process --nocapture\n",
+        "#!/bin/sh\n{GUARDIAN}=\"$*\" exec {} --exact killed::guardian_process --nocapture\n",
         this.display()
     );
     std::fs::write(&path, text).unwrap();
@@ -146,7 +144,7 @@ impl Bench {
             "method": format!("{:?}", self.target.method),
         });
         Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "job_process", "--nocapture"])
+            .args(["--exact", "killed::job_process", "--nocapture"])
             .env(JOB, job.to_string())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -302,7 +300,7 @@ fn an_external_snapshot_taken_before_the_reaping_stays_in_use() {
 
     let overlay = bench.vm.path("overlay.qcow2");
     let path = overlay.to_str().unwrap();
-    support::qemu_img(&["create", "-q", "-f", "qcow2", path, &MIB.to_string()]);
+    crate::support::qemu_img(&["create", "-q", "-f", "qcow2", path, &MIB.to_string()]);
     let node = json!({
         "driver": "qcow2", "node-name": "overlay0", "backing": null,
         "file": {"driver": "file", "filename": path},

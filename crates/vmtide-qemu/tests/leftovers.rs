@@ -8,12 +8,10 @@
     reason = "outside of test functions too, a failure here is a failed test"
 )]
 
-mod support;
-
+use crate::support::agent::{Behaviour, FakeAgent};
+use crate::support::{LINEAGE, MIB, Store, Vm};
 use serde_json::{Value, json};
 use std::time::Duration;
-use support::agent::{Behaviour, FakeAgent};
-use support::{LINEAGE, MIB, Store, Vm};
 use vmtide_hypervisor::{Hypervisor, JobId, Journal};
 use vmtide_qemu::Address;
 use vmtide_qemu::agent::GuestAgent;

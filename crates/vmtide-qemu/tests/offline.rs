@@ -7,11 +7,9 @@
     reason = "outside of test functions too, a failure here is a failed test"
 )]
 
-mod support;
-
+use crate::support::{KIB, LINEAGE, MIB, OTHER_LINEAGE, Store, Vm, qemu_img, ranges_of, reason_of};
 use std::path::Path;
 use std::time::{Duration, Instant};
-use support::{KIB, LINEAGE, MIB, OTHER_LINEAGE, Store, Vm, qemu_img, ranges_of, reason_of};
 use vmtide_block::ByteRange;
 use vmtide_hypervisor::{
     Changes, Consistency, DiskId, FrozenVm, FullReason, Hypervisor, HypervisorError, Result,
@@ -208,7 +206,7 @@ fn a_killed_job_takes_its_server_along() {
     let image = offline(&vm, 0);
     let job = serde_json::json!({"image": vm.disks[0].path, "state": vm.path("state")});
     let mut child = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "job_process", "--nocapture"])
+        .args(["--exact", "offline::job_process", "--nocapture"])
         .env(JOB, job.to_string())
         .stdout(std::process::Stdio::piped())
         .spawn()

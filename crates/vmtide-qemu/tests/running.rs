@@ -7,12 +7,10 @@
     reason = "outside of test functions too, a failure here is a failed test"
 )]
 
-mod support;
-
+use crate::support::{Guest, KIB, LINEAGE, MIB, OTHER_LINEAGE, Store, Vm, ranges_of, reason_of};
 use serde_json::json;
 use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
-use support::{Guest, KIB, LINEAGE, MIB, OTHER_LINEAGE, Store, Vm, ranges_of, reason_of};
 use vmtide_block::ByteRange;
 use vmtide_hypervisor::{
     Changes, DiskBus, DiskId, Firmware, FullReason, Hypervisor, HypervisorError,
@@ -410,9 +408,9 @@ fn an_external_snapshot_during_a_backup_keeps_its_writes() {
     // The chain of files is as the snapshot made it.
     let original = vm.disks[1].path.clone();
     vm.stop(false);
-    let info = support::qemu_img(&["info", overlay.to_str().unwrap()]);
+    let info = crate::support::qemu_img(&["info", overlay.to_str().unwrap()]);
     assert!(info.contains(&format!("backing file: {}\n", original.display())), "{info}");
-    let info = support::qemu_img(&["check", overlay.to_str().unwrap()]);
+    let info = crate::support::qemu_img(&["check", overlay.to_str().unwrap()]);
     assert!(info.contains("No errors"), "{info}");
 }
 

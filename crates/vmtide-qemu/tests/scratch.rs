@@ -9,14 +9,12 @@
     reason = "outside of test functions too, a failure here is a failed test"
 )]
 
-mod support;
-
+use crate::support::{LINEAGE, MIB, Store, Vm, ranges_of};
 use serde_json::json;
 use std::io::Write;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
-use support::{LINEAGE, MIB, Store, Vm, ranges_of};
 use vmtide_hypervisor::Hypervisor;
 use vmtide_qemu::{FreezeMethod, QemuVm};
 
@@ -30,7 +28,7 @@ fn inside_namespace(name: &str) -> bool {
     let output = Command::new("unshare")
         .args(["--map-root-user", "--mount", "--"])
         .arg(std::env::current_exe().unwrap())
-        .args(["--exact", name, "--nocapture"])
+        .args(["--exact", &format!("scratch::{name}"), "--nocapture"])
         .env(INSIDE, "1")
         .output()
         .expect("unshare is needed: install util-linux");

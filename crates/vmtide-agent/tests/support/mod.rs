@@ -4,6 +4,7 @@
 
 pub mod agent;
 pub mod client;
+pub mod content;
 pub mod hypervisor;
 pub mod openapi;
 #[cfg(target_os = "linux")]
