@@ -399,12 +399,12 @@ mod tests {
     const LENGTH: usize = 12 << 20;
     const PIECE: usize = 256 << 10;
 
-    /// Listens with little room for what nobody takes. With as much as systems give, which differs, seconds pass from
-    /// when the last byte is sent until it is taken.
+    /// Listens with a fixed room for what nobody takes. With as much as systems give, which differs, many seconds can pass from
+    /// when the last byte is sent until it is taken; with less than some packets of loopback, packets wait for timers.
     fn small_listener(runtime: &tokio::runtime::Runtime) -> TcpListener {
         let _inside = runtime.enter();
         let socket = tokio::net::TcpSocket::new_v4().unwrap();
-        socket.set_recv_buffer_size(128 << 10).unwrap();
+        socket.set_recv_buffer_size(1 << 20).unwrap();
         socket.bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
         let listener = socket.listen(16).unwrap().into_std().unwrap();
         listener.set_nonblocking(false).unwrap();

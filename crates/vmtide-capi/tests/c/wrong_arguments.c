@@ -1,4 +1,5 @@
 /* Wrong arguments of every kind: each must be an error, and nothing may be left open. */
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -98,6 +99,10 @@ int main(int argc, char **argv) {
         /* A size that no version had: it would cut a member. */
         options.known.format = "raw";
         for (size = 0; size < sizeof options.known; size++) {
+            if (size == offsetof(vmtide_open_options, backing_format)) {
+                /* The size of 0.1, which ended before this member. */
+                continue;
+            }
             options.known.struct_size = size;
             EXPECT(vmtide_image_open(image_path, &options.known, &out, &error), VMTIDE_INVALID);
         }
