@@ -398,22 +398,13 @@ mod tests {
 
     const LENGTH: usize = 12 << 20;
     const PIECE: usize = 256 << 10;
-
-    /// Listens with a fixed room for what nobody takes. With as much as systems give, which differs, many seconds can pass from
-    /// when the last byte is sent until it is taken; with less than some packets of loopback, packets wait for timers.
-    fn small_listener(runtime: &tokio::runtime::Runtime) -> TcpListener {
-        let _inside = runtime.enter();
-        let socket = tokio::net::TcpSocket::new_v4().unwrap();
-        socket.set_recv_buffer_size(1 << 20).unwrap();
-        socket.bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
-        let listener = socket.listen(16).unwrap().into_std().unwrap();
-        listener.set_nonblocking(false).unwrap();
-        listener
-    }
+    /// Several times what sockets hold, which nobody sees moving.
+    const LONG: usize = 48 << 20;
 
     /// A server for one request of a connection each: takes `pieces` of 256 KiB with a wait after
     /// each, then nothing more; answers what it took whole with a body that trickles for as long.
-    fn slow_server(listener: TcpListener, pieces: usize, wait: Duration) -> String {
+    fn slow_server(pieces: usize, wait: Duration) -> String {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let endpoint = format!("http://{}", listener.local_addr().unwrap());
         std::thread::spawn(move || {
             let mut stuck = Vec::new();
@@ -422,7 +413,7 @@ mod tests {
                 let mut taken = 0;
                 for _ in 0..pieces {
                     let mut filled = 0;
-                    while filled < buffer.len() && taken < LENGTH {
+                    while filled < buffer.len() && taken < LONG {
                         let read = stream.read(&mut buffer[filled..]).unwrap_or(0);
                         filled += read;
                         taken += read;
@@ -432,7 +423,7 @@ mod tests {
                     }
                     std::thread::sleep(wait);
                 }
-                if taken < LENGTH {
+                if taken < LONG {
                     stuck.push(stream);
                     continue;
                 }
@@ -463,7 +454,7 @@ mod tests {
     async fn put(endpoint: String, patience: Duration) -> Result<Answer, Failure> {
         let mut client = client(endpoint);
         client.patience = patience;
-        let content = Content::of(&vec![7; LENGTH], false);
+        let content = Content::of(&vec![7; LONG], false);
         client.send(&Request::new(Method::PUT, "packs/p").content(content)).await
     }
 
@@ -549,17 +540,15 @@ mod tests {
     #[test]
     fn what_moves_is_waited_for_and_what_stands_still_is_not() {
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-        let wait = Duration::from_millis(200);
+        let wait = Duration::from_millis(70);
         let patience = Duration::from_secs(3);
         let begun = Instant::now();
-        let server = slow_server(small_listener(&runtime), LENGTH / PIECE, wait);
-        let answer = runtime.block_on(put(server, patience)).unwrap();
+        let answer = runtime.block_on(put(slow_server(LONG / PIECE, wait), patience)).unwrap();
         assert_eq!(&answer.body[..], [b'x'; 20]);
         // Longer than anything may stand still, both ways.
         assert!(begun.elapsed() > patience * (BUFFERS_PATIENCE + 1), "{:?}", begun.elapsed());
         let begun = Instant::now();
-        let server = slow_server(small_listener(&runtime), 4, wait);
-        let failure = runtime.block_on(put(server, patience)).unwrap_err();
+        let failure = runtime.block_on(put(slow_server(4, wait), patience)).unwrap_err();
         assert!(format!("{failure:?}").contains("nothing moved"), "{failure:?}");
         assert!(begun.elapsed() < patience * BUFFERS_PATIENCE * 4, "{:?}", begun.elapsed());
     }
