@@ -147,13 +147,14 @@ impl Content {
     /// Those of the file.
     pub(crate) fn read_from(&self, offset: u64) -> Result<Bytes> {
         let left = self.length_bytes.saturating_sub(offset);
+        let length = usize::try_from(left).unwrap_or(usize::MAX).min(READ_BYTES);
         match &self.source {
+            // In pieces, too: what was taken to be sent is how a slow line is told from one that is dead.
             Source::Memory(bytes) => {
                 let offset = usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
-                Ok(bytes.slice(offset..))
+                Ok(bytes.slice(offset..offset + length))
             }
             Source::File(file) => {
-                let length = usize::try_from(left).unwrap_or(usize::MAX).min(READ_BYTES);
                 let mut buffer = vec![0; length];
                 vmtide_block::files::read_exact_at(file, &mut buffer, offset)?;
                 Ok(buffer.into())
