@@ -14,8 +14,8 @@ use vmtide_agent_client::{AgentClient, AgentHypervisor, AgentKey, AgentOptions, 
 use vmtide_block::CancelToken;
 use vmtide_hyperv::{Clock, Host, HostOptions, HypervHypervisor, HypervOptions};
 use vmtide_hypervisor::{
-    Base, Changes, Consistency, DiskId, FreezeRequest, FrozenVm, Hypervisor, JobId, Seal,
-    TrackingId,
+    Base, Changes, Consistency, DiskId, FreezeRequest, FrozenVm, Hypervisor, HypervisorError,
+    JobId, Seal, TrackingId,
 };
 use vmtide_standin_hyperv_host::{VmSpec, World, WorldOptions};
 
@@ -74,6 +74,13 @@ fn bench() -> Bench {
 
 impl Bench {
     fn freeze(&self, bases: &BTreeMap<DiskId, Base>) -> Box<dyn FrozenVm> {
+        self.try_freeze(bases).unwrap()
+    }
+
+    fn try_freeze(
+        &self,
+        bases: &BTreeMap<DiskId, Base>,
+    ) -> Result<Box<dyn FrozenVm>, HypervisorError> {
         let request = FreezeRequest {
             vm: "web".into(),
             job: JobId::random(),
@@ -84,7 +91,7 @@ impl Bench {
             exclude: Vec::new(),
             cancel: CancelToken::new(),
         };
-        self.client.freeze(&request).unwrap()
+        self.client.freeze(&request)
     }
 
     /// Reads all disks while the guest writes on, and holds them against the moment. Answers with the changed bytes.
@@ -148,7 +155,15 @@ fn a_chain_of_backups_of_a_vm_through_its_hosts_agent() {
         std::thread::sleep(Duration::from_millis(20));
         bench.world.advance(100);
     }
-    let frozen = bench.freeze(&bases(&seal));
+    // Its job ends somewhat later than its checkpoint.
+    let frozen = loop {
+        match bench.try_freeze(&bases(&seal)) {
+            Err(HypervisorError::Busy { .. }) if began.elapsed() < Duration::from_secs(60) => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            outcome => break outcome.unwrap(),
+        }
+    };
     assert!(bench.read(&*frozen).iter().all(Option::is_some), "the base is still there");
     frozen.abort().unwrap();
     bench.world.settle();
