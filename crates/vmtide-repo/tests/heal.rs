@@ -12,7 +12,7 @@
 use crate::common;
 
 use common::{Disk, commit, fast_options, reopen, repository, store_point};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use vmtide_block::{BlockDevice, ByteRange, CancelToken, Progress, RangeSet};
 use vmtide_repo::{
     ChangedRanges, DenyStore, DiskPlan, Level, MemoryStore, ObjectStore, PruneOptions, ReadData,
@@ -61,6 +61,8 @@ struct World {
     new: Vec<u8>,
     full: RestorePoint,
     incremental: RestorePoint,
+    /// Where the victim is hurt.
+    hurt_at: Mutex<Option<(String, usize)>>,
 }
 
 fn world(encrypted: bool) -> World {
@@ -85,31 +87,44 @@ fn world(encrypted: bool) -> World {
         Level::Incremental,
     )
     .unwrap();
-    World { memory, repository, old, new, full, incremental }
+    World { memory, repository, old, new, full, incremental, hurt_at: Mutex::default() }
 }
 
 impl World {
-    /// The name of the pack that holds the fourth MiB of the full point, which nothing overwrote.
+    /// The name of the pack that holds the fourth MiB of the full point, which nothing overwrote. Where in it is what
+    /// workers that ran at the same time made of it; from now on it is hurt there.
     fn victim(&self) -> String {
         let store: Arc<dyn ObjectStore> = self.memory.clone();
         let names = self.memory.names().into_iter().filter(|name| name.starts_with("packs/"));
-        names
-            .into_iter()
-            .find(|name| {
-                let sound = self.memory.bytes(name).unwrap();
-                self.hurt(name);
-                let disk = reopen(&store).unwrap().open_disk(&self.full, "disk0").unwrap();
-                let fails = disk.read_at(&mut [0; 4096], 3 * MIB as u64 + 500_000).is_err();
-                self.memory.replace(name, &sound);
-                fails
-            })
-            .unwrap()
+        let places = names.flat_map(|name| {
+            let length = self.memory.bytes(&name).unwrap().len();
+            (50_000.min(length / 3)..length).step_by(200_000).map(move |at| (name.clone(), at))
+        });
+        let mut places: Vec<_> = places.collect();
+        places.sort_by_key(|(_, at)| *at);
+        let found = places.into_iter().find(|(name, at)| {
+            let sound = self.memory.bytes(name).unwrap();
+            *self.hurt_at.lock().unwrap() = Some((name.clone(), *at));
+            self.hurt(name);
+            let fails = reopen(&store).is_ok_and(|repository| {
+                let disk = repository.open_disk(&self.full, "disk0");
+                disk.is_ok_and(|disk| {
+                    disk.read_at(&mut [0; 4096], 3 * MIB as u64 + 500_000).is_err()
+                })
+            });
+            self.memory.replace(name, &sound);
+            fails
+        });
+        found.unwrap().0
     }
 
-    /// Flips a bit in the first frame of a pack.
+    /// Flips a bit of a pack: of the victim in the frame that it was chosen for, of another in its first frame.
     fn hurt(&self, name: &str) {
         let mut bytes = self.memory.bytes(name).unwrap().to_vec();
-        let at = 50_000.min(bytes.len() / 3);
+        let at = match &*self.hurt_at.lock().unwrap() {
+            Some((victim, at)) if victim == name => *at,
+            _ => 50_000.min(bytes.len() / 3),
+        };
         bytes[at] ^= 4;
         self.memory.replace(name, &bytes);
     }
@@ -136,7 +151,8 @@ fn the_next_incremental_heals_its_vm_though_nothing_changed_there() {
         assert_eq!(found.quarantined, 1, "{found:?}");
         assert_eq!(found.damage.len(), 1, "{found:?}");
         let damage = &found.damage[0];
-        assert_eq!((damage.object.as_str(), damage.frame), (victim.as_str(), Some(0)));
+        assert_eq!(damage.object, victim);
+        assert!(damage.frame.is_some(), "{damage:?}");
         let mut points = damage.points.clone();
         points.sort();
         let mut expected = vec![world.full.id, world.incremental.id];
