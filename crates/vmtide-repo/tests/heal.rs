@@ -91,14 +91,14 @@ fn world(encrypted: bool) -> World {
 }
 
 impl World {
-    /// The name of the pack that holds the fourth MiB of the full point, which nothing overwrote. Where in it is what
-    /// workers that ran at the same time made of it; from now on it is hurt there.
+    /// The name of the pack that holds half of the fourth MiB of the full point, which nothing overwrote. Where in it is
+    /// what workers that ran at the same time made of it; from now on it is hurt there.
     fn victim(&self) -> String {
         let store: Arc<dyn ObjectStore> = self.memory.clone();
         let names = self.memory.names().into_iter().filter(|name| name.starts_with("packs/"));
         let places = names.flat_map(|name| {
             let length = self.memory.bytes(&name).unwrap().len();
-            (50_000.min(length / 3)..length).step_by(200_000).map(move |at| (name.clone(), at))
+            (50_000.min(length / 3)..length).step_by(100_000).map(move |at| (name.clone(), at))
         });
         let mut places: Vec<_> = places.collect();
         places.sort_by_key(|(_, at)| *at);
@@ -109,7 +109,7 @@ impl World {
             let fails = reopen(&store).is_ok_and(|repository| {
                 let disk = repository.open_disk(&self.full, "disk0");
                 disk.is_ok_and(|disk| {
-                    disk.read_at(&mut [0; 4096], 3 * MIB as u64 + 500_000).is_err()
+                    disk.read_at(&mut vec![0; 500_000], 3 * MIB as u64 + 300_000).is_err()
                 })
             });
             self.memory.replace(name, &sound);
