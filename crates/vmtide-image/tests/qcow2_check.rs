@@ -262,10 +262,9 @@ fn tables_that_name_each_other_without_end_are_given_up() {
     put(&mut bytes, 36, &(4u32 << 20).to_be_bytes());
     put_u64(&mut bytes, 40, start as u64);
     let image = raw_file(directory.path(), "loop.qcow2", &bytes);
-    let begun = std::time::Instant::now();
+    // Looked at entry by entry, it would not end while anybody waits.
     let error = check_image(&image, &OpenOptions::default(), Repair::Nothing).unwrap_err();
     assert!(error.to_string().contains("named by more entries"), "{error}");
-    assert!(begun.elapsed().as_secs() < 60, "{:?}", begun.elapsed());
 }
 
 #[test]
