@@ -359,7 +359,8 @@ fn a_log_of_nothing_but_heads_is_looked_at_once() {
     let before = std::time::Instant::now();
     let error = VhdxImage::open_device(file, None).err().unwrap().to_string();
     assert!(error.contains("no sequence is complete"), "{error}");
-    assert!(before.elapsed().as_secs() < 20, "{:?}", before.elapsed());
+    // Each time anew would be hours.
+    assert!(before.elapsed().as_secs() < 300, "{:?}", before.elapsed());
 }
 
 /// QEMU replays the log of a copy and then reads what vmtide reads from the image itself.

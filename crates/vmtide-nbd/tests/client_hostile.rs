@@ -276,7 +276,7 @@ fn a_server_that_breaks_off_or_falls_silent_is_disconnected() {
                 });
             }
         });
-        assert!(start.elapsed() < Duration::from_secs(20), "{name}");
+        assert!(start.elapsed() < Duration::from_secs(60), "{name}");
     }
 }
 
