@@ -121,7 +121,7 @@ fn busy(path: &Path) -> BlockError {
 
 #[cfg(not(windows))]
 fn open_to_lock(path: &Path, _needs: &Needs) -> std::io::Result<File> {
-    File::open(path)
+    vmtide_block::files::open_file(path, File::options().read(true))
 }
 
 #[cfg(windows)]

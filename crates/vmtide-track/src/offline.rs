@@ -12,11 +12,12 @@ use crate::recover::{Loaded, foreign, load, refuse_foreign};
 use crate::store::FileStore;
 use crate::tracking::TrackingState;
 use crate::{Identity, Options, Result, TrackError, TrackedDisk};
-use std::fs::{File, TryLockError};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use vmtide_block::files::open_file;
 use vmtide_block::{BlockDevice, BlockError, ByteRange, WritableBlockDevice};
 use vmtide_image::{ImageLock, companion_files, image_info};
 
@@ -179,7 +180,7 @@ impl OfflineTracking {
     /// Waits until nobody else changes the files this way. (Hosts are kept off by the lock on the image.)
     fn alone(&self) -> Result<File> {
         let failed = |error| TrackError::io(format!("lock {}", self.path.display()), error);
-        let file = File::open(&self.path).map_err(failed)?;
+        let file = open_file(&self.path, OpenOptions::new().read(true)).map_err(failed)?;
         // There, a lock would keep this process itself from reading the image.
         if cfg!(windows) {
             return Ok(file);
@@ -273,7 +274,7 @@ fn flush_image(path: &Path) -> vmtide_block::Result<()> {
     files.push(path.to_owned());
     for file in files {
         // Windows flushes only what is open for writing; Unix whatever is open.
-        let open = std::fs::OpenOptions::new().read(true).write(cfg!(windows)).open(&file);
+        let open = open_file(&file, OpenOptions::new().read(true).write(cfg!(windows)));
         open.and_then(|open| open.sync_all()).map_err(|error| {
             let kind = match vmtide_block::files::is_in_use(&error) {
                 true => ErrorKind::ResourceBusy.into(),

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use parking_lot::Mutex;
 use std::time::{SystemTime, UNIX_EPOCH};
+use vmtide_block::files::open_file;
 
 /// The largest file that is read: more than all bitmaps of the largest disk with many ids take; a larger one is
 /// nobody's tracking.
@@ -119,7 +120,7 @@ impl FileStore {
 impl TrackingStore for FileStore {
     fn read(&self, file: StoreFile) -> io::Result<Option<Vec<u8>>> {
         let path = self.path(file);
-        let open = match File::open(&path) {
+        let open = match open_file(&path, OpenOptions::new().read(true)) {
             Ok(open) => open,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(named(&path, error)),
@@ -156,7 +157,7 @@ impl TrackingStore for FileStore {
         let open = match (&mut *marks, file) {
             (Some(open), StoreFile::Mrt) => open,
             (empty, _) => {
-                let file_now = OpenOptions::new().write(true).open(&path);
+                let file_now = open_file(&path, OpenOptions::new().write(true));
                 let file_now = file_now.map_err(|error| named(&path, error))?;
                 match file {
                     StoreFile::Mrt => empty.insert(file_now),
@@ -188,7 +189,7 @@ impl TrackingStore for FileStore {
     /// The time of change of `.mrt`: a journal keeps it in order with that of the image.
     fn beat(&self) -> io::Result<()> {
         let path = self.path(StoreFile::Mrt);
-        let file = OpenOptions::new().write(true).open(&path);
+        let file = open_file(&path, OpenOptions::new().write(true));
         file.and_then(|file| file.set_modified(SystemTime::now()))
             .map_err(|error| named(&path, error))
     }
@@ -254,4 +255,28 @@ fn write_all_at(file: &File, mut bytes: &[u8], mut offset: u64) -> io::Result<()
         offset += count as u64;
     }
     Ok(())
+}
+
+#[cfg(all(test, target_os = "linux"))]
+#[allow(clippy::unwrap_used, reason = "a test that panics has failed")]
+mod tests {
+    use super::*;
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+
+    /// Whoever may make files beside an image could let an agent wait for ever for the other end of a pipe.
+    #[test]
+    fn a_pipe_in_place_of_a_tracking_file_is_refused_and_not_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = FileStore::new(directory.path().join("disk.vhdx"));
+        for file in [StoreFile::Rct, StoreFile::Mrt] {
+            mknodat(CWD, store.path(file), FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+            let of_file = store.path(file).display().to_string();
+            let refused = [store.read(file).unwrap_err(), store.update(file, &[]).unwrap_err()];
+            for error in refused {
+                assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{error}");
+                assert!(error.to_string().contains(&of_file), "{error}");
+            }
+        }
+        assert_eq!(store.beat().unwrap_err().kind(), io::ErrorKind::InvalidInput);
+    }
 }

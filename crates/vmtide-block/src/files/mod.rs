@@ -118,6 +118,15 @@ pub(crate) fn open_resolved(
     system::open_resolved(path, options, writable)
 }
 
+/// Opens what is at `path`, links followed, as `options` say, if it is a file or a block device. A pipe that somebody has put there is
+/// refused; opening it would wait for its other end.
+///
+/// # Errors
+/// `InvalidInput` where it is something else; what the system says.
+pub fn open_file(path: &Path, options: &std::fs::OpenOptions) -> Result<File> {
+    system::open_file(path, options)
+}
+
 /// Succeeds where this user may make files in a directory; asks and writes nothing.
 ///
 /// # Errors

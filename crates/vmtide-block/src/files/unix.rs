@@ -80,6 +80,29 @@ pub(super) fn open_resolved(path: &Path, options: &OpenOptions, _: bool) -> Resu
     options.open(path)
 }
 
+#[cfg(target_os = "linux")]
+pub(super) fn open_file(path: &Path, options: &OpenOptions) -> Result<File> {
+    use rustix::fs::{Mode, OFlags, open};
+    let named: File = open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?.into();
+    match open_named(&named, options, OPEN_FILES) {
+        // Most likely there is no /proc. That it is a file is known.
+        Err(error) if error.kind() == ErrorKind::NotFound => options.open(path),
+        opened => opened,
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+pub(super) fn open_file(path: &Path, options: &OpenOptions) -> Result<File> {
+    let found = std::fs::metadata(path)?;
+    if found.is_file() || is_block_device(&found) {
+        return options.open(path);
+    }
+    Err(std::io::Error::new(ErrorKind::InvalidInput, NO_FILE))
+}
+
+/// What is said of pipes and the like.
+const NO_FILE: &str = "is neither a file nor a block device";
+
 /// Opens what is at `path`, of which no part is a link.
 #[cfg(target_os = "linux")]
 fn walk(path: &Path, flags: rustix::fs::OFlags) -> Result<File> {
@@ -103,8 +126,7 @@ fn open_named(named: &File, options: &OpenOptions, open_files: &str) -> Result<F
         return Err(Errno::LOOP.into());
     }
     if !found.is_file() && !is_block_device(&found) {
-        let what = "is neither a file nor a block device any more";
-        return Err(std::io::Error::new(ErrorKind::InvalidInput, what));
+        return Err(std::io::Error::new(ErrorKind::InvalidInput, NO_FILE));
     }
     options.open(format!("{open_files}/{}", named.as_raw_fd()))
 }
@@ -341,6 +363,19 @@ mod tests {
                 assert!(!flags.contains(OFlags::NONBLOCK), "{flags:?}");
                 assert_eq!(text(file), "disk");
             }
+        }
+
+        #[test]
+        fn a_file_is_opened_through_links_and_a_pipe_is_not() {
+            let (_directory, place) = place();
+            symlink("pipe", place.join("link to the pipe")).unwrap();
+            for pipe in ["pipe", "link to the pipe"] {
+                let error = open_file(&place.join(pipe), &read_write()).unwrap_err();
+                assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
+            }
+            assert_eq!(text(open_file(&place.join("link"), &read_write()).unwrap()), "secret");
+            let error = open_file(&place.join("none"), &read_write()).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::NotFound);
         }
 
         /// As somebody would have it who exchanges it between being looked at and being opened.

@@ -91,6 +91,10 @@ pub(super) fn open_resolved(path: &Path, options: &OpenOptions, _: bool) -> Resu
     options.open(path)
 }
 
+pub(super) fn open_file(path: &Path, options: &OpenOptions) -> Result<File> {
+    options.open(path)
+}
+
 pub(super) fn allocated_bytes(path: &Path) -> Option<u64> {
     files::allocated_bytes(path).ok()
 }
