@@ -128,13 +128,24 @@ fn any_event(host: &TestHost, random: &mut Random, met: &mut Met) {
             }
         }
         8..=10 => {
-            let all = of_users();
             // Only where no backup holds the VM, and nothing is being merged.
             for (id, _) in others(host) {
                 world.remove_checkpoint(id);
             }
             host.pass(60_000);
-            if !all.is_empty() && world.snapshots(vm).iter().all(|(_, _, recovery)| !recovery) {
+            if world.snapshots(vm).iter().any(|(_, _, recovery)| *recovery) {
+                return;
+            }
+            if of_users().is_empty() {
+                // One to go back to: at once, or after the backups that follow.
+                let _ = world.user_checkpoint(vm);
+                if random.once_in(2) {
+                    return;
+                }
+                write_some(host, random);
+            }
+            let all = of_users();
+            if !all.is_empty() {
                 world.revert(all[random.below(all.len())]);
                 met.reverted += 1;
             }

@@ -102,7 +102,8 @@ pub fn probe(path: impl AsRef<Path>) -> Result<Format> {
 ///
 /// # Errors
 /// [`BlockError::Damaged`] where the name says a format and the content none, naming what was looked for and what is
-/// there; [`BlockError::Unsupported`] where the two say different formats; where it cannot be read.
+/// there; [`BlockError::Unsupported`] where the two say different formats, or the name says that it is something else (an archive,
+/// a compressed file, an image of a kind that is not read) and the content nothing; where it cannot be read.
 pub fn probe_file(path: &Path, device: &dyn BlockDevice) -> Result<Format> {
     let found = probe_device(device)?;
     match format_by_name(path) {
@@ -122,7 +123,33 @@ pub fn probe_file(path: &Path, device: &dyn BlockDevice) -> Result<Format> {
                  if these are the bytes of a disk"
             ),
         )),
+        None if found == Format::Raw => match no_disk_by_name(path) {
+            Some(what) => Err(BlockError::unsupported(
+                path.display().to_string(),
+                format!("{what}, or add --format raw if these are the bytes of a disk"),
+            )),
+            None => Ok(found),
+        },
         _ => Ok(found),
+    }
+}
+
+/// What a file is by its name that is no image which vmtide reads, and what to do. Taken as a raw disk it would be
+/// converted or backed up without a word, and nothing would boot from it.
+fn no_disk_by_name(path: &Path) -> Option<&'static str> {
+    let extension = path.extension()?.to_ascii_lowercase();
+    match extension.to_str()? {
+        "ova" => {
+            Some("is named like an archive of a VM; unpack it (tar -xf) and give the disk in it")
+        }
+        "ovf" => Some("is named like the description of a VM; give the disk that it names"),
+        "gz" | "xz" | "zst" | "bz2" | "lz4" | "zip" | "7z" | "rar" => {
+            Some("is named like a compressed file; unpack it first")
+        }
+        "vdi" | "qed" | "hds" | "dmg" | "e01" | "wim" | "vma" => Some(
+            "is named like an image of a kind that vmtide does not read; convert it first (qemu-img convert -O vhdx knows some)",
+        ),
+        _ => None,
     }
 }
 
@@ -288,6 +315,21 @@ mod tests {
         }
         for name in ["a", "a.raw", "a.img", "a.bin", "a-flat.vmdk", "A-FLAT.VMDK"] {
             assert_eq!(probe_as(name, b"x", b"").unwrap(), Format::Raw, "{name}");
+        }
+        for (name, what) in [
+            ("a.ova", "tar -xf"),
+            ("a.OVF", "the disk that it names"),
+            ("a.vhdx.gz", "unpack"),
+            ("a.img.xz", "unpack"),
+            ("a.raw.zst", "unpack"),
+            ("a.zip", "unpack"),
+            ("a.vdi", "qemu-img convert"),
+        ] {
+            let error = probe_as(name, b"x", b"").unwrap_err();
+            assert!(matches!(error, BlockError::Unsupported { .. }), "{name}: {error:?}");
+            let text = error.to_string();
+            assert!(text.contains(what) && text.contains("--format raw"), "{text}");
+            assert_eq!(probe_as(name, b"QFI\xfb", b"").unwrap(), Format::Qcow2, "{name}");
         }
         assert_eq!(probe_as("a.img", b"QFI\xfb", b"").unwrap(), Format::Qcow2);
         assert_eq!(probe_as("a.vhd", b"QFI\xfb", b"conectix").unwrap(), Format::Vhd);

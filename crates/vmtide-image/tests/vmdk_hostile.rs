@@ -114,6 +114,34 @@ fn what_is_not_known_is_told_from_what_is_broken() {
 }
 
 #[test]
+fn a_sparse_disk_whose_descriptor_was_wiped_out_is_not_taken_for_one_without_a_parent() {
+    // One grain table with nothing in it: where it had a parent, zeros would be read in place of the parent's data.
+    let at = [(28, 1, 8), (36, 20, 8), (12, 128, 8)];
+    let with_text = |text: &[u8]| {
+        let mut bytes = header(&at);
+        bytes[512..512 + text.len()].copy_from_slice(text);
+        bytes
+    };
+    for text in [&b""[..], b"\n", b"\0# Disk DescriptorFile\nCID=1\n", b"# Disk DescriptorFile\n"] {
+        let error = open(with_text(text)).err().unwrap();
+        assert!(matches!(error, BlockError::Damaged { .. }), "{error:?}");
+        assert!(error.to_string().contains("RW 128 SPARSE"), "{error}");
+        let file = MemoryDevice::from_bytes(with_text(text));
+        assert!(vmtide_image::vmdk::info(&file).is_err());
+        assert!(vmtide_image::vmdk::parent_link(&file).is_err());
+    }
+    for text in [&b"CID=1\n"[..], b"parentCID=ffffffff\n", b"RW 128 SPARSE \"x\"\n"] {
+        assert_eq!(open(with_text(text)).unwrap().size_bytes(), 65536);
+    }
+    // By a descriptor of its own, as the error says, and as an extent among others it needs none.
+    let text = "# Disk DescriptorFile\nRW 128 SPARSE \"disk.vmdk\"\nRW 1 ZERO\n";
+    let files = MemoryFiles::default().with("disk.vmdk", with_text(b""));
+    let file = Arc::new(MemoryDevice::from_bytes(text.as_bytes().to_vec()));
+    let image = VmdkImage::open_device(file, &files, None).unwrap();
+    image.read_at(&mut [0; 65536], 512).unwrap();
+}
+
+#[test]
 fn an_extent_that_may_not_be_read_is_an_error_only_where_it_is_read() {
     let text = descriptor("custom", None, "RW 1 ZERO\nNOACCESS 4 FLAT \"x\" 0\nRW 1 ZERO");
     let image = open(text.into_bytes()).unwrap();

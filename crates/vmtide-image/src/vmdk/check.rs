@@ -45,7 +45,7 @@ pub(crate) fn repair(
 
 fn check_files(file: &Handle, files: &dyn ExtentFiles, repair: Repair) -> Result<CheckReport> {
     let mut report = CheckReport::default();
-    let head = Head::read(&*file.reader)?;
+    let head = Head::read_image(&*file.reader)?;
     for detail in oddities(&head) {
         let detail = format!("{}: {detail}", file.reader.name());
         report.add(Problem { severity: Severity::Note, detail, repaired: false });

@@ -165,6 +165,14 @@ impl Descriptor {
         }
     }
 
+    /// Whether nothing is in it that tells of a disk.
+    pub(super) fn says_nothing(&self) -> bool {
+        self.cid.is_none()
+            && !self.entries.contains_key("parentcid")
+            && self.create_type.is_none()
+            && self.extents.is_empty()
+    }
+
     /// The size of the disk by the extents, in sectors.
     pub(super) fn sectors(&self) -> u64 {
         self.extents.iter().map(|extent| extent.sectors).sum()

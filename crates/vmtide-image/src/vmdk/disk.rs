@@ -65,7 +65,7 @@ impl Disk {
         parent: Option<Arc<dyn BlockDevice>>,
     ) -> Result<Self> {
         let name = file.reader.name();
-        let head = Head::read(&*file.reader)?;
+        let head = Head::read_image(&*file.reader)?;
         let descriptor = head.descriptor().map(|(text, at)| (text.clone(), at));
         check_parent(&name, descriptor.as_ref().map(|(text, _)| text), parent.is_some())?;
         let mut opening = Opening {

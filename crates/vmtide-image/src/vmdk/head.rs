@@ -64,6 +64,30 @@ impl Head {
         Ok(Self::Descriptor(descriptor, 0))
     }
 
+    /// As [`read`](Self::read), of the file that stands for the whole image and not of one extent of it. Its descriptor must
+    /// say something: where it was wiped out nobody knows whether the disk has a parent, and without it a child reads as zeros
+    /// where it has nothing of its own.
+    pub(super) fn read_image(file: &dyn BlockDevice) -> Result<Self> {
+        match Self::read(file)? {
+            Self::Hosted { descriptor: Some((descriptor, at)), header }
+                if descriptor.says_nothing() =>
+            {
+                let name = file.name();
+                let base = name.rsplit(['/', '\\']).next().unwrap_or_default();
+                Err(BlockError::damaged(
+                    &name,
+                    format!(
+                        "VMDK descriptor at {at:#x}: it says nothing, not even whether the disk has a parent; if it \
+                         has none, open a file beside it with the lines # Disk DescriptorFile and RW {} SPARSE \
+                         \"{base}\"",
+                        header.capacity
+                    ),
+                ))
+            }
+            head => Ok(head),
+        }
+    }
+
     /// The descriptor, with where it begins in the file.
     pub(super) fn descriptor(&self) -> Option<(&Descriptor, u64)> {
         match self {

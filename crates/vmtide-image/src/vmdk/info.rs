@@ -13,7 +13,7 @@ use vmtide_block::{BlockDevice, BlockError, Result};
 /// # Errors
 /// Where the file is no VMDK or its descriptor is damaged.
 pub fn parent_link(file: &dyn BlockDevice) -> Result<Option<ParentLink>> {
-    let head = Head::read(file)?;
+    let head = Head::read_image(file)?;
     Ok(head.descriptor().and_then(|(descriptor, _)| link(descriptor)))
 }
 
@@ -34,7 +34,7 @@ fn link(descriptor: &Descriptor) -> Option<ParentLink> {
 /// # Errors
 /// Where the file is no VMDK, its descriptor is damaged or missing, or has no content id.
 pub fn identity(file: &dyn BlockDevice) -> Result<String> {
-    let head = Head::read(file)?;
+    let head = Head::read_image(file)?;
     let cid = head.descriptor().and_then(|(descriptor, _)| descriptor.cid);
     cid.map(content_id).ok_or_else(|| {
         BlockError::unsupported(
@@ -54,7 +54,7 @@ pub(super) fn content_id(cid: u32) -> String {
 /// # Errors
 /// Where the file is no VMDK, or its header or descriptor is damaged.
 pub fn info(file: &dyn BlockDevice) -> Result<ImageInfo> {
-    let head = Head::read(file)?;
+    let head = Head::read_image(file)?;
     let mut info = ImageInfo::new(Format::Vmdk, 0, file.size_bytes());
     match &head {
         Head::Descriptor(descriptor, _) => info.size_bytes = descriptor.sectors() * SECTOR,

@@ -61,7 +61,7 @@ pub(crate) fn change_parent_in(
             return Err(refuse("cannot name a parent with quotation marks or line ends"));
         }
     }
-    match Head::read(file)? {
+    match Head::read_image(file)? {
         Head::Hosted { header, descriptor: Some(_) } => {
             if header.has(flag::COMPRESSED) || header.has(flag::MARKERS) || header.version > 2 {
                 return Err(refuse("is of a kind of VMDK that cannot be changed in place"));
