@@ -85,8 +85,10 @@ pub(super) fn open_file(path: &Path, options: &OpenOptions) -> Result<File> {
     use rustix::fs::{Mode, OFlags, open};
     let named: File = open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?.into();
     match open_named(&named, options, OPEN_FILES) {
-        // Most likely there is no /proc. That it is a file is known.
-        Err(error) if error.kind() == ErrorKind::NotFound => options.open(path),
+        // Most likely there is no /proc, or it may not be used. That it is a file is known.
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::PermissionDenied) => {
+            options.open(path)
+        }
         opened => opened,
     }
 }
