@@ -85,7 +85,8 @@ pub struct Faults {
     pub unlistable: BTreeSet<String>,
     /// Merges take so long, in milliseconds, whatever the options say.
     pub merge_ms: Option<u64>,
-    /// Checkpoints do not hold this disk of the VM, by its number.
+    /// Recovery checkpoints do not hold this disk of the VM, by its number. Users' checkpoints do: a VM that goes back to one would
+    /// lose the disk, and a VM of one disk its only one.
     pub skipped_disk: Option<usize>,
     /// While a checkpoint is refused, another product makes its own.
     pub foreign_at_refusal: bool,

@@ -199,7 +199,7 @@ impl State {
             configuration.disk_paths().map(|(a, b)| (a.to_owned(), b.to_owned())).collect(),
         );
         for (number, (suffix, path)) in paths.into_iter().enumerate() {
-            if self.faults.skipped_disk == Some(number) {
+            if new.recovery && self.faults.skipped_disk == Some(number) {
                 configuration.resources.retain(|resource| resource.suffix != suffix);
                 continue;
             }
