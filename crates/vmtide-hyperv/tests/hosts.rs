@@ -88,6 +88,28 @@ fn a_vm_that_was_taken_back_to_a_checkpoint_that_is_gone_is_read_in_full() {
 }
 
 #[test]
+fn a_point_of_another_product_is_left_alone_although_it_has_ids_that_ours_had() {
+    let (world, mut machine) = revertible(true, false);
+    machine.backup("web").unwrap();
+    let checkpoint = user_checkpoint(&world);
+    // Nothing proves whose point it is that appears, so it is told of from now on.
+    world.faults(|faults| faults.foreign_at_conversion = true);
+    let outcome = machine.backup("web").unwrap();
+    assert!(outcome.left.iter().any(|line| line.contains("may be another program's")));
+    world.pass(60_000);
+    let before = world.points(0);
+    // The VM goes back, and the host gives the ids of the checkpoint that is gone to the next one.
+    world.world().revert(checkpoint);
+    world.world().foreign_reference_point(world.id(0)).unwrap();
+    world.pass(24 * 3600 * 1000);
+    let report = machine.hypervisor().reap().unwrap();
+    assert_eq!(world.points(0).len(), before.len() + 1, "{report:?}");
+    assert_eq!(world.world().harm(), 0, "{report:?}");
+    machine.backup("web").unwrap();
+    assert_eq!(world.world().harm(), 0);
+}
+
+#[test]
 fn a_branch_that_the_vm_has_left_shows_although_its_files_are_there() {
     for agentless in [false, true] {
         let (world, mut machine) = revertible(true, agentless);

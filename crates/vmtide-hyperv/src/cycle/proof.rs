@@ -94,6 +94,14 @@ pub(crate) fn point_of<'a>(
         let named = job.map(|job| host.points_of_job(job)).unwrap_or_default();
         if named.is_empty() { points_from(host, &state.snapshots) } else { named }
     };
+    // What was not there at the first look came later and is of another job, whatever its ids are: a VM that is taken back to a
+    // checkpoint may give them out again.
+    let later = state.doubted.iter().flat_map(|doubted| {
+        let ids = points.iter().map(|point| &point.instance_id);
+        ids.filter(|id| !points::is_among(id, doubted))
+    });
+    let before: Vec<String> = before.iter().chain(later).cloned().collect();
+    let before = before.as_slice();
     let found = points::made_of(points, before, &state.tracking, &state.snapshots, named);
     if found.is_some() {
         return found;
