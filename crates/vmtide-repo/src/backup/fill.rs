@@ -1,6 +1,6 @@
 //! Filling packs: chunks into frames, frames into a pack, a full pack into the session.
 
-use super::session::SessionState;
+use super::state::SessionState;
 use crate::pack::{ChunkEntry, FrameEncoder, MAX_FRAME_BYTES, PackWriter};
 use crate::{BLOCK_BYTES, ChunkId, Location, RepoError, Result};
 

@@ -6,7 +6,8 @@
 //! heals its own VM. What was healed is noted when the backup is committed, before the restore point.
 
 use super::fill::PackFiller;
-use super::session::{BackupSession, SessionState};
+use super::session::BackupSession;
+use super::state::SessionState;
 use crate::disk::{
     DamagedPart, Heal, PackSet, Place, PlacedRun, Repairs, Suspects, for_each_suspect, write_healed,
 };

@@ -18,14 +18,15 @@ mod fresh;
 mod heal;
 mod limit;
 mod mend;
+mod options;
 mod plan;
 mod session;
 mod sink;
+mod state;
 mod work;
 
 pub(crate) use chunk::{Chunker, Cut};
 pub(crate) use heal::HealthyDisk;
 pub use limit::RateLimit;
-pub use session::{
-    BackupOptions, BackupSession, ChangedRanges, DiskDraft, DiskPlan, PointDraft, StoredDisk,
-};
+pub use options::BackupOptions;
+pub use session::{BackupSession, ChangedRanges, DiskDraft, DiskPlan, PointDraft, StoredDisk};

@@ -3,77 +3,30 @@
 use super::base::Bases;
 use super::chunk::Chunker;
 use super::fill::PackFiller;
-use super::fresh::{FreshChunks, MAX_PENDING};
-use super::heal::{Healing, HealthyDisk, heal_disk};
-use super::limit::RateLimit;
+use super::heal::{HealthyDisk, heal_disk};
+use super::options::BackupOptions;
 use super::plan::{Piece, plan};
 use super::sink::RunSink;
+use super::state::SessionState;
 use super::work::DiskJob;
 use crate::condemned::Condemned;
 use crate::context::RepoContext;
 use crate::copy::CopyOf;
-use crate::disk::{PackSet, Place};
 use crate::envelope::ObjectKind;
-use crate::immutable::{self, Immutability};
-use crate::index::ChunkIndex;
+use crate::immutable;
 use crate::lease::{self, Lease, Purpose};
 use crate::map::{BaseMap, DiskMap, MapBuilder, MapRun, Target, write_layered};
-use crate::pack::{FinishedPack, Pack};
 use crate::point::{self, DiskCounts, DiskRecord, Level, RestorePoint, TrackingRecord};
-use crate::{BLOCK_BYTES, ChunkId, Location, ObjectId, RepoError, Result};
+use crate::{BLOCK_BYTES, ObjectId, RepoError, Result};
 use jiff::Timestamp;
-use parking_lot::{Mutex, RwLock};
-use std::collections::{BTreeMap, HashSet};
+use parking_lot::Mutex;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use vmtide_block::{BlockDevice, BlockError, CancelToken, Progress, RangeSet};
 
 const BLOCK: u64 = BLOCK_BYTES as u64;
-
-/// How a backup uses the machine.
-#[derive(Clone, Debug)]
-pub struct BackupOptions {
-    /// Threads that read, hash and compress. Each has a pack open and some 9 MiB of buffers.
-    pub workers: usize,
-    /// The zstd level, 1 to 19.
-    pub compression_level: i32,
-    /// The bytes of chunks that are compressed together, at least; from 4 KiB to 4 MiB.
-    pub frame_bytes: usize,
-    /// The size at which a pack is finished, in bytes.
-    pub pack_size_bytes: u64,
-    /// How many bytes a second are read from sources, by all jobs together that are given the same limit.
-    pub limit_rate: Option<RateLimit>,
-    /// For how long the restore point is to be immutable; none for not at all. Needs a store that can
-    /// keep objects.
-    pub immutability: Option<Immutability>,
-}
-
-/// Enough for S3's cost of requests to vanish (one PUT per pack) and small enough that half-dead
-/// packs are cheap to rewrite.
-const PACK_SIZE_BYTES: u64 = 64 << 20;
-
-/// Smaller frames compress worse (zstd sees less); larger ones leave the processor's cache and make
-/// reading one block cost more. See `docs/decisions/0003-frames-and-levels.md`.
-const FRAME_BYTES: usize = 2 << 20;
-
-/// What the peers take too; the figures are in `docs/decisions/0003-frames-and-levels.md`.
-const DEFAULT_COMPRESSION_LEVEL: i32 = 3;
-
-impl Default for BackupOptions {
-    fn default() -> Self {
-        let cores = std::thread::available_parallelism().map_or(2, usize::from);
-        // Two more than the cores, so that workers that wait for a disk leave no core idle.
-        Self {
-            workers: (cores + 2).min(16),
-            compression_level: DEFAULT_COMPRESSION_LEVEL,
-            frame_bytes: FRAME_BYTES,
-            pack_size_bytes: PACK_SIZE_BYTES,
-            limit_rate: None,
-            immutability: None,
-        }
-    }
-}
 
 /// Which part of a disk to look at.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -142,178 +95,6 @@ pub struct PointDraft {
     pub disks: Vec<DiskDraft>,
 }
 
-/// What became of a chunk.
-pub(super) struct StoredChunk {
-    /// Where it is.
-    pub place: Location,
-    /// Its length where it was not known, else 0.
-    pub new_bytes: u64,
-    /// The bytes that went into packs for it and for chunks that waited with it.
-    pub stored_bytes: u64,
-}
-
-impl StoredChunk {
-    const fn known(place: Location) -> Self {
-        Self { place, new_bytes: 0, stored_bytes: 0 }
-    }
-}
-
-/// What all workers of a job share.
-pub(super) struct SessionState {
-    pub context: Arc<RepoContext>,
-    pub index: ChunkIndex,
-    pub fresh: FreshChunks,
-    pub pack_size_bytes: u64,
-    pending: Mutex<Vec<(ChunkId, Location)>>,
-    /// The packs that this job wrote.
-    written: Mutex<HashSet<ObjectId>>,
-    /// Packs of earlier jobs that this one refers to beside those of its bases; only noted where the
-    /// point becomes immutable.
-    reused: Mutex<HashSet<ObjectId>>,
-    /// Packs of earlier jobs, to look at before they are referred to.
-    pub packs: PackSet,
-    /// What this job heals.
-    pub healing: Healing,
-    /// Those that cannot be relied on.
-    pub distrusted: RwLock<HashSet<ObjectId>>,
-    /// Those of them that restore points were not yet held against.
-    pub doubted: Mutex<Vec<ObjectId>>,
-    /// What is about to be removed, as it was after the lease of this job could be seen: nothing of
-    /// it is referred to. What is condemned later waits for the lease.
-    pub condemned: Condemned,
-}
-
-impl SessionState {
-    /// Takes the chunks of a durable pack, and writes those that wait as an index segment when they
-    /// are many.
-    pub(super) fn add_finished_pack(&self, pack: FinishedPack) -> Result<()> {
-        if self.context.retention.is_some() {
-            self.written.lock().insert(pack.id);
-        }
-        let full = {
-            let mut pending = self.pending.lock();
-            let mut ordinal = 0;
-            for chunk in &pack.chunks {
-                pending.push((chunk.id, Location { pack: pack.id, ordinal }));
-                ordinal += u32::from(chunk.blocks);
-            }
-            (pending.len() >= MAX_PENDING).then(|| std::mem::take(&mut *pending))
-        };
-        full.map_or(Ok(()), |entries| self.write_index(&entries))
-    }
-
-    /// Stores a chunk that is not known, and answers with its place in any case.
-    pub(super) fn store_chunk(&self, chunk: &[u8], filler: &mut PackFiller) -> Result<StoredChunk> {
-        let id = self.context.subkeys.chunk_id(chunk);
-        let stored = self.find_or_store(&id, chunk, filler)?;
-        self.healing.met(&id, chunk.len(), stored.place);
-        Ok(stored)
-    }
-
-    fn find_or_store(
-        &self,
-        id: &ChunkId,
-        chunk: &[u8],
-        filler: &mut PackFiller,
-    ) -> Result<StoredChunk> {
-        // What this job has stored itself comes first: it is in memory.
-        if let Some(known) = self.fresh.find(id) {
-            return Ok(StoredChunk::known(known));
-        }
-        if let Some(known) = self.known(id, chunk.len())? {
-            return Ok(StoredChunk::known(known));
-        }
-        let place = filler.next_location(self)?;
-        if let Some(known) = self.fresh.find_or_reserve(id, || Ok::<_, RepoError>(place))? {
-            return Ok(StoredChunk::known(known));
-        }
-        let stored_bytes = filler.push(self, *id, chunk)?;
-        Ok(StoredChunk { place, new_bytes: chunk.len() as u64, stored_bytes })
-    }
-
-    /// Where the repository has a chunk already.
-    pub(super) fn known(&self, id: &ChunkId, length_bytes: usize) -> Result<Option<Location>> {
-        let mut found = None;
-        self.index.lookup_each(&id.prefix(), &mut |place| {
-            found = self.sound(place, id, length_bytes)?;
-            Ok(found.is_some())
-        })?;
-        if let (Some(_), Some(place)) = (self.context.retention, found) {
-            self.reused.lock().insert(place.pack);
-        }
-        Ok(found)
-    }
-
-    /// The place where the index says a chunk is, or where it went, if it can be relied on. The index
-    /// is only a hint: the pack it names must be there, with a sound directory that has this very
-    /// chunk in that place, and nothing of it may be on record as damaged. Otherwise a lost pack
-    /// would go on being referred to by every new restore point; this way the next backup heals it.
-    pub(super) fn sound(
-        &self,
-        place: Location,
-        id: &ChunkId,
-        length_bytes: usize,
-    ) -> Result<Option<Location>> {
-        if self.condemned.has_pack(place.pack) || self.distrusted.read().contains(&place.pack) {
-            return Ok(None);
-        }
-        #[cfg(feature = "simulation")]
-        if crate::simulation::is_weak(crate::simulation::Weakness::IndexTrusted) {
-            return Ok(Some(place));
-        }
-        match self.packs.place(place.pack) {
-            Ok(Place::Pack(pack)) => {
-                let holds = |pack: &Pack, ordinal| {
-                    pack.chunk_of(ordinal).is_ok_and(|number| {
-                        let (first, chunk) = pack.chunk(number);
-                        first == ordinal
-                            && chunk.id == *id
-                            && usize::from(chunk.blocks) * BLOCK_BYTES == length_bytes
-                    })
-                };
-                if !holds(&pack, place.ordinal) {
-                    return Ok(None);
-                }
-                let repairs = self.packs.repairs()?;
-                if repairs.is_empty() {
-                    return Ok(Some(place));
-                }
-                // What readers of this place would be led to, and nothing else.
-                let blocks = u32::try_from(length_bytes / BLOCK_BYTES).unwrap_or(u32::MAX);
-                let traced = self.packs.trace(place, blocks, true, &mut |_| {})?;
-                Ok(traced.place.ok().and_then(|(pack, ordinal)| {
-                    let healed = Location { pack: pack.id(), ordinal };
-                    let is_it = traced.count == blocks
-                        && !repairs.damaged.covers(healed)
-                        && !self.condemned.has_pack(healed.pack)
-                        && holds(&pack, ordinal);
-                    is_it.then_some(healed)
-                }))
-            }
-            Ok(Place::Moved(_)) => Ok(None),
-            Err(error @ (RepoError::Damaged { .. } | RepoError::Unsupported { .. })) => {
-                if self.distrusted.write().insert(place.pack) {
-                    self.doubted.lock().push(place.pack);
-                    tracing::warn!(%error, "a pack cannot be relied on; its chunks are stored again");
-                }
-                Ok(None)
-            }
-            Err(error) => Err(error),
-        }
-    }
-
-    fn write_index(&self, entries: &[(ChunkId, Location)]) -> Result<()> {
-        if entries.is_empty() {
-            return Ok(());
-        }
-        let entries_by_prefix = entries.iter().map(|(id, place)| (id.prefix(), *place)).collect();
-        // Known through the index from here on, before the memory of it goes.
-        self.index.add(entries_by_prefix)?;
-        self.fresh.release(entries.iter().map(|(id, _)| id));
-        Ok(())
-    }
-}
-
 /// One backup job on a repository. Stores disks, one after the other or from several threads, then
 /// commits. Dropped without a commit it leaves garbage for `prune`, and nothing else.
 pub struct BackupSession {
@@ -333,24 +114,8 @@ impl BackupSession {
         // before is known, and everything that is looked at later is looked at after both.
         let lease = Lease::begin(&context, Purpose::Backup)?;
         let condemned = Condemned::read(&context)?;
-        let index = ChunkIndex::open(&context)?;
-        let packs = PackSet::new(Arc::clone(&context));
-        let healing = Healing::begin(&packs, &index)?;
         Ok(Self {
-            state: SessionState {
-                index,
-                fresh: FreshChunks::new(),
-                pack_size_bytes: options.pack_size_bytes,
-                pending: Mutex::default(),
-                written: Mutex::default(),
-                reused: Mutex::default(),
-                packs,
-                healing,
-                distrusted: RwLock::default(),
-                doubted: Mutex::default(),
-                condemned,
-                context,
-            },
+            state: SessionState::begin(context, condemned, options.pack_size_bytes)?,
             options: options.clone(),
             fillers: Mutex::default(),
             failed: AtomicBool::new(false),
@@ -408,8 +173,7 @@ impl BackupSession {
         for mut filler in self.fillers.into_inner() {
             filler.finish_pack(&self.state)?;
         }
-        let pending = std::mem::take(&mut *self.state.pending.lock());
-        self.state.write_index(&pending)?;
+        self.state.note_pending()?;
         let bytes = self.state.healing.healed_bytes();
         self.state.healing.write(&self.state, by)?;
         Ok(bytes)
@@ -607,8 +371,7 @@ impl BackupSession {
     /// # Errors
     /// Those of the store.
     pub fn abandon(self) -> Result<()> {
-        let pending = std::mem::take(&mut *self.state.pending.lock());
-        self.state.write_index(&pending)
+        self.state.note_pending()
     }
 
     fn commit_as(&self, draft: PointDraft, copy: Option<CopyOf>) -> Result<RestorePoint> {
@@ -616,8 +379,7 @@ impl BackupSession {
         let mut fillers = std::mem::take(&mut *self.fillers.lock()).into_iter();
         let finished = fillers.try_for_each(|mut filler| filler.finish_pack(&self.state));
         // Also where the last pack failed: the next try finds what the others hold.
-        let pending = std::mem::take(&mut *self.state.pending.lock());
-        let noted = self.state.write_index(&pending);
+        let noted = self.state.note_pending();
         finished.and(noted)?;
         self.state.healing.write(&self.state, "backup")?;
         if let Err(error) = self.state.index.compact() {
