@@ -21,6 +21,8 @@ pub struct AgentOptions {
     pub certificate: Option<CertificateFiles>,
     /// Where the agent keeps its certificate and its audit log.
     pub state_directory: PathBuf,
+    /// Whether nothing else backs up the VMs of this host: `HypervOptions::only_backup_program`.
+    pub only_backup_program: bool,
     /// Whether clients may speak TLS 1.2, too.
     pub tls12: bool,
     /// Where the audit log goes; `audit.log` in the state directory where nothing is said.

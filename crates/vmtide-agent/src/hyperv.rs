@@ -18,8 +18,9 @@ pub fn platform_of_this_host(options: &AgentOptions) -> Platform {
         // Its own, with answers that several clients may have at once.
         let lent: Arc<dyn Cim> =
             Arc::new(ComCim::new().with_max_answer_bytes(MAX_CALL_ANSWER_BYTES));
-        let options = HypervOptions::new(&options.state_directory);
-        let hypervisor = HypervHypervisor::new(host, Arc::new(LocalFiles::new()), options);
+        let mut how = HypervOptions::new(&options.state_directory);
+        how.only_backup_program = options.only_backup_program;
+        let hypervisor = HypervHypervisor::new(host, Arc::new(LocalFiles::new()), how);
         VmPlatform { hypervisor: Arc::new(hypervisor), cim: Some(lent), host_path: None }
     });
     Platform { disks: provider::of_this_host(), vms }

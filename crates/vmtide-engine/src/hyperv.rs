@@ -148,6 +148,8 @@ pub struct HypervAccess {
     pub smb_mappings: Vec<Mapping>,
     /// What VSS tells the applications in the guest.
     pub backup_type: BackupType,
+    /// Whether nothing else backs up these VMs: [`HypervOptions::only_backup_program`]. An agent has a setting of its own.
+    pub only_backup_program: bool,
 }
 
 /// A host: what it is and can do, and its files.
@@ -259,19 +261,23 @@ pub(crate) fn open(url: &HypervUrl, options: &SourceOptions) -> Result<OpenSourc
 pub(crate) fn open_winrm(url: &WinrmUrl, options: &SourceOptions) -> Result<OpenSource> {
     check_options(url, options)?;
     let HypervHost { host, files } = options.hyperv.connect(url)?;
-    let mut how = HypervOptions::new(&options.state_directory);
-    how.backup_type = options.hyperv.backup_type;
-    let hypervisor = Box::new(HypervHypervisor::new(host, files, how));
+    let hypervisor = Box::new(HypervHypervisor::new(host, files, cycle_options(options)));
     Ok(source(hypervisor, url.vm.as_deref(), options, url.to_string()))
 }
 
 /// This machine's own VMs.
 fn local(url: &HypervUrl, options: &SourceOptions) -> Result<OpenSource> {
     let HypervHost { host, files } = connect_local(url)?;
+    let hypervisor = Box::new(HypervHypervisor::new(host, files, cycle_options(options)));
+    Ok(source(hypervisor, url.vm(), options, url.to_string()))
+}
+
+/// How backups are made.
+fn cycle_options(options: &SourceOptions) -> HypervOptions {
     let mut how = HypervOptions::new(&options.state_directory);
     how.backup_type = options.hyperv.backup_type;
-    let hypervisor = Box::new(HypervHypervisor::new(host, files, how));
-    Ok(source(hypervisor, url.vm(), options, url.to_string()))
+    how.only_backup_program = options.hyperv.only_backup_program;
+    how
 }
 
 /// The management objects of this machine over COM, and its files.

@@ -16,6 +16,7 @@ mod support;
 use support::driver::{Machine, point_of};
 use support::host::{Cut, TestHost};
 use vmtide_hypervisor::Hypervisor;
+use vmtide_standin_hyperv_host::Faults;
 
 const SIZE: usize = 16 * 1024;
 
@@ -101,6 +102,32 @@ fn a_backup_that_is_killed_at_any_call_leaves_nothing_after_the_next() {
     }
     // Only where it was killed between the host's making of the checkpoint and the answer that names the job.
     assert_eq!(doubtful, 1);
+}
+
+#[test]
+fn where_nobody_else_backs_up_nothing_is_left_in_doubt() {
+    let (world, mut machine) = prepared();
+    world.cut(None);
+    machine.backup("web").unwrap();
+    let calls = world.calls();
+    for (call, is_silent) in (1..=calls).flat_map(|call| [(call, false), (call, true)]) {
+        for cut in [Cut::DieBefore(call), Cut::DieAfter(call), Cut::LoseAnswer(call)] {
+            let (world, mut machine) = prepared();
+            machine.only_backup_program = true;
+            // The host tells least: no results, no ids of the moment, and its jobs are forgotten.
+            world.set_agentless(is_silent);
+            world.faults(|faults| {
+                (faults.nothing_named, faults.jobs_vanish) = (is_silent, is_silent)
+            });
+            world.world().configure(|options| options.points_name_checkpoint_disks = !is_silent);
+            world.cut(Some(cut));
+            let _ = machine.backup("web");
+            world.set_faults(Faults::default());
+            let left = assert_recovers(&world, &mut machine, &format!("{cut:?} of {calls}"));
+            assert!(!left, "{cut:?}, silent: {is_silent}");
+            assert_eq!(world.world().harm(), 0, "{cut:?}: what was there before was removed");
+        }
+    }
 }
 
 #[test]

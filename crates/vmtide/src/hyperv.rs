@@ -93,6 +93,10 @@ pub struct HypervAccessArgs {
     /// Tell applications in the guest that this is their full backup, so that they cut their logs
     #[arg(long, global = true)]
     vss_full: bool,
+    /// No other program backs up these VMs: a checkpoint that appeared while a killed job asked for one is vmtide's, and
+    /// removed, also where the host tells nothing of whose it is (with an agent: give it to the agent)
+    #[arg(long, global = true, env = "VMTIDE_ONLY_BACKUP_PROGRAM", hide_env_values = true)]
+    only_backup_program: bool,
 }
 
 /// The values of `--smb-protection`.
@@ -116,6 +120,11 @@ fn parse_mapping(text: &str) -> std::result::Result<Mapping, String> {
 }
 
 impl HypervAccessArgs {
+    /// Whether nothing else backs up the VMs, also where they are those of an agent that is started.
+    pub fn only_backup_program(&self) -> bool {
+        self.only_backup_program
+    }
+
     /// The options, with the passwords, where `source` is a host without an agent; otherwise no secret is looked at.
     ///
     /// # Errors
@@ -123,6 +132,7 @@ impl HypervAccessArgs {
     pub fn options(&self, source: &str) -> Result<HypervAccess> {
         let mut access = HypervAccess {
             backup_type: if self.vss_full { BackupType::Full } else { BackupType::Copy },
+            only_backup_program: self.only_backup_program,
             ..HypervAccess::default()
         };
         if !WinrmUrl::is_winrm_url(source) {
@@ -198,11 +208,13 @@ mod tests {
             winrm_password_file: Some(file.clone()),
             smb_protection: Some(ProtectionArg::Signed),
             vss_full: true,
+            only_backup_program: true,
             ..HypervAccessArgs::default()
         };
         let access = args.options("hyperv+winrm://hv1/web").unwrap();
         assert_eq!(access.login.as_ref().unwrap().password.as_str(), "s3cret");
         assert_eq!(access.smb_protection, Protection::Signed);
+        assert!(access.only_backup_program);
         assert!(!format!("{access:?}").contains("s3cret"));
         // Who has no use for the password does not read it.
         std::fs::remove_file(file).unwrap();

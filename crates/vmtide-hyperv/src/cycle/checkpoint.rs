@@ -158,8 +158,8 @@ fn adopt(
 pub(crate) struct Found<'a> {
     /// Surely made by it.
     pub ours: Vec<&'a SnapshotRecord>,
-    /// Perhaps.
-    pub doubtful: Vec<String>,
+    /// Perhaps: each appeared when the job asked for one, and nothing proves whose it is.
+    pub doubtful: Vec<&'a SnapshotRecord>,
     /// Whether the host may still be making one.
     pub unsettled: bool,
     /// Whether there are several of which one is its, which is to be written down.
@@ -201,15 +201,18 @@ pub(crate) fn ours<'a>(
         let likely: Vec<_> = new.filter(may_be).collect();
         found.unsettled |=
             likely.is_empty() && hyperv.host().unix_s() < making.at.saturating_add(limit_s);
-        found.doubtful.extend(likely.into_iter().map(|snapshot| doubt(&snapshot.settings.name)));
+        found.doubtful.extend(likely);
     }
     found
 }
 
-fn doubt(name: &str) -> String {
+/// What is told of a checkpoint of which nothing proves whose it is.
+pub(crate) fn doubt(snapshot: &SnapshotRecord) -> String {
+    let name = &snapshot.settings.name;
     format!(
         "checkpoint {name:?} appeared when an earlier job asked for one; it may be another program's, so it is left \
-         alone: if no other program backs up the VM, remove it (Get-VMSnapshot, Remove-VMSnapshot)"
+         alone: if no other program backs up the VM, say so (--only-backup-program), or remove it (Get-VMSnapshot, \
+         Remove-VMSnapshot)"
     )
 }
 

@@ -43,6 +43,7 @@ impl Session {
             journal: &mut journal,
             fate: Fate::Told,
             ledger: &mut ledger,
+            of_other_jobs: &[],
             wait,
         };
         // Also of a job that was cancelled: what it made has to go.

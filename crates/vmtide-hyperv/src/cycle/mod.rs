@@ -10,7 +10,8 @@
 //!   the answer ([`steps`]); one procedure removes it, for an abort, a commit and a reaping alike ([`undo`]).
 //! - What is not surely ours is never touched: a checkpoint is ours by the journal, its name or what the host tells of the
 //!   job that made it, a reference point by the journal, the [`ledger`], the ids that our own frozen files had, or our
-//!   checkpoint that it was ([`proof`]).
+//!   checkpoint that it was ([`proof`]), or because the administrator says that nobody else makes any
+//!   ([`HypervOptions::only_backup_program`]).
 //! - Any doubt about changes is a reason to read that disk in full ([`disks`], [`changes`], [`token`], [`points`]).
 //! - The older reference point is destroyed only after the restore point that replaces it stands. Where a job was
 //!   killed between the two, both points are kept until a later restore point tells which one it was ([`undo`]).
@@ -69,6 +70,11 @@ pub struct HypervOptions {
     pub backup_type: BackupType,
     /// How long a job waits for its disks to be merged, in milliseconds.
     pub merge_wait_ms: u64,
+    /// Whether somebody who knows says that nothing else makes recovery checkpoints or reference points of these VMs: neither
+    /// another backup program nor a vmtide with another state directory. What appeared while a job of ours asked for one is
+    /// then ours, and is removed, also where nothing that the host tells proves it. False by default: were it wrong, another
+    /// program's backup could fail, or have to read in full.
+    pub only_backup_program: bool,
 }
 
 impl HypervOptions {
@@ -78,6 +84,7 @@ impl HypervOptions {
             state_directory: state_directory.into(),
             backup_type: BackupType::default(),
             merge_wait_ms: DEFAULT_MERGE_WAIT_MS,
+            only_backup_program: false,
         }
     }
 }

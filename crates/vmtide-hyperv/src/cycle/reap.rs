@@ -5,7 +5,7 @@ use crate::cycle::checkpoint::{ORPHAN_AGE_S, created_s};
 use crate::cycle::disks::Bases;
 use crate::cycle::ledger::Ledger;
 use crate::cycle::points::{is_among, same_point};
-use crate::cycle::steps;
+use crate::cycle::steps::{self, JobState};
 use crate::cycle::undo::{self, Fate, Undo};
 use crate::gates::{Checkpoints, job_of_checkpoint};
 use crate::{SnapshotRecord, VmRecord};
@@ -87,6 +87,8 @@ impl HypervHypervisor {
         let directory = &self.options().state_directory;
         let journals = Journal::leftovers(directory, &steps::target_of(vm.id))?;
         let mut ledger = Ledger::open(directory, vm.id)?;
+        let states = journals.iter().map(|journal| JobState::of(journal.entry()));
+        let of_jobs: Vec<String> = states.filter_map(|state| state.point).collect();
         for mut journal in journals {
             let undo = Undo {
                 hyperv: self,
@@ -94,6 +96,7 @@ impl HypervHypervisor {
                 journal: &mut journal,
                 fate: Fate::Unknown,
                 ledger: &mut ledger,
+                of_other_jobs: &of_jobs,
                 wait: what_for == ReapFor::Backup,
             };
             let mut done = undo.run(cancel)?;

@@ -90,6 +90,8 @@ pub(crate) struct Undo<'a> {
     pub journal: &'a mut Journal,
     pub fate: Fate,
     pub ledger: &'a mut Ledger,
+    /// The reference points that the journals of other killed jobs on the VM name.
+    pub of_other_jobs: &'a [String],
     /// Whether the merge is waited for, within its limit.
     pub wait: bool,
 }
@@ -130,7 +132,10 @@ impl Undo<'_> {
         if found.is_unclear {
             steps::record(self.journal, &Step::Unclear)?;
         }
-        done.nameless = found.doubtful;
+        if self.hyperv.options().only_backup_program {
+            found.ours.append(&mut found.doubtful);
+        }
+        done.nameless = found.doubtful.into_iter().map(checkpoint::doubt).collect();
         done.unsettled = found.unsettled;
         let converted = found.ours.is_empty();
         for snapshot in found.ours {
@@ -218,10 +223,10 @@ impl Undo<'_> {
         let made = unheard
             .and_then(|before| proof::point_of(host, self.vm, state, &points, before))
             .map(|point| point.instance_id.clone());
-        if let Some(before) = unheard.filter(|_| made.is_none() && converted) {
-            self.doubt(state, &points, before, done)?;
-        }
         let mut useless: Vec<String> = Vec::new();
+        if let Some(before) = unheard.filter(|_| made.is_none() && converted) {
+            useless = self.doubt(state, &points, before, done)?;
+        }
         match (&state.point, &state.committed) {
             (point, Some((keep, destroy))) => {
                 useless.clone_from(destroy);
@@ -245,19 +250,22 @@ impl Undo<'_> {
         Ok(())
     }
 
-    /// Tells of the points that may be what became of the checkpoint. At the first look they are written down: what
-    /// appears later is another job's, or another program's.
+    /// Tells of the points that may be what became of the checkpoint, or answers with them where nobody else makes any. At
+    /// the first look they are written down: what appears later is another job's, or another program's.
     fn doubt(
         &mut self,
         state: &JobState,
         points: &[ReferencePointRecord],
         before: &[String],
         done: &mut Undone,
-    ) -> Result<()> {
+    ) -> Result<Vec<String>> {
         let doubted = match &state.doubted {
             Some(doubted) => doubted.clone(),
             None => {
-                let is_ours = |id: &str| self.ledger.all().any(|point| same_point(&point.id, id));
+                let is_ours = |id: &str| {
+                    self.ledger.all().any(|point| same_point(&point.id, id))
+                        || points::is_among(id, self.of_other_jobs)
+                };
                 let ids = points.iter().map(|point| &point.instance_id);
                 let new = ids.filter(|id| !points::is_among(id, before) && !is_ours(id));
                 let new: Vec<String> = new.cloned().collect();
@@ -268,13 +276,16 @@ impl Undo<'_> {
         };
         let ids = points.iter().map(|point| &point.instance_id);
         let left = ids.filter(|id| points::is_among(id, &doubted));
+        if self.hyperv.options().only_backup_program {
+            return Ok(left.cloned().collect());
+        }
         done.doubtful.extend(left.map(|id| {
             format!(
                 "reference point {id} appeared while a killed job converted its checkpoint; it may be another program's, so it \
-                 is left alone; it holds no data"
+                 is left alone; it holds no data; if no other program backs up the VM, say so (--only-backup-program)"
             )
         }));
-        Ok(())
+        Ok(Vec::new())
     }
 
     /// Keeps a point until it is known whether a restore point names it.

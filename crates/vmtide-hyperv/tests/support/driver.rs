@@ -55,12 +55,18 @@ pub struct Machine {
     pub full: bool,
     /// It is the host that goes away, and not the process: the repository goes on.
     pub host_dies: bool,
+    /// Nobody else backs up the VM, and vmtide has been told so.
+    pub only_backup_program: bool,
 }
 
 /// The hypervisor of a new process on this state directory.
 pub fn hypervisor(world: &TestHost, state: &Path) -> HypervHypervisor {
+    with_options(world, HypervOptions::new(state))
+}
+
+fn with_options(world: &TestHost, options: HypervOptions) -> HypervHypervisor {
     let (host, files) = world.connect();
-    HypervHypervisor::new(host, files, HypervOptions::new(state))
+    HypervHypervisor::new(host, files, options)
 }
 
 impl Machine {
@@ -77,11 +83,14 @@ impl Machine {
             killed_after_commit: false,
             full: false,
             host_dies: false,
+            only_backup_program: false,
         }
     }
 
     pub fn hypervisor(&self) -> HypervHypervisor {
-        hypervisor(&self.world, self.state.path())
+        let mut options = HypervOptions::new(self.state.path());
+        options.only_backup_program = self.only_backup_program;
+        with_options(&self.world, options)
     }
 
     pub fn request(&self, vm: &str) -> FreezeRequest {

@@ -185,6 +185,7 @@ impl ServeAgentArgs {
             auth_key_file,
             certificate: files.map(|(certificate, key)| CertificateFiles { certificate, key }),
             state_directory: app.state_directory(),
+            only_backup_program: app.global.hyperv.only_backup_program(),
             tls12: self.tls12,
             audit_log: self.audit_log.clone(),
             connections: ConnectionLimits {

@@ -140,6 +140,9 @@ mod windows {
         for _ in 0..app.global.verbose {
             words.push("-v".into());
         }
+        if app.global.hyperv.only_backup_program() {
+            words.push("--only-backup-program".into());
+        }
         words.extend(args.serve.words()?);
         let program = std::env::current_exe()
             .map_err(|error| EngineError::io("find the path of vmtide", error))?;
