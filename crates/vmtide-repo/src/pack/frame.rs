@@ -29,8 +29,9 @@ enum Search {
     Level(i32),
 }
 
-/// zstd's level 1 takes an eighth less time and stores 4 % more.
-const QUICKEST: Search = Search::Fast { hash_log: 15, min_match: 6 };
+/// zstd's level 1, with its table of half the length, takes 4 % less time and stores 2 to 3 % more; matches from 6 on store 1.4 %
+/// less in 5 % more time.
+const QUICKEST: Search = Search::Fast { hash_log: 15, min_match: 7 };
 
 /// What is taken beside a better search where that would not pay.
 const QUICK: Search = Search::Fast { hash_log: 16, min_match: 6 };
