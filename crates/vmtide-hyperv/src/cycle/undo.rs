@@ -229,7 +229,7 @@ impl Undo<'_> {
         }
         match (&state.point, &state.committed) {
             (point, Some((keep, destroy))) => {
-                useless.clone_from(destroy);
+                useless.extend(destroy.iter().cloned());
                 // One whose making was not heard of is in no restore point.
                 useless.extend(point.clone().or(made));
                 useless.retain(|id| keep.as_ref().is_none_or(|keep| !same_point(keep, id)));
