@@ -74,6 +74,7 @@ impl HostAgent {
             auth_key_file: directory.join("keys"),
             certificate: None,
             state_directory: directory.join("state"),
+            only_backup_program: false,
             tls12: false,
             audit_log: None,
             connections: ConnectionLimits::default(),
