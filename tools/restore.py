@@ -580,6 +580,10 @@ def read_all(repository, kind):
     return found, complete
 
 
+# What is on record of a pack that is missing or does not open (§10.1).
+WHOLE_PACK = (0, 2**32 - 1)
+
+
 def read_damaged(repository):
     """What is on record as damaged (§10.1): (first ordinal, end) by pack; and whether all is known."""
     damaged_parts = {}
@@ -672,7 +676,9 @@ class Reader:
                 if failure is None or (failure[1] and not by_run):
                     failure = (error, by_run)
                 continue
-            if not late:
+            # That the pack opens speaks against a record that it does not.
+            over = [part for part in self.damaged.get(pack_id, []) if part[0] <= ordinal < part[1]]
+            if not late or (over and all(part == WHOLE_PACK for part in over)):
                 return pack_id, ordinal, count
             on_record = on_record or (pack_id, ordinal)
         if on_record:

@@ -289,7 +289,8 @@ fn what_is_missing_of_what_a_point_needs_is_found() {
         assert_eq!(verify_finds(&store), is_missed, "verify and {name}");
         missed += usize::from(is_missed);
         memory.replace(name, &original);
-        // It is on record as damaged until somebody looks again.
+        // It is on record as damaged until somebody looks again, but there.
+        assert!(!all_points_or_error(&store), "{name} is back");
         forget_traces(&memory, &names);
     }
     assert!(missed >= 8, "{missed} objects are needed");

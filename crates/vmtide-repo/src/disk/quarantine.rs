@@ -142,6 +142,15 @@ impl Quarantine {
         self.packs.get(&place.pack)?.iter().find(within)
     }
 
+    /// Whether the block is on record with its pack, and in no part of its own: that the pack is
+    /// there and opens speaks against such a record.
+    pub fn covers_pack_only(&self, place: Location) -> bool {
+        let parts = self.packs.get(&place.pack).into_iter().flatten().map(|entry| &entry.part);
+        let mut over =
+            parts.filter(|part| (part.first_block..part.end()).contains(&place.ordinal)).peekable();
+        over.peek().is_some() && over.all(|part| part.frame.is_none())
+    }
+
     /// For how many blocks from `place` on (at most `count`) the answer of [`covers`](Self::covers)
     /// stays the same.
     pub fn same_for(&self, place: Location, count: u32) -> u32 {

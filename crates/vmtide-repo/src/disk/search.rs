@@ -5,7 +5,8 @@
 //! only taken where the original is on record as damaged or cannot be opened, and counts only where
 //! it leads to a pack that has the block and is not on record itself. So a disk that comes back, a
 //! record that is taken back, and two places that heal each other do no harm. What is on record is
-//! the last resort: it may be readable in spite of it.
+//! the last resort: it may be readable in spite of it, a pack first that was missing or did not open
+//! and now does.
 
 use super::Forwards;
 use super::packs::{MAX_FORWARDS, PackSet, Passed, Place, Traced};
@@ -86,7 +87,7 @@ impl<'a> Search<'a> {
                 continue;
             }
             match self.open(number)? {
-                Some(pack) if is_late => {
+                Some(pack) if is_late && !self.is_back(number) => {
                     on_record.get_or_insert((number, pack));
                 }
                 Some(pack) => return Ok(self.found(number, pack, passed)),
@@ -104,6 +105,12 @@ impl<'a> Search<'a> {
         }
         self.tell(number, passed);
         Ok(Traced { count: self.count, last: self.steps[number].at, place: Err(error) })
+    }
+
+    /// Whether what is on record of an opened place is that its pack does not open.
+    fn is_back(&self, number: usize) -> bool {
+        let at = self.steps[number].at;
+        self.repairs.is_some_and(|repairs| repairs.damaged.covers_pack_only(at))
     }
 
     /// The next place to look at, and whether it was put off before.

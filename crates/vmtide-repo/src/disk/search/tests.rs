@@ -62,6 +62,11 @@ impl World {
         write_damaged(&self.context, "test", &[part]).unwrap();
     }
 
+    fn damaged_as_a_whole(&self, pack: ObjectId) {
+        let part = DamagedPart::whole(pack, "missing".into());
+        write_damaged(&self.context, "test", &[part]).unwrap();
+    }
+
     fn healed(&self, heals: &[Heal]) {
         write_healed(&self.context, "test", heals.to_vec()).unwrap();
     }
@@ -112,6 +117,24 @@ fn an_original_that_is_sound_after_all_comes_before_what_healed_it() {
     assert_eq!(world.find(at(first, 0)), Some(at(second, 2)));
     world.remove(second);
     assert_eq!(world.find(at(first, 0)), None);
+}
+
+#[test]
+fn a_second_place_that_is_back_comes_before_a_damaged_original() {
+    let world = World::new();
+    let (first, second) = (world.pack(), world.pack());
+    world.damaged(at(first, 0));
+    world.healed(&[(at(first, 0), 2, at(second, 2))]);
+    world.damaged_as_a_whole(second);
+    assert_eq!(world.find(at(first, 0)), Some(at(second, 2)));
+    // It is back with damage of its own.
+    world.damaged(at(second, 2));
+    assert_eq!(world.find(at(first, 0)), Some(at(first, 0)));
+    // The original was away and is back, too.
+    world.lift_all();
+    world.damaged_as_a_whole(first);
+    world.damaged_as_a_whole(second);
+    assert_eq!(world.find(at(first, 0)), Some(at(first, 0)));
 }
 
 #[test]
