@@ -5,7 +5,8 @@
     bench/agent.py hostile                              how long a good client waits beside 500 hostile connections
 
 Contenders: `agent` as it is; `agent-16k`, the same program sending pieces of 16 KiB one after the other, as
-rct-service does; `nginx` with its own defaults for files and one worker per core. The client is curl with one
+rct-service does; `agent-16k-requests`, the agent as it is, asked for 16 KiB at a time over the one connection (the first
+eighth of the file, because it takes so long); `nginx` with its own defaults for files and one worker per core. The client is curl with one
 connection, HTTP/1.1, TLS 1.3, writing to /dev/null; all run on the same cores. The file is in the page cache: what is
 measured is the way from there to the client. Round 0 warms up and is not counted; the table has medians. The processor
 time of server and client for each GiB says more than the rate on a machine that does other work beside. `--ciphers 0`
@@ -30,6 +31,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 WORK = HERE / "work"
 VMTIDE = os.environ.get("VMTIDE_BIN") or str(HERE.parent / "target/release/vmtide")
 KEY = "a-key-for-measurements"
+# What rct-service reads and sends at a time, in bytes.
+SMALL = 16 << 10
 CIPHERS = ("TLS_AES_256_GCM_SHA384", "TLS_AES_128_GCM_SHA256")
 
 
@@ -120,17 +123,18 @@ def processor_seconds(pid):
 
 
 def download(url, pid, home, size, cipher):
-    """GB/s of one download, and the processor seconds of the client and the server."""
+    """GB/s of one download, in one request or in several, and the processor seconds of the client and the server."""
     ciphers = ["--tls13-ciphers", cipher] if cipher else []
     usage, served = os.times(), processor_seconds(pid)
     began = time.monotonic()
     shown = subprocess.run(["curl", "-sS", "--fail", "--http1.1", *ciphers, "--cacert", str(home / "cert.pem"),
-                            "-H", f"auth_key: {KEY}", "-o", "/dev/null", "-w", "%{size_download}", url],
+                            "-H", f"auth_key: {KEY}", "-o", "/dev/null", "-w", "%{size_download}\\n", url],
                            check=True, capture_output=True, text=True)
     took = time.monotonic() - began
     after, served = os.times(), processor_seconds(pid) - served
-    if int(shown.stdout) != size:
-        raise SystemExit(f"{url}: {shown.stdout} bytes of {size}")
+    received = sum(map(int, shown.stdout.split()))
+    if received != size:
+        raise SystemExit(f"{url}: {received} bytes of {size}")
     client = after.children_user + after.children_system - usage.children_user - usage.children_system
     return size / took / 1e9, client, served
 
@@ -145,6 +149,9 @@ def run(args):
     with contextlib.ExitStack() as stack, open(WORK / "results/agent.jsonl", "a") as log:
         contenders = {"agent": stack.enter_context(agent(home)),
                       "agent-16k": stack.enter_context(agent(home, "--piece-size", "16KiB", "--read-ahead", "1", "--readers", "1"))}
+        url, process = contenders["agent"]
+        part = size // 8
+        contenders["agent-16k-requests"] = f"{url}&ranges=[0-{part - SMALL}:{SMALL}]:{SMALL}", process
         if shutil.which("nginx"):
             contenders["nginx"] = stack.enter_context(nginx(home))
         for extra in args.option:
@@ -154,17 +161,18 @@ def run(args):
             for number in range(args.rounds + 1):
                 turn = number % len(names)
                 for name in names[turn:] + names[:turn]:
-                    speed, client, served = download(*contenders[name], home, size, cipher)
+                    length = part if name == "agent-16k-requests" else size
+                    speed, client, served = download(*contenders[name], home, length, cipher)
                     if number > 0:
-                        results.setdefault((name, cipher), []).append((speed, served, client))
+                        gib = length / (1 << 30)
+                        results.setdefault((name, cipher), []).append((speed, served / gib, client / gib))
                         log.write(json.dumps({"name": name, "cipher": cipher, "gb_per_s": speed, "client_s": client,
-                                              "server_s": served, "size": size, "load": os.getloadavg()[0]}) + "\n")
+                                              "server_s": served, "size": length, "load": os.getloadavg()[0]}) + "\n")
     print("| server | cipher | GB/s (median) | least | most | server s/GiB | client s/GiB |\n|---|---|---|---|---|---|---|")
-    gib = size / (1 << 30)
     for (name, cipher), found in results.items():
         speeds, served, client = zip(*found)
         print(f"| {name} | {cipher or 'as they agree'} | {statistics.median(speeds):.2f} | {min(speeds):.2f} | {max(speeds):.2f} "
-              f"| {statistics.median(served) / gib:.3f} | {statistics.median(client) / gib:.3f} |")
+              f"| {statistics.median(served):.3f} | {statistics.median(client):.3f} |")
 
 
 def hostile(_):
