@@ -118,6 +118,15 @@ impl World {
         found.unwrap().0
     }
 
+    /// Where blocks of the incremental point cannot be read.
+    fn unreadable(&self) -> Vec<usize> {
+        let store: Arc<dyn ObjectStore> = self.memory.clone();
+        let repository = reopen(&store).unwrap();
+        let disk = repository.open_disk(&self.incremental, "disk0").unwrap();
+        let blocks = (0..self.new.len()).step_by(4096);
+        blocks.filter(|at| disk.read_at(&mut [0; 4096], *at as u64).is_err()).collect()
+    }
+
     /// Flips a bit of a pack: of the victim in the frame that it was chosen for, of another in its first frame.
     fn hurt(&self, name: &str) {
         let mut bytes = self.memory.bytes(name).unwrap().to_vec();
@@ -365,12 +374,15 @@ fn what_a_backup_finds_lost_is_read_again_before_its_restore_point_is_written() 
     let victim = world.victim();
     let store: Arc<dyn ObjectStore> = world.memory.clone();
     store.remove(&victim).unwrap();
+    let gone = world.unreadable();
     world.reopen();
     let source = Disk::new(world.new.clone());
     let (progress, cancel) = (Progress::new(), CancelToken::new());
     let mut session = world.repository.begin_backup(&fast_options()).unwrap();
-    // Part of what the lost pack has: the index leads there.
-    let changes = plan(Some(&world.incremental), only(3 * MIB + 300_000, 500_000));
+    // Half of what the lost pack has: the index leads there.
+    let (first, half) = (gone[0], gone.len() / 2 * 4096);
+    assert!(half > 300_000, "{half}");
+    let changes = plan(Some(&world.incremental), only(first, half));
     let mut stored = session.store_disk(&source, &changes, &progress, &cancel).unwrap();
     let mut lost = 0;
     for _ in 0..3 {

@@ -1,5 +1,5 @@
 //! Writers, readers, forgetters and pruners of many hosts on one store, in thousands of schedules
-//! that follow from a seed: nothing that was reported done is lost, nobody is given wrong bytes, and
+//! that follow from a seed, ids and the repository's key included: nothing that was reported done is lost, nobody is given wrong bytes, and
 //! in the end all garbage goes. With one part of the protocol left out, the loss is found.
 //!
 //! `VMTIDE_SIMULATION_SCHEDULES` says how many schedules (1000 without it), `VMTIDE_SIMULATION_SEED`
@@ -301,7 +301,8 @@ fn must_be_found(weaknesses: &[Weakness], schedules: u64) {
 
 #[test]
 fn leases_that_are_ignored_are_missed() {
-    must_be_found(&[Weakness::LeasesIgnored], 3000);
+    // One schedule in some 1200 fails: what else a writer looks at catches most of it.
+    must_be_found(&[Weakness::LeasesIgnored], 12_000);
 }
 
 #[test]
