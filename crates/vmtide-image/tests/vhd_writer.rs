@@ -416,6 +416,7 @@ fn threads_that_share_sectors_and_blocks_do_not_lose_each_others_bytes() {
         };
         let reader = VhdImage::open_device(memory.clone(), parent).unwrap();
         assert!(read_all(&reader) == expected, "differencing: {differencing}");
+        assert!(differencing || support::vhd_bitmaps_are_whole(&memory.to_bytes()));
         clean(tempfile::tempdir().unwrap().path(), &memory, false);
     }
 }

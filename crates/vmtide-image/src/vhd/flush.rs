@@ -1,12 +1,12 @@
 //! Bringing changed tables to the file, in an order that is right at every moment.
 //!
-//! 1. All data is made durable, and with it a footer right behind the last block where the file is
-//!    longer than needed.
-//! 2. Bitmaps and block table entries now lead to durable data. An entry that arrives without its
+//! 1. All data is made durable, and with it the sector bitmaps of new blocks of a dynamic disk, which say that
+//!    all sectors are there, and a footer right behind the last block where the file is longer than needed.
+//! 2. Other bitmaps and block table entries now lead to durable data. An entry that arrives without its
 //!    bitmap leads to a block whose bitmap is zero: all of it is the parent's, as before.
 //! 3. What the file is too long by is cut off; a footer is where it then ends.
 
-use super::footer::FOOTER_BYTES;
+use super::footer::{FOOTER_BYTES, Kind};
 use super::writer::{Changed, State, VhdWriter};
 use crate::bytes::length;
 use std::sync::atomic::Ordering;
@@ -37,8 +37,14 @@ impl VhdWriter {
     }
 
     fn flush_steps(&self, state: &State) -> Result<()> {
-        let changed = std::mem::take(&mut *self.changed.lock());
-        let patches = self.patches(state, &changed);
+        let (changed, patches) = {
+            let mut waiting = self.changed.lock();
+            let changed = std::mem::take(&mut *waiting);
+            // Under the lock, so that no entry is written of which `changed` does not know.
+            let patches = self.patches(state, &changed);
+            (changed, patches)
+        };
+        self.write_whole_bitmaps(state, &changed)?;
         let end = self.footer_behind_blocks(state)?;
         self.file.flush()?;
         self.space.lock().cut_footers.clear();
@@ -50,6 +56,21 @@ impl VhdWriter {
         }
         drop(changed);
         self.cut_off(end)
+    }
+
+    /// Writes the bitmaps of a dynamic disk's new blocks. Not when they are allocated: a write of 512 bytes
+    /// takes the file for itself, and waits for all writes of data that are under way.
+    fn write_whole_bitmaps(&self, state: &State, changed: &Changed) -> Result<()> {
+        if self.layers.kind != Kind::Dynamic {
+            return Ok(());
+        }
+        let whole = vec![0xff; length(self.shape().bitmap_bytes)];
+        for block in &changed.entries {
+            if let Some(start) = state.block(self.shape(), *block) {
+                self.file.write_at(&whole, start)?;
+            }
+        }
+        Ok(())
     }
 
     /// What the tables are now. Whoever changed them had written the data before.

@@ -221,7 +221,6 @@ impl VhdWriter {
     /// A new block of a differencing disk that is held: no sector is its own yet.
     fn allocate_differencing(&self, state: &State, block: u64, _hold: &Hold<'_>) -> Result<u64> {
         let start = self.allocate(state)?;
-        // In the file the bitmap is zero, as all new space, until a flush.
         let bitmap = Bitmap::from_bytes(&vec![0; length(self.shape().bitmap_bytes)]);
         self.new_bitmap(block, Arc::new(bitmap));
         self.enter_block(state, block, start)?;
@@ -232,27 +231,22 @@ impl VhdWriter {
     fn enter_block(&self, state: &State, block: u64, start: u64) -> Result<()> {
         let entry = entry_of(&self.layers.name, start)?;
         if let Some(place) = state.entries.get(length(block)) {
+            // Entry and note at once: a flush that finds the one must find the other.
+            let mut changed = self.changed.lock();
             place.store(entry, Ordering::Release);
-            self.changed.lock().entries.insert(block);
+            changed.entries.insert(block);
         }
         Ok(())
     }
 
-    /// Gives a block its place in the file, where all bytes are zero but, on a dynamic disk, the
-    /// bitmap: it says that all sectors are there.
+    /// Gives a block its place in the file, where all bytes are zero. So is its bitmap, until a flush.
     fn allocate(&self, state: &State) -> Result<u64> {
         let shape = self.shape();
-        let start = {
-            let mut space = self.space.lock();
-            let data = (space.end + shape.bitmap_bytes).next_multiple_of(DATA_ALIGNMENT);
-            let start = data - shape.bitmap_bytes;
-            entry_of(&self.layers.name, start)?;
-            self.reserve(state, &mut space, start + shape.stored_bytes())?;
-            start
-        };
-        if self.layers.kind == Kind::Dynamic {
-            self.file.write_at(&vec![0xff; length(shape.bitmap_bytes)], start)?;
-        }
+        let mut space = self.space.lock();
+        let data = (space.end + shape.bitmap_bytes).next_multiple_of(DATA_ALIGNMENT);
+        let start = data - shape.bitmap_bytes;
+        entry_of(&self.layers.name, start)?;
+        self.reserve(state, &mut space, start + shape.stored_bytes())?;
         Ok(start)
     }
 

@@ -125,6 +125,28 @@ impl Random {
     }
 }
 
+/// Whether the sector bitmap of every block of a dynamic VHD says that all its sectors are present (Microsoft's "Virtual
+/// Hard Disk Image Format Specification", "Block Allocation Table and Data Blocks"). True for other VHDs.
+pub fn vhd_bitmaps_are_whole(image: &[u8]) -> bool {
+    const DYNAMIC: usize = 3;
+    let number = |at: usize| {
+        usize::try_from(u32::from_be_bytes(image[at..at + 4].try_into().unwrap())).unwrap()
+    };
+    if !image.starts_with(b"conectix") || number(60) != DYNAMIC {
+        return true;
+    }
+    // The low halves of the header's and the table's place: both are near the start of the file.
+    let header = number(20);
+    let (table, entries, block_bytes) =
+        (number(header + 20), number(header + 28), number(header + 32));
+    let bitmap_bytes = (block_bytes / 512).div_ceil(8).next_multiple_of(512);
+    let block = |entry: usize| number(table + entry * 4);
+    (0..entries).map(block).filter(|sector| *sector != 0xffff_ffff).all(|sector| {
+        let bitmap = &image[sector * 512..sector * 512 + bitmap_bytes];
+        bitmap[..(block_bytes / 512).div_ceil(8)].iter().all(|byte| *byte == 0xff)
+    })
+}
+
 /// A disk of `size` bytes with runs of data, zeros and repeated bytes, some of them short.
 pub fn pattern(seed: u64, size: usize) -> Vec<u8> {
     let mut random = Random(seed | 1);
