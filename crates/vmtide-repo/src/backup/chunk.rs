@@ -37,18 +37,25 @@ impl Chunker {
         Self { seed, average_blocks: chunk_size_bytes as usize / BLOCK_BYTES }
     }
 
-    /// Cuts `content`, whole blocks, into pieces that follow each other and cover it.
+    /// Cuts `content`, whole blocks, into pieces that follow each other from its beginning. They cover it where nothing more of the stretch
+    /// follows. Otherwise they end where what is left is too short to tell where a piece ends, whatever follows: that belongs in front of
+    /// what follows, and is then cut as if all of it had been there at once. Answers with how many blocks were cut.
     pub(crate) fn cut(
         self,
         content: &[u8],
+        more_follows: bool,
         mut emit: impl FnMut(Cut) -> crate::Result<()>,
-    ) -> crate::Result<()> {
+    ) -> crate::Result<usize> {
         let zeros = zero_runs(content);
+        let needed = if more_follows { self.needed_blocks() } else { 1 };
         let mut first = 0;
-        while first < zeros.len() {
+        while zeros.len() - first >= needed {
             if zeros[first] >= MIN_ZERO_BLOCKS {
-                emit(Cut::Zero { first, count: zeros[first] })?;
-                first += zeros[first];
+                let is_open = more_follows && first + zeros[first] == zeros.len();
+                // What is left of an open run is long enough to be known as one.
+                let count = zeros[first] - if is_open { MIN_ZERO_BLOCKS } else { 0 };
+                emit(Cut::Zero { first, count })?;
+                first += count;
                 continue;
             }
             let count = self.chunk_length(&content[first * BLOCK_BYTES..], &zeros[first..]);
@@ -57,7 +64,16 @@ impl Chunker {
             emit(if is_zero { Cut::Zero { first, count } } else { Cut::Chunk { first, count } })?;
             first += count;
         }
-        Ok(())
+        Ok(first)
+    }
+
+    /// The blocks to be seen from where a piece begins, to know where it ends whatever follows.
+    fn needed_blocks(self) -> usize {
+        self.max_blocks() + MIN_ZERO_BLOCKS
+    }
+
+    fn max_blocks(self) -> usize {
+        (self.average_blocks * 4).clamp(1, MAX_BLOCKS)
     }
 
     fn boundary_hash(self, block: &[u8]) -> u64 {
@@ -66,7 +82,7 @@ impl Chunker {
 
     /// The length in blocks of the chunk that begins here.
     fn chunk_length(self, content: &[u8], zeros: &[usize]) -> usize {
-        let max = (self.average_blocks * 4).clamp(1, MAX_BLOCKS);
+        let max = self.max_blocks();
         let min = (self.average_blocks / 4).max(1);
         let modulus = self.average_blocks.max(1) as u64;
         for (index, block) in content.chunks_exact(BLOCK_BYTES).enumerate().take(max) {
@@ -108,11 +124,43 @@ mod tests {
     fn cuts(content: &[u8], chunk_size: u32) -> Vec<Cut> {
         let mut cuts = Vec::new();
         Chunker::new(chunk_size, 42)
-            .cut(content, |cut| {
+            .cut(content, false, |cut| {
                 cuts.push(cut);
                 Ok(())
             })
             .unwrap();
+        cuts
+    }
+
+    /// What [`cuts`] finds, the content given in steps of so many blocks; neighbouring zeros joined.
+    fn cuts_in_steps(content: &[u8], chunk_size: u32, steps: &[usize]) -> Vec<Cut> {
+        let chunker = Chunker::new(chunk_size, 42);
+        let (mut cuts, mut begin, mut end) = (Vec::<Cut>::new(), 0, 0);
+        for step in steps.iter().cycle() {
+            end = (end + step * BLOCK_BYTES).min(content.len());
+            let more_follows = end < content.len();
+            let base = begin / BLOCK_BYTES;
+            let done = chunker.cut(&content[begin..end], more_follows, |cut| {
+                match (cut, cuts.last_mut()) {
+                    (Cut::Zero { count: more, .. }, Some(Cut::Zero { count, .. })) => {
+                        *count += more
+                    }
+                    (Cut::Zero { first, count }, _) => {
+                        cuts.push(Cut::Zero { first: base + first, count })
+                    }
+                    (Cut::Chunk { first, count }, _) => {
+                        cuts.push(Cut::Chunk { first: base + first, count });
+                    }
+                }
+                Ok(())
+            });
+            begin += done.unwrap() * BLOCK_BYTES;
+            if !more_follows {
+                assert_eq!(begin, end);
+                return cuts;
+            }
+            assert!(end - begin < chunker.needed_blocks() * BLOCK_BYTES);
+        }
         cuts
     }
 
@@ -124,20 +172,26 @@ mod tests {
         bytes
     }
 
+    /// Zeros, equal bytes and noise in turn, each so many blocks long.
+    fn content_of(layout: &[(u8, usize)]) -> Vec<u8> {
+        let mut content = Vec::new();
+        for (number, (kind, blocks)) in layout.iter().enumerate() {
+            match kind {
+                0 => content.resize(content.len() + blocks * BLOCK_BYTES, 0),
+                1 => content.resize(content.len() + blocks * BLOCK_BYTES, 9),
+                _ => content.extend(noise(*blocks, number as u64)),
+            }
+        }
+        content
+    }
+
     proptest! {
         #[test]
         fn cuts_cover_everything_within_their_limits(
             layout in prop::collection::vec((0..3u8, 1..60usize), 1..12),
             shift in 14..21u32,
         ) {
-            let mut content = Vec::new();
-            for (number, (kind, blocks)) in layout.iter().enumerate() {
-                match kind {
-                    0 => content.resize(content.len() + blocks * BLOCK_BYTES, 0),
-                    1 => content.resize(content.len() + blocks * BLOCK_BYTES, 9),
-                    _ => content.extend(noise(*blocks, number as u64)),
-                }
-            }
+            let content = content_of(&layout);
             let average = 1usize << (shift - 12);
             let mut next = 0;
             for cut in cuts(&content, 1 << shift) {
@@ -155,6 +209,25 @@ mod tests {
                 }
             }
             prop_assert_eq!(next * BLOCK_BYTES, content.len());
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn content_in_steps_is_cut_like_content_at_once(
+            layout in prop::collection::vec((0..3u8, 1..60usize), 1..12),
+            steps in prop::collection::vec(1..80usize, 1..5),
+            shift in 12..19u32,
+        ) {
+            let content = content_of(&layout);
+            let whole = cuts(&content, 1 << shift).into_iter().fold(Vec::new(), |mut joined, cut| {
+                match (cut, joined.last_mut()) {
+                    (Cut::Zero { count: more, .. }, Some(Cut::Zero { count, .. })) => *count += more,
+                    _ => joined.push(cut),
+                }
+                joined
+            });
+            prop_assert_eq!(cuts_in_steps(&content, 1 << shift, &steps), whole);
         }
     }
 

@@ -4,9 +4,9 @@ use super::session::ChangedRanges;
 use crate::{BLOCK_BYTES, Result};
 use vmtide_block::{BlockDevice, ByteRange, CancelToken, RangeSet, for_each_extent};
 
-/// What a worker takes at a time: a stretch (format §6.1). It is read in one go and stored in one
-/// pack in order. Longer ones take more memory per worker; shorter ones cut more chunks short.
-pub(super) const STRETCH_BYTES: usize = 4 << 20;
+/// What a worker takes at a time: a stretch (format §6.1). It is read and stored in one pack in order. Shorter ones cut more
+/// chunks short.
+const STRETCH_BYTES: u64 = 4 << 20;
 
 const BLOCK: u64 = BLOCK_BYTES as u64;
 
@@ -115,7 +115,7 @@ fn plan_window(
         let (first_block, count) = blocks(range);
         emit(Piece::Zero { first_block, count })?;
     }
-    let stretch = STRETCH_BYTES as u64 / BLOCK;
+    let stretch = STRETCH_BYTES / BLOCK;
     for range in data.iter() {
         let (mut first_block, mut left) = blocks(range);
         while left > 0 {

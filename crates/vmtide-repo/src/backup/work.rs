@@ -3,17 +3,23 @@
 use super::chunk::{Chunker, Cut};
 use super::fill::PackFiller;
 use super::limit::RateLimit;
-use super::plan::{Piece, STRETCH_BYTES};
+use super::plan::Piece;
 use super::sink::RunSink;
 use super::state::SessionState;
 use crate::map::{MapRun, Target};
 use crate::{BLOCK_BYTES, Location, RepoError, Result};
 use parking_lot::Mutex;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Receiver;
 use vmtide_block::{BlockDevice, BlockError, CancelToken, Progress};
 
 const BLOCK: u64 = BLOCK_BYTES as u64;
+
+/// What is read at a time, up to a multiple of this on the disk. Chunks are looked at, digested and put into a frame right after: with
+/// whole stretches in memory they have left the processor's cache by then, and a full backup takes 3 % longer. With half of this,
+/// requests begin to cost as much.
+const STEP_BYTES: u64 = 1 << 20;
 
 /// One disk being stored, shared by its workers.
 pub(super) struct DiskJob<'a> {
@@ -37,7 +43,7 @@ impl DiskJob<'_> {
         pieces: &Mutex<Receiver<Piece>>,
         filler: &mut PackFiller,
     ) -> Result<()> {
-        let mut buffer = vec![0; STRETCH_BYTES];
+        let mut buffer = Vec::new();
         loop {
             // The guard is dropped before the work begins.
             let next = pieces.lock().recv();
@@ -62,7 +68,7 @@ impl DiskJob<'_> {
         Ok(())
     }
 
-    /// Reads a stretch of data and stores what is not known. `buffer` is made as long as needed.
+    /// Reads a stretch of data and stores what is not known. `buffer` is made as long as needed; what it held means nothing.
     pub(super) fn store_stretch(
         &self,
         first_block: u64,
@@ -70,47 +76,62 @@ impl DiskJob<'_> {
         filler: &mut PackFiller,
         buffer: &mut Vec<u8>,
     ) -> Result<()> {
-        self.check()?;
         let offset = first_block * BLOCK;
-        let wanted = (count * BLOCK).min(self.source.size_bytes().saturating_sub(offset));
+        let end = (offset + count * BLOCK).min(self.source.size_bytes()).max(offset);
+        let mut runs = Runs { sink: &self.sink, open: None };
+        // The buffer begins with this block, and holds so many bytes that are not stored yet.
+        let (mut block, mut held) = (first_block, 0);
+        let mut next = offset;
+        while next < end {
+            let step_end = end.min((next / STEP_BYTES + 1) * STEP_BYTES);
+            held += self.read_step(next..step_end, held, buffer)?;
+            let content = &buffer[..held];
+            let done = self.chunker.cut(content, step_end < end, |cut| match cut {
+                Cut::Zero { first, count } => runs.add(MapRun {
+                    first_block: block + first as u64,
+                    count: count as u64,
+                    target: Target::Zero,
+                }),
+                Cut::Chunk { first, count } => {
+                    let chunk = &content[first * BLOCK_BYTES..(first + count) * BLOCK_BYTES];
+                    let Location { pack, ordinal } =
+                        self.store_chunk(chunk, block + first as u64, filler)?;
+                    runs.add(MapRun {
+                        first_block: block + first as u64,
+                        count: count as u64,
+                        target: Target::Data { pack, ordinal },
+                    })
+                }
+            })?;
+            buffer.copy_within(done * BLOCK_BYTES..held, 0);
+            held -= done * BLOCK_BYTES;
+            block += done as u64;
+            self.progress.add_done(step_end - next);
+            next = step_end;
+        }
+        runs.finish()
+    }
+
+    /// Reads some of a stretch into the buffer, behind the bytes held there; how many whole blocks' bytes that is.
+    fn read_step(&self, range: Range<u64>, held: usize, buffer: &mut Vec<u8>) -> Result<usize> {
+        self.check()?;
+        let wanted = range.end - range.start;
+        // No more than a step.
         let filled = usize::try_from(wanted)
-            .ok()
-            .filter(|filled| *filled <= STRETCH_BYTES)
-            .ok_or_else(|| RepoError::Invalid("a stretch longer than planned".into()))?;
+            .map_err(|_| RepoError::Invalid("a step longer than memory".into()))?;
         let padded = filled.next_multiple_of(BLOCK_BYTES);
-        if buffer.len() < padded {
-            buffer.resize(padded, 0);
+        if buffer.len() < held + padded {
+            buffer.resize(held + padded, 0);
         }
         if let Some(limiter) = self.limiter {
             limiter.take(wanted, self.cancel)?;
         }
-        self.source.read_at(&mut buffer[..filled], offset)?;
+        self.source.read_at(&mut buffer[held..held + filled], range.start)?;
         // The last block of a disk is stored at full size.
-        buffer[filled..padded].fill(0);
+        buffer[held + filled..held + padded].fill(0);
         self.read_bytes.fetch_add(wanted, Ordering::Relaxed);
         self.progress.add_transferred(wanted);
-        let content = &buffer[..padded];
-        let mut runs = Runs { sink: &self.sink, open: None };
-        self.chunker.cut(content, |cut| match cut {
-            Cut::Zero { first, count } => runs.add(MapRun {
-                first_block: first_block + first as u64,
-                count: count as u64,
-                target: Target::Zero,
-            }),
-            Cut::Chunk { first, count } => {
-                let chunk = &content[first * BLOCK_BYTES..(first + count) * BLOCK_BYTES];
-                let Location { pack, ordinal } =
-                    self.store_chunk(chunk, first_block + first as u64, filler)?;
-                runs.add(MapRun {
-                    first_block: first_block + first as u64,
-                    count: count as u64,
-                    target: Target::Data { pack, ordinal },
-                })
-            }
-        })?;
-        runs.finish()?;
-        self.progress.add_done(wanted);
-        Ok(())
+        Ok(padded)
     }
 
     fn store_chunk(

@@ -53,7 +53,7 @@ pub fn measure_processor(sample: &[u8], cancel: &CancelToken) -> Result<Vec<Meas
     let mut chunks = Vec::new();
     measured.push(repeat("boundaries", sample.len(), cancel, || {
         chunks.clear();
-        chunker.cut(sample, |cut| {
+        chunker.cut(sample, false, |cut| {
             if let Cut::Chunk { first, count } = cut {
                 chunks.push(first * BLOCK_BYTES..(first + count) * BLOCK_BYTES);
             }

@@ -83,9 +83,11 @@ pub fn every_kind(memory: &Arc<MemoryStore>) -> String {
     repository.add_key("another", &Password::new("another"), &cheap).unwrap();
     let contents = contents();
     // Zeros end a chunk, whatever the repository's seed: what the second point goes on needing is
-    // in chunks of its own, and so the rest of the pack is dead.
+    // in chunks of its own, at most 14 of four blocks, and the rest of the pack, 25 chunks of four blocks, is dead.
     let mut oldest = text(256, 1);
-    oldest[196 * BLOCK..200 * BLOCK].fill(0);
+    for zeros in (4..200).step_by(8) {
+        oldest[zeros * BLOCK..(zeros + 4) * BLOCK].fill(0);
+    }
     let first = store(&repository, &oldest, None);
     let held = store(&repository, &contents[0], Some((&first, 200)));
     repository.forget(&[first.id]).unwrap();
