@@ -15,9 +15,13 @@ figures are appended to work/results/convert.jsonl, and the report is made from 
 Every pair is measured in two modes, which are fair to both. `cached`: neither waits until what it
 wrote is on the disk, as qemu-img always and vmtide with `--no-sync`. `durable`: vmtide with `--sync`;
 the time of qemu-img is that of the command and of an fsync of every file it made.
+
+With `--scatter-memory` bench/scatter_memory.py runs meanwhile: in a virtual machine that gives free
+memory back to its host, times are else a matter of chance.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -390,6 +394,18 @@ def report(options):
         options.output.write_text(document)
 
 
+@contextlib.contextmanager
+def scattered_memory():
+    """bench/scatter_memory.py at work."""
+    with subprocess.Popen([sys.executable, HERE / "scatter_memory.py"], stdout=subprocess.PIPE, text=True) as child:
+        try:
+            if child.stdout.readline().strip() != "ready":
+                raise Failed("scatter_memory.py ended early")
+            yield
+        finally:
+            child.kill()
+
+
 def parse_size(text):
     """A size like 512M or 2G, in bytes."""
     units = {"M": MIB, "G": GIB}
@@ -408,6 +424,7 @@ def main():
     parser.add_argument("--runs", type=int, default=3, help="counted rounds after the warm-up (default 3)")
     parser.add_argument("--seconds", type=int, default=8, help="of `serve`: how long each random read runs (default 8)")
     parser.add_argument("--no-warm-up", action="store_true", help="leave out round 0")
+    parser.add_argument("--scatter-memory", action="store_true", help="run bench/scatter_memory.py meanwhile")
     parser.add_argument("--kinds", type=lambda s: s.split(","), default=list(PLAIN), help="of `pairs`, comma separated: " + ",".join(KINDS))
     parser.add_argument("--discard", action="store_true", help="forget earlier figures of all scenarios first")
     parser.add_argument("--clean", action="store_true", help="remove the images made as sources at the end")
@@ -430,7 +447,12 @@ def main():
         options.disk = slice_of(options.disk, options.size)
     if options.discard:
         remove(RESULTS)
-    good = {"pairs": pairs, "compress": compress, "serve": serve}[options.scenario](options)
+    scenario = {"pairs": pairs, "compress": compress, "serve": serve}[options.scenario]
+    if options.scatter_memory:
+        with scattered_memory():
+            good = scenario(options)
+    else:
+        good = scenario(options)
     if options.clean:
         remove(HOME)
     return None if good else sys.exit(1)

@@ -6,11 +6,10 @@
 //! two cores this is the difference between a restore bound by copying and one bound by decoding
 //! (docs/benchmarks.md).
 //!
-//! ext4 gives a file's lock to one such writer alone while a write goes where no blocks are set aside yet
-//! (`ext4_dio_write_checks`), so that the device has one request at a time, and none between them. Where what
-//! will be written is known before, its blocks are set aside first, in large pieces.
+//! Where what will be written is known before, its blocks are set aside first, in large pieces (`room.rs`).
 
 use crate::ByteRange;
+use crate::room::Room;
 use std::fs::File;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -28,8 +27,7 @@ pub(crate) struct DirectFile {
     file: File,
     /// The file system refused one such write: it will refuse the next.
     refused: AtomicBool,
-    /// Writers wait for each other where no blocks are set aside, and setting them aside is quick.
-    sets_aside: AtomicBool,
+    room: Room,
 }
 
 impl DirectFile {
@@ -44,8 +42,8 @@ impl DirectFile {
         let file = crate::files::reopen(open, &options).ok()?;
         let (ours, theirs) = (file.metadata().ok()?, open.metadata().ok()?);
         let is_same = (ours.dev(), ours.ino()) == (theirs.dev(), theirs.ino());
-        let sets_aside = AtomicBool::new(is_ext4(&file));
-        is_same.then_some(Self { file, refused: AtomicBool::new(false), sets_aside })
+        let room = Room::of(&file);
+        is_same.then_some(Self { file, refused: AtomicBool::new(false), room })
     }
 
     #[cfg(not(target_os = "linux"))]
@@ -53,22 +51,9 @@ impl DirectFile {
         None
     }
 
-    /// Sets blocks aside for `range` of the file, where that helps: see the head of this module. What cannot be set
-    /// aside, e.g. because the disk is full, is left to the write to tell.
-    #[cfg(target_os = "linux")]
+    /// Sets blocks aside for `range` of the file, where that helps.
     pub(crate) fn set_aside(&self, range: ByteRange) {
-        use rustix::fs::{FallocateFlags, fallocate};
-        if !range.is_empty() && self.sets_aside.load(Ordering::Relaxed) {
-            let set = fallocate(&self.file, FallocateFlags::KEEP_SIZE, range.offset, range.length);
-            if set.is_err() {
-                self.sets_aside.store(false, Ordering::Relaxed);
-            }
-        }
-    }
-
-    #[cfg(not(target_os = "linux"))]
-    pub(crate) fn set_aside(&self, _range: ByteRange) {
-        self.sets_aside.store(false, Ordering::Relaxed);
+        self.room.set_aside(&self.file, range);
     }
 
     /// Writes `data` where that is possible past the cache, and answers whether it did. After
@@ -89,15 +74,6 @@ impl DirectFile {
             Err(error) => Err(error),
         }
     }
-}
-
-/// Other file systems let direct writers into holes at once (XFS), or make room in a way that costs more than it
-/// saves (network file systems).
-#[cfg(target_os = "linux")]
-fn is_ext4(file: &File) -> bool {
-    /// `EXT4_SUPER_MAGIC` of statfs(2); ext2 and ext3 have the same and refuse fallocate(2).
-    const MAGIC: u64 = 0xEF53;
-    rustix::fs::fstatfs(file).is_ok_and(|found| u64::try_from(found.f_type) == Ok(MAGIC))
 }
 
 #[cfg(all(test, target_os = "linux"))]

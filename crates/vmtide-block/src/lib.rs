@@ -24,6 +24,7 @@ mod range;
 mod range_set;
 mod raw;
 mod reflink;
+mod room;
 mod storage_order;
 mod zero;
 

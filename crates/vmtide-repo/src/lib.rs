@@ -46,8 +46,8 @@ pub mod simulation;
 mod store;
 
 pub use backup::{
-    BackupOptions, BackupSession, ChangedRanges, DiskDraft, DiskPlan, PointDraft, RateLimit,
-    StoredDisk,
+    BackupOptions, BackupSession, ChangedRanges, DiskDraft, DiskPlan, MAX_COMPRESSION_LEVEL,
+    MIN_COMPRESSION_LEVEL, PointDraft, RateLimit, StoredDisk,
 };
 pub use bench::{
     IndexMeasured, Latency, Measured, StoreBench, measure_index, measure_processor, measure_store,

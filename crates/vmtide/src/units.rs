@@ -1,8 +1,9 @@
 //! Sizes, times and ids as people read and write them.
 
+use clap::builder::RangedI64ValueParser;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
-use vmtide_repo::{ObjectId, RateLimit};
+use vmtide_repo::{MAX_COMPRESSION_LEVEL, MIN_COMPRESSION_LEVEL, ObjectId, RateLimit};
 
 const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
 
@@ -20,6 +21,12 @@ pub fn size(bytes: u64) -> String {
     // Tenths in integers: exact for every size.
     let tenths = u128::from(bytes) * 10 / u128::from(divisor);
     format!("{}.{} {}", tenths / 10, tenths % 10, UNITS[unit])
+}
+
+/// Takes a compression level.
+pub fn compression_level() -> RangedI64ValueParser<i32> {
+    clap::value_parser!(i32)
+        .range(i64::from(MIN_COMPRESSION_LEVEL)..=i64::from(MAX_COMPRESSION_LEVEL))
 }
 
 /// A duration in milliseconds: `0.4 s`, `3 min 20 s`, `2 h 5 min`.

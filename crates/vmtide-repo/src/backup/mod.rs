@@ -28,5 +28,5 @@ mod work;
 pub(crate) use chunk::{Chunker, Cut};
 pub(crate) use heal::HealthyDisk;
 pub use limit::RateLimit;
-pub use options::BackupOptions;
+pub use options::{BackupOptions, MAX_COMPRESSION_LEVEL, MIN_COMPRESSION_LEVEL};
 pub use session::{BackupSession, ChangedRanges, DiskDraft, DiskPlan, PointDraft, StoredDisk};

@@ -8,7 +8,7 @@ use crate::immutable::Immutability;
 pub struct BackupOptions {
     /// Threads that read, hash and compress. Each has a pack open and some 9 MiB of buffers.
     pub workers: usize,
-    /// The zstd level, 1 to 19.
+    /// The zstd level, from [`MIN_COMPRESSION_LEVEL`] to [`MAX_COMPRESSION_LEVEL`]; 0 for no compression.
     pub compression_level: i32,
     /// The bytes of chunks that are compressed together, at least; from 4 KiB to 4 MiB.
     pub frame_bytes: usize,
@@ -31,6 +31,12 @@ const FRAME_BYTES: usize = 2 << 20;
 
 /// What the peers take too; the figures are in `docs/decisions/0003-frames-and-levels.md`.
 const DEFAULT_COMPRESSION_LEVEL: i32 = 3;
+
+/// The quickest. zstd has more of them, which find hardly anything.
+pub const MIN_COMPRESSION_LEVEL: i32 = -7;
+
+/// Higher ones of zstd's take a gigabyte of memory for every worker.
+pub const MAX_COMPRESSION_LEVEL: i32 = 19;
 
 impl Default for BackupOptions {
     fn default() -> Self {

@@ -16,7 +16,7 @@ const STAGE_TIME: Duration = Duration::from_millis(250);
 const FRAME_BYTES: usize = 2 << 20;
 
 /// The levels that are compared.
-const LEVELS: [i32; 4] = [1, 3, 6, 9];
+const LEVELS: [i32; 5] = [-3, 1, 3, 6, 9];
 
 /// Repeats `work` over all of `sample` until it took long enough.
 fn repeat(

@@ -92,7 +92,8 @@ enum Judge {
 impl Rule {
     fn of(level: i32) -> Self {
         let (searches, choices, judge): (_, &[_], _) = match level {
-            ..1 => (vec![Search::Level(level)], &[(0, 0)], Judge::Previous),
+            0 => (Vec::new(), &[], Judge::Previous),
+            ..0 => (vec![Search::Level(level)], &[(0, 0)], Judge::Previous),
             1 => (vec![QUICKEST], &[(0, 0)], Judge::Previous),
             2 => (vec![QUICK, EASY], &[(0, 1), (40, 0)], Judge::Previous),
             3 => {
@@ -121,7 +122,7 @@ pub(crate) struct FrameEncoder {
 }
 
 impl FrameEncoder {
-    /// An encoder at level `level`: 1 is quick; 2 takes a better search where that hardly takes longer, 3 wherever it saves enough, and
+    /// An encoder at level `level`: 0 compresses nothing, those below are quicker than 1 and leave more, 1 is quick; 2 takes a better search where that hardly takes longer, 3 wherever it saves enough, and
     /// from 4 on it is zstd's own level.
     pub(crate) fn new(level: i32) -> Result<Self> {
         let failed = |error| RepoError::Invalid(format!("compression level {level}: {error}"));
@@ -137,6 +138,10 @@ impl FrameEncoder {
         let failed = |error| RepoError::Invalid(format!("compression failed: {error}"));
         out.clear();
         out.reserve(zstd::zstd_safe::compress_bound(content.len()) + crate::crypto::TAG_BYTES);
+        if self.compressors.is_empty() {
+            out.extend_from_slice(content);
+            return Ok(Compression::None);
+        }
         let search = self.choose(content, out).map_err(failed)?;
         out.clear();
         let length = self.compress(search, content, out).map_err(failed)?;
@@ -266,7 +271,7 @@ mod tests {
         let mixed = [text(700_000), noise(900_000), vec![0; 400_000], text(97)].concat();
         let kinds = [text(2 << 20), noise(2 << 20), vec![0; 2 << 20], mixed, text(4096)];
         let mut decoder = FrameDecoder::new().unwrap();
-        for level in [-1, 1, 2, 3, 6] {
+        for level in [-7, -1, 0, 1, 2, 3, 6] {
             let mut encoder = FrameEncoder::new(level).unwrap();
             let mut stored = Vec::new();
             for content in &kinds {
@@ -288,7 +293,8 @@ mod tests {
                 // An error is no hindrance for the next.
                 assert!(decoder.decode(compression, &stored, &mut back).is_none());
                 let is_noise = content[..32] == kinds[1][..32];
-                assert_eq!(compression == Compression::None, is_noise, "level {level}");
+                let is_left = is_noise || level == 0;
+                assert_eq!(compression == Compression::None, is_left, "level {level}");
                 assert!(stored.len() <= content.len());
             }
         }

@@ -120,8 +120,8 @@ pub struct BackupArgs {
     /// Read at most so many bytes a second, of all VMs together, e.g. 50MiB
     #[arg(long, value_name = "RATE", value_parser = units::parse_rate)]
     limit_rate: Option<RateLimit>,
-    /// The zstd level, 1 to 19
-    #[arg(long, value_name = "LEVEL", default_value_t = 3, value_parser = clap::value_parser!(i32).range(1..=19))]
+    /// The zstd level, 1 to 19; -1 to -7 are quicker and store more, 0 compresses nothing
+    #[arg(long, value_name = "LEVEL", default_value_t = 3, allow_negative_numbers = true, value_parser = units::compression_level())]
     pub(crate) compression: i32,
     /// Threads that read, hash and compress [default: two more than there are processors]
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u16).range(1..=256))]
