@@ -293,8 +293,13 @@ mod tests {
                 // An error is no hindrance for the next.
                 assert!(decoder.decode(compression, &stored, &mut back).is_none());
                 let is_noise = content[..32] == kinds[1][..32];
-                let is_left = is_noise || level == 0;
-                assert_eq!(compression == Compression::None, is_left, "level {level}");
+                let is_left = compression == Compression::None;
+                match level {
+                    // The quickest finds nothing in some of the texts.
+                    -7 => assert!(is_left || !is_noise),
+                    0 => assert!(is_left),
+                    _ => assert_eq!(is_left, is_noise, "level {level}"),
+                }
                 assert!(stored.len() <= content.len());
             }
         }
