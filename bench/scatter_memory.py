@@ -6,8 +6,8 @@
 Some hosts take the free memory of their guests back, in pieces of 2 MiB (free page reporting). A
 program whose data comes to lie in such a piece then waits for the host: a conversion takes up to
 five times as long, and which one does is chance. This process takes most of the memory, gives it
-back but for one page of each MiB, and stays: what is free then is never in pieces of 2 MiB. It is
-as on a machine that has been up for long, and as on one that is not virtual.
+back but for one page of each MiB, and stays: what is free then is in smaller pieces. Memory that it
+did not get, such as that of files which are removed later, still comes together into such pieces.
 """
 
 import mmap

@@ -119,11 +119,6 @@ class Rustic1(Rustic):
     options = ("--set-compression", "1")
 
 
-class RusticFast3(Rustic):
-    name, label, setting = "rustic-fast3", "rustic", "`--set-compression=-3`"
-    options = ("--set-compression=-3",)
-
-
 class RusticFixed(Rustic):
     name, label, setting = "rustic-fixed", "rustic", "`--set-compression 1 --set-chunker fixed_size`"
     options = ("--set-compression", "1", "--set-chunker", "fixed_size")
@@ -180,10 +175,6 @@ class Vmtide(Tool):
 
 class Vmtide1(Vmtide):
     name, setting, options = "vmtide-1", "`--compression 1`", ("--compression", "1")
-
-
-class VmtideFast3(Vmtide):
-    name, setting, options = "vmtide-fast3", "`--compression -3`", ("--compression", "-3")
 
 
 class Vmtide2(Vmtide):
@@ -251,7 +242,7 @@ class QemuImg(Copier):
         return ["qemu-img", "convert", "-f", "raw", "-O", "raw", disk, file]
 
 
-BACKUP_TOOLS = [Vmtide, VmtideFast3, Vmtide1, Vmtide2, Restic, Rustic, RusticFast3, Rustic1, RusticFixed, Borg, Borg1, Zstd, Zstd3]
+BACKUP_TOOLS = [Vmtide, Vmtide1, Vmtide2, Restic, Rustic, Rustic1, RusticFixed, Borg, Borg1, Zstd, Zstd3]
 COPY_TOOLS = [NbdcopyNbdkit, NbdcopyQemu, QemuImg]
 EXTRA_TOOLS = [ResticMax]
 ALL_TOOLS = BACKUP_TOOLS + COPY_TOOLS + EXTRA_TOOLS

@@ -26,8 +26,8 @@ const MAX_EXTENTS: usize = 1 << 16;
 /// virtual machine often not backed by the host yet: writes of 1 MiB took twice the processor time.
 const CACHED_WRITE_BYTES: usize = 64 << 10;
 
-/// The shortest write through the page cache for which blocks are set aside first: the call costs as much as writing
-/// 16 KiB.
+/// The shortest write through the page cache for which blocks are set aside first: the call takes some 5 microseconds,
+/// and saves some 9 for each 64 KiB.
 const ROOM_BYTES: usize = 64 << 10;
 
 /// How to open a raw disk.
@@ -414,6 +414,14 @@ mod tests {
         let read = |disk: &RawDevice| std::fs::read(disk.path()).unwrap();
         assert!(read(&unflushed) == read(&flushed));
         assert_eq!(read(&unflushed).len(), (3 << 20) + 100);
+        // Blocks that are set aside and not written look like holes, but they are taken from the file system.
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::MetadataExt;
+            let taken = |disk: &RawDevice| std::fs::metadata(disk.path()).unwrap().blocks() * 512;
+            let (expected, found) = (taken(&flushed), taken(&unflushed));
+            assert!(found <= expected + (32 << 10), "{found} instead of {expected}");
+        }
     }
 
     #[cfg(unix)]

@@ -146,6 +146,9 @@ mod tests {
         let Verb::Backup(backup) = cli.command else { panic!("not a backup") };
         assert_eq!(backup.tag.len(), 2);
         assert_eq!(backup.compression, 3);
+        let quick = parse(settings, &["backup", "x.raw", "--compression", "-7"]).unwrap();
+        let Verb::Backup(quick) = quick.command else { panic!("not a backup") };
+        assert_eq!(quick.compression, -7);
         let cli = parse(settings, &["points", "-r", "/other"]).unwrap();
         assert_eq!(cli.global.repository.as_deref(), Some("/other"));
     }
