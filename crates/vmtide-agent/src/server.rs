@@ -134,6 +134,9 @@ impl Connection {
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%peer, %error, "no delay could not be set");
         }
+        if let Err(error) = send_unpaced_to_this_machine(&stream, peer) {
+            tracing::debug!(%peer, %error, "the congestion control could not be set");
+        }
         let guarded = StallGuard::new(stream, self.limits.stall_timeout);
         let handshake = self.acceptor.accept_with(guarded, |session| {
             session.set_buffer_limit(Some(WRITE_BUFFER_BYTES));
@@ -163,6 +166,23 @@ impl Connection {
             tracing::debug!(%peer, %error, "the connection ended early");
         }
     }
+}
+
+/// Takes another congestion control than BBR, which some systems have for all connections, for clients on this machine. BBR sends by
+/// a timer, to spare queues in a network; here there is none, and the timer runs on the client's core and takes a fifth of it
+/// (`docs/decisions/0016-the-agent.md`). Reno has no timer, and every Linux has it and leaves it to everybody.
+#[cfg(target_os = "linux")]
+fn send_unpaced_to_this_machine(stream: &TcpStream, peer: SocketAddr) -> std::io::Result<()> {
+    let address = peer.ip().to_canonical();
+    if address.is_loopback() || address == stream.local_addr()?.ip().to_canonical() {
+        rustix::net::sockopt::set_tcp_congestion(stream, "reno")?;
+    }
+    Ok(())
+}
+
+#[cfg(not(target_os = "linux"))]
+fn send_unpaced_to_this_machine(_: &TcpStream, _: SocketAddr) -> std::io::Result<()> {
+    Ok(())
 }
 
 async fn answer(
@@ -270,5 +290,31 @@ mod tests {
         let _fourth = connections.enter(one).unwrap();
         drop(third);
         assert!(!connections.counts.lock().of_peer.contains_key(&other));
+    }
+    #[cfg(target_os = "linux")]
+    #[tokio::test]
+    async fn only_clients_on_this_machine_are_sent_to_without_a_timer() {
+        use rustix::net::sockopt::{set_tcp_congestion, tcp_congestion};
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let Ok(listener) = TcpListener::bind(address).await else {
+                assert!(
+                    address.starts_with('['),
+                    "not every machine has IPv6, but this is the other"
+                );
+                continue;
+            };
+            let client = TcpStream::connect(listener.local_addr().unwrap());
+            let (client, accepted) = tokio::join!(client, listener.accept());
+            let (stream, peer) = accepted.unwrap();
+            // Where the system permits another; everywhere else this cannot tell the one from the other.
+            let _ = set_tcp_congestion(&stream, "cubic")
+                .or_else(|_| set_tcp_congestion(&stream, "bbr"));
+            let before = tcp_congestion(&stream).unwrap();
+            send_unpaced_to_this_machine(&stream, "192.0.2.7:50000".parse().unwrap()).unwrap();
+            assert_eq!(tcp_congestion(&stream).unwrap(), before);
+            send_unpaced_to_this_machine(&stream, peer).unwrap();
+            assert_eq!(tcp_congestion(&stream).unwrap(), "reno", "{peer}");
+            drop(client);
+        }
     }
 }
