@@ -80,6 +80,9 @@ pub async fn serve(
     let connections = Connections::new(limits);
     let acceptor = TlsAcceptor::from(tls);
     let mut tasks = JoinSet::new();
+    if let Err(error) = send_unpaced_to_this_machine(&listener) {
+        tracing::debug!(%error, "the congestion control could not be set");
+    }
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -134,9 +137,6 @@ impl Connection {
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%peer, %error, "no delay could not be set");
         }
-        if let Err(error) = send_unpaced_to_this_machine(&stream, peer) {
-            tracing::debug!(%peer, %error, "the congestion control could not be set");
-        }
         let guarded = StallGuard::new(stream, self.limits.stall_timeout);
         let handshake = self.acceptor.accept_with(guarded, |session| {
             session.set_buffer_limit(Some(WRITE_BUFFER_BYTES));
@@ -168,20 +168,20 @@ impl Connection {
     }
 }
 
-/// Takes another congestion control than BBR, which some systems have for all connections, for clients on this machine. BBR sends by
-/// a timer, to spare queues in a network; here there is none, and the timer runs on the client's core and takes a fifth of it
-/// (`docs/decisions/0016-the-agent.md`). Reno has no timer, and every Linux has it and leaves it to everybody.
+/// Takes another congestion control than BBR, which some systems have for all connections, where the agent listens to its own machine
+/// only. BBR sends by a timer, to spare queues in a network; here there is none, and the timer runs on the client's core and takes a
+/// sixth of it (`docs/decisions/0016-the-agent.md`). Reno has no timer, and every Linux has it and leaves it to everybody. A
+/// connection has it from the listener: one that began with BBR keeps the timer.
 #[cfg(target_os = "linux")]
-fn send_unpaced_to_this_machine(stream: &TcpStream, peer: SocketAddr) -> std::io::Result<()> {
-    let address = peer.ip().to_canonical();
-    if address.is_loopback() || address == stream.local_addr()?.ip().to_canonical() {
-        rustix::net::sockopt::set_tcp_congestion(stream, "reno")?;
+fn send_unpaced_to_this_machine(listener: &TcpListener) -> std::io::Result<()> {
+    if listener.local_addr()?.ip().to_canonical().is_loopback() {
+        rustix::net::sockopt::set_tcp_congestion(listener, "reno")?;
     }
     Ok(())
 }
 
 #[cfg(not(target_os = "linux"))]
-fn send_unpaced_to_this_machine(_: &TcpStream, _: SocketAddr) -> std::io::Result<()> {
+fn send_unpaced_to_this_machine(_: &TcpListener) -> std::io::Result<()> {
     Ok(())
 }
 
@@ -293,9 +293,9 @@ mod tests {
     }
     #[cfg(target_os = "linux")]
     #[tokio::test]
-    async fn only_clients_on_this_machine_are_sent_to_without_a_timer() {
+    async fn who_listens_to_this_machine_only_sends_without_a_timer() {
         use rustix::net::sockopt::{set_tcp_congestion, tcp_congestion};
-        for address in ["127.0.0.1:0", "[::1]:0"] {
+        for address in ["127.0.0.1:0", "[::1]:0", "0.0.0.0:0"] {
             let Ok(listener) = TcpListener::bind(address).await else {
                 assert!(
                     address.starts_with('['),
@@ -303,17 +303,17 @@ mod tests {
                 );
                 continue;
             };
-            let client = TcpStream::connect(listener.local_addr().unwrap());
-            let (client, accepted) = tokio::join!(client, listener.accept());
-            let (stream, peer) = accepted.unwrap();
             // Where the system permits another; everywhere else this cannot tell the one from the other.
-            let _ = set_tcp_congestion(&stream, "cubic")
-                .or_else(|_| set_tcp_congestion(&stream, "bbr"));
-            let before = tcp_congestion(&stream).unwrap();
-            send_unpaced_to_this_machine(&stream, "192.0.2.7:50000".parse().unwrap()).unwrap();
-            assert_eq!(tcp_congestion(&stream).unwrap(), before);
-            send_unpaced_to_this_machine(&stream, peer).unwrap();
-            assert_eq!(tcp_congestion(&stream).unwrap(), "reno", "{peer}");
+            let _ = set_tcp_congestion(&listener, "cubic")
+                .or_else(|_| set_tcp_congestion(&listener, "bbr"));
+            let before = tcp_congestion(&listener).unwrap();
+            send_unpaced_to_this_machine(&listener).unwrap();
+            let port = listener.local_addr().unwrap().port();
+            let host = if address.starts_with('[') { "::1" } else { "127.0.0.1" };
+            let (client, accepted) =
+                tokio::join!(TcpStream::connect((host, port)), listener.accept());
+            let wanted = if address.starts_with('0') { before } else { "reno".into() };
+            assert_eq!(tcp_congestion(&accepted.unwrap().0).unwrap(), wanted, "{address}");
             drop(client);
         }
     }
