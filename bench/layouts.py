@@ -62,7 +62,7 @@ def workloads(directory):
     """Name and arguments of what is measured."""
     return {
         "variants": ["disks", *(str(directory / f"variant{number}.raw") for number in range(len(OWN)))],
-        "writes": ["writes", "512", "30", "2", "64"],
+        "writes": ["writes", "512", "30", "2", "64", "2048"],
         "days": ["disks", str(WORK / "disk/disk.raw"), str(WORK / "day2.raw")],
     }
 

@@ -173,6 +173,10 @@ class Vmtide(Tool):
         return [self.binary(), "restore", f"{disk.stem}@latest", "-r", str(self.repo), "--to", str(file)], file
 
 
+class VmtideQuick(Vmtide):
+    name, setting, options = "vmtide-quick", "`--compression=-1`", ("--compression=-1",)
+
+
 class Vmtide1(Vmtide):
     name, setting, options = "vmtide-1", "`--compression 1`", ("--compression", "1")
 
@@ -242,7 +246,7 @@ class QemuImg(Copier):
         return ["qemu-img", "convert", "-f", "raw", "-O", "raw", disk, file]
 
 
-BACKUP_TOOLS = [Vmtide, Vmtide1, Vmtide2, Restic, Rustic, Rustic1, RusticFixed, Borg, Borg1, Zstd, Zstd3]
+BACKUP_TOOLS = [Vmtide, VmtideQuick, Vmtide1, Vmtide2, Restic, Rustic, Rustic1, RusticFixed, Borg, Borg1, Zstd, Zstd3]
 COPY_TOOLS = [NbdcopyNbdkit, NbdcopyQemu, QemuImg]
 EXTRA_TOOLS = [ResticMax]
 ALL_TOOLS = BACKUP_TOOLS + COPY_TOOLS + EXTRA_TOOLS

@@ -2,9 +2,9 @@
 //!
 //! `measure_layout CHUNK_BYTES FRAME_BYTES LEVEL SCRATCH_DIRECTORY SCENARIO` where the scenario is
 //! `disks A.raw B.raw …` (backups of disks one after the other into one repository; the later ones are read whole),
-//! or `writes MIB DAYS PERCENT PIECE_KIB` (a disk of random content of which so much is written
-//! anew at random places every day, backed up by a list of changes). At the end the last restore point is
-//! restored to memory's equivalent of `/dev/null`. `bench/layouts.py` runs a table of these.
+//! or `writes MIB DAYS PERCENT PIECE_KIB NOISE` (a disk of which so much is written anew at random places every day, backed
+//! up by a list of changes; so many bytes of each 4 KiB of it do not compress, a power of two from 8 to 2048). At the end the last
+//! restore point is restored to memory's equivalent of `/dev/null`. `bench/layouts.py` runs a table of these.
 
 #![allow(clippy::cast_precision_loss, reason = "figures for people")]
 
@@ -34,10 +34,14 @@ fn main() -> Outcome<()> {
         "disks" => bench.disks(rest)?,
         "writes" => {
             let numbers = rest.iter().map(|text| text.parse()).collect::<Result<Vec<u64>, _>>()?;
-            let [mib, days, percent, piece_kib] = numbers[..] else {
-                return Err("writes MIB DAYS PERCENT PIECE_KIB".into());
+            let [mib, days, percent, piece_kib, noise] = numbers[..] else {
+                return Err("writes MIB DAYS PERCENT PIECE_KIB NOISE".into());
             };
-            bench.writes(mib, days, percent, piece_kib)?
+            if !noise.is_power_of_two() || !(8..=2048).contains(&noise) {
+                return Err("NOISE is a power of two from 8 to 2048".into());
+            }
+            let disk = WrittenDisk::new(mib << 20, piece_kib << 10, usize::try_from(noise)?);
+            bench.writes(&disk, days, percent)?
         }
         other => return Err(format!("no scenario {other}").into()),
     };
@@ -160,9 +164,8 @@ impl Bench {
         Ok(json!({ "backups": backups, "restore": self.restore(&last)? }))
     }
 
-    fn writes(&self, mib: u64, days: u64, percent: u64, piece_kib: u64) -> Outcome<Value> {
-        let disk = WrittenDisk::new(mib << 20, piece_kib << 10);
-        let (mut last, _) = self.back_up(&disk, None, ChangedRanges::Everything)?;
+    fn writes(&self, disk: &WrittenDisk, days: u64, percent: u64) -> Outcome<Value> {
+        let (mut last, full_cpu) = self.back_up(disk, None, ChangedRanges::Everything)?;
         let fresh = self.restore(&last)?;
         let before = self.objects()?;
         let (mut cpu, mut changed, mut worst_metadata) = (0.0, 0, 0);
@@ -170,7 +173,7 @@ impl Bench {
             let ranges = disk.write_day(day, percent);
             changed += ranges.total_bytes();
             let before = self.metadata()?;
-            let (point, seconds) = self.back_up(&disk, Some(&last), ChangedRanges::Only(ranges))?;
+            let (point, seconds) = self.back_up(disk, Some(&last), ChangedRanges::Only(ranges))?;
             // Written, not kept: what an incremental supersedes stays until the next prune.
             worst_metadata = worst_metadata.max(self.metadata()? - before);
             cpu += seconds;
@@ -181,6 +184,8 @@ impl Bench {
             "changed_bytes": changed,
             "added": added(&before, &self.objects()?),
             "largest_metadata_of_a_day_bytes": worst_metadata,
+            "stored_bytes": self.objects()?.values().map(|(bytes, _)| bytes).sum::<u64>(),
+            "full_cpu_s": full_cpu,
             "cpu_s": cpu,
             "restore_first": fresh,
             "restore_last": self.restore(&last)?,
@@ -210,17 +215,20 @@ fn added(
 }
 
 /// A disk whose content is made up when it is read: every piece by its number and the day it was
-/// written last, so that no two are equal. Half of every 4 KiB repeats, so that it compresses to some half.
+/// written last, so that no two are equal. `noise` bytes of every 4 KiB do not compress, in words of eight; what is between
+/// them says nothing.
 struct WrittenDisk {
     size_bytes: u64,
     piece_bytes: u64,
+    noise: usize,
     written: Vec<AtomicU64>,
 }
 
 impl WrittenDisk {
-    fn new(size_bytes: u64, piece_bytes: u64) -> Self {
+    fn new(size_bytes: u64, piece_bytes: u64, noise: usize) -> Self {
         let pieces = size_bytes / piece_bytes;
-        Self { size_bytes, piece_bytes, written: (0..pieces).map(|_| AtomicU64::new(0)).collect() }
+        let written = (0..pieces).map(|_| AtomicU64::new(0)).collect();
+        Self { size_bytes, piece_bytes, noise, written }
     }
 
     /// Writes so much of the disk at random places.
@@ -261,7 +269,7 @@ impl BlockDevice for WrittenDisk {
             let piece = usize::try_from(at * 4096 / self.piece_bytes).unwrap_or(0);
             let day = self.written[piece].load(Ordering::Relaxed);
             let mut random = (at << 20 | (day + 1)).wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-            for word in block.chunks_mut(16) {
+            for word in block.chunks_mut(4096 * 8 / self.noise) {
                 let bytes = step(&mut random).to_le_bytes();
                 let length = word.len().min(8);
                 word[..length].copy_from_slice(&bytes[..length]);

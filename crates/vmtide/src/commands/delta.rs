@@ -62,7 +62,7 @@ struct OutputArgs {
     /// Replace an existing file
     #[arg(long)]
     overwrite: bool,
-    /// The level of zstd, from -7 (fastest) to 22 (smallest), or none
+    /// The level of zstd, from -7 (fastest) to 22 (smallest); 0 or none does not compress
     #[arg(long, value_name = "LEVEL", default_value = "1", value_parser = parse_level)]
     #[arg(allow_hyphen_values = true)]
     compression: Level,
@@ -71,15 +71,16 @@ struct OutputArgs {
     workers: Option<u16>,
 }
 
-/// A level of zstd; none does not compress.
+/// A level of zstd; none, which is also written as 0, does not compress, as with `backup`.
 #[derive(Clone, Copy, Debug)]
 struct Level(Option<i32>);
 
 fn parse_level(text: &str) -> std::result::Result<Level, String> {
     match text.parse::<i32>() {
+        Ok(0) => Ok(Level(None)),
         Ok(level @ -7..=22) => Ok(Level(Some(level))),
         _ if text == "none" => Ok(Level(None)),
-        _ => Err(format!("{text:?} is no level: -7 to 22, or none")),
+        _ => Err(format!("{text:?} is no level: -7 to 22; 0 or none does not compress")),
     }
 }
 
@@ -387,6 +388,15 @@ mod tests {
         assert_eq!(two_points("web@latest..3fa9"), Some(("web@latest", "3fa9")));
         for path in ["../web.raw", "a/../b", "web.raw", "..", "web..", "..web"] {
             assert_eq!(two_points(path), None, "{path}");
+        }
+    }
+
+    #[test]
+    fn a_level_of_0_does_not_compress_and_neither_does_none() {
+        let parsed = ["0", "none", "-7", "22"].map(|text| parse_level(text).unwrap().0);
+        assert_eq!(parsed, [None, None, Some(-7), Some(22)]);
+        for text in ["23", "-8", "", "some"] {
+            assert!(parse_level(text).unwrap_err().contains("0 or none"), "{text}");
         }
     }
 }

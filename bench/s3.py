@@ -1,0 +1,170 @@
+#!/usr/bin/env python3
+"""What a repository in S3 costs beside one in a directory, on one machine: server, vmtide and their disk are the same.
+
+    bench/s3.py [--size-mib 2048] [--runs 5] [--disk work/disk/disk.raw]
+
+Every round, in turn: a backup into a directory, a backup into a bucket, and curl sending as many bytes to the server in
+objects as long as packs, four at a time: what the server itself takes from a client that neither reads a disk nor
+compresses, encrypts or signs content. The same for a restore and curl fetching. The disk is noise, so that bytes on the
+line are bytes of the disk; `--disk` measures a real one as well. Round 0 warms up and is not counted.
+
+The server is s3s-fs (VMTIDE_S3S_FS, else ~/.cache/vmtide-tests/bin/s3s-fs; for figures that count one that is built with
+optimisation: `cargo install --features binary --version 0.14.1 s3s-fs`), its files lie beside the directory's.
+Needs curl 7.88 or later. Raw figures go to work/results/s3.jsonl.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import socket
+import statistics
+import subprocess
+import sys
+import time
+
+from measure import WORK, Failed, apparent, measure, remove, warm, warm_tree
+
+HERE = pathlib.Path(__file__).resolve().parent
+VMTIDE = os.environ.get("VMTIDE_BIN") or str(HERE.parent / "target/release/vmtide")
+SERVER = os.environ.get("VMTIDE_S3S_FS") or str(pathlib.Path.home() / ".cache/vmtide-tests/bin/s3s-fs")
+HOME = WORK / "s3"
+MIB = 1 << 20
+OBJECT_BYTES = 64 * MIB
+AT_ONCE = 4
+ACCESS = {"AWS_ACCESS_KEY_ID": "AKIDOFTHEBENCHMARK", "AWS_SECRET_ACCESS_KEY": "a-secret-for-measurements"}
+
+
+@contextlib.contextmanager
+def server():
+    """An S3 server with an empty bucket; answers with its URL."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (HOME / "served/bench").mkdir(parents=True)
+    command = [SERVER, "--host", "127.0.0.1", "--port", str(port), "--access-key", ACCESS["AWS_ACCESS_KEY_ID"],
+               "--secret-key", ACCESS["AWS_SECRET_ACCESS_KEY"], str(HOME / "served")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(300):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}", process.pid
+    finally:
+        process.kill()
+        process.wait()
+
+
+def processor_seconds(pid):
+    """What a process has used until now."""
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def curl(url, *words):
+    """curl with a signed head; the content's digest is not part of it."""
+    user = ACCESS["AWS_ACCESS_KEY_ID"] + ":" + ACCESS["AWS_SECRET_ACCESS_KEY"]
+    return ["curl", "-sS", "--fail", "--parallel", "--parallel-max", str(AT_ONCE), "--aws-sigv4", "aws:amz:us-east-1:s3", "--user", user,
+            "-H", "x-amz-content-sha256: UNSIGNED-PAYLOAD", *words]
+
+
+def run(command, url):
+    figures = measure(command, {**ACCESS, "AWS_ENDPOINT_URL": url, "VMTIDE_PASSWORD": "of the benchmark", "XDG_STATE_HOME": str(HOME / "state"),
+                                "XDG_CACHE_HOME": str(HOME / "cache")})
+    return figures
+
+
+def one_round(disk, url, pid, parts):
+    """Every command once; (what, figures, bytes)."""
+    size = 0
+    for kind in ("directory", "s3"):
+        remove(HOME / "repo")
+        remove(HOME / "state")
+        repo = str(HOME / "repo") if kind == "directory" else "s3://bench/repo"
+        run([VMTIDE, "init", repo], url)
+        warm(disk)
+        before = processor_seconds(pid)
+        figures = run([VMTIDE, "backup", str(disk), "-r", repo, "--json"], url)
+        size = apparent(HOME / "repo") if kind == "directory" else size
+        yield f"backup, {kind}", {**figures, "server_s": processor_seconds(pid) - before}, size
+        warm_tree(HOME / "repo" if kind == "directory" else HOME / "served/bench")
+        before = processor_seconds(pid)
+        figures = run([VMTIDE, "restore", f"{disk.stem}@latest", "-r", repo, "--to", str(HOME / "back.raw")], url)
+        yield f"restore, {kind}", {**figures, "server_s": processor_seconds(pid) - before}, size
+        same = subprocess.run(["cmp", "-s", str(disk), str(HOME / "back.raw")]).returncode == 0
+        if not same:
+            raise Failed(f"{kind}: another disk came back")
+        remove(HOME / "back.raw")
+        remove(HOME / "repo")
+        remove(HOME / "served/bench/repo")
+    warm_tree(HOME / "parts")
+    count = -(-size // OBJECT_BYTES)
+    names = [part.name for part in parts[:count]]
+    if len(names) < count:
+        raise Failed(f"{count} objects are to be sent, and {len(names)} are there")
+    before = processor_seconds(pid)
+    words = [word for name in names for word in ("-T", str(HOME / "parts" / name), f"{url}/bench/{name}")]
+    figures = run(curl(url, *words), url)
+    sent = apparent(HOME / "served/bench")
+    if sent < count * OBJECT_BYTES:
+        raise Failed(f"{sent} bytes arrived of {count * OBJECT_BYTES}")
+    yield "backup, curl alone", {**figures, "server_s": processor_seconds(pid) - before}, count * OBJECT_BYTES
+    warm_tree(HOME / "served/bench")
+    before = processor_seconds(pid)
+    words = [word for name in names for word in ("-o", "/dev/null", f"{url}/bench/{name}")]
+    figures = run(curl(url, *words), url)
+    yield "restore, curl alone", {**figures, "server_s": processor_seconds(pid) - before}, count * OBJECT_BYTES
+    for name in names:
+        remove(HOME / "served/bench" / name)
+
+
+def noise(path, size):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as out:
+        for _ in range(size // MIB):
+            out.write(os.urandom(MIB))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size-mib", type=int, default=2048, help="length of the disk of noise")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--disk", type=pathlib.Path, help="a raw disk to measure as well")
+    args = parser.parse_args()
+    remove(HOME)
+    disks = [HOME / "noise.raw"]
+    noise(disks[0], args.size_mib * MIB)
+    if args.disk:
+        disks.append(args.disk)
+    parts = [HOME / "parts" / f"{number:04}" for number in range(args.size_mib * MIB // OBJECT_BYTES + 2)]
+    for part in parts:
+        noise(part, OBJECT_BYTES)
+    results = {}
+    (WORK / "results").mkdir(parents=True, exist_ok=True)
+    try:
+        with open(WORK / "results/s3.jsonl", "a") as log:
+            for number in range(args.runs + 1):
+                for disk in disks:
+                    with server() as (url, pid):
+                        for what, figures, size in one_round(disk, url, pid, parts):
+                            log.write(json.dumps({"disk": disk.stem, "what": what, "round": number, "bytes": size, **figures}) + "\n")
+                            print(f"round {number} {disk.stem} {what}: {figures['wall_s']} s", file=sys.stderr)
+                            if number > 0:
+                                found = figures["wall_s"], size / figures["wall_s"] / 1e6, figures["cpu_s"], figures["server_s"]
+                                results.setdefault((disk.stem, what), []).append(found)
+                    remove(HOME / "served")
+    except Failed as error:
+        sys.exit(f"FAILED: {error}")
+    finally:
+        remove(HOME)
+    print("| disk | what | s (median) | least | most | MB/s of what is stored | client's processor s | server's |\n|---|---|---|---|---|---|---|---|")
+    for (disk, what), found in results.items():
+        seconds, rates, client, served = zip(*found)
+        print(f"| {disk} | {what} | {statistics.median(seconds):.2f} | {min(seconds):.2f} | {max(seconds):.2f} | {statistics.median(rates):.0f} "
+              f"| {statistics.median(client):.1f} | {statistics.median(served):.1f} |")
+
+
+if __name__ == "__main__":
+    main()
