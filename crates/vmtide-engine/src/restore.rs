@@ -14,7 +14,7 @@ use serde::Serialize;
 use std::path::PathBuf;
 use std::time::Instant;
 use vmtide_agent_client::{AgentOptions, AgentUrl};
-use vmtide_block::RangeSet;
+use vmtide_block::{CopyOptions, RangeSet};
 use vmtide_image::Format;
 use vmtide_nbd::NbdUrl;
 use vmtide_repo::{DiskRecord, ObjectId, Purpose, Repository, RestorePoint};
@@ -196,13 +196,14 @@ fn restore_disk(
     context: JobContext<'_>,
 ) -> Result<RestoredDisk> {
     let hints = SourceHints::default();
+    let workers = job.workers.unwrap_or(job.repository.readers(CopyOptions::default().workers));
     let (summary, lost) = if job.salvage {
         let source = job.repository.salvage_disk(job.point, &disk.id)?;
-        let summary = write.write(source.as_ref(), job.workers, &hints, context)?;
+        let summary = write.write(source.as_ref(), Some(workers), &hints, context)?;
         (summary, source.lost())
     } else {
         let source = job.repository.open_disk(job.point, &disk.id)?;
-        (write.write(source.as_ref(), job.workers, &hints, context)?, RangeSet::new())
+        (write.write(source.as_ref(), Some(workers), &hints, context)?, RangeSet::new())
     };
     Ok(RestoredDisk {
         id: disk.id.clone(),

@@ -348,7 +348,7 @@ fn copy(
     context: JobContext<'_>,
 ) -> Result<CopySummary> {
     let defaults = CopyOptions::default();
-    let workers = job.workers.unwrap_or(defaults.workers).max(1);
+    let workers = job.workers.unwrap_or(job.repository.readers(defaults.workers)).max(1);
     let (progress, cancel) = (context.progress, context.cancel);
     if let DiskContent::DiffersWithin(ranges) = &disk.content {
         return copy_ranges(source, &*disk.device, ranges, workers, progress, cancel);

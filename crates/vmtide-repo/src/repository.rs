@@ -232,6 +232,12 @@ impl Repository {
         self.context.store.location()
     }
 
+    /// How many threads a job that reads much of it should have, where `for_disk` would do if it were on a disk of this machine:
+    /// more where every read is a request over a network.
+    pub fn readers(&self, for_disk: usize) -> usize {
+        self.context.readers(for_disk)
+    }
+
     /// Begins a lease: until it is dropped nothing is removed of the restore points that can be found
     /// from now on, whoever forgets them. A reader who cannot write goes on without one.
     ///

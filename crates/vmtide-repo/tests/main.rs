@@ -11,6 +11,7 @@ mod common;
 
 mod crash;
 mod damage;
+mod distant;
 mod heal;
 mod holds;
 mod immutable;

@@ -302,6 +302,10 @@ impl ObjectStore for S3Store {
         self.core.location.clone()
     }
 
+    fn is_distant(&self) -> bool {
+        true
+    }
+
     fn create(&self, name: &str) -> Result<Box<dyn ObjectWriter>> {
         check_object_name(name)?;
         Ok(Box::new(S3Writer::new(Arc::clone(&self.core), name, None)?))

@@ -120,7 +120,7 @@ pub(super) struct Checked {
     pub damage: Vec<Damage>,
 }
 
-/// Checks objects on all cores.
+/// Checks objects on all cores, and more at once where the store is distant.
 ///
 /// # Errors
 /// Those of the store other than damage; cancelled.
@@ -152,7 +152,8 @@ pub(super) fn check_objects(
         }
         Ok(())
     };
-    let workers = std::thread::available_parallelism().map_or(2, usize::from);
+    let cores = std::thread::available_parallelism().map_or(2, usize::from);
+    let workers = context.readers(cores);
     std::thread::scope(|scope| {
         let handles: Vec<_> = (0..workers).map(|_| scope.spawn(worker)).collect();
         handles.into_iter().try_for_each(|handle| {

@@ -103,7 +103,8 @@ pub(super) fn read(
         }
         Ok(())
     };
-    let workers = std::thread::available_parallelism().map_or(2, usize::from);
+    let cores = std::thread::available_parallelism().map_or(2, usize::from);
+    let workers = context.readers(cores);
     std::thread::scope(|scope| {
         let handles: Vec<_> = (0..workers).map(|_| scope.spawn(worker)).collect();
         handles.into_iter().try_for_each(|handle| {

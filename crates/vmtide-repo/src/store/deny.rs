@@ -30,6 +30,10 @@ impl ObjectStore for DenyStore {
         self.inner.location()
     }
 
+    fn is_distant(&self) -> bool {
+        self.inner.is_distant()
+    }
+
     fn create(&self, name: &str) -> Result<Box<dyn ObjectWriter>> {
         self.inner.create(name)
     }

@@ -293,6 +293,10 @@ impl ObjectStore for FaultyStore {
         self.inner.location()
     }
 
+    fn is_distant(&self) -> bool {
+        self.inner.is_distant()
+    }
+
     fn create(&self, name: &str) -> Result<Box<dyn ObjectWriter>> {
         check(&self.state, name, true)?;
         Ok(self.around(name, self.inner.create(name)?))

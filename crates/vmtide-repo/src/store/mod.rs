@@ -44,6 +44,12 @@ pub trait ObjectStore: Send + Sync {
     /// The store as a person knows it, a path or a URL without secrets.
     fn location(&self) -> String;
 
+    /// Whether a request travels a network and waits there, so that many at once get more than few: whoever reads much
+    /// then does so from more threads than there are cores. False for a disk, which few keep busy.
+    fn is_distant(&self) -> bool {
+        false
+    }
+
     /// Begins an object. It becomes visible, whole and durable, when
     /// [`finish`](ObjectWriter::finish) returns; dropped without that, it never was.
     ///

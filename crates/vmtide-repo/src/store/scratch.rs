@@ -69,6 +69,10 @@ impl ObjectStore for ScratchStore {
         format!("{}/{}", self.inner.location(), SCRATCH.trim_end_matches('/'))
     }
 
+    fn is_distant(&self) -> bool {
+        self.inner.is_distant()
+    }
+
     fn create(&self, name: &str) -> Result<Box<dyn ObjectWriter>> {
         self.inner.create(&inside(name))
     }
