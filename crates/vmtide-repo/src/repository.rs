@@ -3,7 +3,7 @@
 use crate::backup::{BackupOptions, BackupSession};
 use crate::care::{self, PruneOptions, PruneReport, VerifyOptions, VerifyReport};
 use crate::config::{self, Encryption, RepositoryConfig};
-use crate::context::RepoContext;
+use crate::context::{DISTANT_READERS, RepoContext};
 use crate::crypto::MasterKey;
 use crate::disk::PointDisk;
 use crate::envelope::ObjectKind;
@@ -235,7 +235,7 @@ impl Repository {
     /// How many threads a job that reads much of it should have, where `for_disk` would do if it were on a disk of this machine:
     /// more where every read is a request over a network.
     pub fn readers(&self, for_disk: usize) -> usize {
-        self.context.readers(for_disk)
+        self.context.readers(for_disk, DISTANT_READERS)
     }
 
     /// Begins a lease: until it is dropped nothing is removed of the restore points that can be found

@@ -104,5 +104,5 @@ fn a_distant_store_is_asked_for_more_at_once_than_there_are_cores() {
     // One more for who looks after the lease.
     assert!(reads_at_once(false) <= cores + 1, "a disk is read by as many as can work");
     let most = reads_at_once(true);
-    assert!(most > 6, "only {most} at once");
+    assert!(most >= 6, "only {most} at once");
 }

@@ -8,7 +8,7 @@
 
 use super::verify::Damage;
 use crate::config::{self, Encryption, RepositoryConfig};
-use crate::context::{DamageLog, OpenObject, RepoContext, StoredSection};
+use crate::context::{DISTANT_CHECKERS, DamageLog, OpenObject, RepoContext, StoredSection};
 use crate::crypto::{MasterKey, checksum};
 use crate::envelope::{HEADER_BYTES, Header, ObjectKind};
 use crate::pack::is_media_error;
@@ -153,7 +153,7 @@ pub(super) fn check_objects(
         Ok(())
     };
     let cores = std::thread::available_parallelism().map_or(2, usize::from);
-    let workers = context.readers(cores);
+    let workers = context.readers(cores, DISTANT_CHECKERS);
     std::thread::scope(|scope| {
         let handles: Vec<_> = (0..workers).map(|_| scope.spawn(worker)).collect();
         handles.into_iter().try_for_each(|handle| {

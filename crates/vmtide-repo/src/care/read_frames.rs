@@ -2,7 +2,7 @@
 
 use super::sample::Sampling;
 use super::verify::Needed;
-use crate::context::RepoContext;
+use crate::context::{DISTANT_CHECKERS, RepoContext};
 use crate::disk::{PackSet, Repairs};
 use crate::envelope::ObjectKind;
 use crate::pack::{FrameDecoder, Pack, is_media_error};
@@ -104,7 +104,7 @@ pub(super) fn read(
         Ok(())
     };
     let cores = std::thread::available_parallelism().map_or(2, usize::from);
-    let workers = context.readers(cores);
+    let workers = context.readers(cores, DISTANT_CHECKERS);
     std::thread::scope(|scope| {
         let handles: Vec<_> = (0..workers).map(|_| scope.spawn(worker)).collect();
         handles.into_iter().try_for_each(|handle| {
