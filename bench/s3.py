@@ -71,9 +71,8 @@ def curl(url, *words):
 
 
 def run(command, url):
-    figures = measure(command, {**ACCESS, "AWS_ENDPOINT_URL": url, "VMTIDE_PASSWORD": "of the benchmark", "XDG_STATE_HOME": str(HOME / "state"),
-                                "XDG_CACHE_HOME": str(HOME / "cache")})
-    return figures
+    return measure(command, {**ACCESS, "AWS_ENDPOINT_URL": url, "VMTIDE_PASSWORD": "of the benchmark", "XDG_STATE_HOME": str(HOME / "state"),
+                             "XDG_CACHE_HOME": str(HOME / "cache")})
 
 
 def one_round(disk, url, pid, parts):

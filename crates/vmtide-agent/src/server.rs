@@ -291,6 +291,7 @@ mod tests {
         drop(third);
         assert!(!connections.counts.lock().of_peer.contains_key(&other));
     }
+
     #[cfg(target_os = "linux")]
     #[tokio::test]
     async fn who_listens_to_this_machine_only_sends_without_a_timer() {
