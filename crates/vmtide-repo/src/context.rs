@@ -18,9 +18,9 @@ pub(crate) const DIRECTORY_SECTION: u64 = u64::MAX;
 const TAIL_BYTES: u64 = 64 << 10;
 
 /// How many threads restore from a store that is [distant](ObjectStore::is_distant). Each fetches up to 4 MiB at once and then
-/// decodes it: with a tenth of a second to a server's first byte, sixteen still get 0.6 GB/s. Each costs some 8 MiB of memory; 24
-/// were no faster.
-pub(crate) const DISTANT_READERS: usize = 16;
+/// decodes it: with a tenth of a second to a server's first byte, twelve still get 0.5 GB/s. Each costs up to 16 MiB of memory, most
+/// in place, where what stands there is read as well: sixteen pass the 256 MiB that a job may take.
+pub(crate) const DISTANT_READERS: usize = 12;
 
 /// How many threads check a store that is distant. Each costs some 18 MiB: twice as many would pass what a job may take.
 pub(crate) const DISTANT_CHECKERS: usize = 8;
