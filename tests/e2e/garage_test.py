@@ -180,6 +180,9 @@ def program(node, path, tally):
     tally.passed += 1
     job.run("backup", "disk.raw", "--level", "full")
     job.must_hold(bytes(second))
+    # A warning: who loses the only password loses all backups.
+    job.run("doctor", job.repository, code=3)
+    job.run("key", "add", "--recovery", "--recovery-file", "recovery")
     job.run("doctor", job.repository)
     tally.passed += 1
     job.run("points", code=4, secret=SECRET[::-1])
