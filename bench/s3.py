@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
 """What a repository in S3 costs beside one in a directory, on one machine: server, vmtide and their disk are the same.
 
-    bench/s3.py [--size-mib 2048] [--runs 5] [--disk work/disk/disk.raw]
+    bench/s3.py [--size-mib 2048] [--runs 5] [--disk work/disk/disk.raw] [--apart]
 
 Every round, in turn: a backup into a directory, a backup into a bucket, and curl sending as many bytes to the server in
 objects as long as packs, four at a time: what the server itself takes from a client that neither reads a disk nor
 compresses, encrypts or signs content. The same for a restore and curl fetching. The disk is noise, so that bytes on the
 line are bytes of the disk; `--disk` measures a real one as well. Round 0 warms up and is not counted.
+
+A server elsewhere does not take the client's processors: with `--apart` it has the last core to itself, and vmtide and
+curl have the others, with the directory, too.
 
 The server is s3s-fs (VMTIDE_S3S_FS, else ~/.cache/vmtide-tests/bin/s3s-fs; for figures that count one that is built with
 optimisation: `cargo install --features binary --version 0.14.1 s3s-fs`), its files lie beside the directory's.
@@ -36,16 +39,21 @@ AT_ONCE = 4
 ACCESS = {"AWS_ACCESS_KEY_ID": "AKIDOFTHEBENCHMARK", "AWS_SECRET_ACCESS_KEY": "a-secret-for-measurements"}
 
 
+def on(cores, command):
+    """The command, on these cores only."""
+    return ["taskset", "--cpu-list", ",".join(str(core) for core in sorted(cores)), *command]
+
+
 @contextlib.contextmanager
-def server():
-    """An S3 server with an empty bucket; answers with its URL."""
+def server(cores):
+    """An S3 server with an empty bucket, on these cores; answers with its URL."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     (HOME / "served/bench").mkdir(parents=True)
     command = [SERVER, "--host", "127.0.0.1", "--port", str(port), "--access-key", ACCESS["AWS_ACCESS_KEY_ID"],
                "--secret-key", ACCESS["AWS_SECRET_ACCESS_KEY"], str(HOME / "served")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(on(cores, command), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         for _ in range(300):
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
@@ -70,27 +78,27 @@ def curl(url, *words):
             "-H", "x-amz-content-sha256: UNSIGNED-PAYLOAD", *words]
 
 
-def run(command, url):
-    return measure(command, {**ACCESS, "AWS_ENDPOINT_URL": url, "VMTIDE_PASSWORD": "of the benchmark", "XDG_STATE_HOME": str(HOME / "state"),
+def run(command, url, cores):
+    return measure(on(cores, command), {**ACCESS, "AWS_ENDPOINT_URL": url, "VMTIDE_PASSWORD": "of the benchmark", "XDG_STATE_HOME": str(HOME / "state"),
                              "XDG_CACHE_HOME": str(HOME / "cache")})
 
 
-def one_round(disk, url, pid, parts):
+def one_round(disk, url, pid, parts, cores):
     """Every command once; (what, figures, bytes)."""
     size = 0
     for kind in ("directory", "s3"):
         remove(HOME / "repo")
         remove(HOME / "state")
         repo = str(HOME / "repo") if kind == "directory" else "s3://bench/repo"
-        run([VMTIDE, "init", repo], url)
+        run([VMTIDE, "init", repo], url, cores)
         warm(disk)
         before = processor_seconds(pid)
-        figures = run([VMTIDE, "backup", str(disk), "-r", repo, "--json"], url)
+        figures = run([VMTIDE, "backup", str(disk), "-r", repo, "--json"], url, cores)
         size = apparent(HOME / "repo") if kind == "directory" else size
         yield f"backup, {kind}", {**figures, "server_s": processor_seconds(pid) - before}, size
         warm_tree(HOME / "repo" if kind == "directory" else HOME / "served/bench")
         before = processor_seconds(pid)
-        figures = run([VMTIDE, "restore", f"{disk.stem}@latest", "-r", repo, "--to", str(HOME / "back.raw")], url)
+        figures = run([VMTIDE, "restore", f"{disk.stem}@latest", "-r", repo, "--to", str(HOME / "back.raw")], url, cores)
         yield f"restore, {kind}", {**figures, "server_s": processor_seconds(pid) - before}, size
         same = subprocess.run(["cmp", "-s", str(disk), str(HOME / "back.raw")]).returncode == 0
         if not same:
@@ -105,7 +113,7 @@ def one_round(disk, url, pid, parts):
         raise Failed(f"{count} objects are to be sent, and {len(names)} are there")
     before = processor_seconds(pid)
     words = [word for name in names for word in ("-T", str(HOME / "parts" / name), f"{url}/bench/{name}")]
-    figures = run(curl(url, *words), url)
+    figures = run(curl(url, *words), url, cores)
     sent = apparent(HOME / "served/bench")
     if sent < count * OBJECT_BYTES:
         raise Failed(f"{sent} bytes arrived of {count * OBJECT_BYTES}")
@@ -113,7 +121,7 @@ def one_round(disk, url, pid, parts):
     warm_tree(HOME / "served/bench")
     before = processor_seconds(pid)
     words = [word for name in names for word in ("-o", "/dev/null", f"{url}/bench/{name}")]
-    figures = run(curl(url, *words), url)
+    figures = run(curl(url, *words), url, cores)
     yield "restore, curl alone", {**figures, "server_s": processor_seconds(pid) - before}, count * OBJECT_BYTES
     for name in names:
         remove(HOME / "served/bench" / name)
@@ -131,7 +139,14 @@ def main():
     parser.add_argument("--size-mib", type=int, default=2048, help="length of the disk of noise")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--disk", type=pathlib.Path, help="a raw disk to measure as well")
+    parser.add_argument("--apart", action="store_true", help="the server has a core of its own")
     args = parser.parse_args()
+    ours = theirs = os.sched_getaffinity(0)
+    if args.apart:
+        if len(ours) < 2:
+            sys.exit("--apart: there is one core only")
+        theirs = {max(ours)}
+        ours = ours - theirs
     remove(HOME)
     disks = [HOME / "noise.raw"]
     noise(disks[0], args.size_mib * MIB)
@@ -146,9 +161,9 @@ def main():
         with open(WORK / "results/s3.jsonl", "a") as log:
             for number in range(args.runs + 1):
                 for disk in disks:
-                    with server() as (url, pid):
-                        for what, figures, size in one_round(disk, url, pid, parts):
-                            log.write(json.dumps({"disk": disk.stem, "what": what, "round": number, "bytes": size, **figures}) + "\n")
+                    with server(theirs) as (url, pid):
+                        for what, figures, size in one_round(disk, url, pid, parts, ours):
+                            log.write(json.dumps({"disk": disk.stem, "apart": args.apart, "what": what, "round": number, "bytes": size, **figures}) + "\n")
                             print(f"round {number} {disk.stem} {what}: {figures['wall_s']} s", file=sys.stderr)
                             if number > 0:
                                 found = figures["wall_s"], size / figures["wall_s"] / 1e6, figures["cpu_s"], figures["server_s"]
