@@ -177,6 +177,12 @@ class VmtideQuick(Vmtide):
     name, setting, options = "vmtide-quick", "`--compression=-1`", ("--compression=-1",)
 
 
+class VmtideFast(Vmtide):
+    """Stores about what borg's default (lz4) stores."""
+
+    name, setting, options = "vmtide-fast", "`--compression=-3`", ("--compression=-3",)
+
+
 class Vmtide1(Vmtide):
     name, setting, options = "vmtide-1", "`--compression 1`", ("--compression", "1")
 
@@ -246,7 +252,7 @@ class QemuImg(Copier):
         return ["qemu-img", "convert", "-f", "raw", "-O", "raw", disk, file]
 
 
-BACKUP_TOOLS = [Vmtide, VmtideQuick, Vmtide1, Vmtide2, Restic, Rustic, Rustic1, RusticFixed, Borg, Borg1, Zstd, Zstd3]
+BACKUP_TOOLS = [Vmtide, VmtideFast, VmtideQuick, Vmtide1, Vmtide2, Restic, Rustic, Rustic1, RusticFixed, Borg, Borg1, Zstd, Zstd3]
 COPY_TOOLS = [NbdcopyNbdkit, NbdcopyQemu, QemuImg]
 EXTRA_TOOLS = [ResticMax]
 ALL_TOOLS = BACKUP_TOOLS + COPY_TOOLS + EXTRA_TOOLS
