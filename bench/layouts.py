@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import sys
 
-from measure import WORK
+from measure import WORK, restore_ratio
 
 HERE = pathlib.Path(__file__).resolve().parent
 EXAMPLE = pathlib.Path(os.environ.get("VMTIDE_MEASURE_LAYOUT") or HERE.parent / "target/release/examples/measure_layout")
@@ -119,7 +119,7 @@ def table():
         changed, added = row["changed_bytes"], row["added"]
         print(f"| {chunk >> 10} KiB | {frame >> 10} KiB | {level} | {changed / MIB:.0f} | {added['packs']['bytes'] / changed:.3f} "
               f"| {metadata(added) / changed * 100:.2f} % | {objects(added) / row['days']:.1f} | {changed / MIB / row['cpu_s']:.0f} "
-              f"| {row['restore_last']['cpu_s'] / max(row['restore_first']['cpu_s'], 0.01):.2f} | {row['peak_bytes'] / MIB:.0f} |")
+              f"| {restore_ratio(row, 'cpu_s'):.2f} | {row['peak_bytes'] / MIB:.0f} |")
 
 
 def main():

@@ -8,6 +8,7 @@ and can never be seen smaller than this Python process (about 20 MiB) was when i
 import os
 import pathlib
 import shutil
+import statistics
 import subprocess
 import time
 
@@ -111,3 +112,9 @@ def warm_tree(path):
     for file in pathlib.Path(path).rglob("*"):
         if file.is_file():
             warm(file)
+
+
+def restore_ratio(row, key):
+    """How much more the restore of a year's last point took than that of its first: medians of restores in turn."""
+    first, last = (statistics.median(restore[point][key] for restore in row["restores"]) for point in ("first", "last"))
+    return last / first

@@ -18,6 +18,7 @@ Needs curl 7.88 or later. Raw figures go to work/results/s3.jsonl.
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -71,11 +72,17 @@ def processor_seconds(pid):
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def curl(url, *words):
-    """curl with a signed head; the content's digest is not part of it."""
+def curl(transfers):
+    """curl moving objects; every request is signed with the digest of its content, which the server checks as it does vmtide's.
+
+    Each of `transfers` is that digest and the words of one.
+    """
     user = ACCESS["AWS_ACCESS_KEY_ID"] + ":" + ACCESS["AWS_SECRET_ACCESS_KEY"]
-    return ["curl", "-sS", "--fail", "--parallel", "--parallel-max", str(AT_ONCE), "--aws-sigv4", "aws:amz:us-east-1:s3", "--user", user,
-            "-H", "x-amz-content-sha256: UNSIGNED-PAYLOAD", *words]
+    command = ["curl", "--parallel", "--parallel-max", str(AT_ONCE)]
+    for number, (digest, words) in enumerate(transfers):
+        command += ["--next"] if number else []
+        command += ["-sS", "--fail", "--aws-sigv4", "aws:amz:us-east-1:s3", "--user", user, "-H", f"x-amz-content-sha256: {digest}", *words]
+    return command
 
 
 def run(command, url, cores):
@@ -108,30 +115,35 @@ def one_round(disk, url, pid, parts, cores):
         remove(HOME / "served/bench/repo")
     warm_tree(HOME / "parts")
     count = -(-size // OBJECT_BYTES)
-    names = [part.name for part in parts[:count]]
+    names = list(parts)[:count]
     if len(names) < count:
         raise Failed(f"{count} objects are to be sent, and {len(names)} are there")
     before = processor_seconds(pid)
-    words = [word for name in names for word in ("-T", str(HOME / "parts" / name), f"{url}/bench/{name}")]
-    figures = run(curl(url, *words), url, cores)
+    sends = [(parts[name], ("-T", str(HOME / "parts" / name), f"{url}/bench/{name}")) for name in names]
+    figures = run(curl(sends), url, cores)
     sent = apparent(HOME / "served/bench")
     if sent < count * OBJECT_BYTES:
         raise Failed(f"{sent} bytes arrived of {count * OBJECT_BYTES}")
     yield "backup, curl alone", {**figures, "server_s": processor_seconds(pid) - before}, count * OBJECT_BYTES
     warm_tree(HOME / "served/bench")
     before = processor_seconds(pid)
-    words = [word for name in names for word in ("-o", "/dev/null", f"{url}/bench/{name}")]
-    figures = run(curl(url, *words), url, cores)
+    fetches = [(hashlib.sha256().hexdigest(), ("-o", "/dev/null", f"{url}/bench/{name}")) for name in names]
+    figures = run(curl(fetches), url, cores)
     yield "restore, curl alone", {**figures, "server_s": processor_seconds(pid) - before}, count * OBJECT_BYTES
     for name in names:
         remove(HOME / "served/bench" / name)
 
 
 def noise(path, size):
+    """Makes a file of random bytes; answers with its SHA-256."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
     with open(path, "wb") as out:
         for _ in range(size // MIB):
-            out.write(os.urandom(MIB))
+            piece = os.urandom(MIB)
+            digest.update(piece)
+            out.write(piece)
+    return digest.hexdigest()
 
 
 def main():
@@ -152,9 +164,8 @@ def main():
     noise(disks[0], args.size_mib * MIB)
     if args.disk:
         disks.append(args.disk)
-    parts = [HOME / "parts" / f"{number:04}" for number in range(args.size_mib * MIB // OBJECT_BYTES + 2)]
-    for part in parts:
-        noise(part, OBJECT_BYTES)
+    names = [f"{number:04}" for number in range(args.size_mib * MIB // OBJECT_BYTES + 2)]
+    parts = {name: noise(HOME / "parts" / name, OBJECT_BYTES) for name in names}
     results = {}
     (WORK / "results").mkdir(parents=True, exist_ok=True)
     try:

@@ -20,6 +20,8 @@ import shutil
 import subprocess
 import sys
 
+from measure import restore_ratio
+
 HERE = pathlib.Path(__file__).resolve().parent
 EXAMPLES = pathlib.Path(os.environ.get("VMTIDE_EXAMPLES") or HERE.parent / "target/release/examples")
 KIB, MIB = 1 << 10, 1 << 20
@@ -45,12 +47,12 @@ def year(options):
         row = call(EXAMPLES / "measure_layout", 64 * KIB, 2 * MIB, options.level, scratch, "writes", mib, days, 2, 64, options.noise)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    first, last, added = row["restore_first"], row["restore_last"], row["added"]
+    added = row["added"]
     metadata = sum(added[kind]["bytes"] for kind in ("maps", "index", "points"))
     share = (metadata - days * 64 * KIB) / row["changed_bytes"]
     fine = [
-        verdict(f"restore of day {days} against day 0, by the clock", last["wall_s"] / first["wall_s"], 1.3, "x"),
-        verdict(f"restore of day {days} against day 0, processor time", last["cpu_s"] / first["cpu_s"], 1.3, "x"),
+        verdict(f"restore of day {days} against day 0, by the clock", restore_ratio(row, "wall_s"), 1.3, "x"),
+        verdict(f"restore of day {days} against day 0, processor time", restore_ratio(row, "cpu_s"), 1.3, "x"),
         # Noise is what compression cannot go below. Where there is little, what zstd adds to it counts, and this says nothing.
         options.noise < 2048
         or verdict("stored for each changed byte, before compression", added["packs"]["bytes"] / row["changed_bytes"] / 0.5, 1.1),

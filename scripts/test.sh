@@ -14,7 +14,7 @@
 # header the C header is that of the code (cbindgen)
 # deny   licences, sources and known weaknesses of what vmtide depends on
 # fuzz   a minute over the fuzz targets
-# garage a real S3 server that passes over conditions; building it takes ten minutes and more. Only where it is named,
+# garage a real S3 server that passes over conditions; building it takes four minutes and more. Only where it is named,
 #        or with VMTIDE_SLOW=1
 #
 # VMTIDE_CYCLES (8) says how many cycles, VMTIDE_KILLS (20) how many kills of commands on a repository;
@@ -441,7 +441,7 @@ ensure_garage() {
     local cache="$HOME/.cache/vmtide-tests"
     if [ ! -x "$cache/bin/garage" ]; then
         ensure_packages "building Garage" build-essential pkg-config
-        say "    installing for the tests of S3: Garage 2.5.0 (cargo install, ten minutes and more), in $cache"
+        say "    installing for the tests of S3: Garage 2.5.0 (cargo install, four minutes and more), in $cache"
         QUICK_OPT_LEVEL=1 quick_cargo_install --root "$cache" --version 2.5.0 garage ||
             die "could not install Garage (needed for the tests of the part garage)"
     fi

@@ -22,6 +22,9 @@ use vmtide_repo::{
     ObjectStore, PointDraft, Repository, RestorePoint, TrackingRecord,
 };
 
+/// How often the restores of a year are measured.
+const RESTORES: usize = 5;
+
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
 fn main() -> Outcome<()> {
@@ -165,8 +168,8 @@ impl Bench {
     }
 
     fn writes(&self, disk: &WrittenDisk, days: u64, percent: u64) -> Outcome<Value> {
-        let (mut last, full_cpu) = self.back_up(disk, None, ChangedRanges::Everything)?;
-        let fresh = self.restore(&last)?;
+        let (first, full_cpu) = self.back_up(disk, None, ChangedRanges::Everything)?;
+        let mut last = first.clone();
         let before = self.objects()?;
         let (mut cpu, mut changed, mut worst_metadata) = (0.0, 0, 0);
         for day in 1..=days {
@@ -179,6 +182,12 @@ impl Bench {
             cpu += seconds;
             last = point;
         }
+        // In turn, once more than is counted: what was not in the page cache is then.
+        let mut restores = Vec::new();
+        for _ in 0..=RESTORES {
+            restores.push(json!({ "first": self.restore(&first)?, "last": self.restore(&last)? }));
+        }
+        restores.remove(0);
         Ok(json!({
             "days": days,
             "changed_bytes": changed,
@@ -187,8 +196,7 @@ impl Bench {
             "stored_bytes": self.objects()?.values().map(|(bytes, _)| bytes).sum::<u64>(),
             "full_cpu_s": full_cpu,
             "cpu_s": cpu,
-            "restore_first": fresh,
-            "restore_last": self.restore(&last)?,
+            "restores": restores,
         }))
     }
 
