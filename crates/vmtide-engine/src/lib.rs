@@ -56,7 +56,7 @@ pub use convert::{ConvertJob, ConvertSummary, convert};
 pub use copy::{CopiedDisk, CopiedPoint, CopyJob, CopySummary, PresentPoint, UncopiedPoint, copy};
 pub use error::{EngineError, Result};
 pub use events::{Event, JobContext, Observer, Phase, Silent};
-pub use located::{LocatedDamage, LocatedPlace, locate_damage};
+pub use located::{LocatedDamage, LocatedPartition, LocatedPlace, locate_damage};
 pub use many::{Limits, run_limited};
 pub use places::state_directory;
 pub use points::{
@@ -69,3 +69,4 @@ pub use restore_vm::{NewVmOptions, RestoreVmJob, RestoreVmSummary, VmTarget, res
 pub use restore_vm_target::{OpenVmTarget, VmTargetOptions, is_vm_target, open_vm_target};
 pub use target::{Durability, ImageKind};
 pub use verify::{check_integrity, verify};
+pub use vmtide_guestfs::{FilesAt, FoundFile};

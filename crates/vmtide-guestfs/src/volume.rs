@@ -15,8 +15,7 @@ impl<'a> Volume<'a> {
     /// The part `area` of `device`, as far as that goes; none where it begins behind the end.
     pub(crate) fn new(device: &'a dyn BlockDevice, area: ByteRange) -> Option<Self> {
         let end = area.offset.checked_add(area.length)?.min(device.size_bytes());
-        (area.offset < end)
-            .then(|| Self { device, area: ByteRange::from_bounds(area.offset, end) })
+        (area.offset < end).then(|| Self { device, area: ByteRange::from_bounds(area.offset, end) })
     }
 
     /// How long it is.
@@ -27,9 +26,8 @@ impl<'a> Volume<'a> {
     /// The part of `length` bytes at `offset` as bytes of the disk; cut at the end, none behind it.
     pub(crate) fn on_disk(&self, offset: u64, length: u64) -> Option<ByteRange> {
         let end = offset.saturating_add(length).min(self.area.length);
-        (offset < end).then(|| {
-            ByteRange::from_bounds(self.area.offset + offset, self.area.offset + end)
-        })
+        (offset < end)
+            .then(|| ByteRange::from_bounds(self.area.offset + offset, self.area.offset + end))
     }
 
     /// What of `ranges` of the disk lies in the `length` bytes at `offset`.
@@ -43,7 +41,8 @@ impl<'a> Volume<'a> {
     /// Those of the disk.
     pub(crate) fn read(&self, buffer: &mut [u8], offset: u64) -> Result<bool> {
         let length = buffer.len() as u64;
-        let Some(range) = self.on_disk(offset, length).filter(|range| range.length == length) else {
+        let Some(range) = self.on_disk(offset, length).filter(|range| range.length == length)
+        else {
             return Ok(false);
         };
         self.device.read_at(buffer, range.offset).map(|()| true)
@@ -67,9 +66,8 @@ impl<'a> Volume<'a> {
         let mut at = 0;
         while step > 0 && at < length {
             cancel.check()?;
-            let Some(range) = offset
-                .checked_add(at)
-                .and_then(|begin| self.on_disk(begin, step.min(length - at)))
+            let Some(range) =
+                offset.checked_add(at).and_then(|begin| self.on_disk(begin, step.min(length - at)))
             else {
                 return Ok(());
             };

@@ -89,7 +89,10 @@ fn check(image: &Path, files: &BTreeMap<String, Vec<u8>>, kind: &str) {
     for (offset, path) in &places {
         let file = by_path.get(path.as_str()).unwrap_or_else(|| panic!("{path} is not found"));
         assert!(!file.is_directory);
-        assert!(file.ranges.contains_range(&ByteRange::new(*offset, PIECE as u64)), "{path} at {offset}");
+        assert!(
+            file.ranges.contains_range(&ByteRange::new(*offset, PIECE as u64)),
+            "{path} at {offset}"
+        );
     }
     // No piece is in two files.
     let all: u64 = whole.files.iter().map(|file| file.ranges.total_bytes()).sum();
@@ -128,7 +131,10 @@ fn ext(options: &[&str], kind: &str) {
     let blocks = device.size_bytes() / block_bytes;
     let asked: Vec<u64> = (0..150).map(|number| 1 + (number * 17_393) % (blocks - 1)).collect();
     let request = |list: &[u64]| list.iter().map(u64::to_string).collect::<Vec<_>>().join(" ");
-    let told = run(Command::new("/sbin/debugfs").arg("-R").arg(format!("icheck {}", request(&asked))).arg(&image));
+    let told = run(Command::new("/sbin/debugfs")
+        .arg("-R")
+        .arg(format!("icheck {}", request(&asked)))
+        .arg(&image));
     for line in told.lines().skip(1) {
         let (block, inode) = line.split_once('\t').unwrap();
         let block: u64 = block.parse().unwrap();
@@ -138,7 +144,8 @@ fn ext(options: &[&str], kind: &str) {
             continue;
         };
         let [file] = &found.files[..] else { panic!("block {block}: {line}: {found:?}") };
-        let names = run(Command::new("/sbin/debugfs").arg("-R").arg(format!("ncheck {inode}")).arg(&image));
+        let names =
+            run(Command::new("/sbin/debugfs").arg("-R").arg(format!("ncheck {inode}")).arg(&image));
         match names.lines().nth(1).and_then(|line| line.split_once('\t')) {
             Some((_, path)) => assert_eq!(file.path.replace("//", "/"), path.replace("//", "/")),
             None => assert!(file.path.starts_with('['), "block {block}: {line}: {}", file.path),
@@ -183,8 +190,15 @@ fn ext4_with_a_file_in_a_thousand_pieces() {
     script.extend((0..3000).step_by(2).map(|n| format!("rm s{n}")));
     script.push(format!("write {} large", large.display()));
     std::fs::write(directory.path().join("script"), script.join("\n")).unwrap();
-    run(Command::new("/sbin/mke2fs").args(["-q", "-F", "-t", "ext4", "-b", "1024", "-N", "4000", "-d"]).arg(&root).arg(&image).arg("30M"));
-    run(Command::new("/sbin/debugfs").args(["-w", "-f"]).arg(directory.path().join("script")).arg(&image));
+    run(Command::new("/sbin/mke2fs")
+        .args(["-q", "-F", "-t", "ext4", "-b", "1024", "-N", "4000", "-d"])
+        .arg(&root)
+        .arg(&image)
+        .arg("30M"));
+    run(Command::new("/sbin/debugfs")
+        .args(["-w", "-f"])
+        .arg(directory.path().join("script"))
+        .arg(&image));
     check(&image, &files, "ext4");
     let device = open(&image);
     let whole = look(&device, vec![ByteRange::new(0, device.size_bytes())]);
@@ -198,7 +212,11 @@ fn directories_and_hard_links_have_their_names() {
     std::fs::create_dir(root.join("here")).unwrap();
     std::fs::write(root.join("here/one"), content(1, 8192)).unwrap();
     std::fs::hard_link(root.join("here/one"), root.join("two")).unwrap();
-    run(Command::new("/sbin/mke2fs").args(["-q", "-F", "-t", "ext4", "-d"]).arg(&root).arg(&image).arg("20M"));
+    run(Command::new("/sbin/mke2fs")
+        .args(["-q", "-F", "-t", "ext4", "-d"])
+        .arg(&root)
+        .arg(&image)
+        .arg("20M"));
     let device = open(&image);
     let whole = look(&device, vec![ByteRange::new(0, device.size_bytes())]);
     let of = |path: &str| whole.files.iter().find(|file| file.path == path);
@@ -246,10 +264,8 @@ fn ntfs_as_it_is_made() {
 fn ntfs_with_files_in_hundreds_of_pieces() {
     let (_directory, _, image) = scratch();
     let paths = ["/dir/large", "/other"];
-    let files: BTreeMap<String, Vec<u8>> = (7..)
-        .zip(paths)
-        .map(|(seed, path)| (path.to_owned(), content(seed, 6_000_000)))
-        .collect();
+    let files: BTreeMap<String, Vec<u8>> =
+        (7..).zip(paths).map(|(seed, path)| (path.to_owned(), content(seed, 6_000_000))).collect();
     ntfs(&image, &["-c", "4096"], 32, &|target| {
         std::fs::create_dir(target.join("dir")).unwrap();
         let create = |path: &str| std::fs::File::create(target.join(&path[1..])).unwrap();

@@ -10,6 +10,7 @@
 use crate::common;
 
 use common::{Place, files_below, finish};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -141,6 +142,90 @@ fn damage_is_found_listed_salvaged_and_healed_by_the_next_backup() {
     let first = points["points"][0]["id"].as_str().unwrap();
     place.run(&["restore", first, "--to", "back.raw"]).must_end_with(0);
     assert!(std::fs::read(place.path("back.raw")).unwrap() == disk);
+}
+
+/// Files by name, and a disk with one partition of ext4 that has them.
+fn with_files(place: &Place, name: &str) -> (BTreeMap<String, Vec<u8>>, Vec<u8>) {
+    let files: BTreeMap<_, _> = (0..12)
+        .map(|number| (format!("/srv/dir {}/{number}.db", number % 3), noise(300_000, 50 + number)))
+        .collect();
+    for (path, bytes) in &files {
+        let path = place.path("tree").join(&path[1..]);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, bytes).unwrap();
+    }
+    partitioned(place, name);
+    let file_system = place.path("file system");
+    let mut make = Command::new("/sbin/mke2fs");
+    make.args(["-q", "-F", "-t", "ext4", "-O", "^has_journal", "-b", "1024", "-d"])
+        .arg(place.path("tree"));
+    assert!(make.arg(&file_system).arg("6M").status().unwrap().success());
+    let mut disk = std::fs::read(place.path(name)).unwrap();
+    disk[MIB..7 * MIB].copy_from_slice(&std::fs::read(&file_system).unwrap());
+    std::fs::write(place.path(name), &disk).unwrap();
+    (files, disk)
+}
+
+/// What `--json` says of files, for each restore point.
+fn told_files(summary: &serde_json::Value) -> BTreeMap<String, Option<BTreeSet<String>>> {
+    let mut found: BTreeMap<String, Option<BTreeSet<String>>> = BTreeMap::new();
+    for damage in summary["damage"].as_array().unwrap() {
+        for place in damage["places"].as_array().unwrap() {
+            let files = &place["partitions"][0]["files"];
+            let entry = found.entry(place["point"].as_str().unwrap().to_owned()).or_default();
+            if files.is_null() {
+                continue;
+            }
+            assert_eq!(
+                (&files["file_system"], &files["is_complete"]),
+                (&"ext4".into(), &true.into())
+            );
+            let paths = files["files"].as_array().unwrap().iter();
+            let paths = paths.map(|file| file["path"].as_str().unwrap().to_owned());
+            entry.get_or_insert_default().extend(paths);
+        }
+    }
+    found
+}
+
+#[test]
+fn the_files_that_damage_touches_are_named() {
+    let place = Place::with_repository();
+    let (files, disk) = with_files(&place, "web.raw");
+    place.run(&["backup", "web.raw"]).must_end_with(0);
+    place.run(&["backup", "web.raw"]).must_end_with(0);
+    flip(&packs(&place)[0]);
+    let text = place.run(&["verify", "--read-data"]).must_end_with(5).stdout;
+    let summary = place.run(&["verify", "--read-data", "--json"]).must_end_with(5).summary();
+    place.run(&["restore", "web@latest", "--to", "left.raw", "--salvage"]).must_end_with(5);
+    let left = std::fs::read(place.path("left.raw")).unwrap();
+
+    // What differs, by its content.
+    let differs = |offset: &usize| disk[*offset..*offset + 1024] != left[*offset..*offset + 1024];
+    let lost: Vec<_> = (0..disk.len()).step_by(1024).filter(differs).collect();
+    let mut expected = BTreeSet::new();
+    for (path, bytes) in &files {
+        let pieces: HashSet<&[u8]> = bytes.chunks_exact(1024).collect();
+        if lost.iter().any(|offset| pieces.contains(&disk[*offset..*offset + 1024])) {
+            expected.insert(path.clone());
+        }
+    }
+    assert!(!expected.is_empty() && expected.len() < files.len(), "{expected:?}");
+    for path in &expected {
+        assert!(text.contains(path.as_str()), "{path}: {text}");
+    }
+
+    let told = told_files(&summary);
+    let points = place.run(&["points", "--json"]).must_end_with(5).summary();
+    let id = |index: usize| points["points"][index]["id"].as_str().unwrap().to_owned();
+    let is_file = |path: &&String| files.contains_key(*path);
+    let newest: BTreeSet<_> = told[&id(1)].iter().flatten().filter(is_file).cloned().collect();
+    assert_eq!(newest, expected);
+    // Two points in one map are read once; the older is asked by itself.
+    let alone = place.run(&["verify", &id(0), "--read-data", "--json"]).must_end_with(5).summary();
+    let older: BTreeSet<_> =
+        told_files(&alone)[&id(0)].iter().flatten().filter(is_file).cloned().collect();
+    assert_eq!((told[&id(0)].as_ref(), older), (None, expected));
 }
 
 #[test]

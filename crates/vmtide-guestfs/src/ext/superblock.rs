@@ -56,7 +56,11 @@ impl Superblock {
     /// Reads the first copy; none where it makes no sense.
     pub(super) fn read(volume: &Volume<'_>) -> Result<Option<Self>> {
         let mut bytes = [0; 1024];
-        Ok(if volume.read(&mut bytes, 1024)? { Self::parse(&bytes, volume.size_bytes()) } else { None })
+        Ok(if volume.read(&mut bytes, 1024)? {
+            Self::parse(&bytes, volume.size_bytes())
+        } else {
+            None
+        })
     }
 
     fn parse(bytes: &[u8], size_bytes: u64) -> Option<Self> {
@@ -140,7 +144,8 @@ impl Superblock {
             let length = u64::from(count) * u64::from(self.inode_bytes);
             let table = (offset, length);
             volume.for_each_entry(table, self.inode_bytes, cancel, &mut |entry, bytes| {
-                let inode = u32::try_from(entry).ok().and_then(|entry| first.checked_add(entry + 1));
+                let inode =
+                    u32::try_from(entry).ok().and_then(|entry| first.checked_add(entry + 1));
                 inode.map_or(Ok(()), |inode| take(inode, bytes))
             })?;
         }
@@ -152,7 +157,9 @@ impl Superblock {
         let Some(number) = inode.checked_sub(1).filter(|_| inode <= self.inodes) else {
             return Ok(None);
         };
-        let Some(group) = self.group(volume, number / self.inodes_per_group)? else { return Ok(None) };
+        let Some(group) = self.group(volume, number / self.inodes_per_group)? else {
+            return Ok(None);
+        };
         let inside = u64::from(number % self.inodes_per_group) * u64::from(self.inode_bytes);
         let table = group.table_block.checked_mul(u64::from(self.block_bytes));
         Ok(table.and_then(|table| table.checked_add(inside)))

@@ -88,7 +88,8 @@ impl Table<'_> {
             let Some(offset) = offset else { continue };
             if !is_found
                 && self.volume.read(&mut bytes, offset)?
-                && let Some(record) = Record::parse(&mut bytes).filter(|record| record.base().is_none())
+                && let Some(record) =
+                    Record::parse(&mut bytes).filter(|record| record.base().is_none())
             {
                 self.runs = own_runs(&record);
                 is_found = !self.runs.is_empty();
@@ -131,9 +132,14 @@ impl Table<'_> {
             let offset = run.first_cluster.and_then(|cluster| cluster.checked_mul(cluster_bytes));
             if let Some(offset) = offset {
                 let part = (offset, length);
-                self.volume.for_each_entry(part, self.boot.record_bytes, cancel, &mut |entry, bytes| {
-                    Record::parse(bytes).map_or(Ok(()), |record| take(first + entry, &record))
-                })?;
+                self.volume.for_each_entry(
+                    part,
+                    self.boot.record_bytes,
+                    cancel,
+                    &mut |entry, bytes| {
+                        Record::parse(bytes).map_or(Ok(()), |record| take(first + entry, &record))
+                    },
+                )?;
             }
             first += length / record_bytes;
         }
@@ -273,7 +279,8 @@ impl Names<'_> {
             if let Some(path) = self.paths.get(&at) {
                 break path.clone();
             }
-            let link = if names.len() < MAX_DEPTH { self.links_of(at)?.into_iter().next() } else { None };
+            let link =
+                if names.len() < MAX_DEPTH { self.links_of(at)?.into_iter().next() } else { None };
             let Some(link) = link else { break format!("…/[record {at}]/") };
             names.push((at, printable(&link.name)));
             at = link.parent;

@@ -20,7 +20,9 @@ pub(super) fn runs(mut mapping: &[u8]) -> Vec<Run> {
         let first_cluster = match place {
             [] => None,
             place => {
-                let Some(next) = signed(place).and_then(|step| cluster.checked_add(step)) else { break };
+                let Some(next) = signed(place).and_then(|step| cluster.checked_add(step)) else {
+                    break;
+                };
                 cluster = next;
                 // Below the beginning there is nothing.
                 let Ok(first) = u64::try_from(cluster) else { break };
@@ -56,7 +58,8 @@ mod tests {
     #[test]
     fn what_makes_no_sense_ends_them() {
         // Cut, before the beginning, a count below zero, numbers too long.
-        for mapping in [&[0x21, 0x30, 0x20][..], &[0x11, 0x30, 0xF0], &[0x11, 0x80, 1], &[0xFF; 40]] {
+        for mapping in [&[0x21, 0x30, 0x20][..], &[0x11, 0x30, 0xF0], &[0x11, 0x80, 1], &[0xFF; 40]]
+        {
             assert_eq!(runs(mapping), [], "{mapping:x?}");
         }
     }

@@ -57,8 +57,11 @@ pub fn run(app: &App, args: &RepairArgs) -> Result<Exit> {
         from: from.as_ref(),
     };
     let job = app.begin_job()?;
-    let report = job.run(app, |context| repair(&repository, &options, context))?;
-    let damage = locate_damage(&repository, &report.damage);
+    let (report, damage) = job.run(app, |context| {
+        let report = repair(&repository, &options, context)?;
+        let damage = locate_damage(&repository, &report.damage, context.cancel);
+        Ok((report, damage))
+    })?;
     show(app, &report, &damage, args);
     app.output.summary(&with_partitions(&report, &damage));
     Ok(if report.damage.is_empty() { Exit::Done } else { Exit::Damaged })

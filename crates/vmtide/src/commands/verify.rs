@@ -6,8 +6,8 @@ use crate::{repository, units};
 use clap::Args;
 use serde::Serialize;
 use vmtide_engine::{
-    EngineError, LocatedDamage, LocatedPlace, PartitionBytes, Result, check_integrity,
-    locate_damage, resolve, verify,
+    EngineError, FilesAt, FoundFile, LocatedDamage, LocatedPartition, LocatedPlace, PartitionBytes,
+    Result, check_integrity, locate_damage, resolve, verify,
 };
 use vmtide_repo::{Damage, ReadData, SampleReport, VerifyOptions, VerifyReport};
 
@@ -83,8 +83,11 @@ pub fn run(app: &App, args: &VerifyArgs) -> Result<Exit> {
     }
     let options = VerifyOptions { points, read: args.read_data, seed: args.seed };
     let job = app.begin_job()?;
-    let report = job.run(app, |context| verify(&repository, &options, context))?;
-    let damage = locate_damage(&repository, &report.damage);
+    let (report, damage) = job.run(app, |context| {
+        let report = verify(&repository, &options, context)?;
+        let damage = locate_damage(&repository, &report.damage, context.cancel);
+        Ok((report, damage))
+    })?;
     show(app, &report, &damage);
     app.output.summary(&with_partitions(&report, &damage));
     Ok(if report.damage.is_empty() { Exit::Done } else { Exit::Damaged })
@@ -121,6 +124,9 @@ fn show(app: &App, report: &VerifyReport, damage: &[LocatedDamage]) {
 
 /// The disks that are listed for one piece of damage: a year of daily restore points shares most data.
 const PLACES_SHOWN: usize = 10;
+
+/// The files that are listed for one partition.
+const FILES_SHOWN: usize = 20;
 
 /// One piece of damage and what it touches.
 pub fn show_damage(app: &App, damage: &LocatedDamage) {
@@ -161,13 +167,40 @@ pub fn show_damage(app: &App, damage: &LocatedDamage) {
     }
 }
 
-/// In which partitions the damage lies, for people; nothing where that cannot be told.
-fn touched_partitions(place: &LocatedPlace) -> impl Iterator<Item = String> {
-    place.partitions.iter().flatten().map(|PartitionBytes { partition, bytes }| {
+/// In which partitions and files the damage lies, for people; nothing where that cannot be told.
+fn touched_partitions(place: &LocatedPlace) -> Vec<String> {
+    let mut lines = Vec::new();
+    for LocatedPartition { bytes: PartitionBytes { partition, bytes }, files } in
+        place.partitions.iter().flatten()
+    {
         let name = partition.name.as_ref().map(|name| format!(" {name:?}")).unwrap_or_default();
         let size = units::size(*bytes);
-        format!("{size} in partition {}{name} ({})", partition.number, partition.kind)
-    })
+        lines.push(format!("{size} in partition {}{name} ({})", partition.number, partition.kind));
+        lines.extend(files.iter().flat_map(touched_files).map(|line| format!("  {line}")));
+    }
+    lines.extend(place.files.iter().flat_map(touched_files));
+    lines
+}
+
+fn touched_files(found: &FilesAt) -> Vec<String> {
+    let name = |file: &FoundFile| match file.is_directory {
+        true => format!("directory {}", file.path),
+        false => file.path.clone(),
+    };
+    let mut lines: Vec<_> = found.files.iter().take(FILES_SHOWN).map(name).collect();
+    if found.files.is_empty() {
+        lines.push(format!(
+            "no file there: free space, or what {} keeps for itself",
+            found.file_system
+        ));
+    }
+    if found.files.len() > FILES_SHOWN {
+        lines.push(format!("and {} more files; --json has all", found.files.len() - FILES_SHOWN));
+    }
+    if !found.is_complete {
+        lines.push("there may be more: not all lists of the file system were followed".to_owned());
+    }
+    lines
 }
 
 /// A report with the partitions that its damage touches, for `--json`.
