@@ -56,7 +56,7 @@ pub use convert::{ConvertJob, ConvertSummary, convert};
 pub use copy::{CopiedDisk, CopiedPoint, CopyJob, CopySummary, PresentPoint, UncopiedPoint, copy};
 pub use error::{EngineError, Result};
 pub use events::{Event, JobContext, Observer, Phase, Silent};
-pub use located::{LocatedDamage, LocatedPartition, LocatedPlace, locate_damage};
+pub use located::{LocatedDamage, LocatedPartition, LocatedPlace, TouchedParts, locate_damage};
 pub use many::{Limits, run_limited};
 pub use places::state_directory;
 pub use points::{

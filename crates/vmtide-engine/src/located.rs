@@ -30,16 +30,24 @@ pub struct LocatedPlace {
     /// The disk and its bytes.
     #[serde(flatten)]
     pub place: DamagedPlace,
-    /// The partitions it touches, with the bytes in each; none where it cannot be told which bytes of
+    /// What of it they are.
+    #[serde(flatten)]
+    pub parts: TouchedParts,
+}
+
+/// What some bytes of a disk are.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct TouchedParts {
+    /// The partitions they touch, with the bytes in each; none where it cannot be told which bytes of
     /// the disk are damaged, or the disk cannot be read at all.
     pub partitions: Option<Vec<LocatedPartition>>,
     /// The bytes that lie in no partition; all where the disk has no table that can be read.
     pub unpartitioned_bytes: Option<u64>,
-    /// The files it touches, on a disk without partitions; see [`LocatedPartition::files`].
+    /// The files they touch, on a disk without partitions; see [`LocatedPartition::files`].
     pub files: Option<FilesAt>,
 }
 
-/// What a piece of damage touches of one partition.
+/// What some bytes of a disk touch of one partition.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct LocatedPartition {
     /// The partition and the bytes in it.
@@ -66,9 +74,35 @@ pub fn locate_damage(
             frame: damage.frame,
             detail: damage.detail.clone(),
             points: damage.points.clone(),
-            places: damage.places.iter().map(|place| disks.locate(place)).collect(),
+            places: damage
+                .places
+                .iter()
+                .map(|place| LocatedPlace { place: place.clone(), parts: disks.locate(place) })
+                .collect(),
         })
         .collect()
+}
+
+/// The partitions and files that were lost where a restore point's disk was salvaged; none where nothing was.
+pub(crate) fn locate_lost(
+    repository: &Repository,
+    point: &RestorePoint,
+    disk: &str,
+    lost: &RangeSet,
+    cancel: &CancelToken,
+) -> Option<TouchedParts> {
+    if lost.is_empty() {
+        return None;
+    }
+    let place = DamagedPlace {
+        point: point.id,
+        vm: point.vm.clone(),
+        disk: disk.to_owned(),
+        ranges: lost.clone(),
+    };
+    let mut disks = Disks::of(repository, [point.clone()], cancel);
+    disks.choose(std::slice::from_ref(&place));
+    Some(disks.locate(&place))
 }
 
 /// The segments of a disk's map, and the length of the disk in bytes.
@@ -97,22 +131,30 @@ struct Disks<'a> {
 }
 
 impl<'a> Disks<'a> {
-    fn new(repository: &'a Repository, damage: &[Damage], cancel: &'a CancelToken) -> Self {
-        let mut points = BTreeMap::new();
-        if damage.iter().any(|damage| !damage.places.is_empty()) {
-            match repository.points() {
-                Ok(list) => points.extend(list.points.into_iter().map(|point| (point.id, point))),
-                Err(error) => tracing::debug!(%error, "no partitions of what is damaged"),
-            }
-        }
-        let mut disks = Self {
+    fn of(
+        repository: &'a Repository,
+        points: impl IntoIterator<Item = RestorePoint>,
+        cancel: &'a CancelToken,
+    ) -> Self {
+        Self {
             repository,
             cancel,
-            points,
+            points: points.into_iter().map(|point| (point.id, point)).collect(),
             damaged: HashMap::new(),
             newest: HashSet::new(),
             known: HashMap::new(),
-        };
+        }
+    }
+
+    fn new(repository: &'a Repository, damage: &[Damage], cancel: &'a CancelToken) -> Self {
+        let mut points = Vec::new();
+        if damage.iter().any(|damage| !damage.places.is_empty()) {
+            match repository.points() {
+                Ok(list) => points = list.points,
+                Err(error) => tracing::debug!(%error, "no partitions of what is damaged"),
+            }
+        }
+        let mut disks = Self::of(repository, points, cancel);
         damage.iter().for_each(|damage| disks.choose(&damage.places));
         disks
     }
@@ -142,7 +184,7 @@ impl<'a> Disks<'a> {
         Some((record.map.clone(), record.size_bytes))
     }
 
-    fn locate(&mut self, place: &DamagedPlace) -> LocatedPlace {
+    fn locate(&mut self, place: &DamagedPlace) -> TouchedParts {
         let known = if place.ranges.is_empty() { None } else { self.disk(place) };
         let table = known.as_ref().and_then(|known| known.table.as_deref());
         let (partitions, unpartitioned_bytes) =
@@ -157,8 +199,7 @@ impl<'a> Disks<'a> {
             LocatedPartition { bytes: PartitionBytes { partition, bytes }, files }
         };
         let whole = ByteRange::from_bounds(0, u64::MAX);
-        LocatedPlace {
-            place: place.clone(),
+        TouchedParts {
             files: files(whole).filter(|_| table.is_some_and(<[Partition]>::is_empty)),
             partitions: partitions.map(|found| found.into_iter().map(entry).collect()),
             unpartitioned_bytes,

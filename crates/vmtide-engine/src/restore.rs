@@ -7,6 +7,7 @@
 
 use crate::damage::record_damage;
 use crate::events::{JobContext, Phase};
+use crate::located::{TouchedParts, locate_lost};
 use crate::restore_target;
 use crate::target::{SourceHints, WritePlan};
 use crate::{EngineError, Result};
@@ -129,6 +130,8 @@ pub struct RestoredDisk {
     pub zeroed_bytes: u64,
     /// The bytes that could not be read and are zeros on the target; only of a salvage.
     pub lost: RangeSet,
+    /// The partitions and files these are; none where nothing was lost.
+    pub lost_in: Option<TouchedParts>,
 }
 
 /// Restores.
@@ -205,6 +208,7 @@ fn restore_disk(
         let source = job.repository.open_disk(job.point, &disk.id)?;
         (write.write(source.as_ref(), Some(workers), &hints, context)?, RangeSet::new())
     };
+    let lost_in = locate_lost(job.repository, job.point, &disk.id, &lost, context.cancel);
     Ok(RestoredDisk {
         id: disk.id.clone(),
         path: write.name(),
@@ -214,5 +218,6 @@ fn restore_disk(
         written_bytes: summary.written_bytes,
         zeroed_bytes: summary.zeroed_bytes,
         lost,
+        lost_in,
     })
 }

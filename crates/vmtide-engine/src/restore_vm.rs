@@ -8,6 +8,7 @@ use crate::copy_ranges::copy_ranges;
 use crate::damage::record_damage;
 use crate::events::{JobContext, Phase};
 use crate::image::compare::first_difference;
+use crate::located::locate_lost;
 use crate::restore::{RestoredDisk, choose_disks};
 use crate::{EngineError, Result};
 use serde::Serialize;
@@ -329,6 +330,8 @@ fn write_disk(
             ));
         }
     }
+    let lost = salvaged.map_or_else(RangeSet::new, |device| device.lost());
+    let lost_in = locate_lost(job.repository, job.point, &record.id, &lost, context.cancel);
     Ok(RestoredDisk {
         id: record.id.clone(),
         path: disk.path.clone(),
@@ -337,7 +340,8 @@ fn write_disk(
         read_bytes: done.read_bytes,
         written_bytes: done.written_bytes,
         zeroed_bytes: done.zeroed_bytes,
-        lost: salvaged.map_or_else(RangeSet::new, |device| device.lost()),
+        lost,
+        lost_in,
     })
 }
 

@@ -197,7 +197,8 @@ fn the_files_that_damage_touches_are_named() {
     flip(&packs(&place)[0]);
     let text = place.run(&["verify", "--read-data"]).must_end_with(5).stdout;
     let summary = place.run(&["verify", "--read-data", "--json"]).must_end_with(5).summary();
-    place.run(&["restore", "web@latest", "--to", "left.raw", "--salvage"]).must_end_with(5);
+    let salvage = ["restore", "web@latest", "--to", "left.raw", "--salvage", "--json"];
+    let salvaged = place.run(&salvage).must_end_with(5).summary();
     let left = std::fs::read(place.path("left.raw")).unwrap();
 
     // What differs, by its content.
@@ -221,6 +222,14 @@ fn the_files_that_damage_touches_are_named() {
     let is_file = |path: &&String| files.contains_key(*path);
     let newest: BTreeSet<_> = told[&id(1)].iter().flatten().filter(is_file).cloned().collect();
     assert_eq!(newest, expected);
+    let lost_in = &salvaged["disks"][0]["lost_in"]["partitions"][0];
+    assert_eq!((&lost_in["number"], &lost_in["files"]["file_system"]), (&1.into(), &"ext4".into()));
+    let lost_files = lost_in["files"]["files"].as_array().unwrap().iter();
+    let lost_files: BTreeSet<_> =
+        lost_files.map(|file| file["path"].as_str().unwrap().to_owned()).collect();
+    assert!(lost_files.is_superset(&expected), "{lost_files:?}");
+    let text = place.run(&["restore", "web@latest", "--to", "more.raw", "--salvage"]).stdout;
+    assert!(expected.iter().all(|path| text.contains(path.as_str())), "{text}");
     // Two points in one map are read once; the older is asked by itself.
     let alone = place.run(&["verify", &id(0), "--read-data", "--json"]).must_end_with(5).summary();
     let older: BTreeSet<_> =

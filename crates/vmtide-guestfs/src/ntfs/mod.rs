@@ -56,7 +56,7 @@ pub(crate) fn files_at(
         let mut paths = names.paths_of(number)?;
         paths.truncate(MAX_NAMES);
         if !stream.is_empty() {
-            paths.iter_mut().for_each(|path| *path = format!("{path}:{stream}"));
+            paths.iter_mut().for_each(|path| *path = format!("{path}:{}", printable(&stream)));
         }
         let path = if paths.is_empty() { format!("[record {number}]") } else { paths.remove(0) };
         let is_directory = table.record(number)?.is_some_and(|record| record.is_directory());

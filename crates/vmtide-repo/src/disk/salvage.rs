@@ -10,10 +10,14 @@ use crate::map::DiskMap;
 use crate::point::DiskRecord;
 use crate::{BLOCK_BYTES, Result};
 use parking_lot::Mutex;
+use std::collections::HashSet;
 use std::sync::Arc;
 use vmtide_block::{BlockDevice, BlockError, ByteRange, Extent, RangeSet};
 
 const BLOCK: u64 = BLOCK_BYTES as u64;
+
+/// The most damaged parts that are told one by one.
+const MAX_TOLD: usize = 1000;
 
 /// A disk of a restore point as far as it can be read. Shared by threads.
 pub struct SalvagedDisk {
@@ -21,6 +25,8 @@ pub struct SalvagedDisk {
     map: DiskMap,
     packs: PackSet,
     lost: Mutex<RangeSet>,
+    /// What was wrong, so that it is told once and not for each read.
+    told: Mutex<HashSet<String>>,
 }
 
 impl SalvagedDisk {
@@ -35,12 +41,22 @@ impl SalvagedDisk {
             map: map()?,
             packs: PackSet::new(Arc::clone(context)),
             lost: Mutex::default(),
+            told: Mutex::default(),
         })
     }
 
     /// The bytes that could not be read so far and read as zeros instead.
     pub fn lost(&self) -> RangeSet {
         self.lost.lock().clone()
+    }
+
+    fn tell(&self, error: &BlockError) {
+        let mut told = self.told.lock();
+        if told.len() < MAX_TOLD && told.insert(error.to_string()) {
+            tracing::warn!(%error, "passed over");
+        } else {
+            tracing::debug!(%error, "passed over");
+        }
     }
 
     /// Reads a range that cannot be read as a whole: frame by frame.
@@ -109,7 +125,7 @@ impl BlockDevice for SalvagedDisk {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<(), BlockError> {
         match self.disk.read_at(buffer, offset) {
             Err(error) if is_lost(&error) => {
-                tracing::warn!(%error, "passed over");
+                self.tell(&error);
                 Ok(self.read_parts(buffer, offset)?)
             }
             other => other,

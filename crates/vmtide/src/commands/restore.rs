@@ -2,6 +2,7 @@
 
 use crate::app::App;
 use crate::commands::restore_vm::{self, RestoreVmArgs};
+use crate::commands::verify::touched_parts;
 use crate::exit::Exit;
 use crate::{repository, units};
 use clap::Args;
@@ -139,6 +140,9 @@ pub(super) fn print_lost(app: &App, disks: &[RestoredDisk]) -> bool {
         ));
         for range in disk.lost.iter() {
             app.output.line(format!("  bytes {} to {}", range.offset, range.end()));
+        }
+        for line in disk.lost_in.iter().flat_map(touched_parts) {
+            app.output.line(format!("  {line}"));
         }
     }
     any

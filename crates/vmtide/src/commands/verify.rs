@@ -6,8 +6,8 @@ use crate::{repository, units};
 use clap::Args;
 use serde::Serialize;
 use vmtide_engine::{
-    EngineError, FilesAt, FoundFile, LocatedDamage, LocatedPartition, LocatedPlace, PartitionBytes,
-    Result, check_integrity, locate_damage, resolve, verify,
+    EngineError, FilesAt, FoundFile, LocatedDamage, LocatedPartition, PartitionBytes, Result,
+    TouchedParts, check_integrity, locate_damage, resolve, verify,
 };
 use vmtide_repo::{Damage, ReadData, SampleReport, VerifyOptions, VerifyReport};
 
@@ -157,7 +157,7 @@ pub fn show_damage(app: &App, damage: &LocatedDamage) {
             place.vm,
             place.disk
         ));
-        for line in touched_partitions(located) {
+        for line in touched_parts(&located.parts) {
             app.output.line(format!("    {line}"));
         }
     }
@@ -167,18 +167,18 @@ pub fn show_damage(app: &App, damage: &LocatedDamage) {
     }
 }
 
-/// In which partitions and files the damage lies, for people; nothing where that cannot be told.
-fn touched_partitions(place: &LocatedPlace) -> Vec<String> {
+/// In which partitions and files damage lies, for people; nothing where that cannot be told.
+pub fn touched_parts(parts: &TouchedParts) -> Vec<String> {
     let mut lines = Vec::new();
     for LocatedPartition { bytes: PartitionBytes { partition, bytes }, files } in
-        place.partitions.iter().flatten()
+        parts.partitions.iter().flatten()
     {
         let name = partition.name.as_ref().map(|name| format!(" {name:?}")).unwrap_or_default();
         let size = units::size(*bytes);
         lines.push(format!("{size} in partition {}{name} ({})", partition.number, partition.kind));
         lines.extend(files.iter().flat_map(touched_files).map(|line| format!("  {line}")));
     }
-    lines.extend(place.files.iter().flat_map(touched_files));
+    lines.extend(parts.files.iter().flat_map(touched_files));
     lines
 }
 

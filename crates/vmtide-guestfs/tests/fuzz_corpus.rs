@@ -1,0 +1,91 @@
+//! The fuzz target over its seeds and mutations of them. With `VMTIDE_WRITE_SEEDS=1` the seeds are made anew, by the makers of
+//! the file systems.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed unwrap is a failed test")]
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use vmtide_guestfs::fuzzing::{SECTOR_BYTES, file_system};
+
+fn home() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/seeds/guestfs")
+}
+
+/// The sectors of an image that are not zeros, with their numbers; not more than enough for a seed.
+fn sectors(image: &[u8]) -> Vec<u8> {
+    let mut seed = Vec::new();
+    for (number, sector) in (0_u16..).zip(image.chunks_exact(SECTOR_BYTES)) {
+        if sector.iter().any(|byte| *byte != 0) && seed.len() < 48 << 10 {
+            seed.extend(number.to_le_bytes());
+            seed.extend(sector);
+        }
+    }
+    seed
+}
+
+fn make(name: &str, program: &str, options: &[&str], bytes: u64) {
+    let directory = tempfile::tempdir().unwrap();
+    let (root, image) = (directory.path().join("root"), directory.path().join("image"));
+    std::fs::create_dir_all(root.join("some/where")).unwrap();
+    std::fs::write(root.join("some/where/file"), [7; 20_000]).unwrap();
+    std::fs::hard_link(root.join("some/where/file"), root.join("other")).unwrap();
+    std::fs::File::create(&image).unwrap().set_len(bytes).unwrap();
+    let mut command = Command::new(program);
+    command.args(options);
+    if program.ends_with("mke2fs") {
+        command.arg("-d").arg(&root);
+    }
+    assert!(command.arg(&image).status().unwrap().success(), "{command:?}");
+    if program.ends_with("mkntfs") {
+        let mut copy = Command::new("/sbin/ntfscp");
+        copy.arg("-q").arg(&image).arg(root.join("other")).arg("other");
+        assert!(copy.status().unwrap().success());
+    }
+    std::fs::create_dir_all(home()).unwrap();
+    std::fs::write(home().join(name), sectors(&std::fs::read(&image).unwrap())).unwrap();
+}
+
+fn write_seeds() {
+    let ext = |name, options: &[&str]| {
+        make(
+            name,
+            "/sbin/mke2fs",
+            &[&["-q", "-F", "-b", "1024", "-N", "32"], options].concat(),
+            400 << 10,
+        );
+    };
+    ext("ext2", &["-t", "ext2"]);
+    ext("ext4", &["-t", "ext4", "-O", "^has_journal,^resize_inode"]);
+    ext("ext4-meta-bg", &["-t", "ext4", "-O", "^has_journal,^resize_inode,meta_bg", "-I", "128"]);
+    make("ntfs", "/sbin/mkntfs", &["-q", "-F", "-f", "-c", "512"], 2 << 20);
+}
+
+#[test]
+fn seeds_and_mutations_of_them_end() {
+    if std::env::var_os("VMTIDE_WRITE_SEEDS").is_some() {
+        write_seeds();
+    }
+    let mut state = 0x5EED_u64;
+    let mut next = move |below: usize| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        usize::try_from(state % below as u64).unwrap()
+    };
+    let mut seeds = 0;
+    for entry in std::fs::read_dir(home()).unwrap() {
+        let path = entry.unwrap().path();
+        let seed = std::fs::read(&path).unwrap();
+        seeds += 1;
+        assert!(file_system(&seed) > 1, "{}", path.display());
+        for _ in 0..150 {
+            let mut mutated = seed.clone();
+            for _ in 0..=next(6) {
+                let at = next(mutated.len());
+                mutated[at] = [0, 1, 0x7F, 0x80, 0xFF, mutated[at] ^ 1 << next(8)][next(6)];
+            }
+            file_system(&mutated);
+        }
+    }
+    assert!(seeds >= 4, "{seeds}");
+}
