@@ -20,7 +20,8 @@ pub struct FilesAt {
     pub file_system: &'static str,
     /// The files, by path.
     pub files: Vec<FoundFile>,
-    /// Whether these are all: not where they are more than [`MAX_FILES`], or lists could not be followed to their end.
+    /// Whether these are all: not where they are more than [`MAX_FILES`], or the places asked for have inodes or file
+    /// records themselves, so that damage there hides files.
     pub is_complete: bool,
 }
 

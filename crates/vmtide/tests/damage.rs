@@ -147,12 +147,11 @@ fn damage_is_found_listed_salvaged_and_healed_by_the_next_backup() {
 /// Files by name, and a disk with one partition of ext4 that has them.
 fn with_files(place: &Place, name: &str) -> (BTreeMap<String, Vec<u8>>, Vec<u8>) {
     let files: BTreeMap<_, _> = (0..12)
-        .map(|number| (format!("/srv/dir {}/{number}.db", number % 3), noise(300_000, 50 + number)))
+        .map(|number| (format!("/tables {number}.db"), noise(300_000, 50 + number)))
         .collect();
     for (path, bytes) in &files {
-        let path = place.path("tree").join(&path[1..]);
-        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-        std::fs::write(path, bytes).unwrap();
+        std::fs::create_dir_all(place.path("tree")).unwrap();
+        std::fs::write(place.path("tree").join(&path[1..]), bytes).unwrap();
     }
     partitioned(place, name);
     let file_system = place.path("file system");
@@ -194,7 +193,17 @@ fn the_files_that_damage_touches_are_named() {
     let (files, disk) = with_files(&place, "web.raw");
     place.run(&["backup", "web.raw"]).must_end_with(0);
     place.run(&["backup", "web.raw"]).must_end_with(0);
-    flip(&packs(&place)[0]);
+    // Not what has the inodes, which are at the beginning: with them goes what is known of all files.
+    for pack in packs(&place) {
+        flip(&pack);
+        let salvage = ["restore", "web@latest", "--to", "try.raw", "--salvage", "--force"];
+        place.run(&salvage);
+        let tried = std::fs::read(place.path("try.raw")).unwrap();
+        if tried != disk && tried[..2 * MIB] == disk[..2 * MIB] {
+            break;
+        }
+        flip(&pack);
+    }
     let text = place.run(&["verify", "--read-data"]).must_end_with(5).stdout;
     let summary = place.run(&["verify", "--read-data", "--json"]).must_end_with(5).summary();
     let salvage = ["restore", "web@latest", "--to", "left.raw", "--salvage", "--json"];

@@ -35,7 +35,7 @@ pub(crate) fn files_at(
         touched: Touched::default(),
         directories: Vec::new(),
     };
-    superblock.for_each_inode(volume, cancel, &mut |number, bytes| {
+    let is_whole = superblock.for_each_inode(volume, ranges, cancel, &mut |number, bytes| {
         let Some(inode) = Inode::parse(bytes) else { return Ok(()) };
         scan.take(number, &inode, ranges)
     })?;
@@ -57,7 +57,7 @@ pub(crate) fn files_at(
         files.push(FoundFile { path, other_paths: paths, is_directory, ranges: found });
     }
     files.sort_by(|a, b| a.path.cmp(&b.path));
-    let is_complete = !touched.is_cut && !names.is_cut();
+    let is_complete = is_whole && !touched.is_cut && !names.is_cut();
     Ok(Some(FilesAt { file_system: superblock.kind(), files, is_complete }))
 }
 

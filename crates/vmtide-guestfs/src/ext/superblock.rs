@@ -2,7 +2,7 @@
 
 use crate::bytes::{u16_at, u32_at};
 use crate::volume::Volume;
-use vmtide_block::{CancelToken, Result};
+use vmtide_block::{CancelToken, RangeSet, Result};
 
 /// `EXT4_SUPER_MAGIC`.
 const MAGIC: u16 = 0xEF53;
@@ -26,6 +26,10 @@ const RO_COMPAT_EXT4: u32 = 0x8 | 0x10 | 0x20 | 0x40 | 0x200 | 0x400;
 
 /// `EXT4_BG_INODE_UNINIT`: no inode of the group was ever used.
 const GROUP_INODES_UNUSED: u16 = 0x1;
+
+/// Where copies of the superblock are: the first, and that of the second group as `mke2fs` makes it with blocks of 1, 2 and 4
+/// KiB.
+const COPIES: [u64; 4] = [1024, 8193 << 10, 16384 << 11, 32768 << 12];
 
 /// What is said of the whole file system.
 #[derive(Debug)]
@@ -53,14 +57,17 @@ struct Group {
 }
 
 impl Superblock {
-    /// Reads the first copy; none where it makes no sense.
+    /// Reads the first copy that makes sense.
     pub(super) fn read(volume: &Volume<'_>) -> Result<Option<Self>> {
         let mut bytes = [0; 1024];
-        Ok(if volume.read(&mut bytes, 1024)? {
-            Self::parse(&bytes, volume.size_bytes())
-        } else {
-            None
-        })
+        for offset in COPIES {
+            if volume.read(&mut bytes, offset)?
+                && let Some(superblock) = Self::parse(&bytes, volume.size_bytes())
+            {
+                return Ok(Some(superblock));
+            }
+        }
+        Ok(None)
     }
 
     fn parse(bytes: &[u8], size_bytes: u64) -> Option<Self> {
@@ -118,16 +125,19 @@ impl Superblock {
         }
     }
 
-    /// Hands over all inodes that may be in use, with their numbers.
+    /// Hands over all inodes that may be in use, with their numbers. Answers with whether nothing of their tables, and of
+    /// what tells where these are, lies in `ranges` of the disk: inodes in damaged places are not found.
     ///
     /// # Errors
     /// Those of the disk and of `take`; cancelled.
     pub(super) fn for_each_inode(
         &self,
         volume: &Volume<'_>,
+        ranges: &RangeSet,
         cancel: &CancelToken,
         take: &mut dyn FnMut(u32, &[u8]) -> Result<()>,
-    ) -> Result<()> {
+    ) -> Result<bool> {
+        let mut is_whole = true;
         let groups = self.inodes.div_ceil(self.inodes_per_group);
         for number in 0..groups {
             cancel.check()?;
@@ -135,6 +145,10 @@ impl Superblock {
             if self.first_block_of(number) >= self.blocks {
                 break;
             }
+            let descriptor = self.descriptor_offset(number, 0);
+            is_whole &= descriptor.is_some_and(|offset| {
+                volume.touched(offset, self.descriptor_bytes.into(), ranges).is_empty()
+            });
             let Some(group) = self.group(volume, number)? else { continue };
             let Some(offset) = group.table_block.checked_mul(u64::from(self.block_bytes)) else {
                 continue;
@@ -143,13 +157,14 @@ impl Superblock {
             let count = group.used_inodes.min(self.inodes - first);
             let length = u64::from(count) * u64::from(self.inode_bytes);
             let table = (offset, length);
+            is_whole &= volume.touched(offset, length, ranges).is_empty();
             volume.for_each_entry(table, self.inode_bytes, cancel, &mut |entry, bytes| {
                 let inode =
                     u32::try_from(entry).ok().and_then(|entry| first.checked_add(entry + 1));
                 inode.map_or(Ok(()), |inode| take(inode, bytes))
             })?;
         }
-        Ok(())
+        Ok(is_whole)
     }
 
     /// Where an inode lies in the file system.
@@ -165,19 +180,27 @@ impl Superblock {
         Ok(table.and_then(|table| table.checked_add(inside)))
     }
 
-    fn group(&self, volume: &Volume<'_>, number: u32) -> Result<Option<Group>> {
+    /// Where the descriptor of a group lies, as far as the group `copy` has it.
+    fn descriptor_offset(&self, group: u32, copy: u32) -> Option<u64> {
         let per_block = self.block_bytes / self.descriptor_bytes;
-        let Some(block) = self.descriptor_block(number / per_block, per_block) else {
-            return Ok(None);
-        };
-        let inside = u64::from(number % per_block) * u64::from(self.descriptor_bytes);
+        let block = self.descriptor_block(group / per_block, per_block, copy)?;
+        let inside = u64::from(group % per_block) * u64::from(self.descriptor_bytes);
+        block.checked_mul(u64::from(self.block_bytes))?.checked_add(inside)
+    }
+
+    /// A group by its descriptor, or by the copy of that in the second group where the first is lost.
+    fn group(&self, volume: &Volume<'_>, number: u32) -> Result<Option<Group>> {
         let mut bytes = [0; 64];
         let bytes = &mut bytes[..crate::bytes::index(self.descriptor_bytes.min(64))];
-        let Some(offset) = block.checked_mul(u64::from(self.block_bytes)) else { return Ok(None) };
-        if !volume.read(bytes, offset + inside)? {
-            return Ok(None);
+        for copy in [0, 1] {
+            if let Some(offset) = self.descriptor_offset(number, copy)
+                && volume.read(bytes, offset)?
+                && let Some(group) = self.parse_group(bytes)
+            {
+                return Ok(Some(group));
+            }
         }
-        Ok(self.parse_group(bytes))
+        Ok(None)
     }
 
     fn parse_group(&self, bytes: &[u8]) -> Option<Group> {
@@ -199,14 +222,15 @@ impl Superblock {
         u64::from(self.first_data_block) + u64::from(group) * u64::from(self.blocks_per_group)
     }
 
-    /// The block with the group descriptors from `number * per_block` on.
-    fn descriptor_block(&self, number: u32, per_block: u32) -> Option<u64> {
+    /// The block with the group descriptors from `number * per_block` on, in the group `copy`.
+    fn descriptor_block(&self, number: u32, per_block: u32, copy: u32) -> Option<u64> {
         match self.first_meta_group {
             Some(first) if number >= first => {
-                let group = number.checked_mul(per_block)?;
+                let group = number.checked_mul(per_block)?.checked_add(copy)?;
                 Some(self.first_block_of(group) + u64::from(self.has_superblock(group)))
             }
-            _ => Some(u64::from(self.first_data_block) + 1 + u64::from(number)),
+            _ => (copy == 0 || self.has_superblock(copy))
+                .then(|| self.first_block_of(copy) + 1 + u64::from(number)),
         }
     }
 

@@ -63,7 +63,8 @@ pub(crate) fn files_at(
         files.push(FoundFile { path, other_paths: paths, is_directory, ranges: found });
     }
     files.sort_by(|a, b| a.path.cmp(&b.path));
-    let is_complete = !touched.is_cut && !table.is_cut;
+    // Records in damaged places are not found.
+    let is_complete = !touched.is_cut && !table.is_cut && !table.is_touched(ranges);
     Ok(Some(FilesAt { file_system: "ntfs", files, is_complete }))
 }
 
@@ -144,6 +145,16 @@ impl Table<'_> {
             first += length / record_bytes;
         }
         Ok(())
+    }
+
+    /// Whether any of the table lies in `ranges` of the disk.
+    fn is_touched(&self, ranges: &RangeSet) -> bool {
+        let cluster_bytes = u64::from(self.boot.cluster_bytes);
+        self.runs.iter().any(|run| {
+            let offset = run.first_cluster.and_then(|cluster| cluster.checked_mul(cluster_bytes));
+            let length = run.count.saturating_mul(cluster_bytes);
+            offset.is_some_and(|offset| !self.volume.touched(offset, length, ranges).is_empty())
+        })
     }
 
     /// Reads one record; none where there is none in use.

@@ -188,7 +188,7 @@ fn touched_files(found: &FilesAt) -> Vec<String> {
         false => file.path.clone(),
     };
     let mut lines: Vec<_> = found.files.iter().take(FILES_SHOWN).map(name).collect();
-    if found.files.is_empty() {
+    if found.files.is_empty() && found.is_complete {
         lines.push(format!(
             "no file there: free space, or what {} keeps for itself",
             found.file_system
@@ -198,7 +198,10 @@ fn touched_files(found: &FilesAt) -> Vec<String> {
         lines.push(format!("and {} more files; --json has all", found.files.len() - FILES_SHOWN));
     }
     if !found.is_complete {
-        lines.push("there may be more: not all lists of the file system were followed".to_owned());
+        lines.push(format!(
+            "there may be more files: what {} knows of them is damaged, too",
+            found.file_system
+        ));
     }
     lines
 }
