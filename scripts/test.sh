@@ -145,7 +145,7 @@ install_tools() {
     ensure_qemu
     # libnbd's tools and nbdkit are independent implementations that the tests compare with; tools/restore.py gets
     # its Python packages in an environment of its own.
-    ensure_packages "the tests of files inside disks" ntfs-3g
+    ensure_packages "the tests of files inside disks" ntfs-3g lvm2 zstd
     ensure_packages "the tests" libnbd-bin nbdkit e2fsprogs xfsprogs fdisk mount openssl python3 python3-venv
     ensure_packages "the tests of the agent" python3-requests curl
     # Other readers of disk images, to compare with.

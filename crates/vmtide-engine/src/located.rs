@@ -44,7 +44,7 @@ pub struct TouchedParts {
     /// The bytes that lie in no partition; all where the disk has no table that can be read.
     pub unpartitioned_bytes: Option<u64>,
     /// The files they touch, on a disk without partitions; see [`LocatedPartition::files`].
-    pub files: Option<FilesAt>,
+    pub files: Option<Vec<FilesAt>>,
 }
 
 /// What some bytes of a disk touch of one partition.
@@ -53,9 +53,9 @@ pub struct LocatedPartition {
     /// The partition and the bytes in it.
     #[serde(flatten)]
     pub bytes: PartitionBytes,
-    /// The files. None where the file system is not one that is read ([`vmtide_guestfs`]), and in all but the newest of the
+    /// The files, by file system: there are several where the partition is LVM's. None where there is none that is read ([`vmtide_guestfs`]), and in all but the newest of the
     /// restore points of a disk that one piece of damage touches: the others are verified by themselves to learn theirs.
-    pub files: Option<FilesAt>,
+    pub files: Option<Vec<FilesAt>>,
 }
 
 /// Finds the partitions and files that damage touches. Partition tables are read once for all points that share them, and
@@ -113,8 +113,8 @@ type MapOfDisk = (Vec<ObjectId>, u64);
 struct Known {
     /// None where it cannot be read.
     table: Option<Vec<Partition>>,
-    /// The files of its file systems that any damage touches, by where the file system begins.
-    files: BTreeMap<u64, FilesAt>,
+    /// The files of its file systems that any damage touches, by where the partition begins.
+    files: BTreeMap<u64, Vec<FilesAt>>,
 }
 
 /// Disks of restore points, read when they are asked for.
@@ -238,7 +238,8 @@ impl<'a> Disks<'a> {
                 continue;
             }
             match files_at(device.as_ref(), area, &inside, self.cancel) {
-                Ok(found) => known.files.extend(found.map(|found| (area.offset, found))),
+                Ok(found) if found.is_empty() => {}
+                Ok(found) => drop(known.files.insert(area.offset, found)),
                 Err(error) => tracing::debug!(%error, "no files of what is damaged"),
             }
         }
@@ -247,12 +248,15 @@ impl<'a> Disks<'a> {
     }
 }
 
-/// The files of `found` that `ranges` touch.
-fn only(found: &FilesAt, ranges: &RangeSet) -> FilesAt {
+/// The files of `found` that `ranges` touch, of the file systems that they touch.
+fn only(found: &[FilesAt], ranges: &RangeSet) -> Vec<FilesAt> {
     let is_touched = |file: &&FoundFile| !file.ranges.intersect(ranges).is_empty();
-    FilesAt {
+    let of = |found: &FilesAt| FilesAt {
+        volume: found.volume.clone(),
         file_system: found.file_system,
         files: found.files.iter().filter(is_touched).cloned().collect(),
         is_complete: found.is_complete,
-    }
+        area: found.area.clone(),
+    };
+    found.iter().filter(|found| !found.area.intersect(ranges).is_empty()).map(of).collect()
 }

@@ -16,6 +16,8 @@ const MAX_PIECES: usize = 1 << 18;
 /// The files that lie at places of a disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct FilesAt {
+    /// The logical volume that the file system is in, as `GROUP/VOLUME`; none where it has the partition or disk to itself.
+    pub volume: Option<String>,
     /// `ext2`, `ext3`, `ext4` or `ntfs`.
     pub file_system: &'static str,
     /// The files, by path.
@@ -23,6 +25,9 @@ pub struct FilesAt {
     /// Whether these are all: not where they are more than [`MAX_FILES`], or the places asked for have inodes or file
     /// records themselves, so that damage there hides files.
     pub is_complete: bool,
+    /// Where the file system lies, in bytes of the disk.
+    #[serde(skip)]
+    pub area: RangeSet,
 }
 
 /// A file with bytes at the places that were asked for.

@@ -26,7 +26,7 @@ pub fn file_system(input: &[u8]) -> usize {
     let asked = RangeSet::from(vec![ByteRange::new(4096, whole.length / 2)]);
     let found = crate::files_at(&device, whole, &asked, &CancelToken::new());
     assert!(found.is_ok(), "memory was read wrong: {found:?}");
-    let files = found.ok().flatten().map(|found| found.files).unwrap_or_default();
+    let files: Vec<_> = found.into_iter().flatten().flat_map(|found| found.files).collect();
     for file in &files {
         assert!(!file.ranges.is_empty() && file.ranges.subtract(&asked).is_empty(), "{file:?}");
         assert!(!file.path.chars().any(char::is_control), "{file:?}");

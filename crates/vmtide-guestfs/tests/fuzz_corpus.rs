@@ -45,6 +45,36 @@ fn make(name: &str, program: &str, options: &[&str], bytes: u64) {
     std::fs::write(home().join(name), sectors(&std::fs::read(&image).unwrap())).unwrap();
 }
 
+/// A file system in a logical volume of two segments; needs root, for a loop device.
+fn make_in_lvm(name: &str) {
+    const KIB: usize = 1 << 10;
+    let directory = tempfile::tempdir().unwrap();
+    let (image, inner) = (directory.path().join("image"), directory.path().join("inner"));
+    std::fs::File::create(&image).unwrap().set_len(2 << 20).unwrap();
+    let run = |program: &str, words: &[&str]| {
+        let done = Command::new(program).args(words).output().unwrap();
+        assert!(done.status.success(), "{program} {words:?}: {done:?}");
+        String::from_utf8(done.stdout).unwrap().trim().to_owned()
+    };
+    run("/sbin/mke2fs", &["-q", "-F", "-b", "1024", "-N", "32", inner.to_str().unwrap(), "512"]);
+    let device = run("/sbin/losetup", &["--show", "-f", image.to_str().unwrap()]);
+    let config = format!(
+        "devices{{use_devicesfile=0 filter=[\"a|{device}|\",\"r|.*|\"]}} backup{{backup=0 archive=0}} global{{activation=0}}"
+    );
+    let lvm = |words: &[&str]| run("/sbin/lvm", &[words, &["--config", &config]].concat());
+    lvm(&["pvcreate", "--metadatasize", "64k", "--dataalignment", "64k", &device]);
+    lvm(&["vgcreate", "-s", "64k", "group", &device]);
+    let create = |name| lvm(&["lvcreate", "-an", "-Zn", "-Wn", "-l", "4", "-n", name, "group"]);
+    create("first");
+    create("second");
+    lvm(&["lvextend", "-l", "+4", "group/first"]);
+    run("/sbin/losetup", &["-d", &device]);
+    let (mut disk, inner) = (std::fs::read(&image).unwrap(), std::fs::read(&inner).unwrap());
+    disk[128 * KIB..384 * KIB].copy_from_slice(&inner[..256 * KIB]);
+    disk[640 * KIB..896 * KIB].copy_from_slice(&inner[256 * KIB..]);
+    std::fs::write(home().join(name), sectors(&disk)).unwrap();
+}
+
 fn write_seeds() {
     let ext = |name, options: &[&str]| {
         make(
@@ -58,6 +88,7 @@ fn write_seeds() {
     ext("ext4", &["-t", "ext4", "-O", "^has_journal,^resize_inode"]);
     ext("ext4-meta-bg", &["-t", "ext4", "-O", "^has_journal,^resize_inode,meta_bg", "-I", "128"]);
     make("ntfs", "/sbin/mkntfs", &["-q", "-F", "-f", "-c", "512"], 2 << 20);
+    make_in_lvm("lvm");
 }
 
 #[test]

@@ -31,7 +31,9 @@ fn open(path: &Path) -> RawDevice {
 
 fn look(device: &dyn BlockDevice, ranges: Vec<ByteRange>) -> FilesAt {
     let whole = ByteRange::new(0, device.size_bytes());
-    files_at(device, whole, &RangeSet::from(ranges), &CancelToken::new()).unwrap().unwrap()
+    let mut found = files_at(device, whole, &RangeSet::from(ranges), &CancelToken::new()).unwrap();
+    assert_eq!(found.len(), 1, "{found:?}");
+    found.remove(0)
 }
 
 /// Some bytes that no two places share: SplitMix64 of numbers that are never the same.
@@ -259,6 +261,67 @@ fn directories_and_hard_links_have_their_names() {
     assert!(names == ["/here/one", "/two"] || names == ["/two", "/here/one"], "{names:?}");
 }
 
+/// A command of LVM that sees the loop device only, and has nothing to do with the kernel.
+fn lvm(command: &str, device: &str, words: &[&str]) {
+    let config = format!(
+        "devices{{use_devicesfile=0 filter=[\"a|{device}|\",\"r|.*|\"]}} backup{{backup=0 archive=0}} global{{activation=0}}"
+    );
+    let mut lvm = Command::new("/sbin/lvm");
+    run(lvm.arg(command).args(["-q", "-q", "--config", &config]).args(words));
+}
+
+/// A file system in a logical volume of two segments with another volume between them, made by LVM's own programs.
+#[test]
+fn a_logical_volume_in_two_segments() {
+    if run(Command::new("id").arg("-u")).trim() != "0" {
+        eprintln!("NOTE: only root has loop devices: skipped");
+        return;
+    }
+    const MIB: usize = 1 << 20;
+    let (directory, root, image) = scratch();
+    let files = BTreeMap::from([
+        ("/first".to_owned(), content(1, 5_000_000)),
+        ("/second".to_owned(), content(2, 8_000_000)),
+    ]);
+    for (path, bytes) in &files {
+        std::fs::write(root.join(&path[1..]), bytes).unwrap();
+    }
+    let file_system = directory.path().join("file system");
+    run(Command::new("/sbin/mke2fs")
+        .args(["-q", "-F", "-t", "ext4", "-d"])
+        .arg(&root)
+        .arg(&file_system)
+        .arg("16M"));
+    RawDevice::open(&image, OpenMode::CreateNew { size_bytes: 40 << 20 }).unwrap();
+    let device = run(Command::new("/sbin/losetup").args(["--show", "-f"]).arg(&image));
+    let device = device.trim();
+    let made = std::panic::catch_unwind(|| {
+        lvm("pvcreate", device, &[device]);
+        lvm("vgcreate", device, &["-s", "4M", "group", device]);
+        let create =
+            |name| lvm("lvcreate", device, &["-an", "-Zn", "-Wn", "-l", "2", "-n", name, "group"]);
+        create("root");
+        create("other-1");
+        lvm("lvextend", device, &["-l", "+2", "group/root"]);
+    });
+    run(Command::new("/sbin/losetup").args(["-d", device]));
+    made.unwrap();
+    // The first extent begins after 1 MiB; the other volume has the third and fourth.
+    let (source, mut disk) = (std::fs::read(&file_system).unwrap(), std::fs::read(&image).unwrap());
+    disk[MIB..9 * MIB].copy_from_slice(&source[..8 * MIB]);
+    disk[17 * MIB..25 * MIB].copy_from_slice(&source[8 * MIB..]);
+    std::fs::write(&image, &disk).unwrap();
+    check(&image, &files, "ext4");
+    let found = look(&open(&image), vec![ByteRange::new(0, 40 << 20)]);
+    assert_eq!(found.volume.as_deref(), Some("group/root"));
+    let mib = |first: u64, last: u64| ByteRange::from_bounds(first << 20, last << 20);
+    assert_eq!(found.area.as_slice(), [mib(1, 9), mib(17, 25)]);
+    // Bytes of the other volume are no part of it.
+    let other = RangeSet::from(vec![mib(10, 12)]);
+    let whole = ByteRange::new(0, 40 << 20);
+    assert_eq!(files_at(&open(&image), whole, &other, &CancelToken::new()).unwrap(), []);
+}
+
 /// An NTFS file system made with `options`, and what `fill` puts in it while it is mounted, which only root can do: answers
 /// with whether it was.
 fn ntfs(image: &Path, options: &[&str], mib: u64, fill: &dyn Fn(&Path)) -> bool {
@@ -340,5 +403,5 @@ fn what_is_no_file_system_has_no_files() {
     let device = RawDevice::open(&image, OpenMode::CreateNew { size_bytes: 1 << 20 }).unwrap();
     let whole = ByteRange::new(0, 1 << 20);
     let asked = RangeSet::from(vec![whole]);
-    assert_eq!(files_at(&device, whole, &asked, &CancelToken::new()).unwrap(), None);
+    assert_eq!(files_at(&device, whole, &asked, &CancelToken::new()).unwrap(), []);
 }

@@ -170,7 +170,7 @@ fn told_files(summary: &serde_json::Value) -> BTreeMap<String, Option<BTreeSet<S
     let mut found: BTreeMap<String, Option<BTreeSet<String>>> = BTreeMap::new();
     for damage in summary["damage"].as_array().unwrap() {
         for place in damage["places"].as_array().unwrap() {
-            let files = &place["partitions"][0]["files"];
+            let files = &place["partitions"][0]["files"][0];
             let entry = found.entry(place["point"].as_str().unwrap().to_owned()).or_default();
             if files.is_null() {
                 continue;
@@ -232,8 +232,11 @@ fn the_files_that_damage_touches_are_named() {
     let newest: BTreeSet<_> = told[&id(1)].iter().flatten().filter(is_file).cloned().collect();
     assert_eq!(newest, expected);
     let lost_in = &salvaged["disks"][0]["lost_in"]["partitions"][0];
-    assert_eq!((&lost_in["number"], &lost_in["files"]["file_system"]), (&1.into(), &"ext4".into()));
-    let lost_files = lost_in["files"]["files"].as_array().unwrap().iter();
+    assert_eq!(
+        (&lost_in["number"], &lost_in["files"][0]["file_system"]),
+        (&1.into(), &"ext4".into())
+    );
+    let lost_files = lost_in["files"][0]["files"].as_array().unwrap().iter();
     let lost_files: BTreeSet<_> =
         lost_files.map(|file| file["path"].as_str().unwrap().to_owned()).collect();
     assert!(lost_files.is_superset(&expected), "{lost_files:?}");

@@ -58,7 +58,8 @@ pub(crate) fn files_at(
     }
     files.sort_by(|a, b| a.path.cmp(&b.path));
     let is_complete = is_whole && !touched.is_cut && !names.is_cut();
-    Ok(Some(FilesAt { file_system: superblock.kind(), files, is_complete }))
+    let (file_system, area) = (superblock.kind(), volume.area());
+    Ok(Some(FilesAt { volume: None, file_system, files, is_complete, area }))
 }
 
 /// What the reading of all inodes gathers.

@@ -65,7 +65,8 @@ pub(crate) fn files_at(
     files.sort_by(|a, b| a.path.cmp(&b.path));
     // Records in damaged places are not found.
     let is_complete = !touched.is_cut && !table.is_cut && !table.is_touched(ranges);
-    Ok(Some(FilesAt { file_system: "ntfs", files, is_complete }))
+    let area = volume.area();
+    Ok(Some(FilesAt { volume: None, file_system: "ntfs", files, is_complete, area }))
 }
 
 /// The master file table.

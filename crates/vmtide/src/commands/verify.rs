@@ -176,16 +176,18 @@ pub fn touched_parts(parts: &TouchedParts) -> Vec<String> {
         let name = partition.name.as_ref().map(|name| format!(" {name:?}")).unwrap_or_default();
         let size = units::size(*bytes);
         lines.push(format!("{size} in partition {}{name} ({})", partition.number, partition.kind));
-        lines.extend(files.iter().flat_map(touched_files).map(|line| format!("  {line}")));
+        lines
+            .extend(files.iter().flatten().flat_map(touched_files).map(|line| format!("  {line}")));
     }
-    lines.extend(parts.files.iter().flat_map(touched_files));
+    lines.extend(parts.files.iter().flatten().flat_map(touched_files));
     lines
 }
 
 fn touched_files(found: &FilesAt) -> Vec<String> {
+    let volume = found.volume.as_ref().map(|name| format!("{name}: ")).unwrap_or_default();
     let name = |file: &FoundFile| match file.is_directory {
-        true => format!("directory {}", file.path),
-        false => file.path.clone(),
+        true => format!("{volume}directory {}", file.path),
+        false => format!("{volume}{}", file.path),
     };
     let mut lines: Vec<_> = found.files.iter().take(FILES_SHOWN).map(name).collect();
     if found.files.is_empty() && found.is_complete {
@@ -195,7 +197,10 @@ fn touched_files(found: &FilesAt) -> Vec<String> {
         ));
     }
     if found.files.len() > FILES_SHOWN {
-        lines.push(format!("and {} more files; --json has all", found.files.len() - FILES_SHOWN));
+        lines.push(format!(
+            "{volume}and {} more files; --json has all",
+            found.files.len() - FILES_SHOWN
+        ));
     }
     if !found.is_complete {
         lines.push(format!(
