@@ -15,6 +15,7 @@ mod found;
 #[doc(hidden)]
 pub mod fuzzing;
 mod lvm;
+mod names;
 mod ntfs;
 mod volume;
 
