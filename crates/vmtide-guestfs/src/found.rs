@@ -18,7 +18,7 @@ const MAX_PIECES: usize = 1 << 18;
 pub struct FilesAt {
     /// The logical volume that the file system is in, as `GROUP/VOLUME`; none where it has the partition or disk to itself.
     pub volume: Option<String>,
-    /// `ext2`, `ext3`, `ext4` or `ntfs`.
+    /// `ext2`, `ext3`, `ext4`, `xfs` or `ntfs`.
     pub file_system: &'static str,
     /// The files, by path.
     pub files: Vec<FoundFile>,

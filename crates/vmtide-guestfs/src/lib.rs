@@ -2,7 +2,7 @@
 //!
 //! A damaged part of a backup is some bytes of a disk. Whoever has to decide what to do about it wants to know the files,
 //! and a file system has no list that leads from its blocks to them: every file's own list is read, once, and held against
-//! the bytes asked for; then names are looked up for what was found, which is little. ext2, ext3, ext4 and NTFS are read, in partitions and in logical
+//! the bytes asked for; then names are looked up for what was found, which is little. ext2, ext3, ext4, XFS and NTFS are read, in partitions and in logical
 //! volumes of LVM, from what the disk holds without replaying a journal. Libraries that read file systems lead from a path to content
 //! and not back, so this is our own.
 //!
@@ -18,6 +18,7 @@ mod lvm;
 mod names;
 mod ntfs;
 mod volume;
+mod xfs;
 
 pub use found::{FilesAt, FoundFile, MAX_FILES, MAX_NAMES};
 
@@ -59,8 +60,10 @@ fn in_volume(
     ranges: &RangeSet,
     cancel: &CancelToken,
 ) -> Result<Option<FilesAt>> {
-    match ext::files_at(volume, ranges, cancel)? {
-        None => ntfs::files_at(volume, ranges, cancel),
-        found => Ok(found),
+    for kind in [ext::files_at, xfs::files_at, ntfs::files_at] {
+        if let Some(found) = kind(volume, ranges, cancel)? {
+            return Ok(Some(found));
+        }
     }
+    Ok(None)
 }

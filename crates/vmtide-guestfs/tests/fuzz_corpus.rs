@@ -75,6 +75,23 @@ fn make_in_lvm(name: &str) {
     std::fs::write(home().join(name), sectors(&disk)).unwrap();
 }
 
+/// The beginning of a file system that is larger than the fuzzer's disk: all that leads to its inodes.
+fn make_xfs(name: &str, metadata: &str) {
+    let directory = tempfile::tempdir().unwrap();
+    let (image, plan) = (directory.path().join("image"), directory.path().join("plan"));
+    let file = directory.path().join("file");
+    std::fs::write(&file, [7; 20_000]).unwrap();
+    let line = |name: &str| format!("{name} ---644 0 0 {}\n", file.display());
+    let many: String = (0..9).map(|number| line(&format!("a-file-{number}"))).collect();
+    let plan_text = format!("/boot\n0 0\nd--755 0 0\n{many}d d--755 0 0\n{}$\n$\n", line("one"));
+    std::fs::write(&plan, plan_text).unwrap();
+    std::fs::File::create(&image).unwrap().set_len(320 << 20).unwrap();
+    let mut command = Command::new("/sbin/mkfs.xfs");
+    command.args(["-q", "-f", "-i", "sparse=0", "-m", metadata, "-p"]).arg(&plan).arg(&image);
+    assert!(command.status().unwrap().success(), "{command:?}");
+    std::fs::write(home().join(name), sectors(&std::fs::read(&image).unwrap()[..2 << 20])).unwrap();
+}
+
 fn write_seeds() {
     let ext = |name, options: &[&str]| {
         make(
@@ -89,6 +106,8 @@ fn write_seeds() {
     ext("ext4-meta-bg", &["-t", "ext4", "-O", "^has_journal,^resize_inode,meta_bg", "-I", "128"]);
     make("ntfs", "/sbin/mkntfs", &["-q", "-F", "-f", "-c", "512"], 2 << 20);
     make_in_lvm("lvm");
+    make_xfs("xfs", "crc=1");
+    make_xfs("xfs-4", "crc=0,finobt=0,rmapbt=0,reflink=0");
 }
 
 #[test]

@@ -28,6 +28,7 @@ fn known_content_leads_to_its_file() {
     let samples = [
         ("ext2.raw", None, "ext2"),
         ("ext4.raw", None, "ext4"),
+        ("xfs.raw", None, "xfs"),
         ("lvm.raw", Some("test_volume_group/test_logical_volume1"), "ext2"),
     ];
     for (name, volume, kind) in samples {

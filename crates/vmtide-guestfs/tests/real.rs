@@ -10,6 +10,7 @@
 
 use std::collections::BTreeMap;
 use std::io::Write as _;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use tempfile::TempDir;
@@ -395,6 +396,88 @@ fn ntfs_with_files_in_hundreds_of_pieces() {
     assert!(told.contains("$ATTRIBUTE_LIST"), "it has more than one record");
     let other = whole.files.iter().find(|file| file.path == "/other").unwrap();
     assert_eq!(other.other_paths.len(), 3, "{:?}", other.other_paths);
+}
+
+/// XFS as `mkfs.xfs` makes it, filled while it is mounted, which only root can do: with directories of all forms, and a file in
+/// a thousand pieces, whose extents need a tree.
+fn xfs(options: &[&str]) {
+    if run(Command::new("id").arg("-u")).trim() != "0" {
+        eprintln!("NOTE: only root can mount XFS: skipped");
+        return;
+    }
+    let (_directory, root, image) = scratch();
+    let mut files = tree(&root);
+    let sparse = content(9, 8 << 20);
+    RawDevice::open(&image, OpenMode::CreateNew { size_bytes: 320 << 20 }).unwrap();
+    run(Command::new("/sbin/mkfs.xfs").args(["-q", "-f"]).args(options).arg(&image));
+    let target = image.with_file_name("mounted");
+    std::fs::create_dir(&target).unwrap();
+    run(Command::new("mount").args(["-t", "xfs", "-o", "loop"]).arg(&image).arg(&target));
+    let filled = std::panic::catch_unwind(|| {
+        run(Command::new("cp").arg("-r").arg(root.join(".")).arg(&target));
+        let file = std::fs::File::create(target.join("sparse")).unwrap();
+        for (number, piece) in sparse.chunks(8192).enumerate() {
+            file.write_all_at(&piece[..4096], number as u64 * 8192).unwrap();
+        }
+        for number in 0..3000 {
+            std::fs::write(target.join(format!("deep/a name among thousands {number}")), "")
+                .unwrap();
+        }
+        file.sync_all().unwrap();
+    });
+    run(Command::new("umount").arg(&target));
+    filled.unwrap();
+    files.insert(
+        "/sparse".to_owned(),
+        sparse.chunks(8192).flat_map(|piece| &piece[..4096]).copied().collect(),
+    );
+    check(&image, &files, "xfs");
+    // Without its first superblock.
+    let mut bytes = std::fs::read(&image).unwrap();
+    let places = places(&bytes, &files);
+    bytes[..512].fill(0);
+    std::fs::write(&image, &bytes).unwrap();
+    let (offset, path) = places.iter().nth(places.len() / 2).unwrap();
+    let found = look(&open(&image), vec![ByteRange::new(*offset, 1)]);
+    assert_eq!(found.files.iter().map(|file| &file.path).collect::<Vec<_>>(), [path]);
+}
+
+#[test]
+fn xfs_as_it_is_made() {
+    xfs(&[]);
+}
+
+#[test]
+fn xfs_with_small_blocks_and_large_directories() {
+    xfs(&["-b", "size=1024", "-n", "size=8192"]);
+}
+
+/// Version 4, which Linux no longer mounts: `mkfs.xfs` itself puts the files there.
+#[test]
+fn xfs_of_the_version_before() {
+    let (directory, root, image) = scratch();
+    let mut files = BTreeMap::new();
+    let mut plan = String::from("/boot\n0 0\nd--755 0 0\n");
+    for number in 0..300 {
+        let (name, bytes) = (format!("file-{number:03}-with-a-name"), content(number, 9000));
+        std::fs::write(root.join(&name), &bytes).unwrap();
+        plan += &format!("{name} ---644 0 0 {}\n", root.join(&name).display());
+        files.insert(format!("/{name}"), bytes);
+    }
+    plan += "small d--755 0 0\n";
+    plan += &format!("one ---600 0 0 {}\n$\n$\n", root.join("file-000-with-a-name").display());
+    let plan_file = directory.path().join("plan");
+    std::fs::write(&plan_file, plan).unwrap();
+    RawDevice::open(&image, OpenMode::CreateNew { size_bytes: 320 << 20 }).unwrap();
+    let options = ["-q", "-f", "-m", "crc=0,finobt=0,rmapbt=0,reflink=0", "-i", "sparse=0"];
+    run(Command::new("/sbin/mkfs.xfs").args(options).arg("-p").arg(&plan_file).arg(&image));
+    // The content of the first is there twice.
+    files.remove("/file-000-with-a-name");
+    check(&image, &files, "xfs");
+    let found = look(&open(&image), vec![ByteRange::new(0, 320 << 20)]);
+    for path in ["/file-000-with-a-name", "/small/one", "[log]"] {
+        assert!(found.files.iter().any(|file| file.path == path), "{path}");
+    }
 }
 
 #[test]
