@@ -145,6 +145,7 @@ install_tools() {
     ensure_qemu
     # libnbd's tools and nbdkit are independent implementations that the tests compare with; tools/restore.py gets
     # its Python packages in an environment of its own.
+    ensure_packages "the test over SFTP" sshfs openssh-sftp-server
     ensure_packages "the tests of files inside disks" ntfs-3g lvm2 zstd
     ensure_packages "the tests" libnbd-bin nbdkit e2fsprogs xfsprogs fdisk mount openssl python3 python3-venv
     ensure_packages "the tests of the agent" python3-requests curl
@@ -331,6 +332,8 @@ part_e2e() {
         limited "$LIMIT_E2E_S" python3 "$REPO_ROOT/tests/e2e/guest_test.py"
     counted "a Linux guest on a disk whose changes vmtide tracks" \
         limited "$LIMIT_E2E_S" python3 "$REPO_ROOT/tests/e2e/track_test.py"
+    counted "a repository in a directory over SFTP" \
+        limited "$LIMIT_E2E_S" python3 "$REPO_ROOT/tests/e2e/network_directory_test.py"
     for script in "$REPO_ROOT"/tests/interop/*.sh; do
         check "interoperation: $(basename "$script")" limited "$LIMIT_E2E_S" bash "$script"
     done

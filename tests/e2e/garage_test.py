@@ -12,9 +12,7 @@ Needs garage (VMTIDE_GARAGE, else ~/.cache/vmtide-tests/bin/garage; `scripts/tes
 """
 
 import argparse
-import json
 import os
-import random
 import socket
 import subprocess
 import sys
@@ -22,14 +20,13 @@ import time
 from pathlib import Path
 
 from lab.processes import REPO_ROOT, Tally, TestFailure, Workspace, free_port, kill, run, start
+from lab.repository import Job, live
 
 BUCKET = "vmtide"
 REGION = "garage"
 # The forms that Garage asks for; they are nobody's.
 KEY_ID = "GK31c2f218a2e44f485b94239e"
 SECRET = "b892c0665f0ada8a4755dae98baa3b133590e11dae3bcc1f9d769d67f16c3835"
-MIB = 1 << 20
-DISK_BYTES = 96 * MIB
 START_LIMIT_S = 60
 SUITE_LIMIT_S = 1800
 
@@ -107,43 +104,9 @@ def suite(node):
     run(command, timeout_s=SUITE_LIMIT_S, cwd=REPO_ROOT, env=environment)
 
 
-class Job:
-    """The program on a repository in the bucket."""
-
-    def __init__(self, node, path):
-        self.node = node
-        self.path = path
-        self.repository = f"s3://{BUCKET}/program"
-        self.program = Path(os.environ["VMTIDE_BIN"]).resolve()
-
-    def run(self, *words, code=0, secret=SECRET):
-        environment = self.node.access(secret) | {
-            "VMTIDE_PASSWORD": "of the test",
-            "VMTIDE_REPOSITORY": self.repository,
-            "XDG_STATE_HOME": str(self.path / "state"),
-            "XDG_CONFIG_HOME": str(self.path / "config"),
-            "TMPDIR": str(self.path),
-        }
-        result = run([self.program, *words, "--json"], timeout_s=300, check=False, cwd=self.path, env=environment)
-        if result.returncode != code:
-            raise TestFailure(f"vmtide {' '.join(words)} ended with {result.returncode}, not {code}: {result.stderr}")
-        return json.loads(result.stdout.splitlines()[-1])
-
-    def must_hold(self, content, point="disk@latest"):
-        target = self.path / "back.raw"
-        target.unlink(missing_ok=True)
-        self.run("restore", point, "--to", str(target))
-        if target.read_bytes() != content:
-            raise TestFailure(f"{point} restores something else")
-
-    def points(self):
-        return [point["id"] for point in self.run("points")["points"]]
-
-
 def program(node, path, tally):
     """From init to prune; conditions are not honoured, and nothing depends on them."""
-    noise = random.Random(7)
-    job = Job(node, path)
+    job = Job(f"s3://{BUCKET}/program", node.access(), path)
     found = job.run("init", job.repository)["guarantees"]
     expected = {"conditional_write": "no", "list_after_write": "yes", "list_after_delete": "yes", "read_after_write": "yes"}
     for name, value in expected.items():
@@ -151,41 +114,8 @@ def program(node, path, tally):
             raise TestFailure(f"{name} is {found[name]!r}, not {value!r}: {found}")
     tally.passed += 1
     job.run("init", job.repository, code=1)
-    disk = path / "disk.raw"
-    first = noise.randbytes(DISK_BYTES)
-    disk.write_bytes(first)
-    job.run("backup", "disk.raw")
-    job.must_hold(first)
-    tally.passed += 1
-    second = bytearray(first)
-    second[40 * MIB : 56 * MIB] = noise.randbytes(16 * MIB)
-    disk.write_bytes(second)
-    (path / "changes.json").write_text(json.dumps([{"offset": 40 * MIB, "length": 16 * MIB}]))
-    told = job.run("backup", "disk.raw", "--changes", "changes.json")
-    counts = told["disks"][0]
-    if told["level"] != "incremental" or counts["read_bytes"] > 17 * MIB or counts["new_bytes"] < 16 * MIB:
-        raise TestFailure(f"no incremental of 16 MiB: {told}")
-    job.must_hold(bytes(second))
-    job.must_hold(first, job.points()[0])
-    job.run("verify", "--read-data")
-    tally.passed += 1
-    job.run("forget", "--keep-last", "1")
-    if len(job.points()) != 1:
-        raise TestFailure("forget left the wrong points")
-    freed = job.run("prune", "--wait", "1m", "--repack-below", "100")["freed_bytes"]
-    if freed < 8 * MIB:
-        raise TestFailure(f"prune freed {freed} bytes of 16 MiB that nothing needs")
-    job.run("verify", "--read-data")
-    job.must_hold(bytes(second))
-    tally.passed += 1
-    job.run("backup", "disk.raw", "--level", "full")
-    job.must_hold(bytes(second))
-    # A warning: who loses the only password loses all backups.
-    job.run("doctor", job.repository, code=3)
-    job.run("key", "add", "--recovery", "--recovery-file", "recovery")
-    job.run("doctor", job.repository)
-    tally.passed += 1
-    job.run("points", code=4, secret=SECRET[::-1])
+    live(job, tally)
+    job.run("points", code=4, environment=node.access(SECRET[::-1]))
     tally.passed += 1
 
 

@@ -88,7 +88,7 @@ pub fn allocated_bytes(path: &Path) -> Option<u64> {
 /// The bytes that this user may still write on the file system of `directory`.
 ///
 /// # Errors
-/// Where there is no such directory; what the file system says.
+/// Where there is no such directory; what the file system says; `Unsupported` where it does not tell.
 pub fn free_bytes(directory: &Path) -> Result<u64> {
     system::free_bytes(directory)
 }

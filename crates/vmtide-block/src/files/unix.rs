@@ -180,6 +180,13 @@ pub(super) fn allocated_bytes(path: &Path) -> Option<u64> {
 
 pub(super) fn free_bytes(directory: &Path) -> Result<u64> {
     let space = rustix::fs::statvfs(directory)?;
+    if space.f_blocks == 0 {
+        // Some network file systems in user space answer with zeros: that is not "full".
+        return Err(std::io::Error::new(
+            std::io::ErrorKind::Unsupported,
+            "the file system does not tell how much room it has",
+        ));
+    }
     Ok(space.f_bavail.saturating_mul(space.f_frsize))
 }
 
