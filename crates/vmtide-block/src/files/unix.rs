@@ -3,7 +3,7 @@
 use crate::{ByteRange, Extent};
 use rustix::io::Errno;
 use std::fs::{File, Metadata, OpenOptions};
-use std::io::{ErrorKind, Result};
+use std::io::{Error, ErrorKind, Result};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -182,8 +182,8 @@ pub(super) fn free_bytes(directory: &Path) -> Result<u64> {
     let space = rustix::fs::statvfs(directory)?;
     if space.f_blocks == 0 {
         // Some network file systems in user space answer with zeros: that is not "full".
-        return Err(std::io::Error::new(
-            std::io::ErrorKind::Unsupported,
+        return Err(Error::new(
+            ErrorKind::Unsupported,
             "the file system does not tell how much room it has",
         ));
     }
