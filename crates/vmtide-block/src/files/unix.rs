@@ -99,7 +99,7 @@ pub(super) fn open_file(path: &Path, options: &OpenOptions) -> Result<File> {
     if found.is_file() || is_block_device(&found) {
         return options.open(path);
     }
-    Err(std::io::Error::new(ErrorKind::InvalidInput, NO_FILE))
+    Err(Error::new(ErrorKind::InvalidInput, NO_FILE))
 }
 
 /// What is said of pipes and the like.
@@ -128,7 +128,7 @@ fn open_named(named: &File, options: &OpenOptions, open_files: &str) -> Result<F
         return Err(Errno::LOOP.into());
     }
     if !found.is_file() && !is_block_device(&found) {
-        return Err(std::io::Error::new(ErrorKind::InvalidInput, NO_FILE));
+        return Err(Error::new(ErrorKind::InvalidInput, NO_FILE));
     }
     options.open(format!("{open_files}/{}", named.as_raw_fd()))
 }
@@ -148,7 +148,7 @@ fn open_again(path: &Path, named: &File, writable: bool) -> Result<File> {
     let found = opened.metadata()?;
     if (found.dev(), found.ino()) != (wanted.dev(), wanted.ino()) {
         let what = "somebody exchanged it while it was opened";
-        return Err(std::io::Error::new(ErrorKind::InvalidInput, what));
+        return Err(Error::new(ErrorKind::InvalidInput, what));
     }
     Ok(opened)
 }
@@ -199,7 +199,7 @@ pub(super) fn check_writable(directory: &Path) -> Result<()> {
     Ok(rustix::fs::access(directory, Access::WRITE_OK | Access::EXEC_OK)?)
 }
 
-pub(super) fn is_in_use(error: &std::io::Error) -> bool {
+pub(super) fn is_in_use(error: &Error) -> bool {
     error.kind() == ErrorKind::ResourceBusy
 }
 
