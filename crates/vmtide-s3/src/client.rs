@@ -1,5 +1,6 @@
 //! One request: addressed, signed, sent, and sent again while its failure may pass.
 
+use crate::answer::{Answer, Sink};
 use crate::body::ContentBody;
 use crate::counts::Counters;
 use crate::credentials::Credentials;
@@ -10,7 +11,6 @@ use crate::profile::Profile;
 use crate::retry::{self, Tries, Verdict};
 use crate::spool::Content;
 use crate::{connect, xml};
-use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use object_store::aws::{AwsAuthorizer, AwsCredential};
 use object_store::client::{HttpRequest, HttpRequestBody};
@@ -50,17 +50,6 @@ pub(crate) struct Request {
     content: Option<Content>,
     expected_bytes: usize,
     error_in_body: bool,
-}
-
-/// A successful answer.
-#[derive(Debug)]
-pub(crate) struct Answer {
-    /// The status.
-    pub(crate) status: u16,
-    /// The headers.
-    pub(crate) headers: HeaderMap,
-    /// The body; empty where it is longer than was asked for.
-    pub(crate) body: Bytes,
 }
 
 impl Request {
@@ -119,13 +108,6 @@ impl Request {
     }
 }
 
-impl Answer {
-    /// A header's text.
-    pub(crate) fn header(&self, name: &str) -> Option<&str> {
-        self.headers.get(name).and_then(|value| value.to_str().ok())
-    }
-}
-
 /// What came of one try.
 struct TryFailure {
     cause: Cause,
@@ -174,9 +156,30 @@ impl Client {
     /// # Errors
     /// What it failed with for good.
     pub(crate) async fn send(&self, request: &Request) -> Result<Answer, Failure> {
+        self.send_and_take(request, None).await
+    }
+
+    /// As [`send`](Self::send), with the content of the answer in `buffer`, from its beginning. What was behind it, and all of
+    /// the buffer after an error, means nothing.
+    ///
+    /// # Errors
+    /// As [`send`](Self::send).
+    pub(crate) async fn send_into(
+        &self,
+        request: &Request,
+        buffer: &mut [u8],
+    ) -> Result<Answer, Failure> {
+        self.send_and_take(request, Some(buffer)).await
+    }
+
+    async fn send_and_take(
+        &self,
+        request: &Request,
+        mut buffer: Option<&mut [u8]>,
+    ) -> Result<Answer, Failure> {
         let mut tries = Tries::begin(self.retry_time, self.reached.load(Ordering::Relaxed));
         loop {
-            let failed = match self.try_once(request).await {
+            let failed = match self.try_once(request, buffer.as_deref_mut()).await {
                 Ok(answer) => {
                     self.reached.store(true, Ordering::Relaxed);
                     return Ok(answer);
@@ -223,10 +226,14 @@ impl Client {
         if request.content.is_none() || !request.headers.contains_key(http::header::IF_NONE_MATCH) {
             return false;
         }
-        self.try_once(&Request::new(Method::HEAD, &request.key)).await.is_ok()
+        self.try_once(&Request::new(Method::HEAD, &request.key), None).await.is_ok()
     }
 
-    async fn try_once(&self, request: &Request) -> Result<Answer, TryFailure> {
+    async fn try_once(
+        &self,
+        request: &Request,
+        buffer: Option<&mut [u8]>,
+    ) -> Result<Answer, TryFailure> {
         let own = |error, verdict| TryFailure {
             cause: Cause::Own(error),
             verdict,
@@ -255,7 +262,7 @@ impl Client {
         let moved = request.content.as_ref().map_or(0, Content::length_bytes)
             + u64::try_from(request.expected_bytes).unwrap_or(u64::MAX);
         let limit = TRY_TIME + Duration::from_secs(moved / SLOWEST_RATE);
-        match tokio::time::timeout(limit, self.exchange(request, signed)).await {
+        match tokio::time::timeout(limit, self.exchange(request, signed, buffer)).await {
             Ok(outcome) => outcome,
             Err(_) => Err(connection_failed(format!("no answer in {} s", limit.as_secs()), false)),
         }
@@ -323,14 +330,19 @@ impl Client {
         &self,
         request: &Request,
         signed: reqwest::Request,
+        buffer: Option<&mut [u8]>,
     ) -> Result<Answer, TryFailure> {
         let mut response = self.answer_head(request, signed).await?;
         let status = response.status();
-        let limit = if status.is_success() { request.expected_bytes } else { MAX_DOCUMENT_BYTES };
+        let mut sink = match buffer {
+            _ if !status.is_success() => Sink::kept(MAX_DOCUMENT_BYTES),
+            Some(buffer) => Sink::caller(buffer),
+            None => Sink::kept(request.expected_bytes),
+        };
         let announced = response.content_length().filter(|_| request.method != Method::HEAD);
         let headers = std::mem::take(response.headers_mut());
-        let mut body = BytesMut::new();
-        let too_long = |length: u64| usize::try_from(length).map_or(true, |length| length > limit);
+        let too_long =
+            |length: u64| usize::try_from(length).map_or(true, |length| length > sink.limit());
         // What is longer than asked for is not read: its length is in the headers.
         if !announced.is_some_and(too_long) {
             loop {
@@ -339,24 +351,24 @@ impl Client {
                     .map_err(|_| stuck(self.patience, true))?
                     .map_err(|error| connection_failed(innermost(&error), true))?;
                 let Some(part) = part else { break };
-                if body.len().saturating_add(part.len()) > limit {
-                    body.clear();
+                if !sink.push(&part) {
                     break;
                 }
-                body.extend_from_slice(&part);
             }
             if let Some(announced) = announced
                 && status.is_success()
-                && body.len() as u64 != announced
+                && sink.length() as u64 != announced
             {
                 return Err(connection_failed("the answer was cut".into(), true));
             }
         }
+        let body_bytes = sink.length();
+        let body = sink.into_bytes();
         let error_in_body = request.error_in_body && !xml::parse_error(&body).code.is_empty();
         if !status.is_success() || error_in_body {
             return Err(refused(status.as_u16(), &headers, &body));
         }
-        Ok(Answer { status: status.as_u16(), headers, body: body.freeze() })
+        Ok(Answer { status: status.as_u16(), headers, body, body_bytes })
     }
 }
 

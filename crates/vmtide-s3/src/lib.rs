@@ -11,6 +11,7 @@
 //! credentials of machines, containers and web identities come from `object_store`. All of it runs
 //! on a small runtime of the store's own: callers are ordinary threads.
 
+mod answer;
 mod body;
 mod bucket;
 mod client;

@@ -5,7 +5,8 @@
 //! the object.) Readers that go forward in small steps get more than they ask for, so that their
 //! next steps cost no request.
 
-use crate::client::{Answer, Request};
+use crate::answer::Answer;
+use crate::client::Request;
 use crate::store::Core;
 use bytes::Bytes;
 use http::Method;
@@ -100,22 +101,39 @@ impl S3Reader {
         })
     }
 
+    /// Reads a part that the object has into the buffer.
+    fn fetch_into(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        let (request, what) = self.part(offset, buffer.len() as u64);
+        let answer = self.core.send_into(&request, buffer, &what)?;
+        self.check_part(&answer, buffer.len() as u64, &what)
+    }
+
     /// Reads a part that the object has.
     fn fetch(&self, offset: u64, length: u64) -> Result<Bytes> {
-        let expected = usize::try_from(length).unwrap_or(usize::MAX);
-        let what = format!("read {length} bytes at {offset} of {}", self.name);
-        let request = Request::new(Method::GET, &self.key)
-            .header("range", &format!("bytes={offset}-{}", offset + length - 1))
-            .expect(expected);
+        let (request, what) = self.part(offset, length);
         let answer = self.core.send(&request, &what)?;
-        if answer.body.len() == expected && (answer.status == 206 || length == self.length_bytes) {
-            return Ok(answer.body);
+        self.check_part(&answer, length, &what)?;
+        Ok(answer.body)
+    }
+
+    /// The request for a part, and what it does.
+    fn part(&self, offset: u64, length: u64) -> (Request, String) {
+        let what = format!("read {length} bytes at {offset} of {}", self.name);
+        let range = format!("bytes={offset}-{}", offset + length - 1);
+        let expected = usize::try_from(length).unwrap_or(usize::MAX);
+        (Request::new(Method::GET, &self.key).header("range", &range).expect(expected), what)
+    }
+
+    /// Whether the answer is the part that was asked for.
+    fn check_part(&self, answer: &Answer, expected: u64, what: &str) -> Result<()> {
+        let is_whole = expected == self.length_bytes;
+        if answer.body_bytes as u64 == expected && (answer.status == 206 || is_whole) {
+            return Ok(());
         }
         let text = format!(
             "the server answered {} with {} bytes: it has no ranged reads, and no repository can \
              be kept there",
-            answer.status,
-            answer.body.len()
+            answer.status, answer.body_bytes
         );
         Err(RepoError::io(what, Error::new(ErrorKind::InvalidData, text)))
     }
@@ -127,8 +145,7 @@ impl S3Reader {
         let used = self.core.ahead_bytes.fetch_add(length, Ordering::Relaxed);
         if used + length > MAX_AHEAD_BYTES {
             self.core.ahead_bytes.fetch_sub(length, Ordering::Relaxed);
-            buffer.copy_from_slice(&self.fetch(offset, buffer.len() as u64)?);
-            return Ok(());
+            return self.fetch_into(buffer, offset);
         }
         let fetched = self.fetch(offset, length);
         let kept = fetched.map(|bytes| {
@@ -200,8 +217,7 @@ impl ObjectReader for S3Reader {
         if goes_forward && length <= SMALL_BYTES {
             return self.fetch_ahead(buffer, offset);
         }
-        buffer.copy_from_slice(&self.fetch(offset, length)?);
-        Ok(())
+        self.fetch_into(buffer, offset)
     }
 }
 

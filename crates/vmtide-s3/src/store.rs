@@ -1,7 +1,8 @@
 //! The store: one bucket, or a prefix in it.
 
+use crate::answer::Answer;
 use crate::bucket::{BucketState, Versioning};
-use crate::client::{Answer, Client, Request};
+use crate::client::{Client, Request};
 use crate::counts::RequestCounts;
 use crate::failure::Failure;
 use crate::options::{S3Options, ServerEncryption};
@@ -85,6 +86,17 @@ impl Core {
     /// Makes a request and waits for its answer.
     pub(crate) fn send(&self, request: &Request, what: &str) -> Result<Answer> {
         self.try_send(request)?.map_err(|failure| self.error(failure, what))
+    }
+
+    /// As [`send`](Self::send), with the content of the answer in `buffer`.
+    pub(crate) fn send_into(
+        &self,
+        request: &Request,
+        buffer: &mut [u8],
+        what: &str,
+    ) -> Result<Answer> {
+        self.run(self.client.send_into(request, buffer))?
+            .map_err(|failure| self.error(failure, what))
     }
 
     /// The error of `what` having failed.

@@ -1,6 +1,7 @@
 //! Sending objects: one PUT, or parts that are on their way beside the writer's work.
 
-use crate::client::{Answer, Request};
+use crate::answer::Answer;
+use crate::client::Request;
 use crate::failure::Failure;
 use crate::spool::Content;
 use crate::store::Core;
