@@ -123,11 +123,26 @@ impl FromStr for ObjectPath {
             ),
             None => (rest.strip_suffix("=@").unwrap_or(rest), BTreeMap::new()),
         };
-        if class.is_empty() || !class.chars().all(|c| c.is_alphanumeric() || c == '_') {
+        if !is_name(class) {
             return Err(bad("it names no class"));
         }
-        Ok(Self { host, namespace: namespace.replace('/', r"\"), class: class.into(), keys })
+        let namespace = namespace.replace('/', r"\");
+        // Written, it would be taken for a host.
+        if namespace.starts_with('\\') {
+            return Err(bad("its namespace begins with a separator"));
+        }
+        let path = Self { host, namespace, class: class.into(), keys };
+        // Values without quotes get some: whoever is sent the path is to take it, too.
+        if path.to_string().len() > MAX_PATH_BYTES {
+            return Err(bad("it is longer than 16 KiB"));
+        }
+        Ok(path)
     }
+}
+
+/// Whether this can name a class or a key (DSP0004, annex A: letters, digits and underscores).
+fn is_name(text: &str) -> bool {
+    !text.is_empty() && text.chars().all(|c| c.is_alphanumeric() || c == '_')
 }
 
 /// `NAME="VALUE",…` with backslash escapes; values without quotes are numbers or truths.
@@ -151,7 +166,8 @@ fn parse_keys(mut rest: &str) -> Option<BTreeMap<String, String>> {
             value.push_str(&after[..end]);
             &after[end..]
         };
-        if name.is_empty() || keys.insert(name.trim().to_owned(), value).is_some() {
+        let name = name.trim();
+        if !is_name(name) || keys.insert(name.to_owned(), value).is_some() {
             return None;
         }
         match after.strip_prefix(',') {
@@ -181,11 +197,25 @@ mod tests {
 
     #[test]
     fn broken_paths_are_refused() {
-        for text in
-            ["", r"\\host", "ns:", "X.A", "X.A=\"b", "X.A=\"b\"c", "X.A=\"b\",", "X.A=1,A=2", "a b"]
-        {
+        for text in [
+            "",
+            r"\\host",
+            "ns:",
+            "X.A",
+            "X.A=\"b",
+            "X.A=\"b\"c",
+            "X.A=\"b\",",
+            "X.A=1,A=2",
+            "a b",
+            "X. =\"b\"",
+            "X.A.B=\"b\"",
+            "X.A\"=\"b\"",
+            r"//host/root/cimv2:X",
+        ] {
             assert!(text.parse::<ObjectPath>().is_err(), "{text}");
         }
         assert!("x".repeat(20_000).parse::<ObjectPath>().is_err());
+        // It fits as it is read, and would not as it is written.
+        assert!(format!("X.A={}", "\\".repeat(10_000)).parse::<ObjectPath>().is_err());
     }
 }
