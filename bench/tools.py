@@ -178,9 +178,13 @@ class VmtideQuick(Vmtide):
 
 
 class VmtideFast(Vmtide):
+    name, setting, options = "vmtide-fast", "`--compression=-3`", ("--compression=-3",)
+
+
+class VmtideFaster(Vmtide):
     """Stores about what borg's default (lz4) stores."""
 
-    name, setting, options = "vmtide-fast", "`--compression=-3`", ("--compression=-3",)
+    name, setting, options = "vmtide-faster", "`--compression=-4`", ("--compression=-4",)
 
 
 class Vmtide1(Vmtide):
@@ -252,7 +256,7 @@ class QemuImg(Copier):
         return ["qemu-img", "convert", "-f", "raw", "-O", "raw", disk, file]
 
 
-BACKUP_TOOLS = [Vmtide, VmtideFast, VmtideQuick, Vmtide1, Vmtide2, Restic, Rustic, Rustic1, RusticFixed, Borg, Borg1, Zstd, Zstd3]
+BACKUP_TOOLS = [Vmtide, VmtideFaster, VmtideFast, VmtideQuick, Vmtide1, Vmtide2, Restic, Rustic, Rustic1, RusticFixed, Borg, Borg1, Zstd, Zstd3]
 COPY_TOOLS = [NbdcopyNbdkit, NbdcopyQemu, QemuImg]
 EXTRA_TOOLS = [ResticMax]
 ALL_TOOLS = BACKUP_TOOLS + COPY_TOOLS + EXTRA_TOOLS
