@@ -16,26 +16,39 @@ use zstd::bulk::{Compressor, Decompressor};
 use zstd::zstd_safe::{CParameter, Strategy};
 
 /// The names and settings that are compared: level, then window, hash and chain logs, shortest
-/// match and strategy where they are set by hand.
-type Choice = (&'static str, i32, Option<(u32, u32, u32, u32, Strategy)>);
+/// match, strategy and target length (of the fast strategy the step) where they are set by hand.
+type Choice = (&'static str, i32, Option<(u32, u32, u32, u32, Strategy, u32)>);
 
 const CHOICES: &[Choice] = &[
     ("level 1", 1, None),
     ("level 2", 2, None),
     ("level 3", 3, None),
     ("level 5", 5, None),
-    ("fast h15 mm6", 1, Some((21, 15, 6, 6, Strategy::ZSTD_fast))),
-    ("fast h16 mm6", 1, Some((21, 16, 6, 6, Strategy::ZSTD_fast))),
-    ("fast h17 mm6", 1, Some((21, 17, 6, 6, Strategy::ZSTD_fast))),
-    ("fast h18 mm5", 1, Some((21, 18, 6, 5, Strategy::ZSTD_fast))),
-    ("dfast h15 c13 mm5", 3, Some((21, 15, 13, 5, Strategy::ZSTD_dfast))),
-    ("dfast h15 c14 mm5", 3, Some((21, 15, 14, 5, Strategy::ZSTD_dfast))),
-    ("dfast h15 c14 mm6", 3, Some((21, 15, 14, 6, Strategy::ZSTD_dfast))),
-    ("dfast h15 c15 mm5", 3, Some((21, 15, 15, 5, Strategy::ZSTD_dfast))),
-    ("dfast h16 c14 mm5", 3, Some((21, 16, 14, 5, Strategy::ZSTD_dfast))),
-    ("dfast h16 c15 mm5", 3, Some((21, 16, 15, 5, Strategy::ZSTD_dfast))),
-    ("dfast h17 c15 mm5", 3, Some((21, 17, 15, 5, Strategy::ZSTD_dfast))),
-    ("dfast h18 c16 mm5", 3, Some((21, 18, 16, 5, Strategy::ZSTD_dfast))),
+    ("fast h15 mm6", 1, Some((21, 15, 6, 6, Strategy::ZSTD_fast, 0))),
+    ("fast h16 mm6", 1, Some((21, 16, 6, 6, Strategy::ZSTD_fast, 0))),
+    ("fast h17 mm6", 1, Some((21, 17, 6, 6, Strategy::ZSTD_fast, 0))),
+    ("fast h18 mm5", 1, Some((21, 18, 6, 5, Strategy::ZSTD_fast, 0))),
+    ("dfast h15 c13 mm5", 3, Some((21, 15, 13, 5, Strategy::ZSTD_dfast, 0))),
+    ("dfast h15 c14 mm5", 3, Some((21, 15, 14, 5, Strategy::ZSTD_dfast, 0))),
+    ("dfast h15 c14 mm6", 3, Some((21, 15, 14, 6, Strategy::ZSTD_dfast, 0))),
+    ("dfast h15 c15 mm5", 3, Some((21, 15, 15, 5, Strategy::ZSTD_dfast, 0))),
+    ("dfast h16 c14 mm5", 3, Some((21, 16, 14, 5, Strategy::ZSTD_dfast, 0))),
+    ("dfast h16 c15 mm5", 3, Some((21, 16, 15, 5, Strategy::ZSTD_dfast, 0))),
+    ("dfast h17 c15 mm5", 3, Some((21, 17, 15, 5, Strategy::ZSTD_dfast, 0))),
+    ("dfast h18 c16 mm5", 3, Some((21, 18, 16, 5, Strategy::ZSTD_dfast, 0))),
+    ("level -1", -1, None),
+    ("level -3", -3, None),
+    ("level -5", -5, None),
+    ("level -7", -7, None),
+    ("skipping h14 step 1", 1, Some((21, 14, 6, 7, Strategy::ZSTD_fast, 1))),
+    ("skipping h14 step 3", 1, Some((21, 14, 6, 7, Strategy::ZSTD_fast, 3))),
+    ("skipping h13 step 2", 1, Some((21, 13, 6, 7, Strategy::ZSTD_fast, 2))),
+    ("skipping h13 step 3", 1, Some((21, 13, 6, 7, Strategy::ZSTD_fast, 3))),
+    ("skipping h13 step 5", 1, Some((21, 13, 6, 7, Strategy::ZSTD_fast, 5))),
+    ("skipping h13 step 4", 1, Some((21, 13, 6, 7, Strategy::ZSTD_fast, 4))),
+    ("skipping h13 step 6", 1, Some((21, 13, 6, 7, Strategy::ZSTD_fast, 6))),
+    ("skipping h13 step 8", 1, Some((21, 13, 6, 7, Strategy::ZSTD_fast, 8))),
+    ("skipping h13 step 12", 1, Some((21, 13, 6, 7, Strategy::ZSTD_fast, 12))),
 ];
 
 /// Samples of a frame that a rule might look at: so many bytes from the middle.
@@ -114,7 +127,7 @@ fn compare(data: &[u8], frame_bytes: usize, rounds: usize) -> Result<String, Box
     let rate = |seconds: f64| data.len() as f64 / 1_048_576.0 / seconds;
     for ((name, _, _), total) in CHOICES.iter().zip(&totals) {
         println!(
-            "{:5} KiB  {name:18} {:6.2} %  {:5.0} MiB/s in  {:5.0} MiB/s out",
+            "{:5} KiB  {name:20} {:6.2} %  {:5.0} MiB/s in  {:5.0} MiB/s out",
             frame_bytes >> 10,
             total.bytes as f64 * 100.0 / data.len() as f64,
             rate(total.pack_seconds),
@@ -127,12 +140,13 @@ fn compare(data: &[u8], frame_bytes: usize, rounds: usize) -> Result<String, Box
 fn compressor(choice: &Choice) -> std::io::Result<Compressor<'static>> {
     let (_, level, settings) = choice;
     let mut compressor = Compressor::new(*level)?;
-    if let Some((window, hash, chain, shortest, strategy)) = *settings {
+    if let Some((window, hash, chain, shortest, strategy, target_length)) = *settings {
         compressor.set_parameter(CParameter::WindowLog(window))?;
         compressor.set_parameter(CParameter::HashLog(hash))?;
         compressor.set_parameter(CParameter::ChainLog(chain))?;
         compressor.set_parameter(CParameter::MinMatch(shortest))?;
         compressor.set_parameter(CParameter::Strategy(strategy))?;
+        compressor.set_parameter(CParameter::TargetLength(target_length))?;
     }
     Ok(compressor)
 }
