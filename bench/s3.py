@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What a repository in S3 costs beside one in a directory, on one machine: server, vmtide and their disk are the same.
 
-    bench/s3.py [--size-mib 2048] [--runs 5] [--disk work/disk/disk.raw] [--apart]
+    bench/s3.py [--size-mib 2048] [--runs 5] [--disk work/disk/disk.raw] [--apart] [--quick-ack]
 
 Every round, in turn: a backup into a directory, a backup into a bucket, and curl sending as many bytes to the server in
 objects as long as packs, four at a time: what the server itself takes from a client that neither reads a disk nor
@@ -10,6 +10,10 @@ line are bytes of the disk; `--disk` measures a real one as well. Round 0 warms 
 
 A server elsewhere does not take the client's processors: with `--apart` it has the last core to itself, and vmtide and
 curl have the others, with the directory, too.
+
+s3s-fs leaves Nagle's algorithm on (TCP_NODELAY), which servers in use turn off: it holds back the end of an answer until
+what went before is acknowledged, and Linux waits with that for up to 40 ms. With `--quick-ack` the kernel acknowledges at
+once whatever comes over loopback, for every program and as long as the measurement takes. Needs root and iproute2.
 
 The server is s3s-fs (VMTIDE_S3S_FS, else ~/.cache/vmtide-tests/bin/s3s-fs; for figures that count one that is built with
 optimisation: `cargo install --features binary --version 0.14.1 s3s-fs`), its files lie beside the directory's.
@@ -64,6 +68,21 @@ def server(cores):
     finally:
         process.kill()
         process.wait()
+
+
+def loopback_route(*words):
+    command = ["ip", "route", "replace", "table", "local", "local", "127.0.0.1", "dev", "lo", "proto", "kernel", "scope", "host", "src", "127.0.0.1"]
+    subprocess.run([*command, *words], check=True)
+
+
+@contextlib.contextmanager
+def quick_ack():
+    """What comes over loopback is acknowledged at once."""
+    loopback_route("quickack", "1")
+    try:
+        yield
+    finally:
+        loopback_route()
 
 
 def processor_seconds(pid):
@@ -152,6 +171,7 @@ def main():
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--disk", type=pathlib.Path, help="a raw disk to measure as well")
     parser.add_argument("--apart", action="store_true", help="the server has a core of its own")
+    parser.add_argument("--quick-ack", action="store_true", help="the kernel acknowledges at once what comes over loopback")
     args = parser.parse_args()
     ours = theirs = os.sched_getaffinity(0)
     if args.apart:
@@ -169,12 +189,12 @@ def main():
     results = {}
     (WORK / "results").mkdir(parents=True, exist_ok=True)
     try:
-        with open(WORK / "results/s3.jsonl", "a") as log:
+        with quick_ack() if args.quick_ack else contextlib.nullcontext(), open(WORK / "results/s3.jsonl", "a") as log:
             for number in range(args.runs + 1):
                 for disk in disks:
                     with server(theirs) as (url, pid):
                         for what, figures, size in one_round(disk, url, pid, parts, ours):
-                            log.write(json.dumps({"disk": disk.stem, "apart": args.apart, "what": what, "round": number, "bytes": size, **figures}) + "\n")
+                            log.write(json.dumps({"disk": disk.stem, "apart": args.apart, "quick_ack": args.quick_ack, "what": what, "round": number, "bytes": size, **figures}) + "\n")
                             print(f"round {number} {disk.stem} {what}: {figures['wall_s']} s", file=sys.stderr)
                             if number > 0:
                                 found = figures["wall_s"], size / figures["wall_s"] / 1e6, figures["cpu_s"], figures["server_s"]
