@@ -63,20 +63,23 @@ def ratio(rows, base, key="wall_s"):
     return f"{median(rows, key) / base:.2f}×" if base else "–"
 
 
-def timing_table(groups, step, data_bytes, bytes_key, bytes_title):
-    """Wall, settled, rate, CPU, memory and bytes of every tool in one step."""
+def timing_table(groups, step, data_bytes, bytes_key=None, bytes_title=None):
+    """Wall, settled, rate, CPU, memory and, where a step makes any, bytes of every tool in one step."""
     found = of_step(groups, step)
     if not found:
         return "Not measured yet."
     base = next((median(rows, "wall_s") for tool, rows in found if tool == REFERENCE), None)
     out = []
     for _, rows in found:
-        wall, size = median(rows, "wall_s"), median(rows, bytes_key)
+        wall = median(rows, "wall_s")
         out.append([rows[0]["label"], rows[0]["setting"], len(rows), f"{wall:.1f}", spread(rows, "wall_s"), ratio(rows, base),
                     f"{median(rows, 'settled_s'):.1f}", f"{data_bytes / MIB / wall:.0f}", f"{median(rows, 'cpu_s'):.1f}",
-                    f"{max(r['rss_bytes'] for r in rows) / MIB:.0f}", "–" if size is None else f"{size / MIB:.0f}"])
-    return table(["tool", "setting", "runs", "wall s (median)", "min–max", "vs vmtide", "on disk after s", "MiB/s", "CPU s", "peak MiB",
-                  bytes_title], out)
+                    f"{max(r['rss_bytes'] for r in rows) / MIB:.0f}"])
+        if bytes_key:
+            size = median(rows, bytes_key)
+            out[-1].append("–" if size is None else f"{size / MIB:.0f}")
+    head = ["tool", "setting", "runs", "wall s (median)", "min–max", "vs vmtide", "on disk after s", "MiB/s", "CPU s", "peak MiB"]
+    return table([*head, bytes_title] if bytes_key else head, out)
 
 
 def scale_table(groups):
@@ -167,6 +170,8 @@ def commands(work):
         if not isinstance(tool, tools.Copier):
             given.append(tool.backup(disk, work / "changes.json" if tool.name == REFERENCE else None))
         given.append(tool.restore(target, disk)[0])
+        if tool.verify():
+            given.append(tool.verify())
         for command in given:
             text = " ".join(f"'{a}'" if " " in a and "$" in a else a for a in command)
             rows.append(text.replace(str(tool.repo), "REPO").replace(str(work), "bench/work").replace(str(tools.ROOT) + "/", ""))
@@ -191,6 +196,7 @@ def write(work, path, note):
         "machine": machine(work, {**main, **scale, **qemu}, note),
         "full": timing_table(main, "full", data, "stored_bytes", "stored MiB"),
         "restore": timing_table(main, "restore", data, "target_bytes", "file MiB"),
+        "verify": timing_table(main, "verify", data),
         "unchanged": timing_table(main, "unchanged", data, "added_bytes", "added MiB"),
         "day2": timing_table(main, "day2", data, "added_bytes", "added MiB"),
         "incremental": timing_table(with_list(main), "incremental", changed, "added_bytes", "added MiB"),

@@ -2,7 +2,7 @@
 """Measure vmtide and its peers side by side on one machine, on one disk, in turn.
 
     bench/make-disk.py                        once: makes the disk
-    bench/run.py backup                       full, restore, and the backups of the days after
+    bench/run.py backup                       full, restore, verify, and the backups of the days after
     bench/run.py copy                         plain copies of the disk, the floor for a restore
     bench/run.py scale                        the same 1 GiB of changes on a 16 GiB and a 1 TiB disk
     bench/run.py scale-qemu                   the same, of running machines, by QEMU's dirty bitmap
@@ -29,7 +29,7 @@ from measure import WORK, Failed, allocated, apparent, data_offsets, measure, re
 
 HERE = pathlib.Path(__file__).resolve().parent
 LIVE = WORK / "live/disk.raw"
-STEPS = ("full", "restore", "unchanged", "day2", "incremental")
+STEPS = ("full", "restore", "verify", "unchanged", "day2", "incremental")
 MIB, GIB = 1 << 20, 1 << 30
 SCALE_SIZES = (16 * GIB, 1024 * GIB)
 SCALE_BASE = GIB
@@ -113,7 +113,7 @@ def next_step(tool, number, step, compare, changes=None):
 
 
 def backup_chain(tool, number, steps, compare):
-    """Full backup, restore, backup of the untouched disk, backup of the next day's disk: by reading it, and, of tools
+    """Full backup, restore, verification, backup of the untouched disk, backup of the next day's disk: by reading it, and, of tools
     that take one, by a list of what changed."""
     put_live(WORK / "disk/disk.raw", int(time.time()) - 3000)
     fresh(tool)
@@ -123,6 +123,9 @@ def backup_chain(tool, number, steps, compare):
         warm_tree(tool.repo)
         warm(LIVE)
         record("backup", restore_step(tool, number, LIVE, compare))
+    if "verify" in steps and tool.verify():
+        warm_tree(tool.repo)
+        record("backup", timed(tool, "verify", number, tool.verify()))
     if not tool.dedups:
         return
     if "unchanged" in steps:

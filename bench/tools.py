@@ -70,6 +70,10 @@ class Tool:
         """Command that brings the newest backup back, and the path of the file it makes."""
         raise NotImplementedError
 
+    def verify(self):
+        """Command that reads all that is stored and holds it against its digests; None where there is none."""
+        return None
+
 
 class Restic(Tool):
     name, label, setting = "restic", "restic", "default (`--compression auto`)"
@@ -90,6 +94,9 @@ class Restic(Tool):
 
     def restore(self, target, disk):
         return ["restic", "restore", "-q", "latest", "--target", str(target)], target / str(disk)[1:]
+
+    def verify(self):
+        return ["restic", "check", "-q", "--read-data"]
 
 
 class ResticMax(Restic):
@@ -112,6 +119,9 @@ class Rustic(Tool):
 
     def restore(self, target, disk):
         return ["rustic", "restore", "--sparse", "by-content", "latest", str(target)], target / str(disk)[1:]
+
+    def verify(self):
+        return ["rustic", "check", "--read-data"]
 
 
 class Rustic1(Rustic):
@@ -143,6 +153,9 @@ class Borg(Tool):
         script = 'cd "$1" && borg extract --sparse "::$(borg list --last 1 --short)"'
         return ["sh", "-c", script, "borg", str(target)], target / str(disk)[1:]
 
+    def verify(self):
+        return ["borg", "check", "--verify-data"]
+
 
 class Borg1(Borg):
     name, label, setting, compression = "borg-zstd1", "borg", "`--compression zstd,1`", "zstd,1"
@@ -171,6 +184,9 @@ class Vmtide(Tool):
     def restore(self, target, disk):
         file = target / "restored.raw"
         return [self.binary(), "restore", f"{disk.stem}@latest", "-r", str(self.repo), "--to", str(file)], file
+
+    def verify(self):
+        return [self.binary(), "verify", "--read-data", "-r", str(self.repo), "--json"]
 
 
 class VmtideQuick(Vmtide):
