@@ -2,7 +2,7 @@
 # Checks everything; installs what it needs and says so.
 #
 #   scripts/test.sh              all parts
-#   scripts/test.sh PART…        some: lint rust e2e bacula wsman windows header deny fuzz; and slow ones: garage
+#   scripts/test.sh PART…        some: lint rust e2e bacula wsman windows header deny fuzz; and slow ones: garage ceph
 #
 # lint   format of the code, clippy without warnings, shellcheck, Python that compiles, the systemd unit
 # rust   all tests of the workspace
@@ -16,6 +16,8 @@
 # fuzz   a minute over the fuzz targets
 # garage a real S3 server that passes over conditions; building it takes four minutes and more. Only where it is named,
 #        or with VMTIDE_SLOW=1
+# ceph   an S3 gateway of Ceph with a monitor and a disk, from the distribution's packages: versions, object lock, users with the
+#        rights that docs/s3.md names, daemons killed during a backup. As garage only where it is named
 #
 # VMTIDE_CYCLES (8) says how many cycles, VMTIDE_KILLS (20) how many kills of commands on a repository;
 # VMTIDE_FUZZ_SECONDS (60) how long to fuzz in all.
@@ -34,7 +36,7 @@ set -euo pipefail
 
 # In the order of what they tell: with a limit of time the last ones are left out first.
 ALL_PARTS="lint rust e2e bacula wsman windows header deny fuzz"
-SLOW_PARTS="garage"
+SLOW_PARTS="garage ceph"
 CYCLES="${VMTIDE_CYCLES:-8}"
 KILLS="${VMTIDE_KILLS:-20}"
 FUZZ_SECONDS="${VMTIDE_FUZZ_SECONDS:-60}"
@@ -50,6 +52,7 @@ LIMIT_WSMAN_S=300
 LIMIT_WINDOWS_S=2400
 LIMIT_FUZZ_BUILD_S=900
 LIMIT_GARAGE_S=2700
+LIMIT_CEPH_S=2700
 # cargo's own needs come first; a fuzz target lives in less than half.
 FUZZ_ADDRESS_SPACE_KIB=$((1 << 20))
 
@@ -429,15 +432,27 @@ part_windows() {
 
 part_garage() {
     ensure_garage
-    step "building vmtide for the tests with Garage"
+    build_for_store Garage || return 0
+    counted "repositories in Garage, which passes over conditions" \
+        limited "$LIMIT_GARAGE_S" python3 "$REPO_ROOT/tests/e2e/garage_test.py"
+}
+
+part_ceph() {
+    # Daemons that the tests start themselves, as this user; the packages start none.
+    ensure_packages "the tests with Ceph" radosgw ceph-mon ceph-osd ceph-common
+    build_for_store Ceph || return 0
+    counted "repositories in Ceph" limited "$LIMIT_CEPH_S" python3 "$REPO_ROOT/tests/e2e/ceph_test.py"
+}
+
+# build_for_store SERVER: vmtide and the tests of its S3 store, and VMTIDE_BIN.
+build_for_store() {
+    step "building vmtide for the tests with $1"
     if ! build_programs || ! cargo test --quiet --locked --workspace --test real_servers --no-run; then
         failed 1 "vmtide or the tests of its S3 store do not build"
-        return
+        return 1
     fi
     VMTIDE_BIN="$(target_directory)/debug/vmtide"
     export VMTIDE_BIN
-    counted "repositories in Garage, which passes over conditions" \
-        limited "$LIMIT_GARAGE_S" python3 "$REPO_ROOT/tests/e2e/garage_test.py"
 }
 
 # ensure_garage: Garage is AGPL-3.0: a process of its own that the tests talk to, and no part of anything here.

@@ -52,14 +52,9 @@ fn subjects() -> Vec<Subject> {
 }
 
 /// The server of `VMTIDE_TEST_S3` (`s3://BUCKET/PREFIX`, with keys and endpoint by `AWS_*`): any other,
-/// such as Garage, MinIO or AWS. What it leaves under the prefix is the user's to remove.
+/// such as Garage, Ceph, MinIO or AWS. What it leaves under the prefix is the user's to remove.
 fn named_server() -> Option<Subject> {
-    static NUMBER: AtomicU32 = AtomicU32::new(0);
-    let url = std::env::var("VMTIDE_TEST_S3").ok()?;
-    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-    let run = format!("{}-{number}", std::process::id());
-    let options = S3Options::parse(&format!("{url}/{run}")).unwrap();
-    let store = S3Store::create(&options).unwrap();
+    let store = S3Store::create(&named("VMTIDE_TEST_S3")?).unwrap();
     let found = store.require(ProbeDepth::Full).unwrap();
     let promises = Promises {
         one_winner: false,
@@ -67,6 +62,14 @@ fn named_server() -> Option<Subject> {
         locks: false,
     };
     Some(Subject { store: Arc::new(store), promises, guard: None })
+}
+
+/// The place that a variable names, with a prefix of its own for each call.
+fn named(variable: &str) -> Option<S3Options> {
+    static NUMBER: AtomicU32 = AtomicU32::new(0);
+    let url = std::env::var(variable).ok()?;
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    Some(S3Options::parse(&format!("{url}/{}-{number}", std::process::id())).unwrap())
 }
 
 conformance_tests!(subjects);
@@ -223,11 +226,23 @@ fn in_seconds(seconds: i64) -> jiff::Timestamp {
     jiff::Timestamp::now() + jiff::SignedDuration::from_secs(seconds)
 }
 
+/// Buckets with object lock: moto's, and that of `VMTIDE_TEST_S3_LOCKED` (as `VMTIDE_TEST_S3`), where what the test
+/// writes stays for twenty minutes, because nobody can remove it before.
+fn locked() -> Vec<S3Options> {
+    let server = moto();
+    let mut places = vec![options(server, &server.bucket(true))];
+    places.extend(named("VMTIDE_TEST_S3_LOCKED"));
+    places
+}
+
 #[test]
 fn what_is_kept_cannot_be_removed_and_its_time_is_only_extended() {
-    let server = moto();
-    let bucket = server.bucket(true);
-    let mut options = options(server, &bucket);
+    for options in locked() {
+        kept_and_extended(options);
+    }
+}
+
+fn kept_and_extended(mut options: S3Options) {
     let store = S3Store::connect(&options).unwrap();
     let found = store.probe(ProbeDepth::Full).unwrap();
     assert_eq!(found.object_lock, ObjectLockState::On(None));

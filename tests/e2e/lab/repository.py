@@ -20,18 +20,23 @@ class Job:
         self.environment = environment
         self.program = Path(os.environ["VMTIDE_BIN"]).resolve()
 
-    def run(self, *words, code=0, environment=None):
-        own = {
+    def command(self, *words):
+        return [self.program, *words, "--json"]
+
+    def variables(self, environment=None):
+        return (environment or self.environment) | {
             "VMTIDE_PASSWORD": "of the test",
             "VMTIDE_REPOSITORY": self.repository,
             "XDG_STATE_HOME": str(self.path / "state"),
             "XDG_CONFIG_HOME": str(self.path / "config"),
             "TMPDIR": str(self.path),
         }
-        variables = (environment or self.environment) | own
-        result = run([self.program, *words, "--json"], timeout_s=300, check=False, cwd=self.path, env=variables)
+
+    def run(self, *words, code=0, environment=None):
+        variables = self.variables(environment)
+        result = run(self.command(*words), timeout_s=300, check=False, cwd=self.path, env=variables)
         if result.returncode != code:
-            raise TestFailure(f"vmtide {' '.join(words)} ended with {result.returncode}, not {code}: {result.stderr}")
+            raise TestFailure(f"vmtide {' '.join(words)} ended with {result.returncode}, not {code}: {result.stderr or result.stdout}")
         return json.loads(result.stdout.splitlines()[-1])
 
     def must_hold(self, content, point="disk@latest"):
