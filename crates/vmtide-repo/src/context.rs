@@ -17,9 +17,9 @@ pub(crate) const DIRECTORY_SECTION: u64 = u64::MAX;
 /// 64 KiB chunks is 34 KiB: one read gets it. Smaller costs a second request, larger wastes reads.
 const TAIL_BYTES: u64 = 64 << 10;
 
-/// How many threads restore from a store that is [distant](ObjectStore::is_distant). Each fetches up to 4 MiB at once and then
-/// decodes it: with a tenth of a second to a server's first byte, sixteen get 0.6 GB/s. Each costs up to 12 MiB of memory, most
-/// in place, where what stands there is read as well: twenty come to the 256 MiB that a job may take.
+/// How many threads restore from a store that is [distant](ObjectStore::is_distant). Each fetches up to 5 MiB at once and then
+/// decodes it: with a tenth of a second to a server's first byte, sixteen get 0.6 GB/s. Each costs up to 13 MiB of memory, most
+/// in place, where what stands there is read as well: nineteen come to the 256 MiB that a job may take.
 pub(crate) const DISTANT_READERS: usize = 16;
 
 /// How many threads check a store that is distant. Each costs some 15 MiB: sixteen would pass what a job may take.

@@ -117,9 +117,10 @@ class Cluster:
         if process is not None:
             kill(process)
 
-    def account(self, name):
-        """A new user."""
-        made = json.loads(self.tool("radosgw-admin", "user", "create", "--uid", name, "--display-name", name))
+    def account(self, name, key_id=None, secret=None):
+        """A new user, with these keys or keys that the gateway makes."""
+        keys = ["--access-key", key_id, "--secret-key", secret] if key_id else []
+        made = json.loads(self.tool("radosgw-admin", "user", "create", "--uid", name, "--display-name", name, *keys))
         return Account(made["keys"][0]["access_key"], made["keys"][0]["secret_key"])
 
     def access(self, account, secret=None):
