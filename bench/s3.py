@@ -17,10 +17,10 @@ once whatever comes over loopback, for every program and as long as the measurem
 
 The server is s3s-fs (VMTIDE_S3S_FS, else ~/.cache/vmtide-tests/bin/s3s-fs; for figures that count one that is built with
 optimisation: `cargo install --features binary --version 0.14.1 s3s-fs`), its files lie beside the directory's.
-`--server rustfs` measures RustFS (VMTIDE_RUSTFS, else on the path; `cargo install rustfs`), which turns it off, and
+`--server rustfs` measures RustFS (VMTIDE_RUSTFS, else on the path; `cargo install rustfs` with the newest Rust), which turns it off, and
 `--server ceph` the gateway of Ceph with a monitor and a disk (`scripts/test.sh ceph` installs it), which leaves it on unless told
 otherwise, and whose daemons keep in memory what they see fit.
-Needs curl 7.88 or later. Raw figures go to work/results/s3.jsonl.
+Both need the Python environment of moto that `scripts/test.sh` makes, for their bucket. Needs curl 7.88 or later. Raw figures go to work/results/s3.jsonl.
 """
 
 import argparse

@@ -17,7 +17,7 @@ use vmtide_block::{
 pub(super) const BLOCK: u64 = BLOCK_BYTES as u64;
 
 /// The most stored bytes fetched in one read: enough for one request to a distant store to pay. Frames that do not compress are
-/// a little longer than 2 MiB: two of them fit. With 4 MiB each was asked for alone, which cost a server a tenth more time.
+/// a little longer than 2 MiB: two of them fit. With 4 MiB each was asked for alone, which cost a server up to a tenth more time.
 pub(crate) const FETCH_BYTES: u64 = 5 << 20;
 
 /// The most extents in one answer.
